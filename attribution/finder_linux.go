@@ -1,0 +1,444 @@
+package attribution
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/imdsgate/imdsgate/attribution/diag"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// hintBudget bounds the search of the youngest processes for one
+	// connection. Higher finds more short-lived clients without the full
+	// search; a flood of connections then costs that much more of a core.
+	hintBudget = 2 * time.Millisecond
+	// scanPause is the least time between two full searches that nobody waits
+	// for. Lower makes a flood of connections in audit mode cost more; higher
+	// completes fewer events of short-lived clients.
+	scanPause = 250 * time.Millisecond
+	// freshFor is how long what was read of a process serves for judging. It
+	// spares reading the same process twice for a connection and the request
+	// that follows at once; its image is compared every time.
+	freshFor = 50 * time.Millisecond
+	// recentClients is how many processes are tried first, because they asked
+	// before.
+	recentClients = 8
+)
+
+// Options says where to look.
+type Options struct {
+	Proc string // where proc(5) is mounted; "" is /proc
+}
+
+// Finder finds the owners of connections. Its methods may be called from any
+// goroutine.
+type Finder struct {
+	host *host
+	diag *diag.Conn
+
+	urgent, idle chan scanRequest
+	stop         chan struct{}
+	wg           sync.WaitGroup
+
+	mu     sync.Mutex // guards recent
+	recent []holder   // newest first
+
+	scans scanStats
+}
+
+// New makes a Finder for the network namespace of the calling thread. It needs
+// CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH to see other users' processes.
+func New(o Options) (*Finder, error) {
+	if o.Proc == "" {
+		o.Proc = "/proc"
+	}
+	h, err := newHost(o.Proc)
+	if err != nil {
+		return nil, err
+	}
+	d, err := diag.Open()
+	if err != nil {
+		return nil, err
+	}
+	f := &Finder{host: h, diag: d, urgent: make(chan scanRequest), idle: make(chan scanRequest), stop: make(chan struct{})}
+	f.wg.Add(1)
+	go f.scanLoop()
+	return f, nil
+}
+
+// Close ends the searches and waits for them. Every Lookup must have been
+// closed before.
+func (f *Finder) Close() error {
+	close(f.stop)
+	f.wg.Wait()
+	f.host.close()
+	return f.diag.Close()
+}
+
+// Level is the level of evidence of this host.
+func (f *Finder) Level() Level { return Level0 }
+
+// Stats counts the full searches.
+func (f *Finder) Stats() Stats { return f.scans.read() }
+
+// Direct lists the connections of this namespace whose remote end is one of the
+// endpoints. Before a redirect is installed those are the ones that it will not
+// catch; afterwards the proxy's own are among them, too.
+func (f *Finder) Direct(endpoints []netip.AddrPort) ([]diag.Socket, error) {
+	return f.diag.Connected(endpoints)
+}
+
+// Abort resets one connection that Direct listed.
+func (f *Finder) Abort(s diag.Socket) error { return f.diag.Destroy(s) }
+
+// Process reads one process by its pid, for a person who asks about it.
+func (f *Finder) Process(pid int) (*Process, error) {
+	p, st, err := f.host.pin(pid)
+	if err != nil {
+		return nil, err
+	}
+	defer f.host.unpin(p)
+	proc, _, err := f.host.read(p, st)
+	return proc, err
+}
+
+// Lookup is the search for the owner of one connection, and what it knows so
+// far. Its methods may be called from any goroutine. It holds descriptors until
+// it is closed.
+type Lookup struct {
+	f     *Finder
+	conn  Conn
+	first chan struct{} // closed when the hinted search is over
+
+	mu      sync.Mutex // guards the following
+	socket  diag.Socket
+	reason  Reason
+	err     error
+	held    []*held
+	earlier []*Process
+	via     string
+	took    time.Duration
+	closed  bool
+}
+
+// held is one holder with its process.
+type held struct {
+	holder
+	pin   *pin
+	image image
+	proc  *Process
+	at    time.Time // when proc was read
+	lost  bool      // does not hold the socket any longer
+}
+
+// Find asks the kernel for the client's socket before it returns, which takes
+// microseconds, and begins the search for its holders. Call it right after
+// accept, and Close the Lookup when the connection ends.
+func (f *Finder) Find(c Conn) *Lookup {
+	l := &Lookup{f: f, conn: c, first: make(chan struct{})}
+	if c.Forwarded {
+		l.reason = Remote
+		close(l.first)
+		return l
+	}
+	begin := time.Now()
+	l.ask(0)
+	if l.reason != Attributed {
+		close(l.first)
+		return l
+	}
+	go func() {
+		defer close(l.first)
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.hint()
+		l.took = time.Since(begin)
+	}()
+	return l
+}
+
+// ask sets socket, reason and err. It is called before the Lookup is shared,
+// or with l.mu held.
+func (l *Lookup) ask(cookie uint64) {
+	s, err := l.f.diag.Find(diag.Tuple{Local: l.conn.Client, Remote: l.conn.Endpoint}, cookie)
+	switch {
+	case err == nil:
+		l.socket, l.reason, l.err = s, Attributed, nil
+	case errors.Is(err, diag.ErrGone) || cookie != 0 && errors.Is(err, diag.ErrNotFound):
+		l.reason = ClientGone
+	case errors.Is(err, diag.ErrNotFound), errors.Is(err, diag.ErrMismatch):
+		l.reason = NoSocket
+	default:
+		l.reason, l.err = Failed, err
+	}
+}
+
+// Close releases what the Lookup holds. It may be called twice.
+func (l *Lookup) Close() {
+	<-l.first
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return
+	}
+	l.closed = true
+	for _, h := range l.held {
+		l.f.host.unpin(h.pin)
+	}
+}
+
+// Owner answers with what is known without a search of the whole host: the
+// holders that the hints led to, checked again now. ctx bounds the wait.
+func (l *Lookup) Owner(ctx context.Context) Owner {
+	select {
+	case <-l.first:
+	case <-ctx.Done():
+		return Owner{Reason: Late, Level: Level0, Via: "sock_diag"}
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.check()
+	return l.owner(nil, Partial)
+}
+
+// Complete answers after a search of every process that began after this call.
+// One search serves all that wait for it. ctx bounds the wait; what is known by
+// then comes back with the Reason Late. With urgent unset the search may be
+// put off so that searches do not take more than a small part of a core.
+func (l *Lookup) Complete(ctx context.Context, urgent bool) Owner {
+	o := l.Owner(ctx)
+	if o.Reason == Late && !o.Attributed() || l.settled() {
+		return o
+	}
+	begin := time.Now()
+	result := l.f.scan(ctx, l.socket.Inode, urgent)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if result != nil {
+		l.merge(result.holders, "scan")
+	}
+	l.check()
+	l.took += time.Since(begin)
+	return l.owner(result, Late)
+}
+
+// settled reports whether no search can change the answer.
+func (l *Lookup) settled() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.closed || l.reason != Attributed
+}
+
+// owner renders what is known. It is called with l.mu held; result is nil
+// when no full search was done, for the reason given as without.
+func (l *Lookup) owner(result *scanResult, without Reason) Owner {
+	o := Owner{Level: Level0, Via: "sock_diag", Socket: l.socket, Reason: l.reason, Err: l.err, Took: l.took}
+	holding := 0
+	for _, h := range l.held {
+		if h.lost {
+			o.Subjects = append(o.Subjects, earlier(h.proc))
+			continue
+		}
+		holding++
+		o.Subjects = append(o.Subjects, h.proc)
+	}
+	o.Subjects = append(o.Subjects, l.earlier...)
+	if l.via != "" {
+		o.Via += "," + l.via
+	}
+	if result != nil {
+		o.Unreadable = result.unreadable
+	}
+	switch {
+	case o.Reason != Attributed:
+	case result == nil:
+		o.Reason = without
+	case result.denied:
+		o.Reason = AccessDenied
+	case holding == 0:
+		o.Reason = NoHolder
+	default:
+		o.Complete = true
+	}
+	return o
+}
+
+func earlier(p *Process) *Process {
+	q := *p
+	q.Earlier = true
+	return &q
+}
+
+// hint searches where the holder most likely is: processes that asked before,
+// the socket's cgroup, and the youngest processes.
+func (l *Lookup) hint() {
+	inode := l.socket.Inode
+	for _, r := range l.f.recentHolders() {
+		if h, ok := l.f.probe(r, inode); ok {
+			l.merge([]holder{h}, "recent")
+			return
+		}
+	}
+	s := newSearch(l.f.host, inode)
+	s.first = true
+	if members := l.f.host.cgroupMembers(l.socket.CgroupID); members != nil {
+		for _, pid := range members {
+			if !s.process(pid) {
+				break
+			}
+		}
+		if l.merge(s.wanted[inode], "cgroup") {
+			return
+		}
+	}
+	s.until = time.Now().Add(hintBudget)
+	pids, err := l.f.host.pids(s.dirents)
+	if err != nil {
+		return
+	}
+	for _, pid := range pids {
+		if !s.process(pid) {
+			break
+		}
+	}
+	l.merge(s.wanted[inode], "youngest")
+}
+
+// merge adds holders that are not known yet, reads them, and reports whether
+// there are any. It is called with l.mu held.
+func (l *Lookup) merge(found []holder, via string) bool {
+	if l.closed {
+		return false
+	}
+	for _, f := range found {
+		i := slices.IndexFunc(l.held, func(h *held) bool { return h.pid == f.pid })
+		if i >= 0 {
+			l.held[i].holder, l.held[i].lost = f, false
+			continue
+		}
+		p, st, err := l.f.host.pin(f.pid)
+		if err != nil {
+			continue // ended since; check finds out whether the socket did too
+		}
+		proc, image, err := l.f.host.read(p, st)
+		if err != nil {
+			l.f.host.unpin(p)
+			switch {
+			case errors.Is(err, errExecRace):
+				l.reason = ExecRace
+			case !gone(err):
+				l.reason, l.err = Failed, err
+			}
+			continue
+		}
+		l.held = append(l.held, &held{holder: f, pin: p, image: image, proc: proc, at: time.Now()})
+		if l.via == "" {
+			l.via = via
+		}
+		l.f.remember(f)
+	}
+	return len(found) > 0
+}
+
+// check compares everything that is known with the present: the socket, the
+// descriptors, the program images. It is called with l.mu held.
+func (l *Lookup) check() {
+	if l.closed || l.reason != Attributed {
+		return
+	}
+	if l.ask(l.socket.Cookie); l.reason != Attributed {
+		return
+	}
+	for _, h := range l.held {
+		if h.lost {
+			continue
+		}
+		if !l.f.holds(h.pin, h.holder, l.socket.Inode) {
+			h.lost = true
+			continue
+		}
+		st, err := l.f.host.stat(h.pin)
+		if err != nil {
+			h.lost = true
+			continue
+		}
+		if st.image == h.image && time.Since(h.at) < freshFor {
+			continue
+		}
+		proc, image, err := l.f.host.read(h.pin, st)
+		if err != nil {
+			h.lost = true
+			continue
+		}
+		if image != h.image {
+			l.earlier = append(l.earlier, earlier(h.proc))
+		}
+		h.proc, h.image, h.at = proc, image, time.Now()
+	}
+}
+
+// holds reports whether a descriptor still refers to the socket.
+func (f *Finder) holds(p *pin, h holder, inode uint32) bool {
+	path := "fd/" + strconv.Itoa(h.fd)
+	if h.tid != h.pid {
+		path = "task/" + strconv.Itoa(h.tid) + "/" + path
+	}
+	var buf [64]byte
+	n, err := unix.Readlinkat(p.dir, path, buf[:])
+	return err == nil && string(buf[:n]) == fmt.Sprintf("socket:[%d]", inode)
+}
+
+// probe looks for the socket in a process that held one before: at the
+// descriptor it had then and its neighbours, since a client that comes back
+// gets the same number again, and then in its whole table.
+func (f *Finder) probe(r holder, inode uint32) (holder, bool) {
+	p, _, err := f.host.pin(r.pid)
+	if err != nil {
+		f.forgetRecent(r)
+		return holder{}, false
+	}
+	defer f.host.unpin(p)
+	for _, fd := range []int{r.fd, r.fd + 1, r.fd - 1} {
+		h := holder{pid: r.pid, tid: r.tid, fd: fd}
+		if fd >= 0 && f.holds(p, h, inode) {
+			return h, true
+		}
+	}
+	s := newSearch(f.host, inode)
+	s.first, s.until = true, time.Now().Add(hintBudget/4)
+	s.process(r.pid)
+	if found := s.wanted[inode]; len(found) > 0 {
+		return found[0], true
+	}
+	return holder{}, false
+}
+
+func (f *Finder) recentHolders() []holder {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.recent)
+}
+
+func (f *Finder) remember(h holder) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if i := slices.IndexFunc(f.recent, func(r holder) bool { return r.pid == h.pid }); i >= 0 {
+		f.recent = slices.Delete(f.recent, i, i+1)
+	} else if len(f.recent) == recentClients {
+		f.recent = f.recent[:recentClients-1]
+	}
+	f.recent = slices.Insert(f.recent, 0, h)
+}
+
+func (f *Finder) forgetRecent(h holder) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.recent = slices.DeleteFunc(f.recent, func(r holder) bool { return r.pid == h.pid })
+}

@@ -1,0 +1,491 @@
+package attribution
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/imdsgate/imdsgate/test/lab/labtest"
+	"github.com/prometheus/procfs"
+	"golang.org/x/sys/unix"
+)
+
+func newFinder(t testing.TB) *Finder {
+	t.Helper()
+	f := openFinder(t)
+	t.Cleanup(func() {
+		if err := f.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return f
+}
+
+// listen stands for the proxy's listener, without a redirect in between.
+func listen(t testing.TB, address string) *net.TCPListener {
+	t.Helper()
+	ln, err := net.Listen("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	return ln.(*net.TCPListener)
+}
+
+func accept(t testing.TB, ln *net.TCPListener) Conn {
+	t.Helper()
+	ln.SetDeadline(time.Now().Add(5 * time.Second))
+	c, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	unmap := func(a net.Addr) netip.AddrPort {
+		ap := a.(*net.TCPAddr).AddrPort()
+		return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+	}
+	return Conn{Client: unmap(c.RemoteAddr()), Endpoint: unmap(c.LocalAddr())}
+}
+
+func within(t testing.TB) context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+func find(t testing.TB, f *Finder, c Conn) *Lookup {
+	l := f.Find(c)
+	t.Cleanup(l.Close)
+	return l
+}
+
+func pids(o Owner) []int {
+	var pids []int
+	for _, p := range o.Subjects {
+		pids = append(pids, p.PID)
+	}
+	slices.Sort(pids)
+	return slices.Compact(pids)
+}
+
+func TestOwner(t *testing.T) {
+	f := newFinder(t)
+	program := install(t, "client")
+	for _, test := range []struct{ how, address string }{
+		{"plain", "127.0.0.1:0"},
+		{"plain", "[::1]:0"},
+		{"mapped", "127.0.0.1:0"},
+		{"thread", "127.0.0.1:0"},
+		{"lie", "127.0.0.1:0"},
+	} {
+		t.Run(test.how+" "+test.address, func(t *testing.T) {
+			ln := listen(t, test.address)
+			c := start(t, exec.Command(program, ln.Addr().String()), test.how)
+			conn := accept(t, ln)
+			c.line(t)
+			l := find(t, f, conn)
+			complete := l.Complete(within(t), true)
+			if !complete.Complete || complete.Reason != Attributed {
+				t.Fatalf("complete %v, reason %q, error %v", complete.Complete, complete.Reason, complete.Err)
+			}
+			if got := pids(complete); !slices.Equal(got, []int{c.Process.Pid}) {
+				t.Fatalf("held by %v, want %d", got, c.Process.Pid)
+			}
+			p := complete.Subjects[0]
+			if p.Executable.Path != program || p.Name != "client" || !p.Executable.HostVerified {
+				t.Errorf("executable %+v, name %q", p.Executable, p.Name)
+			}
+			if p.Executable.RootOwned {
+				t.Error("a program below a directory that anybody may write to counts as root's own")
+			}
+			if p.UID[1] != ordinaryUser || p.UserName != "" {
+				t.Errorf("user %v %q", p.UID, p.UserName)
+			}
+			if p.Parent == nil || p.Parent.PID != os.Getpid() {
+				t.Errorf("parent %+v, want this test", p.Parent)
+			}
+		})
+	}
+}
+
+// The facts about a process are those that an independent reader of /proc finds.
+func TestProcessAgainstProcfs(t *testing.T) {
+	f := newFinder(t)
+	program := install(t, "client")
+	ln := listen(t, "127.0.0.1:0")
+	cmd := exec.Command(program, ln.Addr().String(), "with space", "", "naïve\nline")
+	cmd.Dir = "/usr"
+	c := start(t, cmd, "plain")
+	conn := accept(t, ln)
+	c.line(t)
+	p := find(t, f, conn).Complete(within(t), true).Subjects[0]
+
+	fs, err := procfs.NewFS("/proc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	proc, err := fs.Proc(c.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stat, err := proc.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p.StartTicks != stat.Starttime || p.Session != stat.Session || p.Group != stat.PGRP || p.Parent.PID != stat.PPID || p.Thread != stat.Comm {
+		t.Errorf("%+v\nprocfs: %+v", p, stat)
+	}
+	if started, err := stat.StartTime(); err != nil || abs(float64(p.Start.UnixNano())/1e9-started) > 1.1 {
+		t.Errorf("started %v, procfs says %v (%v)", p.Start, started, err)
+	}
+	if since := time.Since(p.Start); since < 0 || since > 5*time.Second {
+		t.Errorf("started %v ago", since)
+	}
+	status, err := proc.NewStatus()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range p.UID {
+		if uint64(p.UID[i]) != status.UIDs[i] || uint64(p.GID[i]) != status.GIDs[i] {
+			t.Errorf("uid %v gid %v, procfs %v %v", p.UID, p.GID, status.UIDs, status.GIDs)
+		}
+	}
+	exe, _ := proc.Executable()
+	cwd, _ := proc.Cwd()
+	args, _ := proc.CmdLine()
+	if p.Executable.Path != exe || p.WorkingDir != cwd || !slices.Equal(p.Args, args) {
+		t.Errorf("exe %q cwd %q args %q, procfs %q %q %q", p.Executable.Path, p.WorkingDir, p.Args, exe, cwd, args)
+	}
+	if again, err := f.Process(c.Process.Pid); err != nil || again.EntityID != p.EntityID || len(p.EntityID) < 16 {
+		t.Errorf("entity %q, read again %+v (%v)", p.EntityID, again, err)
+	}
+	var ppids []int
+	for a := p; a != nil; a = a.Parent {
+		ppids = append(ppids, a.PID)
+	}
+	if len(p.Ancestors()) != len(ppids)-1 {
+		t.Errorf("ancestors %v", p.Ancestors())
+	}
+}
+
+func abs(f float64) float64 { return max(f, -f) }
+
+// Every holder is a subject: a socket that a child inherited has two.
+func TestTwoHolders(t *testing.T) {
+	f := newFinder(t)
+	program := install(t, "client")
+	ln := listen(t, "127.0.0.1:0")
+	c := start(t, exec.Command(program, ln.Addr().String(), "/bin/sleep", "30"), "fork")
+	conn := accept(t, ln)
+	child := pidIn(t, c.line(t))
+	o := find(t, f, conn).Complete(within(t), true)
+	want := []int{c.Process.Pid, child}
+	slices.Sort(want)
+	if got := pids(o); !slices.Equal(got, want) || !o.Complete {
+		t.Errorf("held by %v, complete %v; want %v", got, o.Complete, want)
+	}
+}
+
+// A process that connects and then executes an allowed program is judged as
+// what it was, too.
+func TestExecAfterConnect(t *testing.T) {
+	f := newFinder(t)
+	program := install(t, "evil")
+	ln := listen(t, "127.0.0.1:0")
+	c := start(t, exec.Command(program, ln.Addr().String(), "/bin/sleep", "30"), "exec")
+	conn := accept(t, ln)
+	c.line(t)
+	l := find(t, f, conn)
+	if o := l.Owner(within(t)); len(o.Subjects) != 1 || o.Subjects[0].Name != "evil" {
+		t.Fatalf("before: %+v", o)
+	}
+	if _, err := c.in.Write([]byte{'\n'}); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, func() bool {
+		exe, _ := os.Readlink(filepath.Join("/proc", strconv.Itoa(c.Process.Pid), "exe"))
+		return strings.HasSuffix(exe, "/sleep")
+	})
+	o := l.Complete(within(t), true)
+	var names []string
+	for _, p := range o.Subjects {
+		names = append(names, p.Name)
+		if p.Earlier != (p.Name == "evil") {
+			t.Errorf("%s: earlier %v", p.Name, p.Earlier)
+		}
+	}
+	slices.Sort(names)
+	if !slices.Equal(names, []string{"evil", "sleep"}) {
+		t.Errorf("judged as %v, want both images", names)
+	}
+}
+
+// What level 0 cannot see it does not guess: a descriptor in a message in
+// flight is nobody's.
+func TestHiddenInFlight(t *testing.T) {
+	f := newFinder(t)
+	ln := listen(t, "127.0.0.1:0")
+	c := start(t, exec.Command(install(t, "client"), ln.Addr().String()), "flight")
+	conn := accept(t, ln)
+	c.line(t)
+	o := find(t, f, conn).Complete(within(t), true)
+	if o.Attributed() || o.Reason != NoHolder || o.Complete {
+		t.Errorf("%+v, want unattributed for %v", o, NoHolder)
+	}
+}
+
+func TestClientGone(t *testing.T) {
+	f := newFinder(t)
+	ln := listen(t, "127.0.0.1:0")
+	d, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn := accept(t, ln)
+	d.Close()
+	o := find(t, f, conn).Complete(within(t), true)
+	if o.Attributed() || o.Reason != ClientGone {
+		t.Errorf("%+v, want unattributed for %v", o, ClientGone)
+	}
+	conn.Client = netip.AddrPortFrom(conn.Client.Addr(), conn.Client.Port()^1)
+	if o := find(t, f, conn).Owner(within(t)); o.Reason != NoSocket {
+		t.Errorf("no such client: %v, want %v", o.Reason, NoSocket)
+	}
+	conn.Forwarded = true
+	if o := find(t, f, conn).Owner(within(t)); o.Reason != Remote {
+		t.Errorf("forwarded: %v, want %v", o.Reason, Remote)
+	}
+}
+
+// A path that another mount namespace shows, and a file that another user
+// namespace may have exchanged, are not the host's.
+func TestNotHostVerified(t *testing.T) {
+	f := newFinder(t)
+	program := install(t, "evil")
+	run := func(t *testing.T, cmd *exec.Cmd, how string) *Process {
+		t.Helper()
+		ln := listen(t, "127.0.0.1:0")
+		cmd.Args = append(cmd.Args, ln.Addr().String())
+		c := start(t, cmd, how)
+		conn := accept(t, ln)
+		c.line(t)
+		o := find(t, f, conn).Complete(within(t), true)
+		if len(o.Subjects) != 1 {
+			t.Fatalf("%+v", o)
+		}
+		return o.Subjects[0]
+	}
+	t.Run("bind mount", func(t *testing.T) {
+		cmd := exec.Command("/bin/sh", "-c", `mount --bind "$0" /bin/sleep && exec /bin/sleep "$1"`, program)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
+		p := run(t, cmd, "plain")
+		sleep, err := filepath.EvalSymlinks("/bin/sleep")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p.Executable.Path != sleep || p.Executable.HostVerified || p.Executable.RootOwned || p.HostMount {
+			t.Errorf("%+v", p.Executable)
+		}
+	})
+	t.Run("user namespace", func(t *testing.T) {
+		cmd := exec.Command(program)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER}
+		p := run(t, cmd, "plain")
+		if p.Executable.Path != program || p.Executable.HostVerified || p.HostUser {
+			t.Errorf("%+v, host user namespace %v", p.Executable, p.HostUser)
+		}
+	})
+	t.Run("deleted", func(t *testing.T) {
+		gone := install(t, "gone")
+		ln := listen(t, "127.0.0.1:0")
+		c := start(t, exec.Command(gone, ln.Addr().String()), "plain")
+		conn := accept(t, ln)
+		c.line(t)
+		os.Remove(gone)
+		copyFile(t, "/bin/true", gone)
+		p := find(t, f, conn).Complete(within(t), true).Subjects[0]
+		if p.Executable.Path != gone || !p.Executable.Deleted || p.Executable.HostVerified {
+			t.Errorf("%+v", p.Executable)
+		}
+	})
+	t.Run("memfd", func(t *testing.T) {
+		fd, err := unix.MemfdCreate("usr/bin/amazon-ssm-agent", 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		file := os.NewFile(uintptr(fd), "memfd")
+		defer file.Close()
+		b, err := os.ReadFile(program)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := file.Write(b); err != nil {
+			t.Fatal(err)
+		}
+		cmd := exec.Command("/proc/self/fd/3")
+		cmd.ExtraFiles = []*os.File{file}
+		p := run(t, cmd, "plain")
+		if p.Executable.HostVerified || !p.Executable.Deleted || !strings.HasPrefix(p.Executable.Path, "/memfd:") {
+			t.Errorf("%+v", p.Executable)
+		}
+	})
+	t.Run("loader", func(t *testing.T) {
+		loaders, _ := filepath.Glob("/lib*/ld-linux*.so.*")
+		if len(loaders) == 0 {
+			t.Fatal("no dynamic loader in /lib or /lib64: is this a glibc host?")
+		}
+		ln := listen(t, "127.0.0.1:0")
+		address := ln.Addr().(*net.TCPAddr)
+		cmd := exec.Command(loaders[0], "/bin/bash", "-c",
+			"exec 3<>/dev/tcp/127.0.0.1/"+strconv.Itoa(address.Port)+"; echo connected; read x")
+		c := start(t, cmd, "plain")
+		conn := accept(t, ln)
+		c.line(t)
+		p := find(t, f, conn).Complete(within(t), true).Subjects[0]
+		if !p.Executable.Loader || !p.Executable.RootOwned {
+			t.Errorf("%+v", p.Executable)
+		}
+	})
+}
+
+// A request that is answered on the hints alone and one that wants everybody
+// share a search when they come together.
+func TestSharedScan(t *testing.T) {
+	f := newFinder(t)
+	ln := listen(t, "127.0.0.1:0")
+	program := install(t, "client")
+	const clients = 8
+	answers := make(chan Owner, clients)
+	for range clients {
+		c := start(t, exec.Command(program, ln.Addr().String()), "plain")
+		conn := accept(t, ln)
+		c.line(t)
+		l := find(t, f, conn)
+		go func() { answers <- l.Complete(within(t), false) }()
+	}
+	for range clients {
+		if o := <-answers; !o.Complete {
+			t.Errorf("%+v", o)
+		}
+	}
+	if s := f.Stats(); s.Answered != clients || s.Scans > clients/2 {
+		t.Errorf("%+v for %d questions", s, clients)
+	}
+}
+
+func TestLateAnswer(t *testing.T) {
+	f := newFinder(t)
+	ln := listen(t, "127.0.0.1:0")
+	c := start(t, exec.Command(install(t, "client"), ln.Addr().String()), "plain")
+	conn := accept(t, ln)
+	c.line(t)
+	l := find(t, f, conn)
+	l.Owner(within(t))
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if o := l.Complete(ctx, true); o.Complete || o.Reason != Late || o.Err != nil {
+		t.Errorf("%+v, want what is known, with reason %v", o, Late)
+	}
+	l.Close()
+	l.Close()
+	if o := l.Complete(within(t), true); o.Complete {
+		t.Errorf("complete after Close: %+v", o)
+	}
+}
+
+// No descriptor is left when everything is closed.
+func TestNoDescriptorsLeft(t *testing.T) {
+	count := func() int {
+		entries, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(entries)
+	}
+	before := count()
+	f := openFinder(t)
+	ln := listen(t, "127.0.0.1:0")
+	program := install(t, "client")
+	for range 3 {
+		c := start(t, exec.Command(program, ln.Addr().String()), "plain")
+		conn := accept(t, ln)
+		c.line(t)
+		l := f.Find(conn)
+		l.Complete(within(t), true)
+		c.in.Close()
+		c.Wait()
+		l.Complete(within(t), true)
+		l.Close()
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	// The listener, and three accepted connections.
+	if after := count(); after > before+4 {
+		t.Errorf("%d descriptors before, %d after", before, after)
+	}
+}
+
+func openFinder(t testing.TB) *Finder {
+	t.Helper()
+	labtest.RequireRoot(t) // to read other users' descriptors
+	f, err := New(Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f
+}
+
+func waitFor(t testing.TB, what func() bool) {
+	t.Helper()
+	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if what() {
+			return
+		}
+	}
+	t.Fatal("did not happen within 5 s")
+}
+
+func BenchmarkOwner(b *testing.B) {
+	f := newFinder(b)
+	ln := listen(b, "127.0.0.1:0")
+	c := start(b, exec.Command(install(b, "client"), ln.Addr().String()), "plain")
+	conn := accept(b, ln)
+	c.line(b)
+	ctx := within(b)
+	b.Run("known client", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			l := f.Find(conn)
+			if o := l.Owner(ctx); !o.Attributed() {
+				b.Fatal(o.Reason)
+			}
+			l.Close()
+		}
+	})
+	b.Run("same connection", func(b *testing.B) {
+		l := f.Find(conn)
+		defer l.Close()
+		b.ReportAllocs()
+		for b.Loop() {
+			l.Owner(ctx)
+		}
+	})
+	b.Run("whole host", func(b *testing.B) {
+		l := f.Find(conn)
+		defer l.Close()
+		b.ReportAllocs()
+		for b.Loop() {
+			l.Complete(context.Background(), true)
+		}
+	})
+}

@@ -1,0 +1,565 @@
+package attribution
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// maxCmdline bounds what is read of argv. Too low hides the end of a long
+	// java command line from the rules; too high lets any user make us read
+	// the 2 MiB that execve allows, for each request he sends.
+	maxCmdline = 64 << 10
+	// maxAncestors bounds the chain of parents that is read.
+	maxAncestors = 16
+	// maxTries bounds how often a process is read again because it executed
+	// another program meanwhile.
+	maxTries = 3
+	// retryAfter is about what an execve takes.
+	retryAfter = 200 * time.Microsecond
+)
+
+// host reads processes of this machine. Its methods may be called from any
+// goroutine.
+type host struct {
+	proc    string // where proc(5) is mounted
+	cgroup2 string // where cgroup2 is mounted, or systemd's hierarchy; "" if neither
+	bootID  string
+	self    int
+	user    string // link text of our own namespaces: "user:[4026531837]"
+	mount   string
+	net     string
+
+	names names
+
+	mu   sync.Mutex // guards the following
+	boot time.Time  // wall clock at boot
+	pins map[int]*pin
+	tick uint64 // of the last use, for eviction
+}
+
+// maxPins bounds the descriptors kept for processes that no connection refers
+// to: one each. Too low, and the ancestors of every client are read anew for
+// each connection.
+const maxPins = 256
+
+// pin is an open /proc/PID directory. It stays with the process it was opened
+// for: when that ends, every read through it fails, also if the pid is reused.
+type pin struct {
+	pid   int
+	dir   int
+	start uint64
+
+	// guarded by host.mu
+	refs  int
+	used  uint64
+	image image
+	last  *Process // as last read
+}
+
+func newHost(proc string) (*host, error) {
+	h := &host{proc: proc, self: os.Getpid(), pins: map[int]*pin{}}
+	b, err := os.ReadFile(filepath.Join(proc, "sys/kernel/random/boot_id"))
+	if err != nil {
+		return nil, fmt.Errorf("name this boot: %w", err)
+	}
+	h.bootID = strings.TrimSpace(string(b))
+	for name, dst := range map[string]*string{"user": &h.user, "mnt": &h.mount, "net": &h.net} {
+		if *dst, err = os.Readlink(filepath.Join(proc, "self/ns", name)); err != nil {
+			return nil, fmt.Errorf("name our own %s namespace: %w", name, err)
+		}
+	}
+	for _, dir := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd"} {
+		var st unix.Statfs_t
+		if unix.Statfs(dir, &st) != nil {
+			continue
+		}
+		if st.Type == unix.CGROUP2_SUPER_MAGIC || strings.HasSuffix(dir, "systemd") && st.Type == unix.CGROUP_SUPER_MAGIC {
+			h.cgroup2 = dir
+			break
+		}
+	}
+	return h, nil
+}
+
+// close gives back every pin.
+func (h *host) close() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, p := range h.pins {
+		h.forget(p) // one that a Lookup still has is closed with that
+	}
+}
+
+// wall gives the wall-clock time of a start tick. Boot is computed anew only
+// when the clock was set, so that two records about one process agree; the
+// btime of /proc/stat is off by up to a second.
+func (h *host) wall(ticks uint64) time.Time {
+	var ts unix.Timespec
+	unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts)
+	boot := time.Now().Add(-time.Duration(ts.Nano())).Round(0)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if d := boot.Sub(h.boot); d > 5*time.Millisecond || d < -5*time.Millisecond {
+		h.boot = boot
+	}
+	return h.boot.Add(time.Duration(ticks) * (time.Second / ticksPerSecond))
+}
+
+// pin opens /proc/PID, or returns the one that is open already and still
+// leads to a live process. The caller must unpin it.
+func (h *host) pin(pid int) (*pin, stat, error) {
+	h.mu.Lock()
+	p := h.pins[pid]
+	if p != nil {
+		p.refs++
+		h.tick++
+		p.used = h.tick
+	}
+	h.mu.Unlock()
+	if p != nil {
+		st, err := h.stat(p)
+		if err == nil {
+			return p, st, nil
+		}
+		h.drop(p)
+		h.unpin(p)
+	}
+
+	dir, err := unix.Open(filepath.Join(h.proc, strconv.Itoa(pid)), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, stat{}, fmt.Errorf("open the directory of process %d: %w", pid, err)
+	}
+	p = &pin{pid: pid, dir: dir, refs: 1}
+	st, err := h.stat(p)
+	if err != nil {
+		unix.Close(dir)
+		return nil, stat{}, err
+	}
+	p.start = st.start
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if old := h.pins[pid]; old != nil {
+		if old.start == p.start { // somebody else was faster
+			unix.Close(dir)
+			old.refs++
+			return old, st, nil
+		}
+		h.forget(old)
+	}
+	h.tick++
+	p.used = h.tick
+	h.pins[pid] = p
+	h.evict()
+	return p, st, nil
+}
+
+// hold takes one more reference to a pin that the caller has.
+func (h *host) hold(p *pin) {
+	h.mu.Lock()
+	p.refs++
+	h.mu.Unlock()
+}
+
+func (h *host) unpin(p *pin) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	p.refs--
+	if p.refs == 0 && h.pins[p.pid] != p {
+		unix.Close(p.dir)
+	}
+}
+
+// drop makes the next pin of this pid open anew.
+func (h *host) drop(p *pin) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.pins[p.pid] == p {
+		delete(h.pins, p.pid) // refs > 0: the caller's unpin closes it
+	}
+}
+
+// forget is called with h.mu held.
+func (h *host) forget(p *pin) {
+	delete(h.pins, p.pid)
+	if p.refs == 0 {
+		unix.Close(p.dir)
+	}
+}
+
+// evict is called with h.mu held.
+func (h *host) evict() {
+	if len(h.pins) <= maxPins {
+		return
+	}
+	var oldest *pin
+	for _, p := range h.pins {
+		if p.refs == 0 && (oldest == nil || p.used < oldest.used) {
+			oldest = p
+		}
+	}
+	if oldest != nil {
+		h.forget(oldest)
+	}
+}
+
+// bufs has buffers for reading files of proc(5).
+var bufs = sync.Pool{New: func() any { b := make([]byte, 4096); return &b }}
+
+func (h *host) stat(p *pin) (stat, error) {
+	bp := bufs.Get().(*[]byte)
+	defer bufs.Put(bp)
+	b, err := readAt(p.dir, "stat", *bp)
+	if err != nil {
+		return stat{}, p.error("stat", err)
+	}
+	st, err := parseStat(b)
+	if err != nil {
+		return stat{}, p.error("stat", err)
+	}
+	return st, nil
+}
+
+func (p *pin) error(file string, err error) error {
+	return fmt.Errorf("read /proc/%d/%s: %w", p.pid, file, err)
+}
+
+// readAt reads a file below dir into buf, cutting what does not fit.
+func readAt(dir int, name string, buf []byte) ([]byte, error) {
+	fd, err := unix.Openat(dir, name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	n := 0
+	for n < len(buf) {
+		m, err := unix.Read(fd, buf[n:])
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		if m == 0 {
+			break
+		}
+		n += m
+	}
+	return buf[:n], nil
+}
+
+func linkAt(dir int, name string) (string, error) {
+	bp := bufs.Get().(*[]byte)
+	defer bufs.Put(bp)
+	n, err := unix.Readlinkat(dir, name, *bp)
+	if err != nil {
+		return "", err
+	}
+	return string((*bp)[:n]), nil
+}
+
+// errExecRace says that a process executed another program each time it was
+// read.
+var errExecRace = errors.New("executed another program while it was read, three times")
+
+// gone reports whether an error says that the process has ended.
+func gone(err error) bool {
+	return errors.Is(err, unix.ESRCH) || errors.Is(err, fs.ErrNotExist)
+}
+
+// denied reports whether an error says that we may not look.
+func denied(err error) bool { return errors.Is(err, fs.ErrPermission) }
+
+// read reads a process with its ancestors, and says which image it read: the
+// same before and after, or it is read again.
+func (h *host) read(p *pin, st stat) (*Process, image, error) {
+	for try := range maxTries {
+		if try > 0 {
+			time.Sleep(retryAfter)
+		}
+		proc, err := h.readImage(p, st)
+		if err != nil {
+			return nil, image{}, err
+		}
+		after, err := h.stat(p)
+		if err != nil {
+			return nil, image{}, err
+		}
+		if after.image == st.image && !st.between() {
+			proc.Parent = h.parent(st.ppid, st.start, maxAncestors)
+			h.mu.Lock()
+			p.last, p.image = proc, st.image
+			h.mu.Unlock()
+			return proc, st.image, nil
+		}
+		st = after
+	}
+	return nil, image{}, p.error("exe", errExecRace)
+}
+
+// parent reads the process that is a parent now. Its facts are kept from an
+// earlier reading while it runs the same image.
+func (h *host) parent(pid int, childStart uint64, depth int) *Process {
+	if pid == 0 || depth == 0 {
+		return nil
+	}
+	p, st, err := h.pin(pid)
+	if err != nil {
+		return nil
+	}
+	defer h.unpin(p)
+	if st.start > childStart {
+		return nil // the parent has ended and its pid is somebody else's
+	}
+	h.mu.Lock()
+	last := p.last
+	if p.image != st.image {
+		last = nil
+	}
+	h.mu.Unlock()
+	if last != nil && (last.Parent == nil) == (st.ppid == 0) && (last.Parent == nil || last.Parent.PID == st.ppid) {
+		return last
+	}
+	proc, err := h.readImage(p, st)
+	if err != nil {
+		return nil
+	}
+	proc.Parent = h.parent(st.ppid, st.start, depth-1)
+	h.mu.Lock()
+	p.last, p.image = proc, st.image
+	h.mu.Unlock()
+	return proc
+}
+
+// readImage reads everything but the parents.
+func (h *host) readImage(p *pin, st stat) (*Process, error) {
+	proc := &Process{
+		PID: p.pid, StartTicks: st.start, Start: h.wall(st.start), EntityID: entityID(h.bootID, p.pid, st.start),
+		Thread: st.comm, Session: st.sess, Group: st.pgrp, TTY: st.tty != 0,
+	}
+	check := func(file string, err error) error {
+		if denied(err) {
+			proc.Denied = true
+			return nil
+		}
+		if err != nil {
+			return p.error(file, err)
+		}
+		return nil
+	}
+
+	dir, prefix := p.dir, ""
+	link, err := linkAt(dir, "exe")
+	if gone(err) && st.threads > 1 {
+		// The leader has ended and the other threads run on: only they still
+		// have the executable (task/TID of proc_pid_task(5)).
+		if tid := h.otherThread(p); tid != 0 {
+			prefix = "task/" + strconv.Itoa(tid) + "/"
+			link, err = linkAt(dir, prefix+"exe")
+		}
+	}
+	switch {
+	case errors.Is(err, fs.ErrNotExist): // a kernel thread, or a zombie
+	case err != nil:
+		if err := check("exe", err); err != nil {
+			return nil, err
+		}
+	default:
+		var file unix.Stat_t
+		if err := unix.Fstatat(dir, prefix+"exe", &file, 0); err != nil {
+			if err := check("exe", err); err != nil {
+				return nil, err
+			}
+			proc.Executable.Path = link
+			break
+		}
+		proc.Executable = exeFile(link, uint64(file.Nlink))
+		proc.Executable.Device, proc.Executable.Inode = file.Dev, file.Ino
+		proc.Executable.UID, proc.Executable.GID, proc.Executable.Mode = file.Uid, file.Gid, file.Mode&0o7777
+	}
+	for _, ns := range []struct {
+		name, ours string
+		same       *bool
+	}{{"ns/user", h.user, &proc.HostUser}, {"ns/mnt", h.mount, &proc.HostMount}, {"ns/net", h.net, &proc.HostNet}} {
+		link, err := linkAt(dir, prefix+ns.name)
+		if err := check(ns.name, err); err != nil {
+			return nil, err
+		}
+		*ns.same = err == nil && link == ns.ours
+	}
+	if exe := &proc.Executable; exe.Path != "" {
+		proc.Name = filepath.Base(exe.Path)
+		exe.HostVerified = proc.HostUser && !exe.Deleted && sameFile(exe)
+		exe.RootOwned = exe.HostVerified && rootOwned(exe.Path)
+	}
+
+	buf := make([]byte, 4096)
+	b, err := readAt(dir, prefix+"cmdline", buf)
+	if err == nil && len(b) == len(buf) {
+		buf = make([]byte, maxCmdline)
+		b, err = readAt(dir, prefix+"cmdline", buf)
+		proc.ArgsCut = len(b) == len(buf)
+	}
+	if err := check("cmdline", err); err != nil {
+		return nil, err
+	}
+	proc.Args = parseCmdline(b)
+
+	proc.WorkingDir, err = linkAt(dir, prefix+"cwd")
+	if err := check("cwd", err); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+
+	b, err = readAt(dir, prefix+"status", buf)
+	if err != nil {
+		return nil, p.error("status", err)
+	}
+	cred, err := parseStatus(b)
+	if err != nil {
+		return nil, p.error("status", err)
+	}
+	proc.UID, proc.GID, proc.Groups = cred.uid, cred.gid, cred.groups
+	proc.UserName = h.names.userOf(proc.UID[1])
+	proc.GroupName = h.names.groupOf(proc.GID[1])
+
+	b, err = readAt(dir, prefix+"cgroup", buf)
+	if err := check("cgroup", err); err != nil {
+		return nil, err
+	}
+	path := parseCgroup(b)
+	proc.Cgroup = cgroupOf(path, h.rootOwnedCgroup(path))
+	return proc, nil
+}
+
+// otherThread names a thread of a process whose leader has ended.
+func (h *host) otherThread(p *pin) int {
+	fd, err := unix.Openat(p.dir, "task", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return 0
+	}
+	defer unix.Close(fd)
+	bp := bufs.Get().(*[]byte)
+	defer bufs.Put(bp)
+	n, err := unix.ReadDirent(fd, *bp)
+	if err != nil {
+		return 0
+	}
+	for tid := range numbers((*bp)[:n]) {
+		if tid != p.pid {
+			return tid
+		}
+	}
+	return 0
+}
+
+func sameFile(exe *File) bool {
+	var st unix.Stat_t
+	return unix.Stat(exe.Path, &st) == nil && st.Dev == exe.Device && st.Ino == exe.Inode
+}
+
+// rootOwned reports whether only root can put another file at this path: the
+// file and every directory above it belong to root, and no group but root's
+// and nobody else may write to them. A sticky directory counts as writable.
+func rootOwned(path string) bool {
+	for ; ; path = filepath.Dir(path) {
+		var st unix.Stat_t
+		if unix.Lstat(path, &st) != nil || st.Uid != 0 || st.Mode&0o002 != 0 || st.Mode&0o020 != 0 && st.Gid != 0 {
+			return false
+		}
+		if path == "/" {
+			return true
+		}
+	}
+}
+
+// rootOwnedCgroup counts the leading directories of a cgroup path that belong
+// to root.
+func (h *host) rootOwnedCgroup(cgroupPath string) int {
+	if h.cgroup2 == "" {
+		return 0
+	}
+	n := 0
+	dir := h.cgroup2
+	for _, name := range strings.Split(strings.Trim(cgroupPath, "/"), "/") {
+		dir = filepath.Join(dir, name)
+		var st unix.Stat_t
+		if name == ".." || unix.Lstat(dir, &st) != nil || st.Uid != 0 || st.Mode&0o022 != 0 {
+			break
+		}
+		n++
+	}
+	return n
+}
+
+// names remembers what the account database said, for a minute: os/user reads
+// the whole file for every question. The zero value is ready.
+type names struct {
+	mu     sync.Mutex // guards the following
+	users  map[uint32]string
+	groups map[uint32]string
+	since  time.Time
+}
+
+func (n *names) userOf(uid uint32) string {
+	return n.lookup(uid, &n.users, func(id string) (string, error) {
+		u, err := user.LookupId(id)
+		if err != nil {
+			return "", err
+		}
+		return u.Username, nil
+	})
+}
+
+func (n *names) groupOf(gid uint32) string {
+	return n.lookup(gid, &n.groups, func(id string) (string, error) {
+		g, err := user.LookupGroupId(id)
+		if err != nil {
+			return "", err
+		}
+		return g.Name, nil
+	})
+}
+
+func (n *names) lookup(id uint32, m *map[uint32]string, ask func(string) (string, error)) string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if time.Since(n.since) > time.Minute || len(*m) > 1024 {
+		n.users, n.groups, n.since = map[uint32]string{}, map[uint32]string{}, time.Now()
+	}
+	name, ok := (*m)[id]
+	if !ok {
+		name, _ = ask(strconv.FormatUint(uint64(id), 10))
+		(*m)[id] = name
+	}
+	return name
+}
+
+// numbers yields the numeric names of a buffer that getdents64(2) filled.
+func numbers(b []byte) func(yield func(int) bool) {
+	return func(yield func(int) bool) {
+		for name := range direntNames(b) {
+			n := 0
+			for _, c := range bytes.TrimSuffix(name, []byte{0}) {
+				if c < '0' || c > '9' {
+					n = -1
+					break
+				}
+				n = n*10 + int(c-'0')
+			}
+			if n >= 0 && !yield(n) {
+				return
+			}
+		}
+	}
+}

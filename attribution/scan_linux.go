@@ -1,0 +1,274 @@
+package attribution
+
+import (
+	"bytes"
+	"encoding/binary"
+	"slices"
+	"strconv"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// holder is one descriptor that refers to a socket.
+type holder struct {
+	pid, tid, fd int // tid is pid unless a thread has a descriptor table of its own
+}
+
+// A search goes through the descriptors of processes for sockets.
+type search struct {
+	h      *host
+	wanted map[uint32][]holder // by inode; filled with what is found
+	first  bool                // stop at the first holder
+	until  time.Time           // stop then, if not zero
+	found  int
+
+	unreadable []int // processes all of whose uids are 0, and that a security module keeps from us
+	denied     bool  // another process could not be read: anything may be in there
+
+	path    []byte // of the process or thread, below h.proc
+	dirents []byte
+	tids    [4096]byte
+	link    [64]byte
+}
+
+func newSearch(h *host, inodes ...uint32) *search {
+	s := &search{h: h, wanted: make(map[uint32][]holder, len(inodes)), dirents: make([]byte, 32<<10)}
+	for _, inode := range inodes {
+		s.wanted[inode] = nil
+	}
+	return s
+}
+
+// pids lists the processes, youngest first as far as pids tell.
+func (h *host) pids(buf []byte) ([]int, error) {
+	fd, err := unix.Open(h.proc, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	var pids []int
+	for {
+		n, err := unix.ReadDirent(fd, buf)
+		if err != nil {
+			return nil, err
+		}
+		if n == 0 {
+			break
+		}
+		for pid := range numbers(buf[:n]) {
+			if pid != h.self {
+				pids = append(pids, pid)
+			}
+		}
+	}
+	slices.Sort(pids)
+	slices.Reverse(pids)
+	return pids, nil
+}
+
+// all searches every descriptor table of every process.
+func (s *search) all() error {
+	pids, err := s.h.pids(s.dirents)
+	if err != nil {
+		return err
+	}
+	for _, pid := range pids {
+		if !s.process(pid) || !s.threads(pid) {
+			return nil
+		}
+	}
+	return nil
+}
+
+// process searches the table of a process's leader. It reports whether the
+// search goes on.
+func (s *search) process(pid int) bool {
+	s.path = strconv.AppendInt(s.path[:0], int64(pid), 10)
+	return s.table(holder{pid: pid, tid: pid})
+}
+
+// threads searches the tables of those threads that do not share the leader's:
+// one that left it (unshare(2), CLONE_FILES), and all of them if the leader has
+// ended. kcmp(2) tells; a kernel without it makes every thread be searched.
+func (s *search) threads(pid int) bool {
+	s.path = append(strconv.AppendInt(s.path[:0], int64(pid), 10), "/task"...)
+	path := s.h.proc + "/" + string(s.path)
+	var st unix.Stat_t
+	if unix.Stat(path, &st) != nil || st.Nlink <= 3 {
+		return true // ".", "..", and one thread
+	}
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return true
+	}
+	defer unix.Close(fd)
+	for {
+		n, err := unix.ReadDirent(fd, s.tids[:])
+		if err != nil || n == 0 {
+			return true
+		}
+		for tid := range numbers(s.tids[:n]) {
+			if tid == pid || sameTable(pid, tid) {
+				continue
+			}
+			s.path = strconv.AppendInt(s.path[:0], int64(pid), 10)
+			s.path = append(append(s.path, "/task/"...), strconv.Itoa(tid)...)
+			if !s.table(holder{pid: pid, tid: tid}) {
+				return false
+			}
+		}
+	}
+}
+
+func sameTable(pid, tid int) bool {
+	const kcmpFiles = 2 // KCMP_FILES
+	r, _, errno := unix.Syscall6(unix.SYS_KCMP, uintptr(pid), uintptr(tid), kcmpFiles, 0, 0, 0)
+	return errno == 0 && r == 0
+}
+
+// table searches one descriptor table, the directory fd below s.path.
+func (s *search) table(who holder) bool {
+	if !s.until.IsZero() && time.Now().After(s.until) {
+		return false
+	}
+	fd, err := unix.Open(s.h.proc+"/"+string(s.path)+"/fd", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		s.missed(who.pid, err)
+		return true
+	}
+	defer unix.Close(fd)
+	for {
+		n, err := unix.ReadDirent(fd, s.dirents)
+		if err != nil {
+			s.missed(who.pid, err)
+			return true
+		}
+		if n == 0 {
+			return true
+		}
+		for name := range direntNames(s.dirents[:n]) {
+			if name[0] == '.' {
+				continue
+			}
+			inode, err := s.socket(fd, name)
+			if err != 0 {
+				if err == unix.EACCES || err == unix.EPERM {
+					s.missed(who.pid, err)
+					return true
+				}
+				continue
+			}
+			holders, ok := s.wanted[inode]
+			if !ok {
+				continue
+			}
+			who.fd, _ = strconv.Atoi(string(bytes.TrimSuffix(name, []byte{0})))
+			if len(holders) == 0 || holders[len(holders)-1].pid != who.pid {
+				s.wanted[inode] = append(holders, who)
+			}
+			s.found++
+			if s.first {
+				return false
+			}
+		}
+	}
+}
+
+// missed notes a process that could not be searched. One that runs with no uid
+// but root's is named and passed over: an ordinary user cannot have put the
+// socket there, and on hosts with a confined pid 1 nothing could ever be
+// complete otherwise.
+func (s *search) missed(pid int, err error) {
+	if !denied(err) || slices.Contains(s.unreadable, pid) {
+		return
+	}
+	if p, _, err := s.h.pin(pid); err == nil {
+		defer s.h.unpin(p)
+		bp := bufs.Get().(*[]byte)
+		defer bufs.Put(bp)
+		if b, err := readAt(p.dir, "status", *bp); err == nil {
+			if c, err := parseStatus(b); err == nil && c.uid == [4]uint32{} {
+				s.unreadable = append(s.unreadable, pid)
+				return
+			}
+		}
+	}
+	s.denied = true
+}
+
+// socket reads the link of one descriptor: "socket:[INODE]" if it is a socket,
+// else 0. The name ends with its NUL, as getdents64 left it, so that no
+// string is made for each of the host's descriptors.
+func (s *search) socket(dir int, name []byte) (inode uint32, errno unix.Errno) {
+	n, _, errno := unix.Syscall6(unix.SYS_READLINKAT, uintptr(dir), uintptr(unsafe.Pointer(&name[0])),
+		uintptr(unsafe.Pointer(&s.link[0])), uintptr(len(s.link)), 0, 0)
+	if errno != 0 {
+		return 0, errno
+	}
+	digits, ok := bytes.CutPrefix(s.link[:n], []byte("socket:["))
+	if !ok {
+		return 0, 0
+	}
+	for _, c := range digits {
+		if c < '0' || c > '9' {
+			break
+		}
+		inode = inode*10 + uint32(c-'0')
+	}
+	return inode, 0
+}
+
+// direntNames yields the names in a buffer that getdents64(2) filled, each
+// with its terminating NUL.
+func direntNames(b []byte) func(yield func([]byte) bool) {
+	const header = 19 // ino, off, reclen, type of struct linux_dirent64
+	return func(yield func([]byte) bool) {
+		for len(b) > header {
+			size := int(binary.NativeEndian.Uint16(b[16:]))
+			if size <= header || size > len(b) {
+				return
+			}
+			name := b[header:size]
+			if end := bytes.IndexByte(name, 0); end > 0 && !yield(name[:end+1]) {
+				return
+			}
+			b = b[size:]
+		}
+	}
+}
+
+// cgroupMembers lists the processes of the cgroup2 directory with this id, as
+// sock_diag reports it for the socket. Nil when the id is the root's, the
+// directory is gone or cannot be opened.
+func (h *host) cgroupMembers(id uint64) []int {
+	const fileidKernfs = 0xfe // FILEID_KERNFS, include/linux/exportfs.h
+	if id <= 1 || h.cgroup2 == "" {
+		return nil
+	}
+	mount, err := unix.Open(h.cgroup2, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil
+	}
+	defer unix.Close(mount)
+	var handle [8]byte
+	binary.NativeEndian.PutUint64(handle[:], id)
+	dir, err := unix.OpenByHandleAt(mount, unix.NewFileHandle(fileidKernfs, handle[:]), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC)
+	if err != nil {
+		return nil
+	}
+	defer unix.Close(dir)
+	buf := make([]byte, 4096)
+	b, err := readAt(dir, "cgroup.procs", buf)
+	if err != nil || len(b) == len(buf) {
+		return nil // so many that a search of them is no hint
+	}
+	var pids []int
+	for line := range bytes.Lines(b) {
+		if pid, err := strconv.Atoi(string(bytes.TrimSpace(line))); err == nil && pid > 0 {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
