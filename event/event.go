@@ -1,0 +1,254 @@
+// Package event is the record of one observation: what was seen, what the
+// rules are asked about, and the line that is written. They are one value, so
+// that what a rule saw is what the log says.
+//
+// An Event is filled by whoever observes, completed by whoever decides, and
+// rendered by this package as documents of the Elastic Common Schema: the
+// process that started, the connection it made, the decision on its request,
+// and an alert for each rule that raised one. All documents come from the one
+// table of fields in fields.go, which is also the schema against which rules
+// are checked.
+package event
+
+import (
+	"fmt"
+	"net/netip"
+	"time"
+)
+
+// ECSVersion is the schema that the documents follow.
+const ECSVersion = "9.5.0"
+
+// Event is one observation. The zero value is an empty request. It may be
+// changed until it is given to a sink, and never after.
+type Event struct {
+	Kind Kind
+	Host *Host // never nil
+	Time time.Time
+
+	// Of a request.
+	Connection  Connection
+	Attribution Attribution
+	Subjects    []*Process // the one that decided comes first
+	Request     Request
+	Response    Response
+	Decision    Decision
+	Duration    time.Duration // from accept or the end of the previous answer, until the answer was passed on
+
+	// Of the daemon itself.
+	State State
+}
+
+// Kind tells what was observed.
+type Kind uint8
+
+const (
+	Asked     Kind = iota // a request to the metadata service
+	Lifecycle             // the daemon started, its policy or mode changed
+	Integrity             // somebody or something touched what protects the service
+)
+
+// Document is one of the forms in which an Event is rendered, or asked by rules.
+type Document uint8
+
+const (
+	ProcessStart Document = iota // a program was started
+	ConnectionAttempt
+	RequestDecision
+	Alert
+	LifecycleChange
+	IntegrityFinding
+)
+
+// Host is what does not change while the daemon runs.
+type Host struct {
+	ID           string // /etc/machine-id
+	Name         string
+	BootID       string
+	Architecture string
+	Kernel       string
+	OSName       string
+	OSVersion    string
+	OSPlatform   string // ID of os-release(5)
+	AgentID      string
+	Version      string // of imdsgate
+	Namespace    string // of the data streams; "" is "default"
+}
+
+// Connection is the client's connection before any redirect.
+type Connection struct {
+	Source      netip.AddrPort
+	Destination netip.AddrPort
+	Forwarded   bool // from another network namespace or host
+	First       bool // this is the first request on it
+	Accepted    time.Time
+}
+
+// Attribution is how the subjects were found, or why not.
+type Attribution struct {
+	Level      string // "L0" to "L3"
+	Via        string
+	Complete   bool
+	Reason     string // why there is no subject, or why the evidence is not complete
+	Cookie     uint64
+	Took       time.Duration
+	Unreadable []int64
+}
+
+// Process is one process in one image, as attribution saw it.
+type Process struct {
+	EntityID   string
+	PID        int64
+	Start      time.Time
+	Executable string
+	Name       string
+	Thread     string
+	Args       []string
+	// CommandLine is Args with blanks between them.
+	CommandLine string
+	WorkingDir  string
+	TTY         bool
+	Session     int64
+	Group       int64
+
+	UserID, RealUserID, SavedUserID string
+	UserName                        string
+	GroupID                         string
+	GroupName                       string
+	SupplementalGroups              []string
+
+	Unit      string // system unit
+	UserUnit  string
+	Cgroup    string
+	Container string
+	Runtime   string
+
+	HostVerified bool // the executable is the host's own file
+	RootOwned    bool // and only root can change it
+	Loader       bool // and it is a dynamic loader
+	Deleted      bool
+	Known        bool // Executable could be read at all
+	Earlier      bool // an image that the process has left since it connected
+
+	Parent *Process
+}
+
+// Request is what was asked.
+type Request struct {
+	Method    string
+	Target    string // as sent
+	Path      string // resolved
+	Class     string
+	Guarded   bool // one of the classes that policy keeps from matched and unattributed callers
+	Version   string
+	HTTP      string // "1.0", "1.1"
+	Host      string
+	UserAgent string
+	Bytes     int64 // of head and body
+	Token     bool  // carries an IMDSv2 token: the API of version 2
+	Forwarded bool  // carries X-Forwarded-For, Forwarded, X-Forwarded-Host or Via
+	HostIsOdd bool  // Host is a public name: a sign of DNS rebinding
+	Evasive   bool  // spelled as no client spells it
+	Malformed string
+}
+
+// Response is what the client got.
+type Response struct {
+	Status      int64 // 0: no answer
+	Bytes       int64
+	Refused     bool // by us
+	Failed      string
+	AccessKeyID string
+	Expiration  time.Time
+}
+
+// Verdict is what became of a request, or would have.
+type Verdict uint8
+
+const (
+	Allow Verdict = iota
+	Deny
+)
+
+func (v Verdict) String() string {
+	if v == Deny {
+		return "deny"
+	}
+	return "allow"
+}
+
+// Decision is what policy said.
+type Decision struct {
+	Mode    string // audit, enforce
+	Verdict Verdict
+	// WouldBe is the verdict in enforce mode. In audit mode the two may differ.
+	WouldBe Verdict
+	Reason  string // for a person, one line
+	Rule    *Rule  // that decided; nil if none did
+	Grant   string // that decided
+	Matches []Match
+}
+
+// Match is one rule that one subject matched.
+type Match struct {
+	Rule    *Rule
+	Subject *Process
+	Action  string // log, alert, block
+	Literal bool   // as the rule is written
+	Bound   bool   // its conditions hold for the process that owns the connection
+	Alert   bool   // an alert is raised for it
+}
+
+// Rule is what an event says of a rule.
+type Rule struct {
+	ID        string
+	Name      string
+	Ruleset   string
+	Version   string
+	Severity  string // low, medium, high, critical
+	RiskScore int64
+	Reference string
+	Threat    []Threat
+}
+
+// Threat is one tactic with its techniques, of the framework that the rule
+// names (MITRE ATT&CK).
+type Threat struct {
+	Framework         string
+	TacticID          string
+	TacticName        string
+	TechniqueIDs      []string
+	TechniqueNames    []string
+	SubtechniqueIDs   []string
+	SubtechniqueNames []string
+}
+
+// State is an event of the daemon itself.
+type State struct {
+	Action   string // "daemon-started", "redirect-rule-removed"
+	Type     string // ECS event.type: change, info, deletion, ...
+	Message  string
+	Reason   string
+	Failed   bool
+	Mode     string
+	Previous string // mode
+	Policy   string // digest
+	Rules    int64
+	Grants   int64
+}
+
+// SeverityNumber gives event.severity as Kibana's alerts have it: 21, 47, 73
+// or 99, and no other value maps.
+func SeverityNumber(name string) (int64, error) {
+	switch name {
+	case "low":
+		return 21, nil
+	case "medium":
+		return 47, nil
+	case "high":
+		return 73, nil
+	case "critical":
+		return 99, nil
+	}
+	return 0, fmt.Errorf("unknown severity %q; there are low, medium, high, critical", name)
+}

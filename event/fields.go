@@ -1,0 +1,444 @@
+package event
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Type is the type of a field.
+type Type uint8
+
+const (
+	Keyword Type = iota
+	IP
+	Long
+	Boolean
+	Date
+)
+
+// Value is what one field has in one document. The zero Value is no value.
+type Value struct {
+	Set   bool
+	Text  string
+	Texts []string // instead of Text, for a field with several values
+	Int   int64
+	Ints  []int64 // instead of Int
+	Bool  bool
+	Addr  netip.Addr
+	Time  time.Time
+}
+
+// A View is one document of an event, with the process that it is about. It
+// carries what belongs to the document and not to the event.
+type View struct {
+	*Event
+	Document Document
+	Subject  *Process // nil when unattributed
+	Match    *Match   // of an alert
+	ID       string
+	Sequence uint64
+	Created  time.Time
+	Decided  string // of an alert: the ID of the decision it belongs to
+}
+
+// Field is one row of the schema. Name is dotted, as in ECS; names outside ECS
+// begin with "imdsgate.".
+type Field struct {
+	Name  string
+	Type  Type
+	Array bool // may have several values
+
+	docs  docs
+	free  bool // text that a process or client chose, and that may carry a secret
+	argv  bool // the values are the arguments of one command
+	first bool // only the first of several values is written; ECS wants one
+	get   func(*View) Value
+	parts []string
+}
+
+// Value reads the field in a document.
+func (f *Field) Value(v *View) Value {
+	if f.docs&(1<<v.Document) == 0 {
+		return Value{}
+	}
+	return f.get(v)
+}
+
+// docs is the set of documents that have a field.
+type docs uint8
+
+const (
+	inProcess   docs = 1 << ProcessStart
+	inConn      docs = 1 << ConnectionAttempt
+	inDecision  docs = 1 << RequestDecision
+	inAlert     docs = 1 << Alert
+	inLifecycle docs = 1 << LifecycleChange
+	inIntegrity docs = 1 << IntegrityFinding
+
+	everywhere = inProcess | inConn | onRequest | onState
+	onRequest  = inDecision | inAlert
+	onProcess  = inProcess | inConn | onRequest
+	onNetwork  = inConn | onRequest
+	onState    = inLifecycle | inIntegrity
+)
+
+// Fields is the whole schema, in the order of rendering. It must not be changed.
+var Fields = fields()
+
+// Lookup finds a field by its name.
+func Lookup(name string) (index int, ok bool) {
+	return slices.BinarySearchFunc(Fields, strings.Split(name, "."), func(f Field, parts []string) int {
+		return slices.Compare(f.parts, parts)
+	})
+}
+
+func text(s string) Value { return Value{Set: true, Text: s} }
+
+// known is text, or no value for "".
+func known(s string) Value { return Value{Set: s != "", Text: s} }
+
+func texts(s ...string) Value { return Value{Set: len(s) > 0, Texts: s} }
+func number(n int64) Value    { return Value{Set: true, Int: n} }
+func flag(b bool) Value       { return Value{Set: true, Bool: b} }
+func date(t time.Time) Value  { return Value{Set: !t.IsZero(), Time: t} }
+func addr(a netip.Addr) Value { return Value{Set: a.IsValid(), Addr: a} }
+
+// positive is a number, or no value for 0.
+func positive(n int64) Value { return Value{Set: n > 0, Int: n} }
+
+func fields() []Field {
+	var all []Field
+	add := func(d docs, t Type, name string, get func(*View) Value) *Field {
+		all = append(all, Field{Name: name, Type: t, docs: d, get: get, parts: strings.Split(name, ".")})
+		return &all[len(all)-1]
+	}
+	array := func(d docs, t Type, name string, get func(*View) Value) { add(d, t, name, get).Array = true }
+
+	add(everywhere, Date, "@timestamp", func(v *View) Value { return date(v.Timestamp()) })
+	add(everywhere, Keyword, "ecs.version", func(*View) Value { return text(ECSVersion) })
+	add(everywhere, Keyword, "message", func(v *View) Value { return text(v.message()) }).free = true
+	add(onRequest|onState, Keyword, "log.level", func(v *View) Value { return text(v.level()) })
+	add(everywhere, Keyword, "data_stream.type", func(*View) Value { return text("logs") })
+	add(everywhere, Keyword, "data_stream.dataset", func(v *View) Value { return text(v.dataset()) })
+	add(everywhere, Keyword, "data_stream.namespace", func(v *View) Value {
+		if v.Host.Namespace == "" {
+			return text("default")
+		}
+		return text(v.Host.Namespace)
+	})
+
+	add(everywhere, Keyword, "agent.id", func(v *View) Value { return known(v.Host.AgentID) })
+	add(everywhere, Keyword, "agent.type", func(*View) Value { return text("imdsgate") })
+	add(everywhere, Keyword, "agent.version", func(v *View) Value { return known(v.Host.Version) })
+	add(everywhere, Keyword, "host.id", func(v *View) Value { return known(v.Host.ID) })
+	add(everywhere, Keyword, "host.name", func(v *View) Value { return known(v.Host.Name) })
+	add(everywhere, Keyword, "host.hostname", func(v *View) Value { return known(v.Host.Name) })
+	add(everywhere, Keyword, "host.architecture", func(v *View) Value { return known(v.Host.Architecture) })
+	add(everywhere, Keyword, "host.boot.id", func(v *View) Value { return known(v.Host.BootID) })
+	add(everywhere, Keyword, "host.os.type", func(*View) Value { return text("linux") })
+	add(everywhere, Keyword, "host.os.name", func(v *View) Value { return known(v.Host.OSName) })
+	add(everywhere, Keyword, "host.os.version", func(v *View) Value { return known(v.Host.OSVersion) })
+	add(everywhere, Keyword, "host.os.platform", func(v *View) Value { return known(v.Host.OSPlatform) })
+	add(everywhere, Keyword, "host.os.kernel", func(v *View) Value { return known(v.Host.Kernel) })
+	add(onRequest|onState, Keyword, "observer.type", func(*View) Value { return text("proxy") })
+	add(onRequest|onState, Keyword, "observer.vendor", func(*View) Value { return text("imdsgate") })
+	add(onRequest|onState, Keyword, "observer.product", func(*View) Value { return text("imdsgate") })
+	add(onRequest|onState, Keyword, "observer.version", func(v *View) Value { return known(v.Host.Version) })
+	add(onRequest|onState, Keyword, "observer.hostname", func(v *View) Value { return known(v.Host.Name) })
+
+	add(everywhere, Keyword, "event.id", func(v *View) Value { return known(v.ID) })
+	add(everywhere, Long, "event.sequence", func(v *View) Value { return positive(int64(v.Sequence)) })
+	add(everywhere, Date, "event.created", func(v *View) Value { return date(v.Created) })
+	add(everywhere, Keyword, "event.module", func(*View) Value { return text("imdsgate") })
+	add(everywhere, Keyword, "event.dataset", func(v *View) Value { return text(v.dataset()) })
+	add(everywhere, Keyword, "event.kind", func(v *View) Value { return text(v.kind()) })
+	array(everywhere, Keyword, "event.category", func(v *View) Value { return texts(v.category()...) })
+	array(everywhere, Keyword, "event.type", func(v *View) Value { return texts(v.types()...) })
+	add(everywhere, Keyword, "event.action", func(v *View) Value { return text(v.action()) })
+	add(everywhere, Keyword, "event.outcome", func(v *View) Value { return text(v.outcome()) })
+	add(onRequest|onState, Keyword, "event.provider", func(v *View) Value { return text(v.provider()) })
+	add(onRequest|onState, Keyword, "event.code", func(v *View) Value { return text(v.code()) })
+	add(onRequest|onState, Keyword, "event.reason", func(v *View) Value { return known(v.reason()) }).free = true
+	add(onRequest, Date, "event.start", func(v *View) Value { return date(v.Time) })
+	add(onRequest, Long, "event.duration", func(v *View) Value { return positive(v.Duration.Nanoseconds()) })
+	add(onRequest, Long, "event.severity", func(v *View) Value {
+		if r := v.rule(); r != nil {
+			n, err := SeverityNumber(r.Severity)
+			return Value{Set: err == nil, Int: n}
+		}
+		return Value{}
+	})
+	add(onRequest, Long, "event.risk_score", func(v *View) Value {
+		if r := v.rule(); r != nil {
+			return number(r.RiskScore)
+		}
+		return Value{}
+	})
+
+	processFields(add, array, "process", func(v *View) *Process { return v.Subject })
+	processFields(add, array, "process.parent", func(v *View) *Process {
+		if v.Subject == nil {
+			return nil
+		}
+		return v.Subject.Parent
+	})
+	add(onProcess, Keyword, "user.id", func(v *View) Value { return v.of(func(p *Process) Value { return known(p.UserID) }) })
+	add(onProcess, Keyword, "user.name", func(v *View) Value { return v.of(func(p *Process) Value { return known(p.UserName) }) })
+	add(onProcess, Keyword, "container.id", func(v *View) Value { return v.of(func(p *Process) Value { return known(p.Container) }) })
+	add(onProcess, Keyword, "container.runtime", func(v *View) Value { return v.of(func(p *Process) Value { return known(p.Runtime) }) })
+
+	add(onNetwork, Keyword, "source.address", func(v *View) Value { return text(v.Connection.Source.Addr().String()) })
+	add(onNetwork, IP, "source.ip", func(v *View) Value { return addr(v.Connection.Source.Addr()) })
+	add(onNetwork, Long, "source.port", func(v *View) Value { return number(int64(v.Connection.Source.Port())) })
+	add(onNetwork, Keyword, "destination.address", func(v *View) Value { return text(v.Connection.Destination.Addr().String()) })
+	add(onNetwork, IP, "destination.ip", func(v *View) Value { return addr(v.Connection.Destination.Addr()) })
+	add(onNetwork, Long, "destination.port", func(v *View) Value { return number(int64(v.Connection.Destination.Port())) })
+	add(onNetwork, Keyword, "network.direction", func(*View) Value { return text("egress") })
+	add(onNetwork, Keyword, "network.transport", func(*View) Value { return text("tcp") })
+	add(onNetwork, Keyword, "network.protocol", func(*View) Value { return text("http") })
+	add(onNetwork, Keyword, "network.type", func(v *View) Value {
+		if v.Connection.Destination.Addr().Is4() {
+			return text("ipv4")
+		}
+		return text("ipv6")
+	})
+
+	add(onRequest, Keyword, "http.version", func(v *View) Value { return known(v.Request.HTTP) })
+	add(onRequest, Keyword, "http.request.method", func(v *View) Value { return known(v.Request.Method) }).free = true
+	add(onRequest, Long, "http.request.bytes", func(v *View) Value { return positive(v.Request.Bytes) })
+	add(onRequest, Long, "http.response.status_code", func(v *View) Value { return positive(v.Response.Status) })
+	add(onRequest, Long, "http.response.bytes", func(v *View) Value { return number(v.Response.Bytes) })
+	add(onRequest, Keyword, "url.scheme", func(*View) Value { return text("http") })
+	add(onRequest, Keyword, "url.domain", func(v *View) Value { return known(v.Request.Host) }).free = true
+	add(onRequest, Long, "url.port", func(v *View) Value { return number(int64(v.Connection.Destination.Port())) })
+	add(onRequest, Keyword, "url.path", func(v *View) Value { return known(v.Request.Path) }).free = true
+	add(onRequest, Keyword, "url.original", func(v *View) Value { return known(v.Request.Target) }).free = true
+	add(onRequest, Keyword, "user_agent.original", func(v *View) Value { return known(v.Request.UserAgent) }).free = true
+
+	ruleFields(add, array)
+	array(onRequest, IP, "related.ip", func(v *View) Value {
+		return texts(v.Connection.Source.Addr().String(), v.Connection.Destination.Addr().String())
+	})
+	array(onRequest, Keyword, "related.hosts", func(v *View) Value { return texts(v.Host.Name) })
+	array(onRequest, Keyword, "related.user", func(v *View) Value {
+		return v.of(func(p *Process) Value {
+			if p.UserName == "" {
+				return Value{}
+			}
+			return texts(p.UserName)
+		})
+	})
+	ownFields(add, array)
+	stateFields(add)
+
+	slices.SortFunc(all, func(a, b Field) int { return slices.Compare(a.parts, b.parts) })
+	return all
+}
+
+type adder func(d docs, t Type, name string, get func(*View) Value) *Field
+
+func processFields(add adder, array func(docs, Type, string, func(*View) Value), prefix string, who func(*View) *Process) {
+	of := func(get func(*Process) Value) func(*View) Value {
+		return func(v *View) Value {
+			if p := who(v); p != nil {
+				return get(p)
+			}
+			return Value{}
+		}
+	}
+	add(onProcess, Keyword, prefix+".entity_id", of(func(p *Process) Value { return known(p.EntityID) }))
+	add(onProcess, Long, prefix+".pid", of(func(p *Process) Value { return number(p.PID) }))
+	add(onProcess, Keyword, prefix+".name", of(func(p *Process) Value { return known(p.Name) })).free = true
+	// A program started by a relative path is matched by the rules under that
+	// path, too; the kernel only knows the absolute one.
+	executable := add(onProcess, Keyword, prefix+".executable", of(func(p *Process) Value {
+		if len(p.Args) > 0 && strings.HasPrefix(p.Args[0], "./") && p.Executable != "" {
+			return texts(p.Executable, p.Args[0])
+		}
+		return known(p.Executable)
+	}))
+	executable.Array, executable.free, executable.first = true, true, true
+	add(onProcess, Keyword, prefix+".thread.name", of(func(p *Process) Value { return known(p.Thread) })).free = true
+	args := add(onProcess, Keyword, prefix+".args", of(func(p *Process) Value { return texts(p.Args...) }))
+	args.Array, args.free, args.argv = true, true, true
+	add(onProcess, Long, prefix+".args_count", of(func(p *Process) Value { return number(int64(len(p.Args))) }))
+	add(onProcess, Keyword, prefix+".command_line", of(func(p *Process) Value { return known(p.CommandLine) })).free = true
+	add(onProcess, Keyword, prefix+".working_directory", of(func(p *Process) Value { return text(p.WorkingDir) })).free = true
+	add(onProcess, Date, prefix+".start", of(func(p *Process) Value { return date(p.Start) }))
+	add(onProcess, Boolean, prefix+".interactive", of(func(p *Process) Value { return flag(p.TTY) }))
+	add(onProcess, Keyword, prefix+".user.id", of(func(p *Process) Value { return known(p.UserID) }))
+	add(onProcess, Keyword, prefix+".user.name", of(func(p *Process) Value { return known(p.UserName) }))
+	add(onProcess, Keyword, prefix+".real_user.id", of(func(p *Process) Value { return known(p.RealUserID) }))
+	add(onProcess, Keyword, prefix+".saved_user.id", of(func(p *Process) Value { return known(p.SavedUserID) }))
+	add(onProcess, Keyword, prefix+".group.id", of(func(p *Process) Value { return known(p.GroupID) }))
+	add(onProcess, Keyword, prefix+".group.name", of(func(p *Process) Value { return known(p.GroupName) }))
+	array(onProcess, Keyword, prefix+".supplemental_groups.id", of(func(p *Process) Value { return texts(p.SupplementalGroups...) }))
+	add(onProcess, Long, prefix+".group_leader.pid", of(func(p *Process) Value { return positive(p.Group) }))
+	add(onProcess, Long, prefix+".session_leader.pid", of(func(p *Process) Value { return positive(p.Session) }))
+}
+
+func ruleFields(add adder, array func(docs, Type, string, func(*View) Value)) {
+	of := func(get func(*Rule) Value) func(*View) Value {
+		return func(v *View) Value {
+			if r := v.rule(); r != nil {
+				return get(r)
+			}
+			return Value{}
+		}
+	}
+	add(onRequest, Keyword, "rule.id", of(func(r *Rule) Value { return known(r.ID) }))
+	add(onRequest, Keyword, "rule.uuid", of(func(r *Rule) Value { return known(r.ID) }))
+	add(onRequest, Keyword, "rule.name", of(func(r *Rule) Value { return known(r.Name) }))
+	add(onRequest, Keyword, "rule.ruleset", of(func(r *Rule) Value { return known(r.Ruleset) }))
+	add(onRequest, Keyword, "rule.version", of(func(r *Rule) Value { return known(r.Version) }))
+	add(onRequest, Keyword, "rule.reference", of(func(r *Rule) Value { return known(r.Reference) }))
+	add(onRequest, Keyword, "threat.framework", of(func(r *Rule) Value {
+		if len(r.Threat) == 0 {
+			return Value{}
+		}
+		return known(r.Threat[0].Framework)
+	}))
+	for _, f := range []struct {
+		name string
+		get  func(Threat) []string
+	}{
+		{"threat.tactic.id", func(t Threat) []string { return []string{t.TacticID} }},
+		{"threat.tactic.name", func(t Threat) []string { return []string{t.TacticName} }},
+		{"threat.technique.id", func(t Threat) []string { return t.TechniqueIDs }},
+		{"threat.technique.name", func(t Threat) []string { return t.TechniqueNames }},
+		{"threat.technique.subtechnique.id", func(t Threat) []string { return t.SubtechniqueIDs }},
+		{"threat.technique.subtechnique.name", func(t Threat) []string { return t.SubtechniqueNames }},
+	} {
+		array(onRequest, Keyword, f.name, of(func(r *Rule) Value {
+			var all []string
+			for _, t := range r.Threat {
+				all = append(all, f.get(t)...)
+			}
+			return texts(all...)
+		}))
+	}
+}
+
+// ownFields are those that ECS has no name for.
+func ownFields(add adder, array func(docs, Type, string, func(*View) Value)) {
+	add(onRequest|onState, Keyword, "imdsgate.mode", func(v *View) Value {
+		if v.Kind == Asked {
+			return known(v.Decision.Mode)
+		}
+		return known(v.State.Mode)
+	})
+	add(onRequest, Keyword, "imdsgate.verdict", func(v *View) Value { return text(v.Decision.Verdict.String()) })
+	add(onRequest, Keyword, "imdsgate.audit_verdict", func(v *View) Value { return text(v.Decision.WouldBe.String()) })
+	add(onRequest, Keyword, "imdsgate.grant", func(v *View) Value { return known(v.Decision.Grant) })
+	array(inDecision, Keyword, "imdsgate.matched", func(v *View) Value {
+		var all []string
+		for _, m := range v.Decision.Matches {
+			all = append(all, m.Rule.ID)
+		}
+		return texts(all...)
+	})
+	add(onRequest, Keyword, "imdsgate.request.class", func(v *View) Value { return known(v.Request.Class) })
+	add(onRequest, Boolean, "imdsgate.request.guarded", func(v *View) Value { return flag(v.Request.Guarded) })
+	add(onRequest, Keyword, "imdsgate.request.api", func(v *View) Value {
+		switch {
+		case v.Request.Malformed != "":
+			return Value{}
+		case v.Request.Token || v.Request.Class == "token":
+			return text("v2")
+		}
+		return text("v1")
+	})
+	add(onRequest, Keyword, "imdsgate.request.token", func(v *View) Value {
+		if v.Request.Token {
+			return text("present")
+		}
+		return text("absent")
+	})
+	add(onRequest, Keyword, "imdsgate.request.version", func(v *View) Value { return known(v.Request.Version) })
+	add(onRequest, Boolean, "imdsgate.request.evasive", func(v *View) Value { return flag(v.Request.Evasive) })
+	add(onRequest, Boolean, "imdsgate.request.forwarded_for", func(v *View) Value { return flag(v.Request.Forwarded) })
+	add(onRequest, Boolean, "imdsgate.request.public_host", func(v *View) Value { return flag(v.Request.HostIsOdd) })
+	add(onRequest, Keyword, "imdsgate.request.malformed", func(v *View) Value { return known(v.Request.Malformed) }).free = true
+	add(onRequest, Keyword, "imdsgate.response.failure", func(v *View) Value { return known(v.Response.Failed) })
+	add(onRequest, Keyword, "imdsgate.credential.access_key_id", func(v *View) Value { return known(v.Response.AccessKeyID) })
+	add(onRequest, Date, "imdsgate.credential.expiration", func(v *View) Value { return date(v.Response.Expiration) })
+
+	add(onRequest, Keyword, "imdsgate.attribution.level", func(v *View) Value { return known(v.Attribution.Level) })
+	add(onRequest, Keyword, "imdsgate.attribution.via", func(v *View) Value { return known(v.Attribution.Via) })
+	add(onRequest, Boolean, "imdsgate.attribution.complete", func(v *View) Value { return flag(v.Attribution.Complete) })
+	add(onRequest, Keyword, "imdsgate.attribution.reason", func(v *View) Value { return known(v.Attribution.Reason) })
+	add(onRequest, Long, "imdsgate.attribution.cookie", func(v *View) Value { return positive(int64(v.Attribution.Cookie)) })
+	add(onRequest, Long, "imdsgate.attribution.latency_us", func(v *View) Value { return number(v.Attribution.Took.Microseconds()) })
+	array(onRequest, Long, "imdsgate.attribution.unreadable", func(v *View) Value {
+		return Value{Set: len(v.Attribution.Unreadable) > 0, Ints: v.Attribution.Unreadable}
+	})
+
+	of := func(get func(*Process) Value) func(*View) Value {
+		return func(v *View) Value { return v.of(get) }
+	}
+	add(onProcess, Boolean, "imdsgate.executable.host_verified", of(func(p *Process) Value { return Value{Set: p.Known, Bool: p.HostVerified} }))
+	add(onProcess, Boolean, "imdsgate.executable.root_owned", of(func(p *Process) Value { return Value{Set: p.Known, Bool: p.RootOwned} }))
+	add(onProcess, Boolean, "imdsgate.executable.loader", of(func(p *Process) Value { return Value{Set: p.Known, Bool: p.Loader} }))
+	add(onProcess, Boolean, "imdsgate.executable.deleted", of(func(p *Process) Value { return Value{Set: p.Known, Bool: p.Deleted} }))
+	add(onProcess, Boolean, "imdsgate.process.earlier_image", of(func(p *Process) Value { return flag(p.Earlier) }))
+	add(onProcess, Keyword, "imdsgate.process.unit", of(func(p *Process) Value { return known(p.Unit) }))
+	add(onProcess, Keyword, "imdsgate.process.user_unit", of(func(p *Process) Value { return known(p.UserUnit) })).free = true
+	add(onProcess, Keyword, "imdsgate.process.cgroup", of(func(p *Process) Value { return known(p.Cgroup) })).free = true
+
+	array(onProcess, Long, "imdsgate.ancestors.pid", of(func(p *Process) Value {
+		var all []int64
+		for a := p.Parent; a != nil; a = a.Parent {
+			all = append(all, a.PID)
+		}
+		return Value{Set: len(all) > 0, Ints: all}
+	}))
+	array(onProcess, Keyword, "imdsgate.ancestors.executable", of(func(p *Process) Value {
+		var all []string
+		for a := p.Parent; a != nil; a = a.Parent {
+			all = append(all, a.Executable)
+		}
+		return texts(all...)
+	}))
+	array(inDecision, Long, "imdsgate.subjects.pid", func(v *View) Value {
+		var all []int64
+		for _, p := range v.Subjects {
+			all = append(all, p.PID)
+		}
+		return Value{Set: len(all) > 0, Ints: all}
+	})
+	array(inDecision, Keyword, "imdsgate.subjects.executable", func(v *View) Value {
+		var all []string
+		for _, p := range v.Subjects {
+			all = append(all, p.Executable)
+		}
+		return texts(all...)
+	})
+	add(inAlert, Keyword, "imdsgate.alert.match", func(v *View) Value {
+		if v.Match.Literal {
+			return text("literal")
+		}
+		return text("bound")
+	})
+	add(inAlert, Keyword, "imdsgate.alert.action", func(v *View) Value { return text(v.Match.Action) })
+	array(inAlert, Keyword, "imdsgate.alert.correlated_event_ids", func(v *View) Value { return texts(v.Decided) })
+}
+
+func stateFields(add adder) {
+	add(onState, Keyword, "service.name", func(*View) Value { return text("imdsgate") })
+	add(onState, Keyword, "service.type", func(*View) Value { return text("imdsgate") })
+	add(onState, Keyword, "service.version", func(v *View) Value { return known(v.Host.Version) })
+	add(onState, Keyword, "imdsgate.previous_mode", func(v *View) Value { return known(v.State.Previous) })
+	add(onState, Keyword, "imdsgate.policy.digest", func(v *View) Value { return known(v.State.Policy) })
+	add(onState, Long, "imdsgate.rules_loaded", func(v *View) Value { return positive(v.State.Rules) })
+	add(onState, Long, "imdsgate.grants_loaded", func(v *View) Value { return positive(v.State.Grants) })
+}
+
+// of reads the subject.
+func (v *View) of(get func(*Process) Value) Value {
+	if v.Subject == nil {
+		return Value{}
+	}
+	return get(v.Subject)
+}

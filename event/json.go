@@ -1,0 +1,170 @@
+package event
+
+import (
+	"strconv"
+	"unicode/utf8"
+)
+
+const (
+	// maxText bounds one string of a document, in bytes. Lower cuts the class
+	// paths of long java command lines, on which people search; higher lets a
+	// process blow up the log by its own arguments.
+	maxText = 4096
+	// maxTexts bounds the values of one field.
+	maxTexts = 64
+)
+
+// AppendJSON appends the document as one line of JSON, without the newline.
+// Text that a process or a client chose is redacted and cut. It never fails:
+// whatever is in the event, the line parses.
+func (v *View) AppendJSON(b []byte) []byte {
+	var stack []string // the objects that are open
+	cut := false
+	b = append(b, '{')
+	first := true
+	for i := range Fields {
+		f := &Fields[i]
+		value := f.Value(v)
+		if !value.Set {
+			continue
+		}
+		objects := f.parts[:len(f.parts)-1]
+		same := 0
+		for same < len(stack) && same < len(objects) && stack[same] == objects[same] {
+			same++
+		}
+		for len(stack) > same {
+			b = append(b, '}')
+			stack = stack[:len(stack)-1]
+		}
+		if !first && b[len(b)-1] != '{' {
+			b = append(b, ',')
+		}
+		first = false
+		for _, name := range objects[same:] {
+			b = appendString(b, name)
+			b = append(b, ':', '{')
+			stack = append(stack, name)
+		}
+		b = appendString(b, f.parts[len(f.parts)-1])
+		b = append(b, ':')
+		var short bool
+		b, short = f.append(b, value)
+		cut = cut || short
+	}
+	for range stack {
+		b = append(b, '}')
+	}
+	if cut {
+		b = append(b, `,"labels":{"imdsgate_truncated":"true"}`...)
+	}
+	return append(b, '}')
+}
+
+// append renders one value. short says that something was cut.
+func (f *Field) append(b []byte, v Value) (_ []byte, short bool) {
+	switch f.Type {
+	case Long:
+		if v.Ints == nil {
+			return strconv.AppendInt(b, v.Int, 10), false
+		}
+		b = append(b, '[')
+		for i, n := range v.Ints[:min(len(v.Ints), maxTexts)] {
+			if i > 0 {
+				b = append(b, ',')
+			}
+			b = strconv.AppendInt(b, n, 10)
+		}
+		return append(b, ']'), len(v.Ints) > maxTexts
+	case Boolean:
+		return strconv.AppendBool(b, v.Bool), false
+	case Date:
+		b = append(b, '"')
+		b = v.Time.UTC().AppendFormat(b, "2006-01-02T15:04:05.000Z")
+		return append(b, '"'), false
+	case IP:
+		if v.Texts == nil {
+			b = append(b, '"')
+			b = v.Addr.AppendTo(b)
+			return append(b, '"'), false
+		}
+	}
+	if v.Texts == nil {
+		return f.appendText(b, v.Text)
+	}
+	if f.first {
+		return f.appendText(b, v.Texts[0])
+	}
+	all := v.Texts[:min(len(v.Texts), maxTexts)]
+	short = len(all) < len(v.Texts)
+	if f.argv {
+		all = redactArgs(all)
+	}
+	b = append(b, '[')
+	for i, s := range all {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		var one bool
+		b, one = f.appendText(b, s)
+		short = short || one
+	}
+	return append(b, ']'), short
+}
+
+func (f *Field) appendText(b []byte, s string) (_ []byte, short bool) {
+	if f.free {
+		s = redact(s)
+	}
+	if len(s) > maxText {
+		end := maxText
+		for end > maxText-utf8.UTFMax && !utf8.RuneStart(s[end]) {
+			end--
+		}
+		s, short = s[:end], true
+	}
+	return appendString(b, s), short
+}
+
+// appendString appends s as a JSON string (RFC 8259 section 7). Bytes that are
+// no UTF-8 become U+FFFD, and line separators that JavaScript knows are
+// escaped, so that a line stays a line for every reader.
+func appendString(b []byte, s string) []byte {
+	const hex = "0123456789abcdef"
+	b = append(b, '"')
+	start := 0
+	for i := 0; i < len(s); {
+		c := s[i]
+		if c >= ' ' && c < utf8.RuneSelf && c != '"' && c != '\\' && c != 0x7f {
+			i++
+			continue
+		}
+		size := 1
+		var r rune
+		if c >= utf8.RuneSelf {
+			r, size = utf8.DecodeRuneInString(s[i:])
+			if (r != utf8.RuneError || size > 1) && r != '\u2028' && r != '\u2029' && r != '\u0085' {
+				i += size
+				continue
+			}
+		}
+		b = append(b, s[start:i]...)
+		switch {
+		case c == '"' || c == '\\':
+			b = append(b, '\\', c)
+		case c == '\n':
+			b = append(b, '\\', 'n')
+		case c == '\t':
+			b = append(b, '\\', 't')
+		case c == '\r':
+			b = append(b, '\\', 'r')
+		case c < utf8.RuneSelf:
+			b = append(b, '\\', 'u', '0', '0', hex[c>>4], hex[c&0xf])
+		default:
+			b = append(b, '\\', 'u', hex[r>>12&0xf], hex[r>>8&0xf], hex[r>>4&0xf], hex[r&0xf])
+		}
+		i += size
+		start = i
+	}
+	return append(append(b, s[start:]...), '"')
+}

@@ -1,0 +1,282 @@
+// Package sink takes events away from those who make them.
+//
+// A File is the spool: one line of JSON per document, in a file that is
+// rotated by size. Everything else that wants events reads them from there, so
+// that one slow reader costs nobody anything. Record never blocks: what does
+// not fit into the queue is dropped, and counted.
+package sink
+
+import (
+	"bufio"
+	"cmp"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"sync/atomic"
+	"time"
+
+	"github.com/imdsgate/imdsgate/event"
+	"github.com/oklog/ulid/v2"
+)
+
+// Options of a File. Zero values are replaced by what the comments say.
+type Options struct {
+	Path string `yaml:"path"`
+	// MaxSize is the size, in bytes, at which the file is rotated: 100 MB.
+	MaxSize int64 `yaml:"max_size"`
+	// Keep is how many rotated files are kept beside the present one: 4, five
+	// in all. They are called Path.1 (the youngest) and so on.
+	Keep int `yaml:"keep"`
+	// Queue is how many events may wait for the disk: 4096. A lower number
+	// drops events when the disk stalls for a moment; each place costs a few
+	// kilobytes while it is taken.
+	Queue int `yaml:"queue"`
+}
+
+const (
+	flushAfter = 50 * time.Millisecond
+	bufferSize = 64 << 10
+)
+
+// File is the spool. Record may be called from any goroutine, and by many at
+// once.
+type File struct {
+	options Options
+	queue   chan *event.Event
+	done    chan struct{}
+	stopped atomic.Bool
+	stop    chan struct{}
+
+	written, dropped, failed atomic.Uint64
+	err                      atomic.Pointer[error]
+}
+
+// Stats counts documents since the start.
+type Stats struct {
+	Written uint64 `json:"written"`
+	Dropped uint64 `json:"dropped"` // events that found the queue full
+	Failed  uint64 `json:"failed"`  // documents that the disk did not take
+	Error   string `json:"error,omitempty"`
+}
+
+// Open opens or makes the file, for its owner to write and its group to read.
+// It never follows a link. The sequence numbers of its documents go on from
+// those of an earlier run in the same boot.
+func Open(o Options) (*File, error) {
+	o.MaxSize = cmp.Or(o.MaxSize, 100<<20)
+	o.Keep = cmp.Or(o.Keep, 4)
+	o.Queue = cmp.Or(o.Queue, 4096)
+	w := &writer{path: o.Path, maxSize: o.MaxSize, keep: o.Keep}
+	if err := w.open(); err != nil {
+		return nil, err
+	}
+	f := &File{options: o, queue: make(chan *event.Event, o.Queue), done: make(chan struct{}), stop: make(chan struct{})}
+	go f.loop(w)
+	return f, nil
+}
+
+// Record queues an event, which must not be changed any more.
+func (f *File) Record(e *event.Event) {
+	if f.stopped.Load() {
+		f.dropped.Add(1)
+		return
+	}
+	select {
+	case f.queue <- e:
+	default:
+		f.dropped.Add(1)
+	}
+}
+
+// Close writes what is queued and closes the file.
+func (f *File) Close() error {
+	if f.stopped.Swap(true) {
+		return nil
+	}
+	close(f.stop)
+	<-f.done
+	if err := f.err.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
+
+// Path is where the present file is.
+func (f *File) Path() string { return f.options.Path }
+
+// Stats reports what became of the events so far.
+func (f *File) Stats() Stats {
+	s := Stats{Written: f.written.Load(), Dropped: f.dropped.Load(), Failed: f.failed.Load()}
+	if err := f.err.Load(); err != nil {
+		s.Error = (*err).Error()
+	}
+	return s
+}
+
+// loop is the one goroutine that writes.
+func (f *File) loop(w *writer) {
+	defer close(f.done)
+	flush := time.NewTimer(flushAfter)
+	defer flush.Stop()
+	n := numberer{sequence: sinceBoot(), entropy: ulid.Monotonic(rand.Reader, 0)}
+	var line []byte
+	write := func(e *event.Event) {
+		now := time.Now()
+		views := e.Views()
+		urgent := e.Kind != event.Asked
+		for i := range views {
+			v := &views[i]
+			n.number(v, now)
+			if i > 0 {
+				v.Decided = views[0].ID
+			}
+			urgent = urgent || v.Document == event.Alert || e.Decision.WouldBe == event.Deny
+			line = append(v.AppendJSON(line[:0]), '\n')
+			f.note(w.write(line), 1)
+		}
+		if urgent {
+			f.note(w.flush(), 0)
+		}
+	}
+	for {
+		select {
+		case e := <-f.queue:
+			write(e)
+		case <-flush.C:
+			f.note(w.flush(), 0)
+			flush.Reset(flushAfter)
+		case <-f.stop:
+			for {
+				select {
+				case e := <-f.queue:
+					write(e)
+					continue
+				default:
+				}
+				break
+			}
+			f.note(w.close(), 0)
+			return
+		}
+	}
+}
+
+func (f *File) note(err error, documents uint64) {
+	if err != nil {
+		f.failed.Add(documents)
+		f.err.Store(&err)
+		return
+	}
+	f.written.Add(documents)
+}
+
+// numberer gives each document its id and its place.
+type numberer struct {
+	sequence uint64
+	entropy  io.Reader
+}
+
+func (n *numberer) number(v *event.View, now time.Time) {
+	n.sequence++
+	v.Sequence = n.sequence
+	v.Created = now
+	id, err := ulid.New(ulid.Timestamp(now), n.entropy)
+	if err != nil {
+		// Only when the clock of ULIDs overflows within a millisecond.
+		id = ulid.Make()
+	}
+	v.ID = id.String()
+}
+
+// writer is the file with its rotation.
+type writer struct {
+	path    string
+	maxSize int64
+	keep    int
+
+	file *os.File
+	buf  *bufio.Writer
+	size int64
+}
+
+func (w *writer) open() error {
+	file, err := openAppend(w.path)
+	if err != nil {
+		return fmt.Errorf("open the event file: %w", err)
+	}
+	info, err := file.Stat()
+	if err != nil {
+		file.Close()
+		return fmt.Errorf("open the event file: %w", err)
+	}
+	w.file, w.size = file, info.Size()
+	w.buf = bufio.NewWriterSize(file, bufferSize)
+	return nil
+}
+
+func (w *writer) write(line []byte) error {
+	if w.size > 0 && w.size+int64(len(line)) > w.maxSize {
+		if err := w.rotate(); err != nil {
+			return err
+		}
+	}
+	if w.file == nil {
+		if err := w.open(); err != nil {
+			return err
+		}
+	}
+	if _, err := w.buf.Write(line); err != nil {
+		return w.lost(err)
+	}
+	w.size += int64(len(line))
+	return nil
+}
+
+func (w *writer) flush() error {
+	if w.file == nil || w.buf.Buffered() == 0 {
+		return nil
+	}
+	if err := w.buf.Flush(); err != nil {
+		return w.lost(err)
+	}
+	return nil
+}
+
+// lost drops what the disk did not take and lets the next write try again: a
+// bufio.Writer never writes again after an error.
+func (w *writer) lost(err error) error {
+	w.buf.Reset(w.file)
+	if info, statErr := w.file.Stat(); statErr == nil {
+		w.size = info.Size()
+	}
+	return fmt.Errorf("write the event file: %w", err)
+}
+
+func (w *writer) rotate() error {
+	if err := w.close(); err != nil {
+		return err
+	}
+	for i := w.keep; i > 0; i-- {
+		from := w.path
+		if i > 1 {
+			from = fmt.Sprintf("%s.%d", w.path, i-1)
+		}
+		err := os.Rename(from, fmt.Sprintf("%s.%d", w.path, i))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("rotate the event file: %w", err)
+		}
+	}
+	return w.open()
+}
+
+func (w *writer) close() error {
+	if w.file == nil {
+		return nil
+	}
+	err := errors.Join(w.flush(), w.file.Close())
+	w.file = nil
+	return err
+}

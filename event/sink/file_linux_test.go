@@ -1,0 +1,254 @@
+package sink
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/imdsgate/imdsgate/event"
+	"github.com/imdsgate/imdsgate/test/lab/labtest"
+	"golang.org/x/sys/unix"
+)
+
+func started(n int) *event.Event {
+	return &event.Event{Kind: event.Lifecycle, Host: &event.Host{ID: "host"}, Time: time.Now(),
+		State: event.State{Action: "daemon-started", Type: "info", Message: fmt.Sprint("number ", n)}}
+}
+
+func open(t *testing.T, o Options) *File {
+	t.Helper()
+	f, err := Open(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f
+}
+
+type line struct {
+	Message string
+	Event   struct {
+		ID       string
+		Sequence uint64
+	}
+}
+
+func lines(t *testing.T, path string) []line {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []line
+	for l := range bytes.Lines(b) {
+		var one line
+		if err := json.Unmarshal(l, &one); err != nil {
+			t.Fatalf("%s: %v in %q", path, err, l)
+		}
+		all = append(all, one)
+	}
+	return all
+}
+
+func TestRotation(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "events.ndjson")
+	f := open(t, Options{Path: path, MaxSize: 4096, Keep: 2})
+	const n = 100
+	for i := range n {
+		f.Record(started(i))
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if s := f.Stats(); s.Written != n || s.Dropped != 0 || s.Failed != 0 {
+		t.Errorf("%+v", s)
+	}
+	if _, err := os.Stat(path + ".3"); err == nil {
+		t.Error("more files than are to be kept")
+	}
+	var all []line
+	for _, name := range []string{path + ".2", path + ".1", path} {
+		if info, err := os.Stat(name); err != nil || info.Size() > 4096 || info.Mode().Perm() != 0o640 {
+			t.Errorf("%s: %v, %v", name, info, err)
+		}
+		all = append(all, lines(t, name)...)
+	}
+	for i, l := range all {
+		if want := fmt.Sprint("number ", n-len(all)+i); l.Message != want {
+			t.Fatalf("line %d is %q, want %q", i, l.Message, want)
+		}
+		if i > 0 && (l.Event.Sequence != all[i-1].Event.Sequence+1 || l.Event.ID <= all[i-1].Event.ID) {
+			t.Errorf("%+v after %+v", l, all[i-1])
+		}
+	}
+	// A later run goes on behind the earlier one, with a greater sequence.
+	f = open(t, Options{Path: path, MaxSize: 1 << 20})
+	f.Record(started(n))
+	f.Close()
+	again := lines(t, path)
+	if last, before := again[len(again)-1], again[len(again)-2]; last.Event.Sequence <= before.Event.Sequence {
+		t.Errorf("sequence %d after %d", last.Event.Sequence, before.Event.Sequence)
+	}
+}
+
+func TestDropsRatherThanWaits(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "events.ndjson")
+	f := open(t, Options{Path: path, Queue: 8})
+	const n = 20000
+	for i := range n {
+		f.Record(started(i))
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	f.Record(started(n))
+	s := f.Stats()
+	if s.Dropped == 0 || s.Written+s.Dropped != n+1 || int(s.Written) != len(lines(t, path)) {
+		t.Errorf("%+v of %d, and %d lines", s, n, len(lines(t, path)))
+	}
+}
+
+func TestRefusesLink(t *testing.T) {
+	dir := t.TempDir()
+	victim, path := filepath.Join(dir, "victim"), filepath.Join(dir, "events.ndjson")
+	if err := os.WriteFile(victim, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(victim, path); err != nil {
+		t.Fatal(err)
+	}
+	if f, err := Open(Options{Path: path}); err == nil {
+		f.Close()
+		t.Error("wrote through a symbolic link")
+	}
+	fifo := filepath.Join(dir, "fifo")
+	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if f, err := Open(Options{Path: fifo}); err == nil {
+		f.Close()
+		t.Error("wrote into a pipe")
+	}
+}
+
+// A full disk loses what does not fit, says so, and loses nothing once there is
+// room again.
+func TestDiskFull(t *testing.T) {
+	labtest.RequireRoot(t)
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=64k"); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(dir, 0)
+	ballast := filepath.Join(dir, "ballast")
+	if err := os.WriteFile(ballast, make([]byte, 56<<10), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "events.ndjson")
+	f := open(t, Options{Path: path})
+	for i := range 200 {
+		f.Record(started(i))
+	}
+	for end := time.Now().Add(5 * time.Second); f.Stats().Error == ""; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("a full disk is not reported: %+v", f.Stats())
+		}
+	}
+	if !strings.Contains(f.Stats().Error, "no space left") {
+		t.Errorf("%+v", f.Stats())
+	}
+	os.Remove(ballast)
+	f.Record(started(1000))
+	f.Close()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Contains(b, []byte("number 1000")) {
+		t.Errorf("nothing is written after there was room again: %+v", f.Stats())
+	}
+}
+
+func TestTail(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "events.ndjson")
+	f := open(t, Options{Path: path, MaxSize: 2048, Keep: 50})
+	for i := range 3 {
+		f.Record(started(i))
+	}
+	for end := time.Now().Add(5 * time.Second); f.Stats().Written < 3 && time.Now().Before(end); time.Sleep(time.Millisecond) {
+	}
+	time.Sleep(2 * flushAfter)
+
+	var last []string
+	collect := func(b []byte) error {
+		var l line
+		if err := json.Unmarshal(b, &l); err != nil {
+			return err
+		}
+		last = append(last, l.Message)
+		return nil
+	}
+	if err := Tail(context.Background(), path, 2, false, collect); err != nil {
+		t.Fatal(err)
+	}
+	if strings.Join(last, ",") != "number 1,number 2" {
+		t.Errorf("the last two are %q", last)
+	}
+
+	// Following loses nothing over rotations and says nothing twice.
+	last = nil
+	done := errors.New("seen enough")
+	const n = 60
+	go func() {
+		for i := 3; i < n; i++ {
+			f.Record(started(i))
+			time.Sleep(5 * time.Millisecond)
+		}
+	}()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	err := Tail(ctx, path, 0, true, func(b []byte) error {
+		if err := collect(b); err != nil {
+			return err
+		}
+		if last[len(last)-1] == fmt.Sprint("number ", n-1) {
+			return done
+		}
+		return nil
+	})
+	if !errors.Is(err, done) {
+		t.Fatalf("%v after %q", err, last)
+	}
+	for i, m := range last {
+		if want := fmt.Sprint("number ", n-len(last)+i); m != want {
+			t.Fatalf("line %d is %q, want %q", i, m, want)
+		}
+	}
+	f.Close()
+	if _, err := os.Stat(path + ".1"); err != nil {
+		t.Error("there was no rotation to follow")
+	}
+	if err := Tail(context.Background(), filepath.Join(t.TempDir(), "none"), 1, false, collect); err == nil {
+		t.Error("no error for a file that is not there")
+	}
+}
+
+func BenchmarkRecord(b *testing.B) {
+	f, err := Open(Options{Path: filepath.Join(b.TempDir(), "events.ndjson"), Queue: 1 << 16})
+	if err != nil {
+		b.Fatal(err)
+	}
+	e := started(1)
+	b.ReportAllocs()
+	for b.Loop() {
+		f.Record(e)
+	}
+	f.Close()
+	b.ReportMetric(float64(f.Stats().Dropped), "dropped")
+}

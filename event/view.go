@@ -1,0 +1,213 @@
+package event
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Views lists the documents that are written for an event: the decision with
+// an alert for each match that raises one, or the one of a state. IDs and
+// sequence numbers are the sink's to give.
+func (e *Event) Views() []View {
+	switch e.Kind {
+	case Lifecycle:
+		return []View{{Event: e, Document: LifecycleChange}}
+	case Integrity:
+		return []View{{Event: e, Document: IntegrityFinding}}
+	}
+	views := []View{{Event: e, Document: RequestDecision, Subject: e.subject()}}
+	for i := range e.Decision.Matches {
+		if m := &e.Decision.Matches[i]; m.Alert {
+			views = append(views, View{Event: e, Document: Alert, Subject: m.Subject, Match: m})
+		}
+	}
+	return views
+}
+
+func (e *Event) subject() *Process {
+	if len(e.Subjects) == 0 {
+		return nil
+	}
+	return e.Subjects[0]
+}
+
+func (v *View) rule() *Rule {
+	if v.Match != nil {
+		return v.Match.Rule
+	}
+	return v.Decision.Rule
+}
+
+// Timestamp is when the document says it happened.
+func (v *View) Timestamp() time.Time {
+	switch v.Document {
+	case ProcessStart:
+		if v.Subject != nil {
+			return v.Subject.Start
+		}
+	case ConnectionAttempt:
+		return v.Connection.Accepted
+	}
+	return v.Time
+}
+
+func (v *View) dataset() string {
+	return [...]string{
+		ProcessStart: "imdsgate.process", ConnectionAttempt: "imdsgate.network", RequestDecision: "imdsgate.decision",
+		Alert: "imdsgate.alert", LifecycleChange: "imdsgate.lifecycle", IntegrityFinding: "imdsgate.integrity",
+	}[v.Document]
+}
+
+func (v *View) kind() string {
+	switch v.Document {
+	case Alert, IntegrityFinding:
+		return "alert"
+	}
+	return "event"
+}
+
+func (v *View) category() []string {
+	return [...][]string{
+		ProcessStart: {"process"}, ConnectionAttempt: {"network"}, RequestDecision: {"network", "web"},
+		Alert: {"intrusion_detection", "network"}, LifecycleChange: {"configuration"},
+		IntegrityFinding: {"configuration", "intrusion_detection"},
+	}[v.Document]
+}
+
+func (v *View) types() []string {
+	outcome := "allowed"
+	if v.Decision.Verdict == Deny {
+		outcome = "denied"
+	}
+	switch v.Document {
+	case ProcessStart, ConnectionAttempt:
+		return []string{"start"}
+	case RequestDecision:
+		return []string{"access", "protocol", outcome}
+	case Alert:
+		return []string{outcome}
+	}
+	return []string{v.State.Type}
+}
+
+func (v *View) action() string {
+	switch v.Document {
+	case ProcessStart:
+		return "exec"
+	case ConnectionAttempt:
+		return "connection_attempted"
+	case RequestDecision:
+		switch {
+		case v.Decision.Verdict == Deny:
+			return "imds-request-denied"
+		case v.Decision.WouldBe == Deny:
+			return "imds-request-would-deny"
+		}
+		return "imds-request-allowed"
+	case Alert:
+		if v.Decision.Verdict == Deny {
+			return "imds-credential-access-blocked"
+		}
+		return "imds-credential-access-detected"
+	}
+	return v.State.Action
+}
+
+// outcome is seen from the control: a denied request is its success.
+func (v *View) outcome() string {
+	switch {
+	case v.Document == ConnectionAttempt:
+		return "unknown"
+	case v.Document == RequestDecision && v.Response.Failed != "", v.State.Failed:
+		return "failure"
+	}
+	return "success"
+}
+
+func (v *View) provider() string {
+	return [...]string{RequestDecision: "proxy", Alert: "detection", LifecycleChange: "daemon", IntegrityFinding: "integrity"}[v.Document]
+}
+
+// code is for filters and for the documentation: stable, one per kind of document
+// and outcome.
+func (v *View) code() string {
+	switch v.Document {
+	case RequestDecision:
+		switch {
+		case v.Request.Malformed != "":
+			return "IG1004"
+		case v.Decision.Verdict == Deny:
+			return "IG1002"
+		case v.Decision.WouldBe == Deny:
+			return "IG1003"
+		}
+		return "IG1001"
+	case Alert:
+		return "IG2001"
+	case IntegrityFinding:
+		return "IG3001"
+	}
+	return "IG4001"
+}
+
+func (v *View) reason() string {
+	if v.Kind == Asked {
+		return v.Decision.Reason
+	}
+	return v.State.Reason
+}
+
+func (v *View) level() string {
+	switch {
+	case v.Kind == Integrity || v.State.Failed:
+		return "error"
+	case v.Document == Alert, v.Kind == Asked && v.Decision.WouldBe == Deny:
+		return "warn"
+	}
+	return "info"
+}
+
+func (v *View) message() string {
+	switch v.Document {
+	case ProcessStart:
+		return "process start: " + v.who()
+	case ConnectionAttempt:
+		return "connection attempted: " + v.who() + " to " + v.Connection.Destination.String()
+	case Alert:
+		return v.Match.Rule.Name
+	case LifecycleChange, IntegrityFinding:
+		return v.State.Message
+	}
+	var b strings.Builder
+	switch {
+	case v.Decision.Verdict == Deny:
+		b.WriteString("denied ")
+	case v.Decision.WouldBe == Deny:
+		b.WriteString("would deny ")
+	default:
+		b.WriteString("allowed ")
+	}
+	if v.Request.Malformed != "" {
+		b.WriteString("a malformed request")
+	} else {
+		b.WriteString(v.Request.Method + " " + v.Request.Path)
+	}
+	b.WriteString(" for " + v.who())
+	if v.Decision.Rule != nil {
+		b.WriteString(" by rule " + v.Decision.Rule.Name)
+	}
+	return b.String()
+}
+
+func (v *View) who() string {
+	if v.Subject == nil {
+		return fmt.Sprintf("an unknown process (%s)", v.Attribution.Reason)
+	}
+	name := v.Subject.Name
+	if name == "" {
+		name = "?"
+	}
+	return name + " (pid " + strconv.FormatInt(v.Subject.PID, 10) + ", uid " + v.Subject.UserID + ")"
+}
