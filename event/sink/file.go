@@ -135,10 +135,10 @@ func (f *File) loop(w *writer) {
 			}
 			urgent = urgent || v.Document == event.Alert || e.Decision.WouldBe == event.Deny
 			line = append(v.AppendJSON(line[:0]), '\n')
-			f.note(w.write(line), 1)
+			f.note(w.write(line))
 		}
 		if urgent {
-			f.note(w.flush(), 0)
+			f.note(w.flush())
 		}
 	}
 	for {
@@ -146,7 +146,7 @@ func (f *File) loop(w *writer) {
 		case e := <-f.queue:
 			write(e)
 		case <-flush.C:
-			f.note(w.flush(), 0)
+			f.note(w.flush())
 			flush.Reset(flushAfter)
 		case <-f.stop:
 			for {
@@ -158,19 +158,21 @@ func (f *File) loop(w *writer) {
 				}
 				break
 			}
-			f.note(w.close(), 0)
+			f.note(w.close())
 			return
 		}
 	}
 }
 
-func (f *File) note(err error, documents uint64) {
+// note counts what became of the documents that an operation of the writer
+// settled.
+func (f *File) note(documents int, err error) {
 	if err != nil {
-		f.failed.Add(documents)
+		f.failed.Add(uint64(documents))
 		f.err.Store(&err)
 		return
 	}
-	f.written.Add(documents)
+	f.written.Add(uint64(documents))
 }
 
 // numberer gives each document its id and its place.
@@ -191,15 +193,18 @@ func (n *numberer) number(v *event.View, now time.Time) {
 	v.ID = id.String()
 }
 
-// writer is the file with its rotation.
+// writer is the file with its rotation. Its methods return how many documents
+// they settled: those that are in the file now, or, with an error, those that
+// are lost.
 type writer struct {
 	path    string
 	maxSize int64
 	keep    int
 
-	file *os.File
-	buf  *bufio.Writer
-	size int64
+	file    *os.File // nil after a rotation that failed
+	buf     *bufio.Writer
+	good    int64 // bytes of the file that are whole lines
+	waiting int   // documents in buf
 }
 
 func (w *writer) open() error {
@@ -212,52 +217,65 @@ func (w *writer) open() error {
 		file.Close()
 		return fmt.Errorf("open the event file: %w", err)
 	}
-	w.file, w.size = file, info.Size()
+	w.file, w.good = file, info.Size()
 	w.buf = bufio.NewWriterSize(file, bufferSize)
 	return nil
 }
 
-func (w *writer) write(line []byte) error {
-	if w.size > 0 && w.size+int64(len(line)) > w.maxSize {
-		if err := w.rotate(); err != nil {
-			return err
-		}
-	}
+func (w *writer) write(line []byte) (settled int, err error) {
 	if w.file == nil {
 		if err := w.open(); err != nil {
-			return err
+			return 1, err
 		}
 	}
-	if _, err := w.buf.Write(line); err != nil {
-		return w.lost(err)
+	if w.buf.Available() < len(line) {
+		if settled, err = w.flush(); err != nil {
+			return settled + 1, err
+		}
 	}
-	w.size += int64(len(line))
-	return nil
+	if size := w.good + int64(w.buf.Buffered()); size > 0 && size+int64(len(line)) > w.maxSize {
+		n, err := w.rotate()
+		if settled += n; err != nil {
+			return settled + 1, err
+		}
+	}
+	if len(line) > bufferSize {
+		if _, err := w.file.Write(line); err != nil {
+			return settled + 1, w.lost(err)
+		}
+		w.good += int64(len(line))
+		return settled + 1, nil
+	}
+	w.waiting++
+	w.buf.Write(line) // fits, so it cannot fail
+	return settled, nil
 }
 
-func (w *writer) flush() error {
-	if w.file == nil || w.buf.Buffered() == 0 {
-		return nil
+func (w *writer) flush() (settled int, err error) {
+	if w.file == nil || w.waiting == 0 {
+		return 0, nil
 	}
+	size := int64(w.buf.Buffered())
+	settled = w.waiting
 	if err := w.buf.Flush(); err != nil {
-		return w.lost(err)
+		return settled, w.lost(err)
 	}
-	return nil
+	w.waiting = 0
+	w.good += size
+	return settled, nil
 }
 
-// lost drops what the disk did not take and lets the next write try again: a
-// bufio.Writer never writes again after an error.
+// lost drops what the disk did not take, with the line that it took a part of,
+// and lets the next write try again.
 func (w *writer) lost(err error) error {
+	w.waiting = 0
 	w.buf.Reset(w.file)
-	if info, statErr := w.file.Stat(); statErr == nil {
-		w.size = info.Size()
-	}
-	return fmt.Errorf("write the event file: %w", err)
+	return errors.Join(fmt.Errorf("write the event file: %w", err), w.file.Truncate(w.good))
 }
 
-func (w *writer) rotate() error {
-	if err := w.close(); err != nil {
-		return err
+func (w *writer) rotate() (settled int, err error) {
+	if settled, err = w.close(); err != nil {
+		return settled, err
 	}
 	for i := w.keep; i > 0; i-- {
 		from := w.path
@@ -266,17 +284,18 @@ func (w *writer) rotate() error {
 		}
 		err := os.Rename(from, fmt.Sprintf("%s.%d", w.path, i))
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("rotate the event file: %w", err)
+			return settled, fmt.Errorf("rotate the event file: %w", err)
 		}
 	}
-	return w.open()
+	return settled, w.open()
 }
 
-func (w *writer) close() error {
+func (w *writer) close() (settled int, err error) {
 	if w.file == nil {
-		return nil
+		return 0, nil
 	}
-	err := errors.Join(w.flush(), w.file.Close())
+	settled, err = w.flush()
+	err = errors.Join(err, w.file.Close())
 	w.file = nil
-	return err
+	return settled, err
 }
