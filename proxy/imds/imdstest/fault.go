@@ -1,0 +1,33 @@
+package imdstest
+
+import "time"
+
+// A Fault is what goes wrong with one answer. The zero value is nothing.
+type Fault struct {
+	Delay   time.Duration // before the answer or what is put in its place
+	Outcome Outcome
+
+	// Status is an error to answer instead; 0 means the right answer. 417 is answered before the body is read and
+	// without Delay or Outcome, as s3fs users saw the service do to "Expect: 100-continue" in 2021.
+	Status int
+
+	NoContinue bool // send no 100 Continue, whatever the client expects
+}
+
+// An Outcome is how a request ends.
+type Outcome uint8
+
+const (
+	// Answered is the right answer, or Fault.Status.
+	Answered Outcome = iota
+	// Silence never answers and keeps the connection until the client closes it. This is also what exceeding the
+	// packet allowance of a network interface looks like, where packets are dropped and no status is sent
+	// (ENA driver documentation, linklocal_allowance_exceeded).
+	Silence
+	// RST resets the connection, unanswered (SO_LINGER 0, socket(7)).
+	RST
+	// FIN closes the connection, unanswered.
+	FIN
+	// Truncated sends the head and the first half of the body, then closes.
+	Truncated
+)
