@@ -1,0 +1,245 @@
+// Package eql judges events by queries written in EQL, with the semantics of
+// Elasticsearch.
+//
+// A query is compiled once, against a Schema that says which fields events have,
+// and is then immutable; any number of goroutines may use it. A Stage of it
+// answers whether one event matches. A Machine holds what a sequence remembers
+// between events: make one for each stream of events and feed it from one
+// goroutine. Judging an event never fails. It takes time in proportion to the rule
+// and to the length of the values that the rule reads, and where nothing matches
+// it allocates nothing (concat and string, which make new strings, excepted).
+//
+//	tree, err := syntax.Parse("curl.eql", src)
+//	query, err := eql.Compile(tree, schema)
+//	machine := query.NewMachine(0)
+//	for _, match := range machine.Observe(event) { ... }
+//
+// Where a field has no value, or several, the answer is Elasticsearch's, which is
+// not python-eql's: compile.go explains it. In short, every comparison with a
+// missing value does not hold, its negation therefore does, and a comparison
+// with an array holds if it does for any of the values.
+//
+// Differences to Elasticsearch, all of them intended:
+//
+//   - An unknown field marked optional (?name) is a warning, and is treated as a
+//     field that this event lacks. Elasticsearch lets it silence the whole rule.
+//   - number("x"), division by zero and integer overflow are null rather than
+//     failures.
+//   - Letters are folded in ASCII only, everywhere.
+//   - Events are taken as they come, not sorted; Machine says what that means for
+//     a late one.
+//   - An atom over several long arrays is tried a million times and then given up.
+//   - There are no versions, and no dates relative to now.
+//
+// Missing events, samples and pipes need to see a stream's end, or its future.
+// They are checked like everything else and then refused with an error that is
+// errors.ErrUnsupported, because nobody can be kept waiting for them inline.
+//
+// This package knows no schema. It is the wrong tool for queries in KQL or ES|QL.
+package eql
+
+import (
+	"iter"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/imdsgate/imdsgate/policy/eql/syntax"
+)
+
+// Type is what kind of values a field has.
+type Type uint8
+
+// The types of fields.
+const (
+	Keyword Type = iota // a string, compared as a whole
+	IP
+	Long
+	Double
+	Boolean
+	Date
+
+	null // only of expressions: the literal, and unknown optional fields
+)
+
+func (t Type) String() string {
+	return [...]string{"keyword", "ip", "long", "double", "boolean", "date", "null"}[t]
+}
+
+// Field is one field of the events that a query is asked about.
+type Field struct {
+	Name string
+	Type Type
+	Slot int // the number by which an Event knows it; not negative
+}
+
+// A Schema says which fields there are.
+type Schema interface {
+	// Field finds a field by its full name.
+	Field(name string) (Field, bool)
+	// Category is the keyword field that "process where ..." tests.
+	Category() Field
+	// Names lists the fields, for suggestions.
+	Names() iter.Seq[string]
+}
+
+// An Event is what a query is asked about. A Machine keeps the events of its
+// unfinished chains, so an Event must not change once it has been observed.
+type Event interface {
+	// Value is the value of the field with this slot. It is called once for each
+	// condition, so it should be as cheap as a look into an array.
+	Value(slot int) Value
+	// Time is when it happened.
+	Time() time.Time
+}
+
+// Compile checks a query against a schema and translates it. Its error is a
+// syntax.ErrorList of all that is wrong.
+func Compile(tree *syntax.Query, schema Schema) (*Query, error) {
+	c := check(tree, schema)
+	if len(c.errs) == 0 {
+		c.refuseBatch()
+	}
+	if len(c.errs) > 0 {
+		c.errs.Sort()
+		return nil, c.errs
+	}
+	c.warnings.Sort()
+	q := &Query{warnings: c.warnings}
+	switch body := tree.Body.(type) {
+	case *syntax.Event:
+		q.stages = []*Stage{c.stage(body, nil)}
+		q.steps = q.stages
+	case *syntax.Sequence:
+		q.sequence, q.maxSpan = true, body.MaxSpan
+		for _, it := range body.Items {
+			s := c.stage(it.Event, slices.Concat(body.By, it.By))
+			q.stages = append(q.stages, s)
+			for range it.Runs {
+				q.steps = append(q.steps, s)
+			}
+		}
+		if body.Until != nil {
+			q.until = c.stage(body.Until.Event, slices.Concat(body.By, body.Until.By))
+		}
+	}
+	return q, nil
+}
+
+// Query is a compiled query.
+type Query struct {
+	stages   []*Stage
+	steps    []*Stage // stages, each as often as it runs
+	until    *Stage
+	sequence bool
+	maxSpan  time.Duration
+	warnings syntax.ErrorList
+}
+
+// IsSequence reports whether q is a sequence rather than a condition on single
+// events.
+func (q *Query) IsSequence() bool { return q.sequence }
+
+// Stages are the events that q describes, as written: one unless q is a
+// sequence, and one for "with runs=3" too.
+func (q *Query) Stages() []*Stage { return slices.Clone(q.stages) }
+
+// Until is the event that ends the chains of a sequence, or nil.
+func (q *Query) Until() *Stage { return q.until }
+
+// MaxSpan is how long a sequence may take, inclusive; zero means for ever.
+func (q *Query) MaxSpan() time.Duration { return q.maxSpan }
+
+// Warnings are what the author of the query should know although it works:
+// optional fields that no event has.
+func (q *Query) Warnings() []*syntax.Error { return slices.Clone(q.warnings) }
+
+// A Stage is one event that a query describes. Its methods may be called from
+// any goroutine.
+type Stage struct {
+	event     *syntax.Event
+	inCat     pred
+	conjuncts []Conjunct // as written
+	match     pred       // all of them, the cheapest first
+	keys      []Field
+	optional  []bool // which of the keys may be missing
+	fields    []Field
+}
+
+// Category is the category that the event must have, or any.
+func (s *Stage) Category() (name string, any bool) { return s.event.Category, s.event.Any }
+
+// Fields are the fields that the stage reads, its keys included and the category
+// not, by name. Unknown optional fields are not among them.
+func (s *Stage) Fields() []Field { return slices.Clone(s.fields) }
+
+// Match reports whether an event has the category and satisfies the condition.
+func (s *Stage) Match(e Event) bool { return s.inCat(e) && s.match(e) }
+
+// Conjuncts are the parts of the condition that must all hold, as written: the
+// operands of its "and", and of those among them that are joined by "and"
+// themselves. The category is not one.
+func (s *Stage) Conjuncts() []Conjunct { return slices.Clone(s.conjuncts) }
+
+// Conjunct is a part of a condition, for those who want to know which part an
+// event fails.
+type Conjunct struct {
+	syntax.Pos
+	Text  string // canonical
+	match pred
+	expr  syntax.Expr
+}
+
+// Match reports whether an event satisfies the part.
+func (c Conjunct) Match(e Event) bool { return c.match(e) }
+
+func (c *compiler) stage(e *syntax.Event, keys []*syntax.Field) *Stage {
+	s := &Stage{event: e, inCat: always}
+	if !e.Any {
+		s.inCat = anyOf(c.schema.Category(), test{str: func(v string) bool { return v == e.Category }})
+	}
+	for _, x := range conjuncts(e.Where, nil) {
+		s.conjuncts = append(s.conjuncts, Conjunct{x.Position(), syntax.Format(x), c.holds(x), x})
+	}
+	s.match = s.all()
+	for _, k := range keys {
+		s.keys = append(s.keys, c.fields[k])
+		s.optional = append(s.optional, k.Optional)
+		s.read(c.fields[k])
+	}
+	syntax.Walk(e.Where, func(n syntax.Node) bool {
+		if f, ok := n.(*syntax.Field); ok {
+			s.read(c.fields[f])
+		}
+		return true
+	})
+	return s
+}
+
+func (s *Stage) read(f Field) {
+	i, found := slices.BinarySearchFunc(s.fields, f.Name, func(f Field, name string) int { return strings.Compare(f.Name, name) })
+	if f.Slot >= 0 && !found {
+		s.fields = slices.Insert(s.fields, i, f)
+	}
+}
+
+// all joins the conjuncts.
+func (s *Stage) all() pred {
+	var ps []priced
+	for _, c := range s.conjuncts {
+		ps = append(ps, priced{c.match, cost(c.expr)})
+	}
+	return and(ps)
+}
+
+// conjuncts appends to list the conditions that e requires all of.
+func conjuncts(e syntax.Expr, list []syntax.Expr) []syntax.Expr {
+	l, ok := e.(*syntax.Logic)
+	if !ok || l.Op != syntax.And {
+		return append(list, e)
+	}
+	for _, x := range l.X {
+		list = conjuncts(x, list)
+	}
+	return list
+}

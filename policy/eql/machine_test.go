@@ -1,0 +1,268 @@
+package eql_test
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/imdsgate/imdsgate/policy/eql"
+	"github.com/imdsgate/imdsgate/policy/eql/syntax"
+)
+
+// TestChains reads testdata/*.chains: a query, below it the events that come,
+// each with its category, and "=>" with the numbers of those that make a match,
+// matches in order.
+func TestChains(t *testing.T) {
+	files, err := filepath.Glob("testdata/*.chains")
+	if err != nil || len(files) == 0 {
+		t.Fatal("no testdata", err)
+	}
+	for _, file := range files {
+		data, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var src string
+		var events []*event
+		for i, line := range strings.Split(string(data), "\n") {
+			where := fmt.Sprintf("%s:%d", file, i+1)
+			switch {
+			case line == "", line[0] == '#':
+			case line[0] == '\t':
+				e, err := chainEvent(letters, len(events)+1, line)
+				if err != nil {
+					t.Fatalf("%s: %v", where, err)
+				}
+				events = append(events, e)
+			case strings.HasPrefix(line, "=>"):
+				want := strings.TrimSpace(line[2:])
+				if got := matchList(observe(compile(t, letters, src).NewMachine(0), events)); got != want {
+					t.Errorf("%s: %s\ngot  %s\nwant %s", where, src, got, want)
+				}
+				events = nil
+			default:
+				src = line
+			}
+		}
+	}
+}
+
+// chainEvent reads "category @milliseconds field=value field=value|value".
+func chainEvent(s schema, id int, line string) (*event, error) {
+	words := strings.Fields(line)
+	plain := map[string][]any{"event.category": {words[0]}}
+	at := time.Duration(id) * time.Millisecond
+	for _, w := range words[1:] {
+		if ms, ok := strings.CutPrefix(w, "@"); ok {
+			n, err := strconv.Atoi(ms)
+			if err != nil {
+				return nil, err
+			}
+			at = time.Duration(n) * time.Millisecond
+			continue
+		}
+		name, values, _ := strings.Cut(w, "=")
+		for _, v := range strings.Split(values, "|") {
+			p, err := parseValue(v, s[name].Type)
+			if err != nil {
+				return nil, err
+			}
+			plain[name] = append(plain[name], p)
+		}
+	}
+	e := newEvent(s, plain)
+	e.id, e.at = id, epoch.Add(at)
+	return e, nil
+}
+
+var epoch = time.Date(2025, 2, 4, 0, 0, 0, 0, time.UTC)
+
+func parseValue(v string, t eql.Type) (any, error) {
+	switch t {
+	case eql.Long:
+		return strconv.ParseInt(v, 10, 64)
+	case eql.Double:
+		return strconv.ParseFloat(v, 64)
+	case eql.Boolean:
+		return strconv.ParseBool(v)
+	}
+	return convert(v, t)
+}
+
+func observe(m *eql.Machine, events []*event) [][]int {
+	var found [][]int
+	for _, e := range events {
+		for _, match := range m.Observe(e) {
+			var ids []int
+			for _, e := range match.Events {
+				ids = append(ids, e.(*event).id)
+			}
+			found = append(found, ids)
+		}
+	}
+	return found
+}
+
+func matchList(matches [][]int) string {
+	var list []string
+	for _, ids := range matches {
+		list = append(list, strings.Trim(fmt.Sprint(ids), "[]"))
+	}
+	return strings.Join(list, "; ")
+}
+
+// chain makes events of category a or b with increasing ids and times.
+func chain(words ...string) []*event {
+	events := make([]*event, len(words))
+	for i, w := range words {
+		e, err := chainEvent(letters, i+1, w)
+		if err != nil {
+			panic(err)
+		}
+		events[i] = e
+	}
+	return events
+}
+
+func TestMatchHasItsKey(t *testing.T) {
+	m := compile(t, letters, `sequence by s, ?n, ip [a where true] by args [b where true] by t`).NewMachine(0)
+	events := chain("a s=x ip=::ffff:10.0.0.1 args=p|q", "b s=x ip=10.0.0.1 t=q")
+	m.Observe(events[0])
+	found := m.Observe(events[1])
+	if len(found) != 1 || fmt.Sprint(found[0].Key) != "[x  10.0.0.1 q]" {
+		t.Fatalf("found %v", found)
+	}
+	if found := compile(t, letters, "a where true").NewMachine(0).Observe(events[0]); len(found) != 1 || found[0].Key != nil {
+		t.Errorf("a single event matches as %v", found)
+	}
+}
+
+func TestLimit(t *testing.T) {
+	m := compile(t, letters, "sequence by n [a where true] [b where true]").NewMachine(3)
+	var events []*event
+	for i := range 10 {
+		events = append(events, chain(fmt.Sprintf("a n=%d", i))...)
+	}
+	observe(m, events)
+	if m.Pending() != 3 || m.Evicted() != 7 {
+		t.Errorf("pending %d, evicted %d", m.Pending(), m.Evicted())
+	}
+	// The youngest three are still there.
+	if got := observe(m, chain("b n=6", "b n=7", "b n=8", "b n=9")); len(got) != 3 || m.Pending() != 0 {
+		t.Errorf("found %v, %d pending", got, m.Pending())
+	}
+	// A newer chain of the same key takes the place of the older and evicts none.
+	observe(m, chain("a n=1", "a n=1", "a n=2", "a n=2", "a n=3", "a n=3"))
+	if m.Pending() != 3 || m.Evicted() != 7 {
+		t.Errorf("pending %d, evicted %d", m.Pending(), m.Evicted())
+	}
+}
+
+func TestAdvancedChainsCountOnce(t *testing.T) {
+	m := compile(t, letters, "sequence by n [a where true] [b where true] [c where true]").NewMachine(2)
+	// The chain of 1 began first and is given up first, though it has come further.
+	got := observe(m, chain("a n=1", "b n=1", "a n=2", "a n=3", "c n=1", "b n=2", "c n=2"))
+	if matchList(got) != "3 6 7" || m.Evicted() != 1 || m.Pending() != 1 {
+		t.Errorf("found %v, evicted %d, pending %d", got, m.Evicted(), m.Pending())
+	}
+}
+
+func TestExpiryIsNotEviction(t *testing.T) {
+	m := compile(t, letters, "sequence by n with maxspan=10ms [a where true] [b where true]").NewMachine(100)
+	for i := range 10_000 {
+		m.Observe(chain(fmt.Sprintf("a n=%d @%d", i, i))[0])
+		if m.Pending() > 11 {
+			t.Fatalf("%d chains are pending within 10 ms", m.Pending())
+		}
+	}
+	m.Observe(chain("z @100000")[0]) // any event will do
+	if m.Pending() != 0 || m.Evicted() != 0 {
+		t.Errorf("pending %d, evicted %d", m.Pending(), m.Evicted())
+	}
+}
+
+// TestManyKeys: an event with more combinations of keys than there may be chains,
+// as somebody may craft it, costs no more than the limit.
+func TestManyKeys(t *testing.T) {
+	m := compile(t, letters, "sequence by args, s [a where true] [b where true] until [c where true]").NewMachine(1000)
+	many := make([]any, 100_000)
+	for i := range many {
+		many[i] = strconv.Itoa(i)
+	}
+	for _, category := range []string{"a", "b", "c", "a"} {
+		m.Observe(newEvent(letters, map[string][]any{"event.category": {category}, "args": many, "s": many}))
+	}
+	if m.Pending() != 1000 || m.Evicted() == 0 {
+		t.Errorf("pending %d, evicted %d", m.Pending(), m.Evicted())
+	}
+}
+
+// TestManyValues: neither do two long arrays in one atom.
+func TestManyValues(t *testing.T) {
+	many := make([]any, 100_000)
+	for i := range many {
+		many[i] = strconv.Itoa(i)
+	}
+	e := newEvent(letters, map[string][]any{"args": many, "s": many})
+	if compile(t, letters, `any where startsWith(args, concat(s, "x"))`).Stages()[0].Match(e) {
+		t.Error("matches")
+	}
+	if !compile(t, letters, `any where length(args) == 5 and substring(args, 0) == "99999"`).Stages()[0].Match(e) {
+		t.Error("the last of a long array is not found")
+	}
+}
+
+func TestChainsAgainstSlow(t *testing.T) {
+	r := newRandom(1)
+	for range 3000 {
+		src := r.sequence()
+		tree, err := syntax.Parse("", src)
+		if err != nil {
+			t.Fatalf("%s\n%v", src, err)
+		}
+		q, err := eql.Compile(tree, letters)
+		if err != nil {
+			t.Fatalf("%s\n%v", src, err)
+		}
+		events := r.events(25)
+		got, want := observe(q.NewMachine(0), events), slowSequence(letters, tree, events)
+		if !slices.EqualFunc(got, want, slices.Equal) {
+			t.Fatalf("%s\ngot  %s\nwant %s\n%s", src, matchList(got), matchList(want), describe(events))
+		}
+	}
+}
+
+func TestConditionsAgainstSlow(t *testing.T) {
+	r := newRandom(2)
+	for range 4000 {
+		src := "any where " + r.condition(3)
+		tree, err := syntax.Parse("", src)
+		if err != nil {
+			t.Fatalf("%s\n%v", src, err)
+		}
+		q, err := eql.Compile(tree, letters)
+		if err != nil {
+			t.Fatalf("%s\n%v", src, err)
+		}
+		again, err := tryCompile(letters, "", syntax.Format(tree))
+		if err != nil {
+			t.Fatalf("%s\n%v", src, err)
+		}
+		for _, e := range r.events(15) {
+			want := slowMatch(letters, tree.Body.(*syntax.Event), e)
+			stage := q.Stages()[0]
+			all := true
+			for _, c := range stage.Conjuncts() {
+				all = all && c.Match(e)
+			}
+			if got := stage.Match(e); got != want || all != want || again.Stages()[0].Match(e) != want {
+				t.Fatalf("%s is %v, its conjuncts %v, want %v\n%s", src, got, all, want, describe([]*event{e}))
+			}
+		}
+	}
+}

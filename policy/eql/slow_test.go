@@ -1,0 +1,571 @@
+package eql_test
+
+import (
+	"bytes"
+	"fmt"
+	"maps"
+	"math"
+	"math/big"
+	"net/netip"
+	"reflect"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/imdsgate/imdsgate/policy/eql"
+	"github.com/imdsgate/imdsgate/policy/eql/syntax"
+)
+
+// The definition of the language, as directly as it can be written down: a walk
+// over the tree for each event, with plain Go values and nil for null. The
+// compiler must agree with it on every query and every event.
+
+func slowMatch(s schema, e *syntax.Event, ev *event) bool {
+	if !e.Any && !slices.Contains(ev.plain["event.category"], any(e.Category)) {
+		return false
+	}
+	return slowHolds(s, e.Where, ev)
+}
+
+func slowHolds(s schema, e syntax.Expr, ev *event) bool {
+	switch e := e.(type) {
+	case *syntax.Logic:
+		for _, x := range e.X {
+			if slowHolds(s, x, ev) == (e.Op == syntax.Or) {
+				return e.Op == syntax.Or
+			}
+		}
+		return e.Op == syntax.And
+	case *syntax.Not:
+		return !slowHolds(s, e.X, ev)
+	case *syntax.Binary:
+		if e.Op == syntax.Ne {
+			return !slowHolds(s, &syntax.Binary{Op: syntax.Eq, X: e.X, Y: e.Y}, ev)
+		}
+	case *syntax.In:
+		if e.Not {
+			return !slowHolds(s, &syntax.In{X: e.X, Fold: e.Fold, List: e.List}, ev)
+		}
+	}
+	combinations := []map[string]any{{}}
+	syntax.Walk(e, func(n syntax.Node) bool {
+		if f, ok := n.(*syntax.Field); ok {
+			if _, seen := combinations[0][f.Name]; seen {
+				return true
+			}
+			values := ev.plain[f.Name]
+			if len(values) == 0 {
+				values = []any{nil}
+			}
+			var more []map[string]any
+			for _, c := range combinations {
+				for _, v := range values {
+					c := maps.Clone(c)
+					c[f.Name] = v
+					more = append(more, c)
+				}
+			}
+			combinations = more
+		}
+		return true
+	})
+	return slices.ContainsFunc(combinations, func(c map[string]any) bool { return slowValue(s, e, c) == true })
+}
+
+func slowValue(s schema, e syntax.Expr, fields map[string]any) any {
+	value := func(e syntax.Expr) any { return slowValue(s, e, fields) }
+	switch e := e.(type) {
+	case *syntax.Literal:
+		return e.Value
+	case *syntax.Field:
+		return fields[e.Name]
+	case *syntax.Not:
+		return slowNot(value(e.X))
+	case *syntax.Logic:
+		null := false
+		for _, x := range e.X {
+			switch value(x) {
+			case e.Op == syntax.Or:
+				return e.Op == syntax.Or
+			case nil:
+				null = true
+			}
+		}
+		if null {
+			return nil
+		}
+		return e.Op == syntax.And
+	case *syntax.Unary:
+		if e.Op == syntax.Add {
+			return value(e.X)
+		}
+		return slowArithmetic("-", int64(0), value(e.X))
+	case *syntax.Binary:
+		if e.Op >= syntax.Add {
+			return slowArithmetic(e.Op.String(), value(e.X), value(e.Y))
+		}
+		if isNull(e.X) || isNull(e.Y) {
+			switch e.Op {
+			case syntax.Eq:
+				return value(e.X) == nil && value(e.Y) == nil
+			case syntax.Ne:
+				return value(e.X) != nil || value(e.Y) != nil
+			}
+		}
+		x, y := value(e.X), value(e.Y)
+		if e.Op == syntax.Ne {
+			return slowNot(slowCompare("==", x, y))
+		}
+		return slowCompare(e.Op.String(), x, y)
+	case *syntax.In:
+		x := value(e.X)
+		if x == nil {
+			return nil
+		}
+		in := false
+		for _, y := range e.List {
+			y := value(y)
+			if slowCompare("==", x, y) == true {
+				in = true
+			}
+			xs, ok1 := x.(string)
+			ys, ok2 := y.(string)
+			if e.Fold && ok1 && ok2 && slowFold(xs) == slowFold(ys) {
+				in = true
+			}
+		}
+		return in != e.Not
+	case *syntax.Match:
+		x := value(e.X)
+		if x == nil {
+			return nil
+		}
+		return slices.ContainsFunc(e.Patterns, func(p *syntax.Literal) bool {
+			if e.Op >= syntax.Regex {
+				fold := e.Op == syntax.RegexFold
+				text := x.(string)
+				if fold {
+					text = slowFold(text)
+				}
+				return slowRegex(p.Value.(string), fold).MatchString(text)
+			}
+			return slowWildcard(p.Value.(string), x.(string), e.Op != syntax.Like)
+		})
+	case *syntax.Call:
+		args := make([]any, len(e.Args))
+		for i, a := range e.Args {
+			args[i] = value(a)
+		}
+		return slowCall(strings.ToLower(e.Name), e.Fold, args)
+	}
+	panic(fmt.Sprintf("%T", e))
+}
+
+func isNull(e syntax.Expr) bool {
+	l, ok := e.(*syntax.Literal)
+	return ok && l.Value == nil
+}
+
+func slowNot(v any) any {
+	if v == nil {
+		return nil
+	}
+	return !v.(bool)
+}
+
+func slowCompare(op string, x, y any) any {
+	if x == nil || y == nil {
+		return nil
+	}
+	// A string beside an address or a date stands for one.
+	for range 2 {
+		x, y = y, x
+		text, ok := y.(string)
+		switch v := x.(type) {
+		case netip.Addr:
+			if ok {
+				first, last := slowBlock(text)
+				a := v.As16()
+				return bytes.Compare(first, a[:]) <= 0 && bytes.Compare(a[:], last) <= 0
+			}
+		case time.Time:
+			if ok {
+				for _, layout := range []string{time.RFC3339Nano, "2006-01-02T15:04:05", "2006-01-02T15:04", time.DateOnly} {
+					if d, err := time.Parse(layout, text); err == nil {
+						y = d
+					}
+				}
+			}
+		}
+	}
+	var order int
+	switch x := x.(type) {
+	case string:
+		order = slices.Compare([]rune(x), []rune(y.(string)))
+	case bool:
+		if x != y.(bool) {
+			order = 1
+		}
+	case time.Time:
+		order = x.Compare(y.(time.Time))
+	default:
+		if xi, ok := x.(int64); ok {
+			if yi, ok := y.(int64); ok {
+				order = map[bool]int{true: 1, false: -1}[xi > yi]
+				if xi == yi {
+					order = 0
+				}
+				break
+			}
+		}
+		xf, yf := slowFloat(x), slowFloat(y)
+		switch {
+		case xf < yf:
+			order = -1
+		case xf > yf:
+			order = 1
+		case xf != yf:
+			return false // not a number
+		}
+	}
+	return map[string]bool{"==": order == 0, "<": order < 0, "<=": order <= 0, ">": order > 0, ">=": order >= 0}[op]
+}
+
+// slowBlock is the first and the last address of a block, in 16 bytes.
+func slowBlock(s string) (first, last []byte) {
+	p, err := netip.ParsePrefix(s)
+	if err != nil {
+		a := netip.MustParseAddr(s)
+		p = netip.PrefixFrom(a, a.BitLen())
+	}
+	a := p.Addr().As16()
+	first, last = slices.Clone(a[:]), slices.Clone(a[:])
+	for i := 128 - p.Addr().BitLen() + p.Bits(); i < 128; i++ {
+		first[i/8] &^= 0x80 >> (i % 8)
+		last[i/8] |= 0x80 >> (i % 8)
+	}
+	return first, last
+}
+
+func slowFloat(v any) float64 {
+	if i, ok := v.(int64); ok {
+		return float64(i)
+	}
+	return v.(float64)
+}
+
+func slowArithmetic(op string, x, y any) any {
+	if x == nil || y == nil {
+		return nil
+	}
+	a, ok1 := x.(int64)
+	b, ok2 := y.(int64)
+	if !ok1 || !ok2 {
+		a, b := slowFloat(x), slowFloat(y)
+		switch {
+		case op == "+":
+			return a + b
+		case op == "-":
+			return a - b
+		case op == "*":
+			return a * b
+		case b == 0:
+			return nil
+		case op == "/":
+			return a / b
+		}
+		return math.Mod(a, b)
+	}
+	z, bigA, bigB := new(big.Int), big.NewInt(a), big.NewInt(b)
+	switch {
+	case op == "+":
+		z.Add(bigA, bigB)
+	case op == "-":
+		z.Sub(bigA, bigB)
+	case op == "*":
+		z.Mul(bigA, bigB)
+	case b == 0:
+		return nil
+	case op == "/":
+		z.Quo(bigA, bigB)
+	default:
+		z.Rem(bigA, bigB)
+	}
+	if !z.IsInt64() {
+		return nil
+	}
+	return z.Int64()
+}
+
+func slowFold(s string) string {
+	b := []byte(s)
+	for i, c := range b {
+		if 'A' <= c && c <= 'Z' {
+			b[i] = c + 32
+		}
+	}
+	return string(b)
+}
+
+func slowWildcard(pattern, s string, fold bool) bool {
+	if fold {
+		pattern, s = slowFold(pattern), slowFold(s)
+	}
+	r := []rune(s)
+	// match[j] says whether the pattern so far matches the first j characters.
+	match := make([]bool, len(r)+1)
+	match[0] = true
+	for _, c := range pattern {
+		next := make([]bool, len(r)+1)
+		for j := range next {
+			switch {
+			case c == '*':
+				next[j] = match[j] || j > 0 && next[j-1]
+			case j > 0:
+				next[j] = match[j-1] && (c == '?' || c == r[j-1])
+			}
+		}
+		match = next
+	}
+	return match[len(r)]
+}
+
+// slowRegex understands what the random queries contain, which means the same to
+// Go and to Lucene.
+func slowRegex(p string, fold bool) *regexp.Regexp {
+	if fold {
+		p = slowFold(p)
+	}
+	return regexp.MustCompile(`(?s)\A(?:` + p + `)\z`)
+}
+
+func slowString(v any) string {
+	switch v := v.(type) {
+	case float64:
+		if math.IsInf(v, 0) || math.IsNaN(v) {
+			return map[bool]string{true: "NaN", false: strings.TrimPrefix(fmt.Sprint(v), "+") + "inity"}[math.IsNaN(v)]
+		}
+		s := strconv.FormatFloat(v, 'f', -1, 64)
+		if a := math.Abs(v); a != 0 && (a < 1e-3 || a >= 1e7) {
+			s = regexp.MustCompile(`E\+?(-?)0?`).ReplaceAllString(strconv.FormatFloat(v, 'E', -1, 64), "E$1")
+			s = regexp.MustCompile(`^(-?\d)E`).ReplaceAllString(s, "$1.0E")
+		} else if !strings.Contains(s, ".") {
+			s += ".0"
+		}
+		return s
+	case netip.Addr:
+		return v.Unmap().String()
+	case time.Time:
+		return v.UTC().Format(time.RFC3339Nano)
+	}
+	return fmt.Sprint(v)
+}
+
+func slowCall(name string, fold bool, args []any) any {
+	arg := func(i int) any {
+		if i < len(args) {
+			return args[i]
+		}
+		return nil
+	}
+	for i, a := range args {
+		optional := i == 1 && (name == "number" || name == "substring") || i == 2 && (name == "indexof" || name == "substring") || i == 3
+		if a == nil && (!optional || name == "concat") {
+			return nil
+		}
+	}
+	text := func(i int) string {
+		if fold {
+			return slowFold(args[i].(string))
+		}
+		return args[i].(string)
+	}
+	switch name {
+	case "add", "subtract", "multiply", "divide", "modulo":
+		return slowArithmetic(map[string]string{"add": "+", "subtract": "-", "multiply": "*", "divide": "/", "modulo": "%"}[name], args[0], args[1])
+	case "between":
+		s := text(0)
+		from := strings.Index(s, text(1))
+		if from < 0 {
+			return nil
+		}
+		from += len(text(1))
+		n := strings.Index(s[from:], text(2))
+		if arg(3) == true {
+			n = strings.LastIndex(s[from:], text(2))
+		}
+		if n < 0 {
+			return nil
+		}
+		return args[0].(string)[from : from+n]
+	case "cidrmatch":
+		ip, ok := args[0].(netip.Addr)
+		if !ok {
+			var err error
+			if ip, err = netip.ParseAddr(args[0].(string)); err != nil {
+				return false
+			}
+		}
+		return slices.ContainsFunc(args[1:], func(b any) bool { return slowCompare("==", ip, b) == true })
+	case "concat":
+		var b strings.Builder
+		for _, a := range args {
+			b.WriteString(slowString(a))
+		}
+		return b.String()
+	case "string":
+		return slowString(args[0])
+	case "startswith":
+		return strings.HasPrefix(text(0), text(1))
+	case "endswith":
+		return strings.HasSuffix(text(0), text(1))
+	case "stringcontains":
+		return text(1) != "" && strings.Contains(text(0), text(1))
+	case "length":
+		return int64(len([]rune(args[0].(string))))
+	case "indexof":
+		r, start := []rune(text(0)), int64(0)
+		if i, ok := arg(2).(int64); ok {
+			start = max(0, i)
+		}
+		for i := start; i <= int64(len(r)); i++ {
+			if strings.HasPrefix(string(r[i:]), text(1)) {
+				return i
+			}
+		}
+		return nil
+	case "substring":
+		r := []rune(args[0].(string))
+		place := func(v any, otherwise int) int {
+			if v == nil {
+				return otherwise
+			}
+			i, ok := v.(int64)
+			if !ok {
+				i = int64(v.(float64))
+			}
+			if i < 0 {
+				i += int64(len(r))
+			}
+			return int(min(max(i, 0), int64(len(r))))
+		}
+		start, end := place(arg(1), 0), place(arg(2), len(r))
+		return string(r[start:max(start, end)])
+	case "number":
+		s := strings.TrimSpace(args[0].(string))
+		base := 10
+		if b, ok := arg(1).(int64); ok {
+			base = int(b)
+		} else if regexp.MustCompile(`^[+-]?0[xX]`).MatchString(s) {
+			base = 16
+		}
+		if base == 16 && !regexp.MustCompile(`^[+-]?(0[xX])?[0-9a-fA-F]+$`).MatchString(s) {
+			return nil
+		}
+		if base == 16 {
+			s = regexp.MustCompile(`^([+-]?)0[xX]`).ReplaceAllString(s, "$1")
+		}
+		if i, err := strconv.ParseInt(s, base, 64); err == nil {
+			return i
+		}
+		if f, err := strconv.ParseFloat(s, 64); err == nil && base == 10 && regexp.MustCompile(`^[+-]?[0-9.]+([eE][+-]?[0-9]+)?$`).MatchString(s) {
+			return f
+		}
+		return nil
+	}
+	panic(name)
+}
+
+// slowSequence finds sequences by keeping, for every stage and key, the chain
+// that waits there, as a list of events.
+func slowSequence(s schema, q *syntax.Query, events []*event) [][]int {
+	seq := q.Body.(*syntax.Sequence)
+	var steps []*syntax.Item
+	for _, it := range seq.Items {
+		for range it.Runs {
+			steps = append(steps, it)
+		}
+	}
+	type waiting struct {
+		keys  []any
+		chain []*event
+	}
+	stages := make([][]waiting, len(steps))
+	take := func(stage int, keys []any) []*event {
+		for i, w := range stages[stage] {
+			if reflect.DeepEqual(w.keys, keys) {
+				stages[stage] = slices.Delete(stages[stage], i, i+1)
+				return w.chain
+			}
+		}
+		return nil
+	}
+	var found [][]int
+	for _, e := range events {
+		for i := len(steps) - 1; i >= 0; i-- {
+			if !slowMatch(s, steps[i].Event, e) {
+				continue
+			}
+			for _, keys := range slowKeys(slices.Concat(seq.By, steps[i].By), e) {
+				var chain []*event
+				if i > 0 {
+					if chain = take(i-1, keys); chain == nil {
+						continue
+					}
+					if seq.MaxSpan > 0 && e.at.Sub(chain[0].at) > seq.MaxSpan {
+						continue
+					}
+				}
+				chain = append(slices.Clone(chain), e)
+				if i == len(steps)-1 {
+					var ids []int
+					for _, e := range chain {
+						ids = append(ids, e.id)
+					}
+					found = append(found, ids)
+					continue
+				}
+				take(i, keys)
+				stages[i] = append(stages[i], waiting{keys, chain})
+			}
+		}
+		if seq.Until != nil && slowMatch(s, seq.Until.Event, e) {
+			for _, keys := range slowKeys(slices.Concat(seq.By, seq.Until.By), e) {
+				for i := range stages {
+					take(i, keys)
+				}
+			}
+		}
+	}
+	return found
+}
+
+func slowKeys(by []*syntax.Field, e *event) [][]any {
+	keys := [][]any{nil}
+	for _, f := range by {
+		var values []any
+		for _, v := range e.plain[f.Name] {
+			if !slices.Contains(values, v) {
+				values = append(values, v)
+			}
+		}
+		if len(values) == 0 {
+			if !f.Optional {
+				return nil
+			}
+			values = []any{nil}
+		}
+		var more [][]any
+		for _, k := range keys {
+			for _, v := range values {
+				more = append(more, append(slices.Clone(k), v))
+			}
+		}
+		keys = more
+	}
+	return keys
+}
+
+var _ eql.Event = (*event)(nil)
