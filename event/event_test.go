@@ -161,10 +161,10 @@ func TestRedaction(t *testing.T) {
 		{"curl http://169.254.169.254/latest/api/token", "curl http://169.254.169.254/latest/api/token"},
 		{"/usr/bin/python3 -m token", "/usr/bin/python3 -m token"},
 	} {
-		if got := redact(test.in); got != test.want {
+		if got := Redact(test.in); got != test.want {
 			t.Errorf("%q:\n got %q\nwant %q", test.in, got, test.want)
 		}
-		if got := redact(redact(test.in)); got != redact(test.in) {
+		if got := Redact(Redact(test.in)); got != Redact(test.in) {
 			t.Errorf("%q: redacting again changes it to %q", test.in, got)
 		}
 	}

@@ -121,7 +121,7 @@ func fields() []Field {
 	add(everywhere, Keyword, "message", func(v *View) Value { return text(v.message()) }).free = true
 	add(onRequest|onState, Keyword, "log.level", func(v *View) Value { return text(v.level()) })
 	add(everywhere, Keyword, "data_stream.type", func(*View) Value { return text("logs") })
-	add(everywhere, Keyword, "data_stream.dataset", func(v *View) Value { return text(v.dataset()) })
+	add(everywhere, Keyword, "data_stream.dataset", func(v *View) Value { return text(datasets[v.Document]) })
 	add(everywhere, Keyword, "data_stream.namespace", func(v *View) Value {
 		if v.Host.Namespace == "" {
 			return text("default")
@@ -152,13 +152,13 @@ func fields() []Field {
 	add(everywhere, Long, "event.sequence", func(v *View) Value { return positive(int64(v.Sequence)) })
 	add(everywhere, Date, "event.created", func(v *View) Value { return date(v.Created) })
 	add(everywhere, Keyword, "event.module", func(*View) Value { return text("imdsgate") })
-	add(everywhere, Keyword, "event.dataset", func(v *View) Value { return text(v.dataset()) })
+	add(everywhere, Keyword, "event.dataset", func(v *View) Value { return text(datasets[v.Document]) })
 	add(everywhere, Keyword, "event.kind", func(v *View) Value { return text(v.kind()) })
-	array(everywhere, Keyword, "event.category", func(v *View) Value { return texts(v.category()...) })
+	array(everywhere, Keyword, "event.category", func(v *View) Value { return texts(categories[v.Document]...) })
 	array(everywhere, Keyword, "event.type", func(v *View) Value { return texts(v.types()...) })
 	add(everywhere, Keyword, "event.action", func(v *View) Value { return text(v.action()) })
 	add(everywhere, Keyword, "event.outcome", func(v *View) Value { return text(v.outcome()) })
-	add(onRequest|onState, Keyword, "event.provider", func(v *View) Value { return text(v.provider()) })
+	add(onRequest|onState, Keyword, "event.provider", func(v *View) Value { return text(providers[v.Document]) })
 	add(onRequest|onState, Keyword, "event.code", func(v *View) Value { return text(v.code()) })
 	add(onRequest|onState, Keyword, "event.reason", func(v *View) Value { return known(v.reason()) }).free = true
 	add(onRequest, Date, "event.start", func(v *View) Value { return date(v.Time) })

@@ -114,7 +114,7 @@ func (f *Field) append(b []byte, v Value) (_ []byte, short bool) {
 
 func (f *Field) appendText(b []byte, s string) (_ []byte, short bool) {
 	if f.free {
-		s = redact(s)
+		s = Redact(s)
 	}
 	if len(s) > maxText {
 		end := maxText

@@ -66,9 +66,9 @@ func suspicious(s string) bool {
 	return false
 }
 
-// redact replaces what looks like a secret in text that a process or client
+// Redact replaces what looks like a secret in text that a process or client
 // chose.
-func redact(s string) string {
+func Redact(s string) string {
 	if !suspicious(s) {
 		return s
 	}

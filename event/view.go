@@ -53,13 +53,6 @@ func (v *View) Timestamp() time.Time {
 	return v.Time
 }
 
-func (v *View) dataset() string {
-	return [...]string{
-		ProcessStart: "imdsgate.process", ConnectionAttempt: "imdsgate.network", RequestDecision: "imdsgate.decision",
-		Alert: "imdsgate.alert", LifecycleChange: "imdsgate.lifecycle", IntegrityFinding: "imdsgate.integrity",
-	}[v.Document]
-}
-
 func (v *View) kind() string {
 	switch v.Document {
 	case Alert, IntegrityFinding:
@@ -68,26 +61,32 @@ func (v *View) kind() string {
 	return "event"
 }
 
-func (v *View) category() []string {
-	return [...][]string{
+// The values of event.category and event.type. They are shared, and not to be
+// changed.
+var (
+	categories = [...][]string{
 		ProcessStart: {"process"}, ConnectionAttempt: {"network"}, RequestDecision: {"network", "web"},
 		Alert: {"intrusion_detection", "network"}, LifecycleChange: {"configuration"},
 		IntegrityFinding: {"configuration", "intrusion_detection"},
-	}[v.Document]
-}
+	}
+	typeStart    = []string{"start"}
+	typeDecision = [...][]string{Allow: {"access", "protocol", "allowed"}, Deny: {"access", "protocol", "denied"}}
+	typeAlert    = [...][]string{Allow: {"allowed"}, Deny: {"denied"}}
+	datasets     = [...]string{
+		ProcessStart: "imdsgate.process", ConnectionAttempt: "imdsgate.network", RequestDecision: "imdsgate.decision",
+		Alert: "imdsgate.alert", LifecycleChange: "imdsgate.lifecycle", IntegrityFinding: "imdsgate.integrity",
+	}
+	providers = [...]string{RequestDecision: "proxy", Alert: "detection", LifecycleChange: "daemon", IntegrityFinding: "integrity"}
+)
 
 func (v *View) types() []string {
-	outcome := "allowed"
-	if v.Decision.Verdict == Deny {
-		outcome = "denied"
-	}
 	switch v.Document {
 	case ProcessStart, ConnectionAttempt:
-		return []string{"start"}
+		return typeStart
 	case RequestDecision:
-		return []string{"access", "protocol", outcome}
+		return typeDecision[v.Decision.Verdict]
 	case Alert:
-		return []string{outcome}
+		return typeAlert[v.Decision.Verdict]
 	}
 	return []string{v.State.Type}
 }
@@ -124,10 +123,6 @@ func (v *View) outcome() string {
 		return "failure"
 	}
 	return "success"
-}
-
-func (v *View) provider() string {
-	return [...]string{RequestDecision: "proxy", Alert: "detection", LifecycleChange: "daemon", IntegrityFinding: "integrity"}[v.Document]
 }
 
 // code is for filters and for the documentation: stable, one per kind of document

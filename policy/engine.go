@@ -1,0 +1,414 @@
+package policy
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"github.com/imdsgate/imdsgate/event"
+	"github.com/imdsgate/imdsgate/policy/eql"
+)
+
+// Engine applies the present policy. Its methods may be called from any
+// goroutine.
+type Engine struct {
+	policy atomic.Pointer[Policy]
+	mode   atomic.Uint32
+	memory atomic.Pointer[memory]
+}
+
+// NewEngine makes an Engine with a policy, in the mode that it asks for.
+func NewEngine(p *Policy) *Engine {
+	e := &Engine{}
+	e.SetPolicy(p)
+	return e
+}
+
+// SetPolicy replaces the policy and its mode. What sequences and latches
+// remember begins anew, because it is about other rules.
+func (e *Engine) SetPolicy(p *Policy) {
+	e.memory.Store(newMemory(p))
+	e.policy.Store(p)
+	e.mode.Store(uint32(p.Mode))
+}
+
+// Policy is the present policy.
+func (e *Engine) Policy() *Policy { return e.policy.Load() }
+
+// Mode is the present mode.
+func (e *Engine) Mode() Mode { return Mode(e.mode.Load()) }
+
+// SetMode changes the mode alone.
+func (e *Engine) SetMode(m Mode) { e.mode.Store(uint32(m)) }
+
+// Decisive reports whether policy may refuse a request of this kind, so that
+// it must be known for certain who asks.
+func (e *Engine) Decisive(q *event.Request) bool {
+	if q.Guarded {
+		return true
+	}
+	for _, r := range e.Policy().rules {
+		if r.on(q) == Block {
+			return true
+		}
+	}
+	return false
+}
+
+// stage is one stage of a rule with the documents that it may be about.
+type stage struct {
+	*eql.Stage
+	documents []event.Document
+}
+
+func stages(q *eql.Query) []*stage {
+	var all []*stage
+	for _, s := range q.Stages() {
+		category, any := s.Category()
+		st := &stage{Stage: s}
+		if any || category == "process" {
+			st.documents = append(st.documents, event.ProcessStart)
+		}
+		if any || category == "network" {
+			st.documents = append(st.documents, event.ConnectionAttempt, event.RequestDecision)
+		}
+		all = append(all, st)
+	}
+	return all
+}
+
+// documents are what a rule may be asked about a request of one subject: the
+// start of the process, its connection, and the request.
+type documents [event.RequestDecision + 1]document
+
+func documentsOf(ev *event.Event, subject *event.Process) *documents {
+	var all documents
+	for d := range all {
+		all[d].View = event.View{Event: ev, Document: event.Document(d), Subject: subject}
+	}
+	return &all
+}
+
+// holds reports whether the conditions of all stages hold for one subject: of
+// the process that owns the connection, whenever it started, and of what it does
+// now.
+func holds(stages []*stage, about *documents) bool {
+	for _, s := range stages {
+		if !s.holds(about) {
+			return false
+		}
+	}
+	return len(stages) > 0
+}
+
+func (s *stage) holds(about *documents) bool {
+	for _, d := range s.documents {
+		if (d != event.ProcessStart || about[d].Subject != nil) && s.Match(&about[d]) {
+			return true
+		}
+	}
+	return false
+}
+
+// subjects are those who are judged: nobody, if nobody is known.
+func subjects(ev *event.Event) []*event.Process {
+	if len(ev.Subjects) == 0 {
+		return []*event.Process{nil}
+	}
+	return ev.Subjects
+}
+
+// Judge decides about an event and completes its Decision. The subject on whom
+// it turned comes first. It may be called again when more is known.
+func (e *Engine) Judge(ev *event.Event) {
+	p, memory, mode := e.Policy(), e.memory.Load(), e.Mode()
+	ev.Decision = event.Decision{Mode: mode.String()}
+	ev.Decision.WouldBe = p.outcome(ev, memory)
+	if mode == Enforce {
+		ev.Decision.Verdict = ev.Decision.WouldBe
+	}
+}
+
+// outcome is the verdict of enforce mode. The order of the reasons is that of
+// DESIGN: what cannot be read; a grant; a rule that blocks; nobody known; the
+// class's default.
+func (p *Policy) outcome(ev *event.Event, m *memory) event.Verdict {
+	d, q := &ev.Decision, &ev.Request
+	if q.Malformed != "" {
+		d.Reason = q.Malformed
+		return event.Deny
+	}
+	var blocked *event.Match
+	for _, subject := range subjects(ev) {
+		about := documentsOf(ev, subject)
+		for i, r := range p.rules {
+			if !m.latched(i, subject) && !holds(r.blocking, about) {
+				continue
+			}
+			d.Matches = append(d.Matches, event.Match{Rule: &r.Rule.Rule, Subject: subject, Action: r.on(q).String(), Bound: true})
+		}
+	}
+	for i := range d.Matches {
+		if d.Matches[i].Action == actionNames[Block] {
+			blocked = &d.Matches[i]
+			break
+		}
+	}
+	if name, ok := p.allGranted(ev); ok {
+		d.Grant = name
+		d.Reason = "granted by " + name
+		return event.Allow
+	}
+	switch {
+	case blocked != nil:
+		d.Rule = blocked.Rule
+		d.Reason = fmt.Sprintf("rule %q matches %s", blocked.Rule.Name, describe(blocked.Subject))
+		p.first(ev, blocked.Subject)
+		m.latch(p, blocked)
+		return event.Deny
+	case !q.Guarded:
+		return event.Allow
+	case len(ev.Subjects) == 0:
+		d.Reason = "unattributed: " + ev.Attribution.Reason
+		return event.Deny
+	case !ev.Attribution.Complete:
+		d.Reason = "unattributed: somebody else may hold the connection: " + ev.Attribution.Reason
+		return event.Deny
+	case p.Posture == Strict:
+		d.Reason = "posture strict: no grant covers " + describe(ev.Subjects[0])
+		return event.Deny
+	}
+	return event.Allow
+}
+
+// allGranted reports whether every subject has a grant, on complete evidence.
+func (p *Policy) allGranted(ev *event.Event) (name string, ok bool) {
+	if !ev.Attribution.Complete || len(ev.Subjects) == 0 {
+		return "", false
+	}
+	var names []string
+	for _, subject := range ev.Subjects {
+		name, ok := p.granted(subject, ev.Request.Class, ev.Time)
+		if !ok {
+			return "", false
+		}
+		names = append(names, name)
+	}
+	return strings.Join(names, ","), true
+}
+
+// first puts the subject that decided to the front.
+func (p *Policy) first(ev *event.Event, subject *event.Process) {
+	for i, s := range ev.Subjects {
+		if s == subject {
+			ev.Subjects[0], ev.Subjects[i] = ev.Subjects[i], ev.Subjects[0]
+		}
+	}
+}
+
+func describe(p *event.Process) string {
+	if p == nil {
+		return "a process that is not known"
+	}
+	if p.Parent != nil {
+		return fmt.Sprintf("%s (pid %d, parent %s)", p.Executable, p.PID, p.Parent.Executable)
+	}
+	return fmt.Sprintf("%s (pid %d)", p.Executable, p.PID)
+}
+
+// Observe gives a judged event to the rules as they are written, and settles
+// which matches raise an alert. It is called once for each event, after the
+// last Judge.
+func (e *Engine) Observe(ev *event.Event) {
+	p, m := e.Policy(), e.memory.Load()
+	d := &ev.Decision
+	for i, r := range p.rules {
+		for _, subject := range m.observe(i, r, ev) {
+			k := 0
+			for k < len(d.Matches) && (d.Matches[k].Rule != &r.Rule.Rule || d.Matches[k].Subject != subject) {
+				k++
+			}
+			if k == len(d.Matches) {
+				d.Matches = append(d.Matches, event.Match{Rule: &r.Rule.Rule, Subject: subject, Action: r.on(&ev.Request).String()})
+			}
+			d.Matches[k].Literal = true
+		}
+	}
+	m.seen(ev)
+	for k := range d.Matches {
+		match := &d.Matches[k]
+		r := p.find(match.Rule)
+		if r == nil || match.Action == actionNames[Log] {
+			continue
+		}
+		blocked := d.Verdict == event.Deny && match.Bound && match.Action == actionNames[Block]
+		match.Alert = match.Literal || blocked || match.Bound && r.action.AlertOn == Either
+	}
+}
+
+func (p *Policy) find(r *event.Rule) *rule {
+	for _, own := range p.rules {
+		if &own.Rule.Rule == r {
+			return own
+		}
+	}
+	return nil
+}
+
+const (
+	// maxRemembered bounds the processes whose start the rules have seen, and
+	// those that a rule has blocked. When one more comes, the oldest is
+	// forgotten: it is judged anew then.
+	maxRemembered = 16 << 10
+	// maxChains bounds what one sequence remembers: processes that started and
+	// whose connection may follow within the span. Each keeps its event.
+	maxChains = 1 << 10
+)
+
+// memory is what rules remember from one event to the next.
+type memory struct {
+	machines []machine
+
+	mu      sync.Mutex         // guards the following
+	started remembered[string] // process images that the rules have seen start
+	blocked remembered[latch]
+}
+
+type machine struct {
+	mu sync.Mutex
+	*eql.Machine
+}
+
+func newMemory(p *Policy) *memory {
+	m := &memory{machines: make([]machine, len(p.rules))}
+	for i, r := range p.rules {
+		if r.Query.IsSequence() {
+			m.machines[i].Machine = r.Query.NewMachine(maxChains)
+		}
+	}
+	return m
+}
+
+// observe feeds one rule with what an event adds - the start of a process when it
+// is first seen, a connection once, and each request - and returns the subjects
+// for whom the rule matches as it is written.
+func (m *memory) observe(i int, r *rule, ev *event.Event) []*event.Process {
+	var matched []*event.Process
+	for _, subject := range subjects(ev) {
+		var adds []event.Document
+		if subject != nil && m.isNew(subject) {
+			adds = append(adds, event.ProcessStart)
+		}
+		if ev.Connection.First {
+			adds = append(adds, event.ConnectionAttempt)
+		}
+		adds = append(adds, event.RequestDecision)
+		about := documentsOf(ev, subject)
+		if r.Query.IsSequence() && m.machines[i].observe(about, adds) || !r.Query.IsSequence() && r.observed(about, adds) {
+			matched = append(matched, subject)
+		}
+	}
+	return matched
+}
+
+// observed asks a rule that is no sequence.
+func (r *rule) observed(about *documents, adds []event.Document) bool {
+	for _, s := range r.literal {
+		for _, d := range s.documents {
+			if slices.Contains(adds, d) && s.Match(&about[d]) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+func (m *machine) observe(about *documents, adds []event.Document) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	matched := false
+	for _, d := range adds {
+		matched = len(m.Observe(&about[d])) > 0 || matched
+	}
+	return matched
+}
+
+func imageOf(p *event.Process) string {
+	return p.EntityID + "\x00" + p.Executable + "\x00" + p.CommandLine
+}
+
+func (m *memory) isNew(p *event.Process) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return !m.started.has(imageOf(p))
+}
+
+// seen remembers the subjects of an event.
+func (m *memory) seen(ev *event.Event) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, p := range ev.Subjects {
+		m.started.add(imageOf(p))
+	}
+}
+
+// latch keeps a block for the life of the process, so that nothing it does
+// to its own facts undoes it.
+func (m *memory) latch(p *Policy, match *event.Match) {
+	if match.Subject == nil || match.Subject.EntityID == "" {
+		return
+	}
+	for i, r := range p.rules {
+		if &r.Rule.Rule == match.Rule {
+			m.mu.Lock()
+			m.blocked.add(latch{i, match.Subject.EntityID})
+			m.mu.Unlock()
+		}
+	}
+}
+
+func (m *memory) latched(rule int, p *event.Process) bool {
+	if p == nil {
+		return false
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.blocked.keys) > 0 && m.blocked.has(latch{rule, p.EntityID})
+}
+
+// latch is a rule, by its place in the policy, that has blocked a process.
+type latch struct {
+	rule   int
+	entity string
+}
+
+// remembered is a set that forgets its oldest.
+type remembered[K comparable] struct {
+	keys  map[K]struct{}
+	order []K
+	next  int
+}
+
+func (r *remembered[K]) has(key K) bool {
+	_, ok := r.keys[key]
+	return ok
+}
+
+func (r *remembered[K]) add(key K) {
+	if r.has(key) {
+		return
+	}
+	if r.keys == nil {
+		r.keys = map[K]struct{}{}
+	}
+	if len(r.order) < maxRemembered {
+		r.order = append(r.order, key)
+	} else {
+		delete(r.keys, r.order[r.next])
+		r.order[r.next] = key
+		r.next = (r.next + 1) % maxRemembered
+	}
+	r.keys[key] = struct{}{}
+}

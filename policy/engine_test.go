@@ -1,0 +1,472 @@
+package policy
+
+import (
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/imdsgate/imdsgate/event"
+	"github.com/imdsgate/imdsgate/test/shared"
+)
+
+var classes = []string{"listing", "inventory", "operational", "token", "unknown", "user-data", "identity-proof", "credentials"}
+
+const (
+	oddClient  = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a01"
+	untrusted  = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a02"
+	imdsv1     = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a03"
+	relayed    = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a04"
+	evasive    = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a05"
+	oddClient6 = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a06"
+)
+
+func compile(t testing.TB, c Config) *Policy {
+	t.Helper()
+	p, err := Compile(c, classes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+var base = time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC)
+
+// asking is a request for credentials by a root-owned program that a shell
+// started a moment ago, with an IMDSv2 token and complete evidence. change may
+// change anything.
+func asking(executable string, change func(*event.Event, *event.Process)) *event.Event {
+	p := &event.Process{
+		EntityID: "entity-" + executable, PID: 4711, Start: base, Executable: executable, Name: filepath.Base(executable),
+		Args: []string{executable}, CommandLine: executable, WorkingDir: "/home/app",
+		UserID: "1000", RealUserID: "1000", SavedUserID: "1000", UserName: "app", Unit: "app.service",
+		Known: true, HostVerified: true, RootOwned: true,
+		Parent: &event.Process{EntityID: "parent", PID: 4710, Executable: "/usr/bin/bash", Name: "bash", Known: true},
+	}
+	ev := &event.Event{
+		Host: &event.Host{ID: "host"}, Time: base.Add(50 * time.Millisecond),
+		Connection: event.Connection{
+			Source: netip.MustParseAddrPort("10.0.0.1:40000"), Destination: netip.MustParseAddrPort("169.254.169.254:80"),
+			First: true, Accepted: base.Add(40 * time.Millisecond),
+		},
+		Attribution: event.Attribution{Level: "L0", Complete: true},
+		Subjects:    []*event.Process{p},
+		Request: event.Request{Method: "GET", Path: "/latest/meta-data/iam/security-credentials/role", Class: "credentials",
+			Guarded: true, Token: true, HTTP: "1.1"},
+	}
+	if change != nil {
+		change(ev, p)
+	}
+	return ev
+}
+
+func judge(e *Engine, ev *event.Event) *event.Event {
+	e.Judge(ev)
+	e.Observe(ev)
+	return ev
+}
+
+func matched(ev *event.Event, id string) (m event.Match, ok bool) {
+	for _, m := range ev.Decision.Matches {
+		if m.Rule.ID == id {
+			return m, true
+		}
+	}
+	return event.Match{}, false
+}
+
+// The criteria of the rule for odd clients, which are those of the rule that
+// Elastic published: both files say the same of each case.
+func TestOddClient(t *testing.T) {
+	type change = func(*event.Event, *event.Process)
+	cases := []struct {
+		name       string
+		executable string
+		change     change
+		literal    bool // as the rule is written
+		bound      bool // of the owner, at any age, without what he can choose
+	}{
+		{"curl in a shell", "/usr/bin/curl", nil, true, true},
+		{"wget", "/usr/bin/wget", nil, true, true},
+		{"any python", "/usr/bin/python3.11", nil, true, true},
+		{"capital letters", "/usr/bin/CURL", nil, true, true},
+		{"a name that only begins so", "/usr/bin/curlew", nil, false, false},
+		{"an agent", "/usr/bin/amazon-ssm-agent", nil, false, false},
+		{"dropped in /tmp", "/tmp/x", nil, true, true},
+		{"below /var/www", "/var/www/html/uploads/a", nil, true, true},
+		{"a cron script", "/etc/cron.daily/x", nil, true, true},
+		{"in /run", "/run/x", nil, true, true},
+		{"in /usr/local/bin", "/usr/local/bin/tool", nil, false, false},
+		{"by a relative path", "/home/app/x", func(_ *event.Event, p *event.Process) { p.Args[0] = "./x" }, true, true},
+		{"the address in argv", "/usr/local/bin/tool", func(_ *event.Event, p *event.Process) {
+			p.CommandLine = "tool http://169.254.169.254/"
+		}, true, true},
+		{"exactly a second later", "/usr/bin/curl", func(ev *event.Event, _ *event.Process) {
+			ev.Connection.Accepted = base.Add(time.Second)
+		}, true, true},
+		{"a millisecond after that", "/usr/bin/curl", func(ev *event.Event, _ *event.Process) {
+			ev.Connection.Accepted = base.Add(1001 * time.Millisecond)
+		}, false, true},
+		{"an hour later", "/usr/bin/python3", func(ev *event.Event, _ *event.Process) {
+			ev.Connection.Accepted = base.Add(time.Hour)
+		}, false, true},
+		{"an excused directory", "/usr/bin/curl", func(_ *event.Event, p *event.Process) {
+			p.WorkingDir = "/var/log/amazon/ssm/x"
+		}, false, true},
+		{"an excused parent", "/usr/bin/curl", func(_ *event.Event, p *event.Process) {
+			p.Parent.Executable = "/usr/share/ec2-instance-connect/eic_run_authorized_keys"
+		}, false, true},
+		{"an excused program", "/opt/rumble/bin/rumble-agent-1", func(_ *event.Event, p *event.Process) {
+			p.Name = "python"
+		}, false, true},
+		{"a parent whose program is not known", "/usr/bin/curl", func(_ *event.Event, p *event.Process) {
+			p.Parent.Executable = ""
+		}, false, true},
+		{"no parent", "/usr/bin/curl", func(_ *event.Event, p *event.Process) { p.Parent = nil }, false, true},
+		{"no working directory", "/usr/bin/curl", func(_ *event.Event, p *event.Process) { p.WorkingDir = "" }, true, true},
+		{"over IPv6", "/usr/bin/curl", func(ev *event.Event, _ *event.Process) {
+			ev.Connection.Destination = netip.MustParseAddrPort("[fd00:ec2::254]:80")
+		}, false, false},
+	}
+	ours := compile(t, Config{})
+	check := func(t *testing.T, p *Policy, id string) {
+		for _, c := range cases {
+			ev := judge(NewEngine(p), asking(c.executable, c.change))
+			m, ok := matched(ev, id)
+			if ok != (c.literal || c.bound) || m.Literal != c.literal || m.Bound != c.bound {
+				t.Errorf("%s: literal %v, bound %v; want %v, %v", c.name, m.Literal, m.Bound, c.literal, c.bound)
+			}
+			if m.Alert != c.literal {
+				t.Errorf("%s: alert %v, literal %v", c.name, m.Alert, c.literal)
+			}
+			if denied := ev.Decision.WouldBe == event.Deny && ev.Decision.Rule != nil && ev.Decision.Rule.ID == id; denied && !c.bound {
+				t.Errorf("%s: blocked", c.name)
+			}
+		}
+	}
+	t.Run("ours", func(t *testing.T) { check(t, ours, oddClient) })
+	t.Run("Elastic's", func(t *testing.T) {
+		file := filepath.Join(shared.Dir(t), "rules", "seed-2025-02-credential_access_unusual_instance_metadata_service_api_request.toml")
+		check(t, compile(t, Config{Rules: RulesConfig{Paths: []string{file}, WithoutShipped: true}}), "ecc0cd54-608e-11ef-ab6d-f661ea17fbce")
+	})
+}
+
+// What the rule alone misses.
+func TestShippedRules(t *testing.T) {
+	p := compile(t, Config{})
+	for _, c := range []struct {
+		name, executable string
+		change           func(*event.Event, *event.Process)
+		rule             string // that blocks, or raises an alert; "" for none
+		verdict          event.Verdict
+		alert            bool
+	}{
+		{"a legitimate program", "/opt/app/bin/app", nil, "", event.Allow, false},
+		{"a copy of curl, by host name", "/home/app/x", func(_ *event.Event, p *event.Process) {
+			p.HostVerified, p.RootOwned = true, false
+			p.CommandLine = "x http://instance-data/"
+		}, untrusted, event.Deny, true},
+		{"the loader", "/usr/lib64/ld-linux-x86-64.so.2", func(_ *event.Event, p *event.Process) { p.Loader = true }, untrusted, event.Deny, true},
+		{"a path of another mount namespace", "/opt/app/bin/app", func(_ *event.Event, p *event.Process) {
+			p.HostVerified, p.RootOwned = false, false
+		}, untrusted, event.Deny, true},
+		{"a program that cannot be read", "", func(_ *event.Event, p *event.Process) {
+			p.Executable, p.Name, p.Known, p.CommandLine = "", "", false, "app"
+		}, untrusted, event.Deny, true},
+		{"IMDSv1", "/opt/app/bin/app", func(ev *event.Event, _ *event.Process) { ev.Request.Token = false }, imdsv1, event.Deny, true},
+		{"X-Forwarded-For", "/usr/sbin/nginx", func(ev *event.Event, _ *event.Process) { ev.Request.Forwarded = true }, relayed, event.Allow, true},
+		{"a public name", "/usr/lib/firefox/firefox", func(ev *event.Event, _ *event.Process) { ev.Request.HostIsOdd = true }, relayed, event.Allow, true},
+		{"a disguised path", "/opt/app/bin/app", func(ev *event.Event, _ *event.Process) { ev.Request.Evasive = true }, evasive, event.Deny, true},
+		{"curl over IPv6", "/usr/bin/curl", func(ev *event.Event, _ *event.Process) {
+			ev.Connection.Destination = netip.MustParseAddrPort("[fd00:ec2::254]:80")
+		}, oddClient6, event.Deny, true},
+		{"inventory, by curl", "/usr/bin/curl", func(ev *event.Event, _ *event.Process) {
+			ev.Request.Class, ev.Request.Guarded = "inventory", false
+		}, oddClient, event.Allow, true},
+		{"a token, by curl", "/usr/bin/curl", func(ev *event.Event, _ *event.Process) {
+			ev.Request.Class, ev.Request.Guarded = "token", false
+		}, oddClient, event.Allow, true},
+	} {
+		ev := judge(NewEngine(p), asking(c.executable, c.change))
+		d := ev.Decision
+		if d.WouldBe != c.verdict || d.Verdict != event.Allow {
+			t.Errorf("%s: would be %v because %q, is %v in audit mode", c.name, d.WouldBe, d.Reason, d.Verdict)
+		}
+		m, ok := matched(ev, c.rule)
+		if ok != (c.rule != "") || m.Alert != c.alert {
+			t.Errorf("%s: matches %+v", c.name, d.Matches)
+		}
+	}
+}
+
+func grantFor(executable string) Grant {
+	return Grant{Name: "app", Executable: executable, Unit: "app.service", Owner: "platform", Reason: "it needs them"}
+}
+
+func TestOrderOfVerdict(t *testing.T) {
+	granted := Config{Mode: Enforce, Grants: []Grant{grantFor("/usr/bin/python3")}}
+	for _, c := range []struct {
+		name   string
+		config Config
+		ev     *event.Event
+		want   event.Verdict
+		reason string
+	}{
+		{"malformed, though granted", granted, asking("/usr/bin/python3", func(ev *event.Event, _ *event.Process) { ev.Request.Malformed = "two readings" }), event.Deny, "two readings"},
+		{"granted, though a rule matches", granted, asking("/usr/bin/python3", nil), event.Allow, "granted by app"},
+		{"a grant of another unit", granted, asking("/usr/bin/python3", func(_ *event.Event, p *event.Process) { p.Unit = "evil.service" }), event.Deny, "rule"},
+		{"one of two subjects without grant", granted, asking("/usr/bin/python3", func(ev *event.Event, p *event.Process) {
+			other := *p
+			other.Executable, other.EntityID, other.Name = "/opt/app/bin/app", "other", "app"
+			ev.Subjects = append(ev.Subjects, &other)
+		}), event.Deny, "rule"},
+		{"a grant on incomplete evidence", granted, asking("/usr/bin/python3", func(ev *event.Event, _ *event.Process) {
+			ev.Attribution.Complete, ev.Attribution.Reason = false, "late"
+		}), event.Deny, "rule"},
+		{"a rule that blocks", Config{Mode: Enforce}, asking("/usr/bin/curl", nil), event.Deny, "rule"},
+		{"nobody known", Config{Mode: Enforce}, asking("/opt/app/bin/app", func(ev *event.Event, _ *event.Process) {
+			ev.Subjects, ev.Attribution.Complete, ev.Attribution.Reason = nil, false, "no_holder"
+		}), event.Deny, "unattributed: no_holder"},
+		{"somebody else may hold it", Config{Mode: Enforce}, asking("/opt/app/bin/app", func(ev *event.Event, _ *event.Process) {
+			ev.Attribution.Complete, ev.Attribution.Reason = false, "late"
+		}), event.Deny, "somebody else"},
+		{"nobody known, and inventory", Config{Mode: Enforce}, asking("/opt/app/bin/app", func(ev *event.Event, _ *event.Process) {
+			ev.Subjects, ev.Attribution.Complete = nil, false
+			ev.Request.Class, ev.Request.Guarded = "inventory", false
+		}), event.Allow, ""},
+		{"no rule", Config{Mode: Enforce}, asking("/opt/app/bin/app", nil), event.Allow, ""},
+		{"no rule, strict", Config{Mode: Enforce, Posture: Strict}, asking("/opt/app/bin/app", nil), event.Deny, "strict"},
+		{"strict, and granted", Config{Mode: Enforce, Posture: Strict, Grants: []Grant{grantFor("/opt/app/bin/app")}}, asking("/opt/app/bin/app", nil), event.Allow, "granted"},
+		{"strict, and inventory", Config{Mode: Enforce, Posture: Strict}, asking("/opt/app/bin/app", func(ev *event.Event, _ *event.Process) {
+			ev.Request.Class, ev.Request.Guarded = "inventory", false
+		}), event.Allow, ""},
+	} {
+		ev := judge(NewEngine(compile(t, c.config)), c.ev)
+		if d := ev.Decision; d.Verdict != c.want || d.WouldBe != c.want || !strings.Contains(d.Reason, c.reason) {
+			t.Errorf("%s: %v because %q, want %v because of %q", c.name, d.Verdict, d.Reason, c.want, c.reason)
+		}
+	}
+}
+
+func TestGrants(t *testing.T) {
+	good := grantFor("/usr/bin/python3")
+	byUser := Grant{Name: "by user", Executable: "/usr/bin/python3", User: "app", Owner: "o", Reason: "r"}
+	for _, c := range []struct {
+		name   string
+		grant  Grant
+		change func(*event.Event, *event.Process)
+		ok     bool
+	}{
+		{"unit", good, nil, true},
+		{"user by name", byUser, nil, true},
+		{"user by number", Grant{Name: "n", Executable: "/usr/bin/python3", User: "1000", Owner: "o", Reason: "r"}, nil, true},
+		{"another user", byUser, func(_ *event.Event, p *event.Process) { p.UserName, p.UserID = "evil", "1001" }, false},
+		{"only the effective user", byUser, func(_ *event.Event, p *event.Process) { p.RealUserID = "1001" }, false},
+		{"a unit of a user manager", good, func(_ *event.Event, p *event.Process) { p.Unit, p.UserUnit = "", "app.service" }, false},
+		{"a file that is not the host's", good, func(_ *event.Event, p *event.Process) { p.HostVerified = false }, false},
+		{"a file that others may change", good, func(_ *event.Event, p *event.Process) { p.RootOwned = false }, false},
+		{"an earlier image", good, func(_ *event.Event, p *event.Process) { p.Earlier = true }, false},
+		{"the loader", good, func(_ *event.Event, p *event.Process) { p.Loader = true }, false},
+		{"another executable that says it is this one", good, func(_ *event.Event, p *event.Process) {
+			p.Executable, p.Name, p.Thread = "/tmp/python3", "python3", "python3"
+			p.Args = []string{"/usr/bin/python3"}
+		}, false},
+		{"expired", Grant{Name: "e", Executable: "/usr/bin/python3", Unit: "app.service", Owner: "o", Reason: "r",
+			Expires: Date{base.AddDate(0, 0, -1)}}, nil, false},
+		{"on its last day", Grant{Name: "e", Executable: "/usr/bin/python3", Unit: "app.service", Owner: "o", Reason: "r",
+			Expires: Date{time.Date(2026, 11, 25, 0, 0, 0, 0, time.UTC)}}, nil, true},
+		{"another class", Grant{Name: "c", Executable: "/usr/bin/python3", Unit: "app.service", Owner: "o", Reason: "r",
+			Classes: []string{"user-data"}}, nil, false},
+	} {
+		ev := judge(NewEngine(compile(t, Config{Mode: Enforce, Grants: []Grant{c.grant}})), asking("/usr/bin/python3", c.change))
+		if got := ev.Decision.Verdict == event.Allow; got != c.ok {
+			t.Errorf("%s: %v because %q", c.name, ev.Decision.Verdict, ev.Decision.Reason)
+		}
+	}
+	for _, c := range []struct {
+		name  string
+		grant Grant
+		err   string
+	}{
+		{"executable alone", Grant{Name: "g", Executable: "/bin/x", Owner: "o", Reason: "r"}, "LD_PRELOAD"},
+		{"relative", Grant{Name: "g", Executable: "x", Unit: "u", Owner: "o", Reason: "r"}, "absolute"},
+		{"not clean", Grant{Name: "g", Executable: "/bin/../tmp/x", Unit: "u", Owner: "o", Reason: "r"}, "clean"},
+		{"no owner", Grant{Name: "g", Executable: "/bin/x", Unit: "u", Reason: "r"}, "owner"},
+		{"no name", Grant{Executable: "/bin/x", Unit: "u", Owner: "o", Reason: "r"}, "name"},
+		{"unknown class", Grant{Name: "g", Executable: "/bin/x", Unit: "u", Owner: "o", Reason: "r", Classes: []string{"creds"}}, "creds"},
+		{"both", Grant{Name: "g", Executable: "/bin/x", Unit: "u", ExecutableOnly: true, Owner: "o", Reason: "r"}, "contradicts"},
+	} {
+		if _, err := Compile(Config{Grants: []Grant{c.grant}}, classes); err == nil || !strings.Contains(err.Error(), c.err) {
+			t.Errorf("%s: %v", c.name, err)
+		}
+	}
+}
+
+// Once a rule has blocked a process, nothing that the process does to itself
+// undoes it; another process is not concerned.
+func TestLatch(t *testing.T) {
+	e := NewEngine(compile(t, Config{Mode: Enforce}))
+	if ev := judge(e, asking("/usr/bin/curl", nil)); ev.Decision.Verdict != event.Deny {
+		t.Fatal(ev.Decision)
+	}
+	same := asking("/opt/app/bin/app", func(_ *event.Event, p *event.Process) { p.EntityID = "entity-/usr/bin/curl" })
+	if judge(e, same); same.Decision.Verdict != event.Deny {
+		t.Errorf("the same process in another program: %+v", same.Decision)
+	}
+	if other := judge(e, asking("/opt/app/bin/app", nil)); other.Decision.Verdict != event.Allow {
+		t.Errorf("another process: %+v", other.Decision)
+	}
+	e.SetPolicy(compile(t, Config{Mode: Enforce}))
+	again := asking("/opt/app/bin/app", func(_ *event.Event, p *event.Process) { p.EntityID = "entity-/usr/bin/curl" })
+	if judge(e, again); again.Decision.Verdict != event.Allow {
+		t.Errorf("after a reload: %+v", again.Decision)
+	}
+}
+
+// A sequence alerts once for a process, as Elastic's engine would; a request
+// that follows the first is blocked all the same.
+func TestOneAlertForAProcess(t *testing.T) {
+	e := NewEngine(compile(t, Config{}))
+	if m, _ := matched(judge(e, asking("/usr/bin/curl", nil)), oddClient); !m.Literal || !m.Alert {
+		t.Errorf("first: %+v", m)
+	}
+	if m, _ := matched(judge(e, asking("/usr/bin/curl", nil)), oddClient); m.Literal || m.Alert || !m.Bound {
+		t.Errorf("second: %+v", m)
+	}
+}
+
+func TestActions(t *testing.T) {
+	action := func(a Action) *Action { return &a }
+	odd := func(a RuleAction) Config {
+		return Config{Mode: Enforce, Rules: RulesConfig{Actions: map[string]RuleAction{oddClient: a}}}
+	}
+	inventory := func(ev *event.Event, _ *event.Process) { ev.Request.Class, ev.Request.Guarded = "inventory", false }
+	late := func(ev *event.Event, _ *event.Process) { ev.Connection.Accepted = base.Add(time.Hour) }
+	ssm := func(_ *event.Event, p *event.Process) { p.WorkingDir = "/var/log/amazon/ssm/x" }
+	for _, c := range []struct {
+		name    string
+		config  Config
+		change  func(*event.Event, *event.Process)
+		verdict event.Verdict
+		alert   bool
+	}{
+		{"log", odd(RuleAction{Action: action(Log)}), nil, event.Allow, false},
+		{"alert", odd(RuleAction{Action: action(Alert)}), nil, event.Allow, true},
+		{"alert, bound only", odd(RuleAction{Action: action(Alert)}), late, event.Allow, false},
+		{"alert on either", odd(RuleAction{Action: action(Alert), AlertOn: Either}), late, event.Allow, true},
+		{"block", odd(RuleAction{Action: action(Block)}), late, event.Deny, true},
+		{"block, inventory", odd(RuleAction{Action: action(Block)}), inventory, event.Allow, true},
+		{"block inventory", odd(RuleAction{Classes: map[string]Action{"inventory": Block}}), inventory, event.Deny, true},
+		{"log inventory", odd(RuleAction{Classes: map[string]Action{"inventory": Log}}), inventory, event.Allow, false},
+		{"exclusions do not excuse", odd(RuleAction{}), ssm, event.Deny, true},
+		{"exclusions honoured", odd(RuleAction{HonourExclusions: true}), ssm, event.Allow, false},
+	} {
+		e := NewEngine(compile(t, c.config))
+		ev := asking("/usr/bin/curl", c.change)
+		if c.name == "block inventory" && !e.Decisive(&ev.Request) {
+			t.Error("a request that a rule may block is not decisive")
+		}
+		judge(e, ev)
+		m, _ := matched(ev, oddClient)
+		if ev.Decision.Verdict != c.verdict || m.Alert != c.alert {
+			t.Errorf("%s: %v, %+v", c.name, ev.Decision.Verdict, m)
+		}
+	}
+}
+
+func TestRuleErrors(t *testing.T) {
+	const good = `[rule]
+rule_id = "x"
+name = "X"
+type = "eql"
+language = "eql"
+severity = "low"
+query = '''
+process where process.name == "curl"
+'''
+`
+	if _, err := ParseRule("x.toml", []byte(good)); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct{ name, old, new, err string }{
+		{"query", `process.name`, `process.nam`, "x.toml:8:15"},
+		{"caret", `process.name`, `process.nam`, "\n\tprocess where process.nam == \"curl\"\n\t              ^"},
+		{"suggestion", `process.name`, `process.nam`, "process.name"},
+		{"syntax", `== "curl"`, `= "curl"`, "x.toml:8:"},
+		{"TOML", `severity = "low"`, `severity = low`, "x.toml:6"},
+		{"another language", `language = "eql"`, `language = "kuery"`, "kuery"},
+		{"another type", `type = "eql"`, `type = "new_terms"`, "new_terms"},
+		{"severity", `"low"`, `"mild"`, "mild"},
+		{"no query", `process where process.name == "curl"`, ``, "x.toml"},
+		{"no rule", `[rule]`, `[other]`, "is this a rule file"},
+	} {
+		src := strings.Replace(good, c.old, c.new, 1)
+		_, err := ParseRule("x.toml", []byte(src))
+		if err == nil || !strings.Contains(err.Error(), c.err) {
+			t.Errorf("%s: %v\nwant it to say %q", c.name, err, c.err)
+		}
+	}
+}
+
+func TestRuleDirectory(t *testing.T) {
+	dir := t.TempDir()
+	write := func(name, text string) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	rule := func(id string) string {
+		return "[rule]\nrule_id = \"" + id + "\"\nname = \"" + id + "\"\ntype = \"eql\"\nlanguage = \"eql\"\nseverity = \"low\"\nquery = 'any where true'\n"
+	}
+	write("a.toml", rule("a"))
+	write("b.toml", rule("b"))
+	write("notes.md", "not a rule")
+	p := compile(t, Config{Rules: RulesConfig{Paths: []string{dir}, WithoutShipped: true}})
+	if got := len(p.Rules()); got != 2 {
+		t.Errorf("%d rules, want 2", got)
+	}
+	write("c.toml", rule("a"))
+	write("d.toml", "[rule]\n")
+	_, err := Compile(Config{Rules: RulesConfig{Paths: []string{dir, filepath.Join(dir, "none")}, Actions: map[string]RuleAction{"zzz": {}}}}, classes)
+	for _, want := range []string{"c.toml", "d.toml", "none", "zzz"} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v\nwant it to name %s", err, want)
+		}
+	}
+}
+
+func FuzzParseRule(f *testing.F) {
+	files, err := shipped.ReadDir("rules")
+	if err != nil {
+		f.Fatal(err)
+	}
+	for _, file := range files {
+		b, err := shipped.ReadFile("rules/" + file.Name())
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		r, err := ParseRule("fuzz.toml", b)
+		if (r == nil) == (err == nil) {
+			t.Errorf("rule %v and error %v", r, err)
+		}
+	})
+}
+
+func BenchmarkJudge(b *testing.B) {
+	for _, c := range []struct{ name, executable string }{{"no match", "/opt/app/bin/app"}, {"match", "/usr/bin/curl"}} {
+		b.Run(c.name, func(b *testing.B) {
+			e := NewEngine(compile(b, Config{Mode: Enforce}))
+			ev := asking(c.executable, nil)
+			b.ReportAllocs()
+			for b.Loop() {
+				e.Judge(ev)
+			}
+		})
+	}
+}

@@ -1,0 +1,78 @@
+package policy
+
+import (
+	"time"
+
+	"github.com/imdsgate/imdsgate/event"
+)
+
+// RuleFinding is what one rule says of a process.
+type RuleFinding struct {
+	ID      string   `json:"id"`
+	Name    string   `json:"name"`
+	Matches bool     `json:"matches"`
+	Clauses []Clause `json:"clauses"`
+}
+
+// Clause is one condition of a rule.
+type Clause struct {
+	Text  string `json:"text"`
+	Holds bool   `json:"holds"`
+	// Excuse marks a condition that the process can bring about itself: it
+	// keeps the rule from alerting, and not from blocking.
+	Excuse bool `json:"excuse,omitempty"`
+}
+
+// GrantFinding is what one grant says of a process.
+type GrantFinding struct {
+	Name   string `json:"name"`
+	Allows bool   `json:"allows"`
+	Missed string `json:"missed,omitempty"` // by what
+}
+
+// VerdictFinding is what would become of a request of one class.
+type VerdictFinding struct {
+	Class   string `json:"class"`
+	Verdict string `json:"verdict"`
+	Reason  string `json:"reason,omitempty"`
+}
+
+// Explain judges requests that a process could make now, each of which is given
+// as an event, and tells how each rule and grant sees the process. It changes
+// nothing.
+func (e *Engine) Explain(requests []*event.Event) (rules []RuleFinding, grants []GrantFinding, verdicts []VerdictFinding) {
+	p := e.Policy()
+	if len(requests) == 0 || len(requests[0].Subjects) == 0 {
+		return nil, nil, nil
+	}
+	about := documentsOf(requests[0], requests[0].Subjects[0])
+	for _, r := range p.rules {
+		f := RuleFinding{ID: r.ID, Name: r.Name, Matches: holds(r.blocking, about)}
+		kept := map[string]bool{}
+		for _, s := range r.blocking {
+			for _, c := range s.Conjuncts() {
+				kept[c.Text] = true
+			}
+		}
+		for _, s := range r.literal {
+			for _, c := range s.Conjuncts() {
+				clause := Clause{Text: c.Text, Excuse: !kept[c.Text]}
+				for _, d := range s.documents {
+					clause.Holds = clause.Holds || c.Match(&about[d])
+				}
+				f.Clauses = append(f.Clauses, clause)
+			}
+		}
+		rules = append(rules, f)
+	}
+	for i := range p.grants {
+		ok, missed := p.grants[i].allows(requests[0].Subjects[0], requests[0].Request.Class, time.Now())
+		grants = append(grants, GrantFinding{p.grants[i].Name, ok, missed})
+	}
+	for _, ev := range requests {
+		ev.Decision = event.Decision{}
+		verdict := p.outcome(ev, newMemory(p))
+		verdicts = append(verdicts, VerdictFinding{ev.Request.Class, verdict.String(), ev.Decision.Reason})
+	}
+	return rules, grants, verdicts
+}

@@ -1,0 +1,185 @@
+// Package policy says what should become of a request, given who asks and what
+// for.
+//
+// It holds two lists that are never mixed. Detections are rules in Elastic's
+// form and language: they raise alerts as Elastic would have raised them, and
+// they block. Grants are what lets a program have credentials all the same: they
+// rest on what the caller cannot choose. What excuses an alert does not open a
+// door.
+//
+// A Policy is compiled once and does not change; an Engine applies the present
+// one. Judging reads no file and waits for nobody.
+package policy
+
+import (
+	"crypto/sha256"
+	"embed"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/imdsgate/imdsgate/event"
+)
+
+// Config is the policy as an operator writes it. The zero value is the policy
+// of an installation that nobody has configured.
+type Config struct {
+	Mode    Mode        `yaml:"mode"`
+	Posture Posture     `yaml:"posture"`
+	Rules   RulesConfig `yaml:"rules"`
+	Grants  []Grant     `yaml:"grants"`
+}
+
+// RulesConfig says which rules there are and what follows from them.
+type RulesConfig struct {
+	// Paths are rule files in Elastic's TOML form, or directories of them.
+	Paths []string `yaml:"paths"`
+	// WithoutShipped leaves out the rules that are built in.
+	WithoutShipped bool `yaml:"without_shipped"`
+	// Actions are by rule_id. A rule that is not named blocks guarded requests
+	// and alerts on others.
+	Actions map[string]RuleAction `yaml:"actions"`
+}
+
+// RuleAction is what follows from a match of one rule.
+type RuleAction struct {
+	// Action is for requests of classes that Classes does not name. Block
+	// refuses guarded requests (credentials, user data, identity proofs, and
+	// unknown paths that speak of secrets); on others it is Alert, unless
+	// Classes says so.
+	Action  *Action           `yaml:"action"`
+	Classes map[string]Action `yaml:"classes"`
+	// HonourExclusions lets the rule's own exceptions excuse from a block, also
+	// those that the caller can bring about.
+	HonourExclusions bool    `yaml:"honour_exclusions"`
+	AlertOn          AlertOn `yaml:"alert_on"`
+}
+
+// Policy is a compiled Config.
+type Policy struct {
+	Mode    Mode // that the configuration asks for
+	Posture Posture
+	Digest  string // of all that was configured, to compare hosts
+
+	rules  []*rule
+	grants []Grant
+}
+
+// rule is a detection with what follows from it.
+type rule struct {
+	*Rule
+	action   RuleAction
+	blocking []*stage // of the query that blocks
+	literal  []*stage // of the query as written
+}
+
+//go:embed rules/*.toml
+var shipped embed.FS
+
+// Compile checks a configuration and reads the rules that it names. classes are
+// the names of the classes that requests can have. All errors come together, as
+// far as they can be found in one go.
+func Compile(c Config, classes []string) (*Policy, error) {
+	p := &Policy{Mode: c.Mode, Posture: c.Posture, grants: c.Grants}
+	var errs []error
+	var loaded []*Rule
+	if !c.Rules.WithoutShipped {
+		rules, err := ParseRules(shipped, "rules")
+		loaded, errs = append(loaded, rules...), append(errs, err)
+	}
+	rules, err := ParseRules(host{}, c.Rules.Paths...)
+	loaded, errs = append(loaded, rules...), append(errs, err)
+
+	known := map[string]string{}
+	digest := sha256.New()
+	for _, r := range loaded {
+		if other, ok := known[r.ID]; ok {
+			errs = append(errs, fmt.Errorf("%s: rule_id %s is also in %s; set rules.without_shipped, or change the id", r.File, r.ID, other))
+		}
+		known[r.ID] = r.File
+		fmt.Fprintln(digest, r.ID, r.Version)
+		p.rules = append(p.rules, newRule(r, c.Rules.Actions[r.ID]))
+	}
+	for _, id := range slices.Sorted(maps.Keys(c.Rules.Actions)) {
+		a := c.Rules.Actions[id]
+		if _, ok := known[id]; !ok {
+			errs = append(errs, fmt.Errorf("rules.actions: no rule has the rule_id %q; there are %s", id, strings.Join(slices.Sorted(maps.Keys(known)), ", ")))
+		}
+		for class := range a.Classes {
+			if !slices.Contains(classes, class) {
+				errs = append(errs, fmt.Errorf("rules.actions: %s: unknown class %q; there are %s", id, class, strings.Join(classes, ", ")))
+			}
+		}
+		fmt.Fprintln(digest, id, a.Action, a.Classes, a.HonourExclusions, a.AlertOn)
+	}
+	names := map[string]bool{}
+	for i := range c.Grants {
+		g := &c.Grants[i]
+		if err := g.check(classes); err != nil {
+			errs = append(errs, err)
+		}
+		if names[g.Name] {
+			errs = append(errs, fmt.Errorf("grant %q is there twice", g.Name))
+		}
+		names[g.Name] = true
+		fmt.Fprintf(digest, "%+v\n", *g)
+	}
+	fmt.Fprintln(digest, c.Posture)
+	p.Digest = "sha256:" + hex.EncodeToString(digest.Sum(nil))
+	return p, errors.Join(errs...)
+}
+
+// Rules lists the rules in the order in which they are asked.
+func (p *Policy) Rules() []*Rule {
+	rules := make([]*Rule, len(p.rules))
+	for i, r := range p.rules {
+		rules[i] = r.Rule
+	}
+	return rules
+}
+
+// Grants lists the grants.
+func (p *Policy) Grants() []Grant { return slices.Clone(p.grants) }
+
+func newRule(r *Rule, a RuleAction) *rule {
+	blocking := r.Bound
+	if a.HonourExclusions {
+		blocking = r.Query
+	}
+	return &rule{Rule: r, action: a, blocking: stages(blocking), literal: stages(r.Query)}
+}
+
+// on says what follows from a match on a request.
+func (r *rule) on(q *event.Request) Action {
+	if a, ok := r.action.Classes[q.Class]; ok {
+		return a
+	}
+	action := Block
+	switch {
+	case r.action.Action != nil:
+		action = *r.action.Action
+	case r.Rule.Action != nil:
+		action = *r.Rule.Action
+	}
+	if action == Block && !q.Guarded {
+		return Alert
+	}
+	return action
+}
+
+// granted finds the grant that covers a process.
+func (p *Policy) granted(subject *event.Process, class string, now time.Time) (name string, ok bool) {
+	for i := range p.grants {
+		if ok, _ := p.grants[i].allows(subject, class, now); ok {
+			return p.grants[i].Name, true
+		}
+	}
+	return "", false
+}
+
+var _ fs.FS = host{}
