@@ -4,7 +4,11 @@ package labtest
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"os"
+	"os/exec"
+	"runtime"
+	"syscall"
 	"testing"
 	"time"
 
@@ -26,6 +30,29 @@ func RequireRoot(t testing.TB) {
 		t.Fatal(missing)
 	}
 	t.Skip(missing)
+}
+
+// Main runs the tests of a package in a process that has a network namespace of its own, so that they can ask for
+// netlab.Options.Here. It does not return. Without root the tests run where they are, and skip or fail one by one.
+func Main(m *testing.M) {
+	if os.Getenv(netlab.Private) != "" || os.Geteuid() != 0 {
+		os.Exit(m.Run())
+	}
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Env = append(os.Environ(), netlab.Private+"=1")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
+	runtime.LockOSThread() // Pdeathsig is about the thread
+	err := cmd.Run()
+	exit := (*exec.ExitError)(nil)
+	switch {
+	case errors.As(err, &exit) && exit.ExitCode() > 0:
+		os.Exit(exit.ExitCode())
+	case err != nil:
+		fmt.Fprintln(os.Stderr, "run the tests in a network namespace of their own:", err)
+		os.Exit(1)
+	}
+	os.Exit(0)
 }
 
 // Start builds a lab that is closed when the test ends. The test fails if it left anything inside: it closes its own

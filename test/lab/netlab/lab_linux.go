@@ -32,6 +32,10 @@ type Options struct {
 	Containers bool             // also build Bridged and Routed, and turn on the instance's IP forwarding
 	IMDS       *imdstest.Config // the emulator on port 80 of both metadata addresses; nil means its defaults
 	NoIMDS     bool             // leave port 80 of the metadata namespace free for another service
+
+	// Here makes the namespace that this process is in the instance, for tests that run a part of the product in
+	// their own process. It must not be the machine's own: see labtest.Main. One lab at a time can be here.
+	Here bool
 }
 
 // A Lab is a built instance. Its namespaces may be used from any goroutine until Close.
@@ -40,6 +44,7 @@ type Lab struct {
 	Bridged, Routed    *Namespace       // nil unless Options.Containers
 	IMDS               *imdstest.Server // nil with Options.NoIMDS
 
+	here    bool // Instance is this process's
 	closing sync.Once
 	closed  error // of Close
 }
@@ -54,7 +59,12 @@ func New(o Options) (*Lab, error) {
 }
 
 func (l *Lab) build(o Options) (err error) {
-	if l.Instance, err = newNamespace("instance"); err != nil {
+	if l.here = o.Here; o.Here {
+		l.Instance, err = thisNamespace("instance")
+	} else {
+		l.Instance, err = newNamespace("instance")
+	}
+	if err != nil {
 		return err
 	}
 	if l.Metadata, err = newNamespace("metadata"); err != nil {
@@ -118,6 +128,9 @@ func (l *Lab) Close() error {
 		errs := []error{evict(all)}
 		if l.IMDS != nil {
 			errs = append(errs, l.IMDS.Close())
+		}
+		if l.here {
+			errs = append(errs, l.unplug())
 		}
 		errs = append(errs, openSockets(all))
 		for _, n := range all {

@@ -36,12 +36,31 @@ func newNamespace(name string) (*Namespace, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make namespace %s: %w", name, err)
 	}
+	return n.stat()
+}
+
+func (n *Namespace) stat() (*Namespace, error) {
 	var st unix.Stat_t
 	if err := unix.Fstat(int(n.handle), &st); err != nil {
-		return nil, errors.Join(fmt.Errorf("stat namespace %s: %w", name, err), n.close())
+		return nil, errors.Join(fmt.Errorf("stat namespace %s: %w", n.name, err), n.close())
 	}
 	n.inode = st.Ino
 	return n, nil
+}
+
+// Private is set in the environment of a process that labtest.Main has started in a network namespace of its own.
+const Private = "IMDSGATE_LAB_PRIVATE"
+
+// thisNamespace is the one that the process is in.
+func thisNamespace(name string) (*Namespace, error) {
+	if os.Getenv(Private) == "" {
+		return nil, fmt.Errorf("namespace %s would be the machine's own: run in one of your own, as labtest.Main does", name)
+	}
+	h, err := netns.Get()
+	if err != nil {
+		return nil, fmt.Errorf("open namespace %s: %w", name, err)
+	}
+	return (&Namespace{name: name, handle: h}).stat()
 }
 
 // String returns the namespace's role in the lab: "instance", "metadata", "bridged" or "routed".

@@ -1,6 +1,7 @@
 package netlab
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -135,6 +136,23 @@ func (l *Lab) wire() error {
 		}
 	}
 	return nil
+}
+
+// unplug takes the links out of an instance that outlasts the lab.
+func (l *Lab) unplug() error {
+	return l.Instance.Do(func() error {
+		links, err := netlink.LinkList()
+		if err != nil {
+			return fmt.Errorf("%s: list links: %w", l.Instance, err)
+		}
+		for _, link := range links {
+			switch link.Type() {
+			case "veth", "bridge", "dummy":
+				err = errors.Join(err, netlink.LinkDel(link))
+			}
+		}
+		return err
+	})
 }
 
 func (c cable) plug() error {

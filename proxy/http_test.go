@@ -1,0 +1,234 @@
+package proxy
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"io"
+	"net/http"
+	"net/http/httputil"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// agree compares our reading of a request with the standard library's: where
+// both accept one, they agree on what it is. Where only we refuse, that is the
+// point of it; where only the library refuses, the list says why we do not.
+func agree(t *testing.T, b []byte) {
+	t.Helper()
+	ours, err := parseRequest(b)
+	if ours == nil && err == nil {
+		return
+	}
+	theirs, libErr := http.ReadRequest(bufio.NewReader(bytes.NewReader(b)))
+	if err != nil || libErr != nil {
+		return
+	}
+	if theirs.Method != ours.method || theirs.RequestURI != ours.target || theirs.ProtoMinor != int(ours.minor) {
+		t.Errorf("%q: we read %s %s HTTP/1.%d, net/http %s %s %s", b, ours.method, ours.target, ours.minor, theirs.Method, theirs.RequestURI, theirs.Proto)
+	}
+	if theirs.Host != ours.host && theirs.URL.Host == "" {
+		t.Errorf("%q: we read host %q, net/http %q", b, ours.host, theirs.Host)
+	}
+	if theirs.ContentLength != ours.length {
+		t.Errorf("%q: we read a body of %d bytes, net/http of %d", b, ours.length, theirs.ContentLength)
+	}
+	if got := theirs.Header.Get("X-Aws-Ec2-Metadata-Token") != ""; got && !ours.token {
+		t.Errorf("%q: net/http sees a token", b)
+	}
+	if ours.userAgent != theirs.UserAgent() && len(theirs.Header.Values("User-Agent")) == 1 {
+		t.Errorf("%q: we read user agent %q, net/http %q", b, ours.userAgent, theirs.UserAgent())
+	}
+	if ours.length != -1 {
+		return
+	}
+	n, err := chunkedSize(b[ours.headSize:])
+	if err != nil || n == 0 {
+		return
+	}
+	body, err := io.ReadAll(httputil.NewChunkedReader(bytes.NewReader(b[ours.headSize : ours.headSize+n])))
+	if err != nil {
+		t.Errorf("%q: we read a chunked body of %d bytes, net/http says %v", b, n, err)
+	}
+	if len(body) > maxBody {
+		t.Errorf("%q: a body of %d bytes was accepted", b, len(body))
+	}
+}
+
+func TestRequestDifferential(t *testing.T) {
+	for _, r := range riddles {
+		agree(t, []byte(r.send))
+	}
+	for _, s := range []string{
+		"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+		"PUT /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+		"PUT /x HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\n\r\nhello",
+		"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+	} {
+		if r, err := parseRequest([]byte(s)); r == nil || err != nil {
+			t.Errorf("%q: %v", s, err)
+		}
+		agree(t, []byte(s))
+	}
+}
+
+// A request is the same whatever the pieces in which it comes, and what is not
+// all there is never taken for a whole one.
+func TestRequestInPieces(t *testing.T) {
+	whole := []byte("PUT /latest/api/token HTTP/1.1\r\nHost: 169.254.169.254\r\nContent-Length: 0\r\n\r\n")
+	for n := range whole {
+		if r, err := parseRequest(whole[:n]); r != nil || err != nil {
+			t.Errorf("the first %d bytes: %+v, %v", n, r, err)
+		}
+	}
+	if r, err := parseRequest(whole); err != nil || r.headSize != len(whole) {
+		t.Errorf("%+v, %v", r, err)
+	}
+	for _, riddle := range riddles {
+		for n := range len(riddle.send) {
+			if r, err := parseRequest([]byte(riddle.send[:n])); r != nil && err != nil {
+				t.Errorf("%s, %d bytes: both %+v and %v", riddle.name, n, r, err)
+			}
+		}
+	}
+}
+
+func FuzzRequest(f *testing.F) {
+	for _, r := range riddles {
+		f.Add([]byte(r.send))
+	}
+	f.Add([]byte("PUT /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		agree(t, b)
+		r, err := parseRequest(b)
+		if err != nil && !errors.Is(err, errMalformed) {
+			t.Errorf("%q: %v", b, err)
+		}
+		if r == nil {
+			return
+		}
+		if r.headSize > len(b) || !bytes.HasSuffix(b[:r.headSize], []byte("\r\n\r\n")) || r.length > maxBody {
+			t.Errorf("%q: %+v", b, r)
+		}
+		// What comes behind a head does not change it.
+		more, err := parseRequest(append(b[:r.headSize:r.headSize], "GET / HTTP/1.1\r\n\r\n"...))
+		if err != nil || *more != *r {
+			t.Errorf("%q: %+v alone, %+v, %v with more behind it", b, r, more, err)
+		}
+	})
+}
+
+// The end of an answer is found whatever the pieces in which it comes, and
+// where net/http finds it.
+func TestResponseEnd(t *testing.T) {
+	for _, c := range []struct {
+		name, answer, behind, method string
+		close                        bool
+	}{
+		{"length", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", "HTTP/1.1 200", "GET", false},
+		{"chunked", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", "x", "GET", false},
+		{"chunked, extension and trailer", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;a=b\r\nhello\r\n0\r\nX: y\r\n\r\n", "x", "GET", false},
+		{"HEAD", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", "x", "HEAD", false},
+		{"304", "HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n", "x", "GET", false},
+		{"close", "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 5\r\n\r\nhello", "", "GET", true},
+		{"HTTP/1.0", "HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello", "", "GET", true},
+		{"HTTP/1.0, kept", "HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 5\r\n\r\nhello", "x", "GET", false},
+		{"until the end", "HTTP/1.1 200 OK\r\n\r\nhello", "", "GET", true},
+		{"two lengths", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello", "", "GET", true},
+		{"no reason phrase", "HTTP/1.1 204\r\n\r\n", "x", "GET", false},
+	} {
+		whole := []byte(c.answer + c.behind)
+		for piece := 1; piece <= len(whole); piece++ {
+			head, err := parseResponse(whole, c.method)
+			if err != nil || head == nil || head.close != c.close {
+				t.Fatalf("%s: %+v, %v", c.name, head, err)
+			}
+			b := newBody(head.length)
+			taken := head.headSize
+			for taken < len(whole) && !b.ended {
+				taken += b.take(whole[taken:min(taken+piece, len(whole))])
+			}
+			if taken != len(c.answer) || b.ended == (head.length == untilEOF) {
+				t.Errorf("%s in pieces of %d: ends at %d, ended %v; want %d", c.name, piece, taken, b.ended, len(c.answer))
+			}
+		}
+	}
+	for _, odd := range []string{"ICY 200 OK\r\n\r\n", "HTTP/2 200\r\n\r\n", "HTTP/1.1 2x0 OK\r\n\r\n", "hello there"} {
+		if r, err := parseResponse([]byte(odd), "GET"); err == nil {
+			t.Errorf("%q: %+v", odd, r)
+		}
+	}
+}
+
+func FuzzResponse(f *testing.F) {
+	f.Add([]byte("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"), 3)
+	f.Add([]byte("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;a=b\r\nhello\r\n0\r\nX: y\r\n\r\n"), 1)
+	f.Fuzz(func(t *testing.T, b []byte, piece int) {
+		head, err := parseResponse(b, "GET")
+		if err != nil || head == nil || head.interim() {
+			return
+		}
+		// The same bytes in one piece and in several end at the same place.
+		ends := func(piece int) (int, bool) {
+			d := newBody(head.length)
+			at := head.headSize
+			for at < len(b) && !d.ended {
+				n := d.take(b[at:min(at+piece, len(b))])
+				if n == 0 && !d.ended {
+					t.Fatalf("%q: no progress at %d", b, at)
+				}
+				at += n
+			}
+			return at, d.ended
+		}
+		at, ended := ends(len(b))
+		if n := 1 + (piece&0x7fffffff)%64; len(b) > 0 {
+			if at2, ended2 := ends(n); at != at2 || ended != ended2 {
+				t.Errorf("%q: ends at %d (%v), in pieces of %d at %d (%v)", b, at, ended, n, at2, ended2)
+			}
+		}
+		resp, err := http.ReadResponse(bufio.NewReader(bytes.NewReader(b)), nil)
+		if err != nil || !ended || head.status != resp.StatusCode {
+			return
+		}
+		body, err := io.ReadAll(resp.Body)
+		if err == nil && head.length >= 0 && int64(len(body)) != head.length {
+			t.Errorf("%q: a body of %d bytes, net/http reads %d", b, head.length, len(body))
+		}
+	})
+}
+
+func TestPublicHost(t *testing.T) {
+	for host, want := range map[string]bool{
+		"": false, "169.254.169.254": false, "169.254.169.254:80": false, "[fd00:ec2::254]": false, "[fd00:ec2::254]:80": false,
+		"instance-data": false, "instance-data.ec2.internal": false, "Instance-Data.": false,
+		"evil.example": true, "evil.example:80": true, "169.254.169.254.nip.io": true, "localhost": true,
+	} {
+		if got := publicHost(host); got != want {
+			t.Errorf("%q: %v", host, got)
+		}
+	}
+}
+
+func BenchmarkParseRequest(b *testing.B) {
+	req := []byte("GET /latest/meta-data/iam/security-credentials/role HTTP/1.1\r\nHost: 169.254.169.254\r\nUser-Agent: aws-sdk-go-v2/1.36\r\nAccept: */*\r\nX-aws-ec2-metadata-token: " +
+		strings.Repeat("A", 54) + "==\r\nAccept-Encoding: gzip\r\n\r\n")
+	b.SetBytes(int64(len(req)))
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := parseRequest(req); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkParseResponse(b *testing.B) {
+	resp := []byte("HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nAccept-Ranges: none\r\nContent-Length: " + strconv.Itoa(1300) + "\r\nServer: EC2ws\r\nConnection: close\r\n\r\n")
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := parseResponse(resp, "GET"); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

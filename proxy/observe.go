@@ -1,0 +1,58 @@
+package proxy
+
+import (
+	"strconv"
+	"strings"
+
+	"github.com/imdsgate/imdsgate/attribution"
+	"github.com/imdsgate/imdsgate/event"
+	"github.com/imdsgate/imdsgate/proxy/imds"
+)
+
+// observe records who holds the connection.
+func observe(ev *event.Event, o attribution.Owner) {
+	ev.Attribution = event.Attribution{
+		Level: o.Level.String(), Via: o.Via, Complete: o.Complete, Reason: o.Reason.String(),
+		Cookie: o.Socket.Cookie, Took: o.Took,
+	}
+	for _, pid := range o.Unreadable {
+		ev.Attribution.Unreadable = append(ev.Attribution.Unreadable, int64(pid))
+	}
+	ev.Subjects = nil
+	for _, p := range o.Subjects {
+		ev.Subjects = append(ev.Subjects, Process(p))
+	}
+}
+
+// Process gives a process the form in which events and rules have it.
+func Process(p *attribution.Process) *event.Process {
+	q := &event.Process{
+		EntityID: p.EntityID, PID: int64(p.PID), Start: p.Start,
+		Executable: p.Executable.Path, Name: p.Name, Thread: p.Thread, Args: p.Args, CommandLine: strings.Join(p.Args, " "), WorkingDir: p.WorkingDir,
+		TTY: p.TTY, Session: int64(p.Session), Group: int64(p.Group),
+		UserID: id(p.UID[1]), RealUserID: id(p.UID[0]), SavedUserID: id(p.UID[2]), UserName: p.UserName,
+		GroupID: id(p.GID[1]), GroupName: p.GroupName,
+		Unit: p.Cgroup.Unit, UserUnit: p.Cgroup.UserUnit, Cgroup: p.Cgroup.Path,
+		Container: p.Cgroup.Container, Runtime: p.Cgroup.Runtime,
+		HostVerified: p.Executable.HostVerified, RootOwned: p.Executable.RootOwned, Loader: p.Executable.Loader,
+		Deleted: p.Executable.Deleted, Known: p.Executable.Inode != 0, Earlier: p.Earlier,
+	}
+	for _, g := range p.Groups {
+		q.SupplementalGroups = append(q.SupplementalGroups, id(g))
+	}
+	if p.Parent != nil {
+		q.Parent = Process(p.Parent)
+	}
+	return q
+}
+
+func id(n uint32) string { return strconv.FormatUint(uint64(n), 10) }
+
+// asked records what is asked for.
+func asked(ev *event.Event, r *request, t imds.Target, size int) {
+	ev.Request = event.Request{
+		Method: r.method, Target: r.target, Path: t.Path, Class: t.Class.String(), Guarded: t.Guarded(), Version: t.Version,
+		HTTP: "1." + string('0'+r.minor), Host: r.host, UserAgent: r.userAgent, Bytes: int64(size),
+		Token: r.token, Forwarded: r.relayed, HostIsOdd: publicHost(r.host), Evasive: t.Evasive || r.odd,
+	}
+}

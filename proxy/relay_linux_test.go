@@ -1,0 +1,418 @@
+package proxy
+
+import (
+	"bytes"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/imdsgate/imdsgate/event"
+	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/proxy/imds/imdstest"
+	"github.com/imdsgate/imdsgate/test/lab/netlab"
+)
+
+const host = "Host: 169.254.169.254\r\n"
+
+// The service sees the bytes that it would see without us, and the client gets
+// the bytes, and the end, that it would get.
+func TestTransparent(t *testing.T) {
+	cfg := emulator()
+	cfg.HTTP10 = []string{"meta-data/ami-id"}
+	cfg.Pages = imdstest.XHTML
+	r := newRig(t, setting{lab: netlab.Options{IMDS: cfg}})
+	token := "X-aws-ec2-metadata-token: " + r.token() + "\r\n"
+	for _, c := range []struct{ name, send string }{
+		{"curl", "GET /latest/meta-data/instance-id HTTP/1.1\r\n" + host + "User-Agent: curl/8.5.0\r\nAccept: */*\r\n\r\n"},
+		{"token, no length", "PUT /latest/api/token HTTP/1.1\r\n" + host + "X-aws-ec2-metadata-token-ttl-seconds: 21600\r\n\r\n"},
+		{"token, length 0", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Content-Length: 0\r\nX-aws-ec2-metadata-token-ttl-seconds: 21600\r\n\r\n"},
+		{"token, chunked", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Transfer-Encoding: chunked\r\nX-aws-ec2-metadata-token-ttl-seconds: 60\r\n\r\n0\r\n\r\n"},
+		{"token, wrong time to live", "PUT /latest/api/token HTTP/1.1\r\n" + host + "X-aws-ec2-metadata-token-ttl-seconds: 0\r\n\r\n"},
+		{"token, dated", "PUT /2021-03-23/api/token HTTP/1.1\r\n" + host + "X-aws-ec2-metadata-token-ttl-seconds: 60\r\n\r\n"},
+		{"token, forwarded for", "PUT /latest/api/token HTTP/1.1\r\n" + host + "X-Forwarded-For: 1.2.3.4\r\nX-aws-ec2-metadata-token-ttl-seconds: 60\r\n\r\n"},
+		{"with a token", "GET /latest/meta-data/iam/security-credentials/ HTTP/1.1\r\n" + host + token + "\r\n"},
+		{"credentials", "GET /latest/meta-data/iam/security-credentials/imdsgate-lab-role HTTP/1.1\r\n" + host + token + "\r\n"},
+		{"a wrong token", "GET /latest/meta-data/ HTTP/1.1\r\n" + host + "X-aws-ec2-metadata-token: wrong\r\n\r\n"},
+		{"forwarded for, v1", "GET /latest/meta-data/ HTTP/1.1\r\n" + host + "X-Forwarded-For: 1.2.3.4\r\n\r\n"},
+		{"HEAD", "HEAD /latest/meta-data/instance-id HTTP/1.1\r\n" + host + "\r\n"},
+		{"HTTP/1.0", "GET /latest/meta-data/instance-id HTTP/1.0\r\n\r\n"},
+		{"answered in HTTP/1.0", "GET /latest/meta-data/ami-id HTTP/1.1\r\n" + host + "\r\n"},
+		{"no Host", "GET /latest/meta-data/instance-id HTTP/1.1\r\nConnection: keep-alive\r\nContent-Length: 0\r\n\r\n"},
+		{"two slashes", "GET //latest/meta-data/instance-id HTTP/1.1\r\n" + host + "\r\n"},
+		{"perl", "GET /latest/meta-data/instance-id HTTP/1.1\r\nTE: deflate,gzip;q=0.3\r\nConnection: TE, close\r\n" + host + "\r\n"},
+		{"odd case and order", "GET /latest/meta-data/instance-id HTTP/1.1\r\nuser-agent:x\r\nHOST: \t169.254.169.254  \r\nX-Odd:\r\n\r\n"},
+		{"not found", "GET /latest/meta-data/nothing HTTP/1.1\r\n" + host + "\r\n"},
+		{"another method", "DELETE /latest/meta-data/instance-id HTTP/1.1\r\n" + host + "\r\n"},
+		{"kept alive", strings.Repeat("GET /latest/meta-data/instance-id HTTP/1.1\r\n"+host+"Connection: keep-alive\r\n\r\n", 3) +
+			"GET /latest/user-data HTTP/1.1\r\n" + host + "Connection: close\r\n\r\n"},
+		{"user data", "GET /latest/user-data HTTP/1.1\r\n" + host + "\r\n"},
+		{"escaped", "GET /latest/meta%2ddata/instance-id HTTP/1.1\r\n" + host + "\r\n"},
+		{"disguised", "GET /latest/meta-data/iam/../iam/security-credentials/?x HTTP/1.1\r\n" + host + "\r\n"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			var got, end, seen [2]string
+			for i, direct := range []bool{true, false} {
+				r.lab.IMDS.Reset()
+				conn := r.dial(direct)
+				got[i], end[i] = talk(t, conn, c.send, 2*time.Second)
+				conn.Close()
+				seen[i] = strings.Join(r.received(), "\n--- another connection\n")
+			}
+			if masked(got[0]) != masked(got[1]) || end[0] != end[1] {
+				t.Errorf("the client gets, directly, ending in %s:\n%s\nthrough us, ending in %s:\n%s", end[0], got[0], end[1], got[1])
+			}
+			if seen[0] != seen[1] {
+				t.Errorf("the service sees, directly:\n%q\nthrough us:\n%q", seen[0], seen[1])
+			}
+			if got[0] == "" {
+				t.Error("no answer, so nothing was compared")
+			}
+		})
+	}
+}
+
+// s3fs waits for 100 Continue before it sends its empty chunked body.
+func TestExpect(t *testing.T) {
+	for _, mode := range []policy.Mode{policy.Audit, policy.Enforce} {
+		for _, c := range []struct {
+			name, head, body string
+			fault            imdstest.Fault
+		}{
+			{"chunked", "Transfer-Encoding: chunked\r\n", "0\r\n\r\n", imdstest.Fault{}},
+			{"length", "Content-Length: 5\r\n", "hello", imdstest.Fault{}},
+			{"refused", "Transfer-Encoding: chunked\r\n", "0\r\n\r\n", imdstest.Fault{Status: 417}},
+		} {
+			t.Run(mode.String()+" "+c.name, func(t *testing.T) {
+				cfg := emulator()
+				cfg.Fault = func(*imdstest.Request) imdstest.Fault { return c.fault }
+				r := newRig(t, setting{lab: netlab.Options{IMDS: cfg}, policy: policy.Config{Mode: mode}})
+				var got, seen [2]string
+				for i, direct := range []bool{true, false} {
+					r.lab.IMDS.Reset()
+					conn := r.dial(direct)
+					conn.SetDeadline(time.Now().Add(5 * time.Second))
+					head := "PUT /latest/api/token HTTP/1.1\r\n" + host + "X-aws-ec2-metadata-token-ttl-seconds: 60\r\nExpect: 100-continue\r\n" + c.head + "\r\n"
+					if _, err := conn.Write([]byte(head)); err != nil {
+						t.Fatal(err)
+					}
+					buf := make([]byte, 4096)
+					n, err := conn.Read(buf)
+					if err != nil {
+						t.Fatal(err)
+					}
+					got[i] = string(buf[:n])
+					if strings.HasPrefix(got[i], "HTTP/1.1 100 ") {
+						rest, end := talk(t, conn, c.body, 2*time.Second)
+						got[i] += rest + end
+					}
+					conn.Close()
+					seen[i] = strings.Join(r.received(), "|")
+				}
+				if masked(got[0]) != masked(got[1]) || seen[0] != seen[1] {
+					t.Errorf("directly %q, service sees %q\nthrough us %q, service sees %q", got[0], seen[0], got[1], seen[1])
+				}
+			})
+		}
+	}
+}
+
+// What goes wrong upstream goes wrong in the same way for the client.
+func TestUpstreamFaults(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		fault imdstest.Fault
+		end   string
+	}{
+		{"reset", imdstest.Fault{Outcome: imdstest.RST}, "RST"},
+		{"closed", imdstest.Fault{Outcome: imdstest.FIN}, "FIN"},
+		{"cut", imdstest.Fault{Outcome: imdstest.Truncated}, "FIN"},
+		{"silent", imdstest.Fault{Outcome: imdstest.Silence}, "open"},
+		{"slow", imdstest.Fault{Delay: 600 * time.Millisecond}, "FIN"},
+		{"unavailable", imdstest.Fault{Status: 503}, "FIN"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			cfg := emulator()
+			cfg.Fault = func(*imdstest.Request) imdstest.Fault { return c.fault }
+			r := newRig(t, setting{lab: netlab.Options{IMDS: cfg}})
+			var got, end [2]string
+			for i, direct := range []bool{true, false} {
+				conn := r.dial(direct)
+				got[i], end[i] = talk(t, conn, "GET /latest/meta-data/instance-id HTTP/1.1\r\n"+host+"\r\n", time.Second)
+				conn.Close()
+			}
+			if got[0] != got[1] || end[0] != end[1] || end[1] != c.end {
+				t.Errorf("directly %q, %s; through us %q, %s; want %s", got[0], end[0], got[1], end[1], c.end)
+			}
+			r.settled()
+		})
+	}
+}
+
+// settled waits until no connection is served any more: neither a client that
+// has left nor a service that is silent keeps one.
+func (r *rig) settled() {
+	r.t.Helper()
+	for end := time.Now().Add(5 * time.Second); r.proxy.Open() > 0; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			r.t.Fatalf("%d connections are still served", r.proxy.Open())
+		}
+	}
+}
+
+func TestUpstreamRefused(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{NoIMDS: true}})
+	got, end := talk(t, r.dial(false), "GET /latest/meta-data/instance-id HTTP/1.1\r\n"+host+"\r\n", 2*time.Second)
+	if got != "" || end != "RST" {
+		t.Errorf("%q, %s; want a reset", got, end)
+	}
+	if ev := r.recorded(1)[0]; ev.Response.Failed == "" || ev.Decision.Verdict != event.Allow {
+		t.Errorf("%+v", ev.Response)
+	}
+}
+
+// A request that has more than one reading, or none, does not get through in
+// enforce mode, and nothing of it reaches the service.
+var riddles = []struct{ name, send string }{
+	{"length and chunked", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"},
+	{"two lengths", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Content-Length: 0\r\nContent-Length: 0\r\n\r\n"},
+	{"a signed length", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Content-Length: +0\r\n\r\n"},
+	{"another encoding", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Transfer-Encoding: xchunked\r\n\r\n"},
+	{"space before colon", "GET /latest/meta-data/ HTTP/1.1\r\nHost : x\r\n\r\n"},
+	{"continued line", "GET /latest/meta-data/ HTTP/1.1\r\n" + host + "X-aws-ec2-metadata-token: a\r\n b\r\n\r\n"},
+	{"bare LF", "GET /latest/meta-data/ HTTP/1.1\nHost: x\n\n"},
+	{"bare CR", "GET /latest/meta-data/ HTTP/1.1\r\nX: a\rb\r\n\r\n"},
+	{"NUL", "GET /latest/meta-data/ HTTP/1.1\r\nX: a\x00b\r\n\r\n"},
+	{"absolute form", "GET http://169.254.169.254/latest/meta-data/ HTTP/1.1\r\n" + host + "\r\n"},
+	{"authority form", "GET 169.254.169.254:80 HTTP/1.1\r\n" + host + "\r\n"},
+	{"CONNECT", "CONNECT 169.254.169.254:80 HTTP/1.1\r\n" + host + "\r\n"},
+	{"asterisk", "OPTIONS * HTTP/1.1\r\n" + host + "\r\n"},
+	{"two hosts", "GET /latest/meta-data/ HTTP/1.1\r\n" + host + host + "\r\n"},
+	{"HTTP/2", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"},
+	{"HTTP/1.2", "GET /latest/meta-data/ HTTP/1.2\r\n" + host + "\r\n"},
+	{"HTTP/0.9", "GET /latest/meta-data/\r\n\r\n"},
+	{"upgrade", "GET /latest/meta-data/ HTTP/1.1\r\n" + host + "Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n"},
+	{"body of a GET", "GET /latest/meta-data/ HTTP/1.1\r\n" + host + "Content-Length: 3\r\n\r\nabc"},
+	{"two tokens", "GET /latest/meta-data/ HTTP/1.1\r\n" + host + "X-aws-ec2-metadata-token: a\r\nX-aws-ec2-metadata-token: b\r\n\r\n"},
+	{"chunk extension", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Transfer-Encoding: chunked\r\n\r\n0;x=y\r\n\r\n"},
+	{"trailer", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Transfer-Encoding: chunked\r\n\r\n0\r\nX: y\r\n\r\n"},
+	{"backslash", "GET /latest\\meta-data/ HTTP/1.1\r\n" + host + "\r\n"},
+	{"encoded backslash", "GET /latest%5cmeta-data/ HTTP/1.1\r\n" + host + "\r\n"},
+	{"encoded NUL", "GET /latest/meta-data/%00 HTTP/1.1\r\n" + host + "\r\n"},
+	{"encoded line end", "GET /latest/meta-data/%0d%0a HTTP/1.1\r\n" + host + "\r\n"},
+	{"bad escape", "GET /latest/meta-data/%zz HTTP/1.1\r\n" + host + "\r\n"},
+	{"escaped too often", "GET /latest/%2525252573 HTTP/1.1\r\n" + host + "\r\n"},
+	{"fragment", "GET /latest/meta-data/#x HTTP/1.1\r\n" + host + "\r\n"},
+	{"beyond ASCII", "GET /latest/meta-data/\xc3\xa9 HTTP/1.1\r\n" + host + "\r\n"},
+	{"two spaces", "GET  /latest/meta-data/ HTTP/1.1\r\n" + host + "\r\n"},
+	{"tab", "GET\t/latest/meta-data/ HTTP/1.1\r\n" + host + "\r\n"},
+	{"a long target", "GET /" + strings.Repeat("a", maxTarget) + " HTTP/1.1\r\n" + host + "\r\n"},
+	{"a long head", "GET / HTTP/1.1\r\nX: " + strings.Repeat("a", maxHead) + "\r\n\r\n"},
+	{"many fields", "GET / HTTP/1.1\r\n" + strings.Repeat("X: a\r\n", maxFields+1) + "\r\n"},
+	{"a large body", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Content-Length: 20000\r\n\r\n"},
+	{"TLS", "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n"},
+	{"empty line first", "\r\nGET /latest/meta-data/ HTTP/1.1\r\n" + host + "\r\n"},
+}
+
+func TestRiddlesEnforced(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}, policy: policy.Config{Mode: policy.Enforce}})
+	for i, c := range riddles {
+		t.Run(c.name, func(t *testing.T) {
+			r.lab.IMDS.Reset()
+			conn := r.dial(false)
+			got, end := talk(t, conn, c.send, 3*time.Second)
+			conn.Close()
+			if !strings.HasPrefix(got, "HTTP/1.1 400 Bad Request\r\n") || !strings.Contains(got, "\r\nServer: EC2ws\r\nConnection: close\r\n\r\n") || end != "FIN" {
+				t.Errorf("%q, %s", got, end)
+			}
+			if seen := strings.Join(r.received(), ""); seen != "" {
+				t.Errorf("the service saw %q", seen)
+			}
+			if ev := r.recorded(i + 1)[i]; ev.Request.Malformed == "" || ev.Decision.Verdict != event.Deny || ev.Response.Status != 400 {
+				t.Errorf("recorded %+v %+v", ev.Request, ev.Decision)
+			}
+		})
+	}
+}
+
+// In audit mode such a connection becomes a tunnel: what the service makes of
+// the riddle is between it and the client.
+func TestRiddlesAudited(t *testing.T) {
+	cfg := emulator()
+	cfg.Reading = imdstest.Lenient
+	r := newRig(t, setting{lab: netlab.Options{IMDS: cfg}})
+	for i, c := range riddles {
+		t.Run(c.name, func(t *testing.T) {
+			var got, end, seen [2]string
+			for k, direct := range []bool{true, false} {
+				r.lab.IMDS.Reset()
+				conn := r.dial(direct)
+				if _, err := conn.Write([]byte(c.send)); err != nil {
+					t.Fatal(err)
+				}
+				conn.CloseWrite()
+				conn.SetReadDeadline(time.Now().Add(3 * time.Second))
+				var b bytes.Buffer
+				_, err := b.ReadFrom(conn)
+				got[k], end[k] = masked(b.String()), outcome(err)
+				conn.Close()
+				seen[k] = strings.Join(r.received(), "|")
+			}
+			if got[0] != got[1] || seen[0] != seen[1] {
+				t.Errorf("directly %q %s, the service sees %q\nthrough us %q %s, the service sees %q", got[0], end[0], seen[0], got[1], end[1], seen[1])
+			}
+			ev := r.recorded(i + 1)[i]
+			if ev.Request.Malformed == "" || ev.Decision.Verdict != event.Allow || ev.Decision.WouldBe != event.Deny {
+				t.Errorf("recorded %+v %+v", ev.Request, ev.Decision)
+			}
+		})
+	}
+}
+
+// A client that drips its head, says nothing, or leaves, holds up nobody and
+// leaves nothing behind.
+func TestSlowAndSilentClients(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}, policy: policy.Config{Mode: policy.Enforce}})
+	zero := r.dial(false)
+	zero.Close()
+	r.settled()
+	if len(r.events) != 0 {
+		t.Errorf("a connection without a byte is recorded: %+v", r.events[0])
+	}
+
+	silent := r.dial(false)
+	drip := r.dial(false)
+	begin := time.Now()
+	for _, b := range []byte("GET /latest/meta-data/instance-id HTTP/1.1\r\n" + host) {
+		if _, err := drip.Write([]byte{b}); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Millisecond)
+	}
+	got, end := talk(t, r.dial(false), "GET /latest/meta-data/instance-id HTTP/1.1\r\n"+host+"\r\n", 2*time.Second)
+	if !strings.HasPrefix(got, "HTTP/1.1 200 ") || end != "FIN" {
+		t.Errorf("beside a slow client: %q, %s", got, end)
+	}
+	got, _ = talk(t, drip, "\r\n", 2*time.Second)
+	if !strings.HasPrefix(got, "HTTP/1.1 200 ") {
+		t.Errorf("a head byte by byte, within %v: %q", time.Since(begin), got)
+	}
+
+	half := r.dial(false)
+	if _, err := half.Write([]byte("GET /latest/meta-data/instance-id HTTP/1.1\r\n" + host)); err != nil {
+		t.Fatal(err)
+	}
+	half.Close()
+	silent.Close()
+	r.settled()
+
+	reset := r.dial(false)
+	if _, err := reset.Write([]byte("GET /latest/meta-data/instance-id HTTP/1.1\r\n" + host + "\r\n")); err != nil {
+		t.Fatal(err)
+	}
+	reset.SetLinger(0)
+	reset.Close()
+	r.settled()
+}
+
+// Clients that only say that they send no more get their answer.
+func TestHalfClose(t *testing.T) {
+	cfg := emulator()
+	cfg.Fault = func(*imdstest.Request) imdstest.Fault { return imdstest.Fault{Delay: 700 * time.Millisecond} }
+	r := newRig(t, setting{lab: netlab.Options{IMDS: cfg}})
+	conn := r.dial(false)
+	if _, err := conn.Write([]byte("GET /latest/meta-data/instance-id HTTP/1.1\r\n" + host + "\r\n")); err != nil {
+		t.Fatal(err)
+	}
+	conn.CloseWrite()
+	conn.SetReadDeadline(time.Now().Add(5 * time.Second))
+	var b bytes.Buffer
+	if _, err := b.ReadFrom(conn); err != nil || !strings.HasPrefix(b.String(), "HTTP/1.1 200 ") {
+		t.Errorf("%q, %v", b.String(), err)
+	}
+}
+
+// The service closes an idle connection that the client keeps; the client's
+// next request, sent before it could know, is answered all the same.
+func TestKeptConnectionEndsUpstream(t *testing.T) {
+	cfg := emulator()
+	r := newRig(t, setting{lab: netlab.Options{IMDS: cfg}})
+	conn := r.dial(false)
+	ask := "GET /latest/meta-data/instance-id HTTP/1.1\r\n" + host + "Connection: keep-alive\r\n\r\n"
+	read := func() string {
+		t.Helper()
+		if _, err := conn.Write([]byte(ask)); err != nil {
+			t.Fatal(err)
+		}
+		buf := make([]byte, 4096)
+		conn.SetReadDeadline(time.Now().Add(2 * time.Second))
+		n, err := conn.Read(buf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(buf[:n])
+	}
+	first := read()
+	r.proxy.mu.Lock()
+	for s := range r.proxy.sessions {
+		s.up.CloseWrite() // the emulator closes its end in answer
+	}
+	r.proxy.mu.Unlock()
+	time.Sleep(50 * time.Millisecond)
+	if again := read(); again != first {
+		t.Errorf("%q, want %q", again, first)
+	}
+}
+
+// A connection that was not redirected, and one that was going elsewhere, are
+// ended at once.
+func TestNotRedirected(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}})
+	run(t, "iptables", "-t", "nat", "-A", "OUTPUT", "-d", "203.0.113.7", "-p", "tcp", "--dport", "80", "-j", "REDIRECT", "--to-ports", "254")
+	run(t, "iptables", "-t", "nat", "-A", "OUTPUT", "-d", "169.254.169.254", "-p", "tcp", "--dport", "8080", "-j", "REDIRECT", "--to-ports", "254")
+	for i, address := range []string{"127.0.0.1:254", "[::1]:254", "203.0.113.7:80", "169.254.169.254:8080"} {
+		got, end := "", ""
+		if conn, err := net.Dial("tcp", address); err != nil {
+			end = outcome(err) // the reset may come before Dial returns
+		} else {
+			got, end = talk(t, conn.(*net.TCPConn), "GET /latest/meta-data/instance-id HTTP/1.1\r\n"+host+"\r\n", 2*time.Second)
+			conn.Close()
+		}
+		if got != "" || end != "RST" {
+			t.Errorf("%s: %q, %s; want a reset", address, got, end)
+		}
+		if ev := r.recorded(i + 1)[i]; ev.Decision.Verdict != event.Deny || ev.Request.Malformed == "" {
+			t.Errorf("%s: recorded %+v", address, ev.Decision)
+		}
+	}
+	if seen := strings.Join(r.received(), ""); seen != "" {
+		t.Errorf("the service saw %q", seen)
+	}
+}
+
+// More clients than may be served at once wait, and all are served.
+func TestMoreClientsThanSlots(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}, conns: 4})
+	conns := make([]*net.TCPConn, 32)
+	for i := range conns {
+		conns[i] = r.dial(false)
+	}
+	for i, conn := range conns {
+		got, _ := talk(t, conn, "GET /latest/meta-data/instance-id HTTP/1.1\r\n"+host+"\r\n", 5*time.Second)
+		if !strings.HasPrefix(got, "HTTP/1.1 200 ") {
+			t.Fatalf("client %d: %q", i, got)
+		}
+		conn.Close()
+	}
+}
+
+func TestOverIPv6(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}})
+	got, _ := talk(t, r.dialTo("[fd00:ec2::254]:80", false), "GET /latest/meta-data/instance-id HTTP/1.1\r\nHost: [fd00:ec2::254]\r\n\r\n", 2*time.Second)
+	if !strings.HasPrefix(got, "HTTP/1.1 200 ") {
+		t.Errorf("%q", got)
+	}
+	if ev := r.recorded(1)[0]; ev.Connection.Destination.String() != "[fd00:ec2::254]:80" || ev.Request.HostIsOdd {
+		t.Errorf("%+v %+v", ev.Connection, ev.Request)
+	}
+}

@@ -1,0 +1,389 @@
+package proxy
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+)
+
+// Limits of what a client may send. Real clients stay far below: the largest
+// head seen of 27 of them is under 1 KiB, and none sends a body.
+const (
+	maxHead    = 16 << 10
+	maxTarget  = 4 << 10
+	maxFields  = 100
+	maxBody    = 16 << 10
+	maxRequest = maxHead + 2*maxBody // a chunked body in small chunks is larger than what it carries
+)
+
+// errMalformed says that a request has no reading, or more than one. It is
+// never repaired: IMDS might repair it in another way.
+var errMalformed = errors.New("malformed request")
+
+func malformed(format string, args ...any) error {
+	return fmt.Errorf("%w: %s", errMalformed, fmt.Sprintf(format, args...))
+}
+
+// request is the head of one request. Its strings are copies; what is
+// forwarded are the bytes that were read.
+type request struct {
+	method, target string
+	minor          byte // of HTTP/1.x: 0 or 1
+	headSize       int  // bytes, with the empty line
+	host           string
+	userAgent      string
+
+	length  int64 // of the body; -1 for chunked
+	expect  bool  // waits for 100 Continue
+	close   bool  // the client will not reuse the connection
+	token   bool  // X-aws-ec2-metadata-token
+	relayed bool  // X-Forwarded-For and its kin
+	odd     bool  // spelled as no client spells it
+}
+
+// The methods of which RFC 9110 says that a body means nothing. One that has
+// a body is malformed: upstreams differ on whether they read it.
+func bodiless(method string) bool { return method == "GET" || method == "HEAD" }
+
+// parseRequest reads a request head from the front of b. It returns a nil
+// request if the head is not all there yet. There is one way to write each
+// thing (RFC 9112, without what it lets a recipient be lenient about): lines
+// end in CRLF, one space between the parts of the request line, no space
+// around a field name, no continued lines, one length.
+func parseRequest(b []byte) (*request, error) {
+	end := bytes.Index(b, []byte("\r\n\r\n"))
+	if end < 0 {
+		if len(b) >= maxHead {
+			return nil, malformed("head of more than %d bytes", maxHead)
+		}
+		return nil, partial(b)
+	}
+	if end+4 > maxHead {
+		return nil, malformed("head of %d bytes, more than %d", end+4, maxHead)
+	}
+	r := &request{headSize: end + 4}
+	line, rest, _ := bytes.Cut(b[:end+2], []byte("\r\n"))
+	if err := r.requestLine(line); err != nil {
+		return nil, err
+	}
+	if err := r.fields(rest); err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// partial refuses an incomplete head that can no longer become a good one, so
+// that nobody waits for the end of what is no request.
+func partial(b []byte) error {
+	line, _, whole := bytes.Cut(b, []byte("\n"))
+	if whole && !bytes.HasSuffix(line, []byte("\r")) {
+		return malformed("line without CR")
+	}
+	for i, c := range line {
+		if c == '\r' && (i != len(line)-1) || c < ' ' && c != '\r' || c >= 0x7f {
+			return malformed("byte %#02x in the request line", c)
+		}
+	}
+	if len(line) > maxTarget+64 {
+		return malformed("request line of more than %d bytes", maxTarget)
+	}
+	return nil
+}
+
+func (r *request) requestLine(line []byte) error {
+	parts := bytes.Split(line, []byte(" "))
+	if len(parts) != 3 {
+		return malformed("request line of %d parts", len(parts))
+	}
+	method, target, version := parts[0], parts[1], parts[2]
+	if len(method) == 0 || len(method) > 32 || !isToken(method) {
+		return malformed("method")
+	}
+	r.method = intern(method)
+	r.odd = strings.ToUpper(r.method) != r.method
+	switch r.method {
+	case "CONNECT", "PRI": // a tunnel, and the preface of HTTP/2
+		return malformed("method %s", r.method)
+	}
+	if len(target) > maxTarget {
+		return malformed("target of %d bytes, more than %d", len(target), maxTarget)
+	}
+	for _, c := range target {
+		if c <= ' ' || c >= 0x7f {
+			return malformed("byte %#02x in the target", c)
+		}
+	}
+	if len(target) == 0 || target[0] != '/' {
+		return malformed("target is not a path")
+	}
+	r.target = string(target)
+	switch string(version) {
+	case "HTTP/1.1":
+		r.minor = 1
+	case "HTTP/1.0":
+		r.close = true
+	default:
+		return malformed("version")
+	}
+	return nil
+}
+
+// fields reads the header, each line of which ends in CRLF.
+func (r *request) fields(b []byte) error {
+	var seen struct{ host, length, encoding, token, ttl, expect bool }
+	once := func(flag *bool, name []byte) error {
+		if *flag {
+			return malformed("%s twice", bytes.ToLower(name))
+		}
+		*flag = true
+		return nil
+	}
+	for n := 0; len(b) > 0; n++ {
+		if n == maxFields {
+			return malformed("more than %d fields", maxFields)
+		}
+		line, rest, _ := bytes.Cut(b, []byte("\r\n"))
+		b = rest
+		name, value, ok := bytes.Cut(line, []byte(":"))
+		if !ok || len(name) == 0 || !isToken(name) {
+			return malformed("field name")
+		}
+		for _, c := range value {
+			if c < ' ' && c != '\t' || c == 0x7f {
+				return malformed("byte %#02x in the field %s", c, bytes.ToLower(name))
+			}
+		}
+		value = bytes.Trim(value, " \t")
+		switch {
+		case is(name, "host"):
+			if err := once(&seen.host, name); err != nil {
+				return err
+			}
+			if len(value) > 255 || bytes.ContainsAny(value, " \t,/@\\") {
+				return malformed("host")
+			}
+			r.host = string(value)
+		case is(name, "content-length"):
+			if err := once(&seen.length, name); err != nil {
+				return err
+			}
+			n, err := parseLength(value)
+			if err != nil {
+				return err
+			}
+			r.length = n
+		case is(name, "transfer-encoding"):
+			if err := once(&seen.encoding, name); err != nil {
+				return err
+			}
+			if !is(value, "chunked") || r.minor == 0 {
+				return malformed("transfer-encoding")
+			}
+			r.length = -1
+		case is(name, "connection"):
+			if err := r.connection(value); err != nil {
+				return err
+			}
+		case is(name, "expect"):
+			if err := once(&seen.expect, name); err != nil {
+				return err
+			}
+			if !is(value, "100-continue") || r.minor == 0 {
+				return malformed("expect")
+			}
+			r.expect = true
+		case is(name, "upgrade"), is(name, "http2-settings"):
+			return malformed("upgrade")
+		case is(name, "x-aws-ec2-metadata-token"):
+			if err := once(&seen.token, name); err != nil {
+				return err
+			}
+			r.token = true
+		case is(name, "x-aws-ec2-metadata-token-ttl-seconds"):
+			if err := once(&seen.ttl, name); err != nil {
+				return err
+			}
+		case is(name, "x-forwarded-for"), is(name, "forwarded"), is(name, "x-forwarded-host"), is(name, "via"):
+			r.relayed = true
+		case is(name, "user-agent"):
+			r.userAgent = string(value)
+		case bytes.IndexByte(name, '_') >= 0 && is(bytes.ReplaceAll(name, []byte("_"), []byte("-")), "x-aws-ec2-metadata-token"),
+			is(name, "x-http-method-override"), is(name, "x-original-url"), is(name, "x-rewrite-url"):
+			r.odd = true // nobody knows of IMDS that it honours these
+		}
+	}
+	switch {
+	case seen.length && seen.encoding:
+		return malformed("content-length and transfer-encoding")
+	case r.length > maxBody:
+		return malformed("body of %d bytes, more than %d", r.length, maxBody)
+	case bodiless(r.method) && r.length != 0:
+		return malformed("%s with a body", r.method)
+	case r.expect && r.length == 0:
+		r.expect = false // nothing to wait for
+	}
+	return nil
+}
+
+// connection reads a Connection field. It names no field that is stripped:
+// what it says is for the next hop, and we are none.
+func (r *request) connection(value []byte) error {
+	for option := range bytes.SplitSeq(value, []byte(",")) {
+		switch option = bytes.Trim(option, " \t"); {
+		case is(option, "close"):
+			r.close = true
+		case is(option, "keep-alive"):
+			if r.minor == 0 {
+				r.close = false
+			}
+		case is(option, "te"), len(option) == 0:
+		case is(option, "upgrade"):
+			return malformed("upgrade")
+		default:
+			r.odd = true
+		}
+	}
+	return nil
+}
+
+// parseLength reads a Content-Length: digits, and nothing else.
+func parseLength(value []byte) (int64, error) {
+	if len(value) == 0 || len(value) > 10 {
+		return 0, malformed("content-length")
+	}
+	var n int64
+	for _, c := range value {
+		if c < '0' || c > '9' {
+			return 0, malformed("content-length")
+		}
+		n = n*10 + int64(c-'0')
+	}
+	return n, nil
+}
+
+// is compares a field name, or a value that has no case, with lower-case ASCII.
+func is(b []byte, lower string) bool {
+	if len(b) != len(lower) {
+		return false
+	}
+	for i, c := range b {
+		if 'A' <= c && c <= 'Z' {
+			c += 'a' - 'A'
+		}
+		if c != lower[i] {
+			return false
+		}
+	}
+	return true
+}
+
+// isToken reports whether b is a token of RFC 9110 section 5.6.2.
+func isToken(b []byte) bool {
+	for _, c := range b {
+		switch {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9':
+		case strings.IndexByte("!#$%&'*+-.^_`|~", c) >= 0:
+		default:
+			return false
+		}
+	}
+	return true
+}
+
+// intern avoids a copy of the usual methods.
+func intern(method []byte) string {
+	switch string(method) {
+	case "GET":
+		return "GET"
+	case "PUT":
+		return "PUT"
+	case "HEAD":
+		return "HEAD"
+	}
+	return string(method)
+}
+
+// chunkedSize finds the end of a chunked body at the front of b: 0 if it is
+// not all there yet. Chunk extensions and trailers are refused, since they
+// are where readers differ, and no client of IMDS has use for them.
+func chunkedSize(b []byte) (int, error) {
+	at, body := 0, int64(0)
+	for {
+		line := bytes.Index(b[at:], []byte("\r\n"))
+		if line < 0 {
+			if len(b)-at > 16 || len(b) > maxRequest {
+				return 0, malformed("chunk size")
+			}
+			return 0, nil
+		}
+		size, err := parseChunkSize(b[at : at+line])
+		if err != nil {
+			return 0, err
+		}
+		at += line + 2
+		if body += size; body > maxBody {
+			return 0, malformed("body of more than %d bytes", maxBody)
+		}
+		if int64(len(b)-at) < size+2 {
+			if size == 0 && len(b)-at > 0 && b[at] != '\r' {
+				return 0, malformed("trailers")
+			}
+			return 0, nil
+		}
+		at += int(size)
+		if b[at] != '\r' || b[at+1] != '\n' {
+			if size == 0 {
+				return 0, malformed("trailers")
+			}
+			return 0, malformed("chunk without its end")
+		}
+		at += 2
+		if size == 0 {
+			return at, nil
+		}
+	}
+}
+
+func parseChunkSize(line []byte) (int64, error) {
+	if len(line) == 0 || len(line) > 8 {
+		return 0, malformed("chunk size")
+	}
+	var n int64
+	for _, c := range line {
+		switch {
+		case '0' <= c && c <= '9':
+			n = n<<4 | int64(c-'0')
+		case 'a' <= c && c <= 'f':
+			n = n<<4 | int64(c-'a'+10)
+		case 'A' <= c && c <= 'F':
+			n = n<<4 | int64(c-'A'+10)
+		default:
+			return 0, malformed("chunk size")
+		}
+	}
+	return n, nil
+}
+
+// publicHost reports whether a Host is a name that the service is not known
+// by. A browser that was led here by DNS rebinding sends the attacker's.
+func publicHost(host string) bool {
+	if host == "" {
+		return false
+	}
+	name := host
+	if strings.HasPrefix(name, "[") {
+		name, _, _ = strings.Cut(name[1:], "]")
+	} else if i := strings.LastIndexByte(name, ':'); i >= 0 && strings.Count(name, ":") == 1 {
+		name = name[:i]
+	}
+	if _, err := netip.ParseAddr(name); err == nil {
+		return false
+	}
+	switch strings.ToLower(strings.TrimSuffix(name, ".")) {
+	case "instance-data", "instance-data.ec2.internal":
+		return false
+	}
+	return true
+}

@@ -1,0 +1,177 @@
+package proxy
+
+import (
+	"bytes"
+	"errors"
+)
+
+// maxResponseHead bounds the head of an answer that we wait for. The service's
+// own are under 1 KiB.
+const maxResponseHead = 64 << 10
+
+// untilEOF is the length of a body that ends with the connection.
+const untilEOF = -2
+
+// response is what must be known of an answer to find its end. The answer
+// itself is passed on as it came.
+type response struct {
+	status   int
+	headSize int   // bytes, with the empty line
+	length   int64 // of the body; -1 for chunked, untilEOF
+	close    bool  // the server will close after it
+}
+
+// errOpaque says that an answer cannot be read as HTTP/1. It is passed on all
+// the same, until the server closes.
+var errOpaque = errors.New("the answer is not HTTP/1")
+
+// parseResponse reads the head of the answer to a request with this method. It
+// returns nil if the head is not all there yet. It is lenient, because IMDS is
+// believed: a doubt about the length makes the answer last until the server
+// closes.
+func parseResponse(b []byte, method string) (*response, error) {
+	end := bytes.Index(b, []byte("\r\n\r\n"))
+	if end < 0 {
+		if len(b) >= maxResponseHead || len(b) >= 5 && string(b[:5]) != "HTTP/" {
+			return nil, errOpaque
+		}
+		return nil, nil
+	}
+	r := &response{headSize: end + 4, length: untilEOF}
+	line, rest, _ := bytes.Cut(b[:end+2], []byte("\r\n"))
+	// HTTP/1.1 200 OK
+	if len(line) < 12 || string(line[:7]) != "HTTP/1." || line[8] != ' ' {
+		return nil, errOpaque
+	}
+	for _, c := range line[9:12] {
+		if c < '0' || c > '9' {
+			return nil, errOpaque
+		}
+		r.status = r.status*10 + int(c-'0')
+	}
+	r.close = line[7] != '1'
+
+	lengths := 0
+	chunked := false
+	for len(rest) > 0 {
+		line, rest, _ = bytes.Cut(rest, []byte("\r\n"))
+		name, value, ok := bytes.Cut(line, []byte(":"))
+		if !ok {
+			continue
+		}
+		value = bytes.Trim(value, " \t")
+		switch {
+		case is(name, "content-length"):
+			n, err := parseLength(value)
+			if err != nil || lengths > 0 && n != r.length {
+				n = untilEOF
+			}
+			lengths++
+			r.length = n
+		case is(name, "transfer-encoding"):
+			chunked = is(value, "chunked")
+			if !chunked {
+				r.length, lengths = untilEOF, 2
+			}
+		case is(name, "connection"):
+			for option := range bytes.SplitSeq(value, []byte(",")) {
+				switch option = bytes.Trim(option, " \t"); {
+				case is(option, "close"):
+					r.close = true
+				case is(option, "keep-alive"):
+					r.close = false
+				}
+			}
+		}
+	}
+	if chunked {
+		r.length = -1
+	}
+	switch {
+	case r.interim(), r.status == 204, r.status == 304, method == "HEAD":
+		r.length = 0 // RFC 9112 section 6.3
+	case r.length == untilEOF:
+		r.close = true
+	}
+	return r, nil
+}
+
+// interim reports whether another answer follows.
+func (r *response) interim() bool { return r.status >= 100 && r.status < 200 }
+
+// body finds the end of a body in what passes by.
+type body struct {
+	left    int64 // of the body or the chunk; -1 before a chunk's size, untilEOF
+	chunked bool
+	ended   bool
+	broken  bool // the framing makes no sense; the body lasts until EOF
+	line    []byte
+	last    bool // the last chunk: its trailers follow
+}
+
+func newBody(length int64) body {
+	switch length {
+	case -1:
+		return body{chunked: true, left: -1}
+	case 0:
+		return body{ended: true}
+	}
+	return body{left: length}
+}
+
+// take says how many of the bytes belong to the body.
+func (d *body) take(b []byte) int {
+	n := 0
+	for n < len(b) && !d.ended {
+		switch {
+		case d.broken || d.left == untilEOF:
+			return len(b)
+		case !d.chunked:
+			m := int(min(d.left, int64(len(b)-n)))
+			n += m
+			d.left -= int64(m)
+			d.ended = d.left == 0
+		case d.left > 0: // data of a chunk
+			m := int(min(d.left, int64(len(b)-n)))
+			n += m
+			if d.left -= int64(m); d.left == 0 {
+				d.left = -3 // its CRLF
+			}
+		default:
+			i := bytes.IndexByte(b[n:], '\n')
+			if i < 0 {
+				d.line = append(d.line, b[n:]...)
+				d.broken = len(d.line) > 4096
+				return len(b)
+			}
+			d.line = append(d.line, b[n:n+i]...)
+			n += i + 1
+			d.endOfLine()
+			d.line = d.line[:0]
+		}
+	}
+	return n
+}
+
+func (d *body) endOfLine() {
+	line := bytes.TrimSuffix(d.line, []byte("\r"))
+	switch {
+	case d.last: // a trailer, or the empty line at the end
+		d.ended = len(line) == 0
+	case d.left == -3:
+		d.left = -1
+		d.broken = len(line) != 0
+	default:
+		line, _, _ = bytes.Cut(line, []byte(";"))
+		size, err := parseChunkSize(bytes.TrimRight(line, " \t"))
+		if err != nil {
+			d.broken = true
+			return
+		}
+		d.last = size == 0
+		d.left = size
+		if d.last {
+			d.left = -1
+		}
+	}
+}

@@ -1,0 +1,273 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/imdsgate/imdsgate/attribution"
+	"github.com/imdsgate/imdsgate/event"
+	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/proxy/imds"
+)
+
+// session is one client connection with its own connection upstream. One
+// goroutine runs it.
+type session struct {
+	p         *Proxy
+	client    *net.TCPConn
+	forwarded bool
+	accepted  time.Time
+	busy      atomic.Bool // a request has begun
+
+	conn   event.Connection
+	minTTL int
+	up     *upstream
+	lookup *attribution.Lookup
+	later  sync.WaitGroup // of what still uses lookup
+	count  int            // of requests
+
+	buf []byte // of in
+	in  []byte // bytes of the client that were read and not passed on
+	out []byte // an answer on its way
+}
+
+// buffers serve a request and an answer each; only larger ones are made anew.
+var buffers = sync.Pool{New: func() any { return new([8 << 10]byte) }}
+
+// errClient says that the client is gone, or may as well be: nobody is left to
+// tell anything.
+var errClient = errors.New("the client has left")
+
+func (s *session) run() {
+	in, out := buffers.Get().(*[8 << 10]byte), buffers.Get().(*[8 << 10]byte)
+	s.buf, s.out = in[:], out[:]
+	defer func() {
+		clear(in[:]) // tokens and keys went through
+		clear(out[:])
+		buffers.Put(in)
+		buffers.Put(out)
+	}()
+	defer s.client.Close()
+
+	stats := &s.p.stats
+	stats.Connections.Add(1)
+	peer := s.client.RemoteAddr().(*net.TCPAddr).AddrPort()
+	s.conn = event.Connection{Source: unmap(peer), Forwarded: s.forwarded, Accepted: s.accepted}
+	dst, err := originalDst(s.client)
+	s.conn.Destination = dst
+	if err != nil || !s.p.serves(dst) {
+		stats.NotRedirected.Add(1)
+		s.refuse("not redirected from an endpoint of the metadata service")
+		return
+	}
+	if s.forwarded {
+		if err := s.forwardable(); err != nil {
+			stats.NotForwardable.Add(1)
+			s.refuse("the host would not have forwarded it: " + err.Error())
+			return
+		}
+		// One hop from the container to this host, and one that the service's
+		// answer has already made. Deeper nesting cannot be told from outside,
+		// and a client's own TTL is his to choose.
+		s.minTTL = 2
+	}
+	s.lookup = s.p.finder.Find(attribution.Conn{Client: s.conn.Source, Endpoint: dst, Forwarded: s.forwarded})
+	defer func() {
+		// The evidence for an event may come after the client has left.
+		s.p.wg.Add(1)
+		go func() {
+			defer s.p.wg.Done()
+			s.later.Wait()
+			s.lookup.Close()
+		}()
+	}()
+	if s.up, err = dial(dst, s.p.options.Mark, s.minTTL); err != nil {
+		stats.UpstreamFailed.Add(1)
+		s.reset()
+		return
+	}
+	defer func() { s.up.Close() }()
+
+	for s.exchange() == nil && !s.p.stopping() {
+		s.count++
+		s.busy.Store(false)
+	}
+}
+
+func (s *session) forwardable() error {
+	if s.p.options.Forwardable == nil {
+		return errors.New("forwarded clients are not served")
+	}
+	return s.p.options.Forwardable(s.conn.Source, s.conn.Destination)
+}
+
+// reset ends the client's connection as a refused or broken one upstream would
+// have ended it.
+func (s *session) reset() {
+	s.client.SetLinger(0)
+	s.client.Close()
+}
+
+// refuse records a connection that should not be here, and ends it.
+func (s *session) refuse(why string) {
+	ev := s.event(time.Now())
+	ev.Request.Malformed = why
+	ev.Attribution.Reason = "not_asked"
+	ev.Decision = event.Decision{Mode: s.p.engine.Mode().String(), Verdict: event.Deny, WouldBe: event.Deny, Reason: why}
+	s.p.options.Record(ev)
+	s.reset()
+}
+
+func (s *session) event(begin time.Time) *event.Event {
+	return &event.Event{Host: s.p.options.Host, Time: begin, Connection: s.conn}
+}
+
+// exchange serves one request. It returns nil when the connection goes on.
+func (s *session) exchange() error {
+	r, err := s.read()
+	if err != nil {
+		if errors.Is(err, errMalformed) {
+			s.odd(err)
+		}
+		return err
+	}
+	size := r.headSize
+	target, err := imds.Classify(s.conn.Destination.Addr(), r.target)
+	if err == nil && !r.expect {
+		size, err = s.readBody(r)
+	}
+	if err != nil {
+		if errors.Is(err, errMalformed) || errors.Is(err, imds.ErrTarget) {
+			s.odd(err)
+		}
+		return err
+	}
+	s.p.stats.Requests.Add(1)
+	begin := s.accepted
+	if s.count > 0 {
+		begin = time.Now()
+	}
+	ev := s.event(begin)
+	asked(ev, r, target, size)
+	ev.Connection.First = s.count == 0
+
+	enforce := s.p.engine.Mode() == policy.Enforce
+	if enforce {
+		s.decide(ev, attributeIn, s.p.engine.Decisive(&ev.Request))
+		if ev.Decision.Verdict == event.Deny {
+			// The whole request has been read, or else it waits for 100 Continue
+			// and gets this instead.
+			s.in = s.in[size:]
+			s.say(imds.AppendRefusal(nil, time.Now()))
+			ev.Response = event.Response{Status: 403, Refused: true}
+			s.finish(ev)
+			s.goodbye()
+			return io.EOF
+		}
+	}
+	if err := s.redial(); err != nil {
+		return s.upstreamFailed(ev, err, enforce)
+	}
+	if err := s.forward(s.in[:size]); err != nil {
+		return s.upstreamFailed(ev, err, enforce)
+	}
+	s.in = s.in[size:]
+
+	// Nothing is left for policy to stop in audit mode: it judges while the
+	// service thinks, and what takes long is waited for after the answer.
+	decided := make(chan struct{})
+	switch {
+	case enforce:
+		close(decided)
+	case target.Guarded():
+		s.later.Add(1)
+		go func() {
+			defer s.later.Done()
+			defer close(decided)
+			s.decide(ev, completeIn, true)
+		}()
+	default:
+		s.decide(ev, attributeInA, false)
+		close(decided)
+	}
+	answer, err := s.relay(r, target.Class == imds.Credentials)
+	failed := err != nil
+	select {
+	case <-decided:
+		s.answered(ev, answer, failed)
+	default:
+		s.later.Add(1)
+		go func() {
+			defer s.later.Done()
+			<-decided
+			s.answered(ev, answer, failed)
+		}()
+	}
+	if err == nil && (answer.close || r.close) {
+		s.goodbye()
+		return io.EOF
+	}
+	return err
+}
+
+// decide finds out who asks and what policy says. With complete unset the
+// likely owners are enough; with it, the whole host is searched, unless a rule
+// blocks one of them already.
+func (s *session) decide(ev *event.Event, within time.Duration, complete bool) {
+	ctx, cancel := context.WithTimeout(context.Background(), within)
+	defer cancel()
+	observe(ev, s.lookup.Owner(ctx))
+	s.p.engine.Judge(ev)
+	if complete && (ev.Decision.WouldBe == event.Allow || ev.Decision.Rule == nil) {
+		observe(ev, s.lookup.Complete(ctx, true))
+		s.p.engine.Judge(ev)
+	}
+	s.p.engine.Observe(ev)
+}
+
+// answered completes the record of a request that was passed on.
+func (s *session) answered(ev *event.Event, a answer, failed bool) {
+	ev.Response = event.Response{Status: int64(a.status), Bytes: a.bytes, AccessKeyID: a.issued.AccessKeyID, Expiration: a.issued.Expiration}
+	if failed {
+		ev.Response.Failed = "upstream or client left before the end"
+	}
+	ev.Duration = a.end.Sub(ev.Time)
+	s.finish(ev)
+}
+
+func (s *session) finish(ev *event.Event) {
+	switch {
+	case ev.Decision.Verdict == event.Deny:
+		s.p.stats.Denied.Add(1)
+	case ev.Decision.WouldBe == event.Deny:
+		s.p.stats.WouldDeny.Add(1)
+	}
+	if ev.Duration == 0 {
+		ev.Duration = time.Since(ev.Time)
+	}
+	s.p.options.Record(ev)
+}
+
+// upstreamFailed passes on that the service cannot be reached.
+func (s *session) upstreamFailed(ev *event.Event, err error, decided bool) error {
+	if errors.Is(err, errClient) {
+		return err
+	}
+	s.p.stats.UpstreamFailed.Add(1)
+	s.reset()
+	if !decided {
+		s.decide(ev, attributeInA, false)
+	}
+	ev.Response.Failed = "the service cannot be reached"
+	s.finish(ev)
+	return err
+}
+
+// unmap gives an address the form in which the kernel's other tables have it.
+func unmap(a netip.AddrPort) netip.AddrPort { return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()) }

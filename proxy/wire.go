@@ -1,0 +1,467 @@
+package proxy
+
+import (
+	"errors"
+	"io"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/imdsgate/imdsgate/event"
+	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/proxy/imds"
+)
+
+// Waiting for one side must not hide that the other has left. A wait is cut
+// into slices, and between them a look is taken at the other side; this costs
+// nothing as long as answers come within the first slice.
+const (
+	firstSlice = 250 * time.Millisecond
+	longSlice  = 2 * time.Second
+)
+
+// patience cuts a wait into slices that grow.
+type patience struct{ slice time.Duration }
+
+func (p *patience) next() time.Time {
+	p.slice = min(max(firstSlice, 2*p.slice), longSlice)
+	return time.Now().Add(p.slice)
+}
+
+// read reads until a request head is there.
+func (s *session) read() (*request, error) {
+	var wait patience
+	deadline := time.Now().Add(idleTimeout)
+	begun := false
+	for {
+		if len(s.in) > 0 {
+			r, err := parseRequest(s.in)
+			if r != nil || err != nil {
+				s.busy.Store(true)
+				return r, err
+			}
+			if !begun {
+				begun = true
+				s.busy.Store(true)
+				deadline = time.Now().Add(headTimeout)
+			}
+		}
+		if err := s.fill(min2(wait.next(), deadline)); err != nil {
+			switch {
+			case errors.Is(err, io.EOF) && len(s.in) > 0:
+				return nil, malformed("head without its end")
+			case !errors.Is(err, os.ErrDeadlineExceeded):
+				return nil, err
+			case time.Now().After(deadline) && begun:
+				return nil, malformed("head not sent within %v", headTimeout)
+			case time.Now().After(deadline):
+				return nil, err
+			case !begun && s.count > 0 && look(s.up.file) != quiet:
+				// The service has ended the kept connection, or says something
+				// that nobody asked for.
+				return nil, io.EOF
+			}
+		}
+	}
+}
+
+func min2(a, b time.Time) time.Time {
+	if b.Before(a) {
+		return b
+	}
+	return a
+}
+
+// fill reads once from the client, behind what is there already.
+func (s *session) fill(deadline time.Time) error {
+	if cap(s.in)-len(s.in) == 0 {
+		switch {
+		case len(s.in) == 0:
+			s.in = s.buf[:0]
+		case len(s.in) < len(s.buf)/2:
+			s.in = s.buf[:copy(s.buf, s.in)]
+		default:
+			s.buf = append(make([]byte, 0, 2*len(s.buf)), s.in...)
+			s.buf = s.buf[:cap(s.buf)]
+			s.in = s.buf[:len(s.in)]
+		}
+	}
+	s.client.SetReadDeadline(deadline)
+	n, err := s.client.Read(s.in[len(s.in):cap(s.in)])
+	s.in = s.in[:len(s.in)+n]
+	if n > 0 {
+		return nil
+	}
+	return err
+}
+
+// readBody reads the body of a request behind its head, and returns the size
+// of both.
+func (s *session) readBody(r *request) (int, error) {
+	deadline := time.Now().Add(headTimeout)
+	for {
+		switch {
+		case r.length >= 0:
+			if size := r.headSize + int(r.length); len(s.in) >= size {
+				return size, nil
+			}
+		default:
+			n, err := chunkedSize(s.in[r.headSize:])
+			if err != nil {
+				return 0, err
+			}
+			if n > 0 {
+				return r.headSize + n, nil
+			}
+		}
+		if err := s.fill(deadline); err != nil {
+			if errors.Is(err, io.EOF) || errors.Is(err, os.ErrDeadlineExceeded) {
+				return 0, malformed("body without its end")
+			}
+			return 0, err
+		}
+	}
+}
+
+// redial replaces a kept connection that the service has ended since its last
+// answer. The client cannot know yet, and nothing of its request was sent.
+func (s *session) redial() error {
+	if s.count == 0 || look(s.up.file) == quiet {
+		return nil
+	}
+	s.up.Close()
+	up, err := dial(s.conn.Destination, s.p.options.Mark, s.minTTL)
+	if err != nil {
+		return err
+	}
+	s.up = up
+	return nil
+}
+
+// forward sends bytes of the client upstream, waiting for the connection to be
+// made.
+func (s *session) forward(b []byte) error {
+	var wait patience
+	for {
+		s.up.SetWriteDeadline(wait.next())
+		n, err := s.up.Write(b)
+		b = b[n:]
+		switch {
+		case err == nil:
+			return nil
+		case !errors.Is(err, os.ErrDeadlineExceeded):
+			return err
+		case look(s.client) == reset || look(s.client) == ended:
+			return errClient
+		}
+	}
+}
+
+// answer is what was passed on to the client.
+type answer struct {
+	status int
+	bytes  int64
+	close  bool // the service ends the connection with it
+	issued imds.Issued
+	end    time.Time
+}
+
+// relay passes the answer to a request on, interim answers included. With
+// credentials it reads which key is handed out. The error is io.EOF when the
+// connection ended where the answer did.
+func (s *session) relay(r *request, credentials bool) (a answer, err error) {
+	defer func() { a.end = time.Now() }()
+	var sending *sender
+	if r.expect {
+		sending = s.sendBody(r)
+		defer func() {
+			if bodyErr := sending.stop(); bodyErr != nil && err == nil {
+				err = bodyErr
+			}
+		}()
+	}
+	have := 0 // bytes in s.out that were not passed on
+	for {
+		head, err := parseResponse(s.out[:have], r.method)
+		switch {
+		case err != nil:
+			a.close = true
+			return a, s.opaque(&a, have)
+		case head == nil:
+			if have == len(s.out) {
+				s.out = append(s.out, make([]byte, len(s.out))...)
+			}
+			n, err := s.receive(s.out[have:])
+			if have += n; err != nil {
+				s.broken(&a, have, err)
+				return a, err
+			}
+			continue
+		case head.status == 101:
+			return a, errors.New("the service switched protocols, which nobody asked for")
+		case head.interim():
+			if err := s.send(&a, s.out[:head.headSize]); err != nil {
+				return a, err
+			}
+			have = copy(s.out, s.out[head.headSize:have])
+			continue
+		}
+		a.status, a.close = head.status, head.close
+		return a, s.relayBody(&a, head, have, credentials)
+	}
+}
+
+// relayBody passes on the head that is in s.out, and the body behind it.
+func (s *session) relayBody(a *answer, head *response, have int, credentials bool) error {
+	b := newBody(head.length)
+	n := head.headSize + b.take(s.out[head.headSize:have])
+	var seen []byte
+	if credentials && head.status == 200 {
+		seen = append(seen, s.out[head.headSize:n]...)
+		defer func() {
+			a.issued, _ = imds.ParseIssued(seen)
+			clear(seen)
+		}()
+	}
+	if err := s.send(a, s.out[:n]); err != nil {
+		return err
+	}
+	if b.ended && n < have {
+		a.close = true // more than it said: nothing of that is an answer
+	}
+	for !b.ended {
+		n, err := s.receive(s.out)
+		m := b.take(s.out[:n])
+		if seen != nil && len(seen)+m <= maxBody {
+			seen = append(seen, s.out[:m]...)
+		}
+		if sendErr := s.send(a, s.out[:m]); sendErr != nil {
+			return sendErr
+		}
+		switch {
+		case err == io.EOF && (head.length == untilEOF || b.broken):
+			return nil
+		case err != nil:
+			s.broken(a, 0, err)
+			return err
+		}
+	}
+	return nil
+}
+
+// opaque passes on what is no HTTP until the service ends it.
+func (s *session) opaque(a *answer, have int) error {
+	if err := s.send(a, s.out[:have]); err != nil {
+		return err
+	}
+	for {
+		n, err := s.receive(s.out)
+		if sendErr := s.send(a, s.out[:n]); sendErr != nil {
+			return sendErr
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			s.broken(a, 0, err)
+			return err
+		}
+	}
+}
+
+// broken ends the client's connection at the byte and in the way in which the
+// service ended its own.
+func (s *session) broken(a *answer, have int, err error) {
+	if have > 0 {
+		s.send(a, s.out[:have])
+	}
+	switch {
+	case errors.Is(err, errClient):
+	case errors.Is(err, io.EOF):
+		s.goodbye()
+	default:
+		s.reset()
+	}
+}
+
+// receive reads once from upstream, for as long as the client is there.
+func (s *session) receive(b []byte) (int, error) {
+	var wait patience
+	var halfClosed time.Time
+	for {
+		s.up.SetReadDeadline(wait.next())
+		n, err := s.up.Read(b)
+		if n > 0 {
+			return n, nil
+		}
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			return n, err
+		}
+		switch look(s.client) {
+		case reset:
+			return 0, errClient
+		case ended:
+			// It may only have said that it sends no more. The service is told
+			// so, and has a while to answer.
+			if halfClosed.IsZero() {
+				halfClosed = time.Now()
+				s.up.CloseWrite()
+			} else if time.Since(halfClosed) > headTimeout {
+				return 0, errClient
+			}
+		}
+	}
+}
+
+// send passes bytes on to the client. A client that takes nothing for so long
+// that no real one would still be there is given up.
+func (s *session) send(a *answer, b []byte) error {
+	if len(b) == 0 {
+		return nil
+	}
+	s.client.SetWriteDeadline(time.Now().Add(idleTimeout))
+	n, err := s.client.Write(b)
+	a.bytes += int64(n)
+	if err != nil {
+		return errClient
+	}
+	return nil
+}
+
+// sender passes on a body whose client waits for 100 Continue first, while the
+// answer is awaited.
+type sender struct {
+	s    *session
+	done chan error
+}
+
+func (s *session) sendBody(r *request) *sender {
+	send := &sender{s: s, done: make(chan error, 1)}
+	go func() { send.done <- s.passBody(r) }()
+	return send
+}
+
+// passBody passes the body on as it comes, in the framing in which it comes.
+// Nothing else touches s.in meanwhile.
+func (s *session) passBody(r *request) error {
+	sent := 0
+	whole := func() (int, error) {
+		if r.length >= 0 {
+			return int(r.length), nil
+		}
+		return chunkedSize(s.in)
+	}
+	for {
+		size, err := whole()
+		if err != nil {
+			return err
+		}
+		ready := len(s.in)
+		if size > 0 {
+			ready = min(ready, size)
+		}
+		if ready > sent {
+			if err := s.forward(s.in[sent:ready]); err != nil {
+				return err
+			}
+			sent = ready
+		}
+		if size > 0 && sent == size {
+			s.in = s.in[size:]
+			return nil
+		}
+		if err := s.fill(time.Now().Add(idleTimeout)); err != nil {
+			return err
+		}
+	}
+}
+
+// stop ends the sending and says whether the whole body went out. A final
+// answer that came first leaves the rest of the body in doubt, so that the
+// connection cannot be used any more.
+func (b *sender) stop() error {
+	select {
+	case err := <-b.done:
+		return err
+	default:
+	}
+	b.s.client.SetReadDeadline(time.Unix(1, 0))
+	err := <-b.done
+	if err != nil {
+		b.s.goodbye()
+	}
+	return err
+}
+
+// say sends an answer of our own.
+func (s *session) say(b []byte) {
+	var a answer
+	s.send(&a, b) // a client that has left needs no answer
+}
+
+// goodbye ends the client's connection so that what was sent arrives: closing
+// a socket with bytes that were not read resets it (RFC 9112 section 9.6).
+func (s *session) goodbye() {
+	s.client.CloseWrite()
+	s.client.SetReadDeadline(time.Now().Add(firstSlice))
+	for read := 0; read < maxRequest; {
+		n, err := s.client.Read(s.buf)
+		if read += n; err != nil {
+			break
+		}
+	}
+	s.client.Close()
+}
+
+// odd deals with what cannot be read one way only.
+func (s *session) odd(why error) {
+	s.p.stats.Malformed.Add(1)
+	ev := s.event(s.accepted)
+	ev.Request.Malformed = why.Error()
+	ev.Request.Bytes = int64(len(s.in))
+	s.decide(ev, attributeIn, false)
+	if s.p.engine.Mode() == policy.Enforce {
+		s.say(imds.AppendBadRequest(nil, time.Now()))
+		ev.Response = event.Response{Status: 400, Refused: true}
+		s.finish(ev)
+		s.goodbye()
+		return
+	}
+	s.finish(ev)
+	s.tunnel()
+}
+
+// tunnel passes bytes both ways until both ends have ended, or nothing has
+// passed for long.
+func (s *session) tunnel() {
+	if s.redial() != nil || s.forward(s.in) != nil {
+		s.reset()
+		return
+	}
+	var both sync.WaitGroup
+	both.Add(1)
+	go func() {
+		defer both.Done()
+		buf := make([]byte, 8<<10)
+		for {
+			s.client.SetReadDeadline(time.Now().Add(idleTimeout))
+			n, err := s.client.Read(buf)
+			if n > 0 {
+				s.up.SetWriteDeadline(time.Now().Add(idleTimeout))
+				if _, err := s.up.Write(buf[:n]); err != nil {
+					return
+				}
+			}
+			if err != nil {
+				s.up.CloseWrite()
+				return
+			}
+		}
+	}()
+	var a answer
+	if err := s.opaque(&a, 0); err == nil {
+		s.client.CloseWrite()
+	}
+	s.client.SetReadDeadline(time.Now().Add(headTimeout))
+	both.Wait()
+}
