@@ -2,6 +2,8 @@ module github.com/imdsgate/imdsgate
 
 go 1.26.0
 
+toolchain go1.26.8
+
 require (
 	github.com/coreos/go-iptables v0.8.0 // indirect
 	github.com/coreos/go-systemd/v22 v22.7.0 // indirect

@@ -49,17 +49,18 @@ type host struct {
 	tick uint64 // of the last use, for eviction
 }
 
-// maxPins bounds the descriptors kept for processes that no connection refers
-// to: one each. Too low, and the ancestors of every client are read anew for
+// maxPins bounds what is kept open for processes that no connection refers to:
+// two descriptors each. Too low, and the ancestors of every client are read anew for
 // each connection.
 const maxPins = 256
 
 // pin is an open /proc/PID directory. It stays with the process it was opened
 // for: when that ends, every read through it fails, also if the pid is reused.
 type pin struct {
-	pid   int
-	dir   int
-	start uint64
+	pid      int
+	dir      int
+	statFile int // open, since it is what is read again and again
+	start    uint64
 
 	// guarded by host.mu
 	refs  int
@@ -142,9 +143,14 @@ func (h *host) pin(pid int) (*pin, stat, error) {
 		return nil, stat{}, fmt.Errorf("open the directory of process %d: %w", pid, err)
 	}
 	p = &pin{pid: pid, dir: dir, refs: 1}
-	st, err := h.stat(p)
+	p.statFile, err = unix.Openat(dir, "stat", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		unix.Close(dir)
+		return nil, stat{}, p.error("stat", err)
+	}
+	st, err := h.stat(p)
+	if err != nil {
+		p.close()
 		return nil, stat{}, err
 	}
 	p.start = st.start
@@ -152,7 +158,7 @@ func (h *host) pin(pid int) (*pin, stat, error) {
 	defer h.mu.Unlock()
 	if old := h.pins[pid]; old != nil {
 		if old.start == p.start { // somebody else was faster
-			unix.Close(dir)
+			p.close()
 			old.refs++
 			return old, st, nil
 		}
@@ -177,7 +183,7 @@ func (h *host) unpin(p *pin) {
 	defer h.mu.Unlock()
 	p.refs--
 	if p.refs == 0 && h.pins[p.pid] != p {
-		unix.Close(p.dir)
+		p.close()
 	}
 }
 
@@ -194,7 +200,7 @@ func (h *host) drop(p *pin) {
 func (h *host) forget(p *pin) {
 	delete(h.pins, p.pid)
 	if p.refs == 0 {
-		unix.Close(p.dir)
+		p.close()
 	}
 }
 
@@ -220,15 +226,20 @@ var bufs = sync.Pool{New: func() any { b := make([]byte, 4096); return &b }}
 func (h *host) stat(p *pin) (stat, error) {
 	bp := bufs.Get().(*[]byte)
 	defer bufs.Put(bp)
-	b, err := readAt(p.dir, "stat", *bp)
+	n, err := unix.Pread(p.statFile, *bp, 0)
 	if err != nil {
 		return stat{}, p.error("stat", err)
 	}
-	st, err := parseStat(b)
+	st, err := parseStat((*bp)[:n])
 	if err != nil {
 		return stat{}, p.error("stat", err)
 	}
 	return st, nil
+}
+
+func (p *pin) close() {
+	unix.Close(p.statFile)
+	unix.Close(p.dir)
 }
 
 func (p *pin) error(file string, err error) error {
