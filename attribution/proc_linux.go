@@ -171,13 +171,6 @@ func (h *host) pin(pid int) (*pin, stat, error) {
 	return p, st, nil
 }
 
-// hold takes one more reference to a pin that the caller has.
-func (h *host) hold(p *pin) {
-	h.mu.Lock()
-	p.refs++
-	h.mu.Unlock()
-}
-
 func (h *host) unpin(p *pin) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

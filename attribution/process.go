@@ -255,7 +255,7 @@ func parseStatus(b []byte) (credentials, error) {
 		seen++
 	}
 	if seen != 2 {
-		return c, errors.New("no Uid and Gid lines, as proc_pid_status(5) has them")
+		return c, errors.New("not the format of proc_pid_status(5)")
 	}
 	return c, nil
 }
