@@ -39,9 +39,11 @@ type Options struct {
 	Endpoints []netip.AddrPort
 	// Mark is set on our own connections, so that the redirect lets them pass.
 	Mark uint32
-	// MaxConns bounds the connections that are served at once; more wait in the
-	// backlog of the listener. Lower lets one hostile process hold up others
-	// sooner, higher costs it more memory to be refused.
+	// MaxConns bounds the connections that are served at once, 4096 if 0. When
+	// one more comes, the one that has been idle longest is closed for it, as a
+	// server may close any idle connection; if none is idle, it waits. Lower
+	// makes a process that hoards connections cost others theirs sooner, higher
+	// lets it take more memory.
 	MaxConns int
 	// Forwardable says whether the host would have forwarded a connection from
 	// this client in another network namespace. Nil is never.
@@ -121,10 +123,8 @@ func (p *Proxy) Serve(ln net.Listener, forwarded bool) error {
 	p.listeners = append(p.listeners, ln)
 	p.mu.Unlock()
 	for {
-		p.slots <- struct{}{}
 		c, err := ln.Accept()
 		if err != nil {
-			<-p.slots
 			if errors.Is(err, net.ErrClosed) {
 				return nil
 			}
@@ -134,7 +134,9 @@ func (p *Proxy) Serve(ln net.Listener, forwarded bool) error {
 			}
 			return fmt.Errorf("accept on %v: %w", ln.Addr(), err)
 		}
+		p.acquire()
 		s := &session{p: p, client: c.(*net.TCPConn), forwarded: forwarded, accepted: time.Now()}
+		s.idle.Store(int64(time.Since(start)))
 		if !p.add(s) {
 			<-p.slots
 			c.Close()
@@ -146,6 +148,43 @@ func (p *Proxy) Serve(ln net.Listener, forwarded bool) error {
 			p.remove(s)
 			<-p.slots
 		}()
+	}
+}
+
+// grace is how long a connection may be without a request before it counts as
+// idle: clients that mean to ask do so at once. Shorter, and under load one that
+// was about to ask is closed; longer, and hoarded connections hold up others.
+const grace = 50 * time.Millisecond
+
+// acquire waits for a slot.
+func (p *Proxy) acquire() {
+	for {
+		select {
+		case p.slots <- struct{}{}:
+			return
+		default:
+		}
+		p.evict()
+		select {
+		case p.slots <- struct{}{}:
+			return
+		case <-time.After(grace / 10):
+		}
+	}
+}
+
+// evict closes the connection that has been idle longest, if it is idle.
+func (p *Proxy) evict() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var oldest *session
+	for s := range p.sessions {
+		if !s.busy.Load() && (oldest == nil || s.idle.Load() < oldest.idle.Load()) {
+			oldest = s
+		}
+	}
+	if oldest != nil && time.Since(start)-time.Duration(oldest.idle.Load()) > grace {
+		oldest.client.Close()
 	}
 }
 

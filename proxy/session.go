@@ -23,7 +23,8 @@ type session struct {
 	client    *net.TCPConn
 	forwarded bool
 	accepted  time.Time
-	busy      atomic.Bool // a request has begun
+	busy      atomic.Bool  // a request has begun
+	idle      atomic.Int64 // since when it is not busy, in nanoseconds of the monotonic clock
 
 	conn   event.Connection
 	minTTL int
@@ -37,22 +38,26 @@ type session struct {
 	out []byte // an answer on its way
 }
 
-// buffers serve a request and an answer each; only larger ones are made anew.
-var buffers = sync.Pool{New: func() any { return new([8 << 10]byte) }}
+// buffers hold a request, for as long as the connection lives, or an answer
+// while it passes. Larger ones are made anew.
+var buffers = sync.Pool{New: func() any { return new([4 << 10]byte) }}
+
+func release(b *[4 << 10]byte) {
+	clear(b[:]) // tokens and keys went through
+	buffers.Put(b)
+}
+
+// start is the origin of idle.
+var start = time.Now()
 
 // errClient says that the client is gone, or may as well be: nobody is left to
 // tell anything.
 var errClient = errors.New("the client has left")
 
 func (s *session) run() {
-	in, out := buffers.Get().(*[8 << 10]byte), buffers.Get().(*[8 << 10]byte)
-	s.buf, s.out = in[:], out[:]
-	defer func() {
-		clear(in[:]) // tokens and keys went through
-		clear(out[:])
-		buffers.Put(in)
-		buffers.Put(out)
-	}()
+	in := buffers.Get().(*[4 << 10]byte)
+	s.buf = in[:]
+	defer release(in)
 	defer s.client.Close()
 
 	stats := &s.p.stats
@@ -96,6 +101,7 @@ func (s *session) run() {
 
 	for s.exchange() == nil && !s.p.stopping() {
 		s.count++
+		s.idle.Store(int64(time.Since(start)))
 		s.busy.Store(false)
 	}
 }
@@ -196,7 +202,10 @@ func (s *session) exchange() error {
 		s.decide(ev, attributeInA, false)
 		close(decided)
 	}
+	out := buffers.Get().(*[4 << 10]byte)
+	s.out = out[:]
 	answer, err := s.relay(r, target.Class == imds.Credentials)
+	release(out)
 	failed := err != nil
 	select {
 	case <-decided:

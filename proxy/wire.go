@@ -458,6 +458,9 @@ func (s *session) tunnel() {
 			}
 		}
 	}()
+	out := buffers.Get().(*[4 << 10]byte)
+	defer release(out)
+	s.out = out[:]
 	var a answer
 	if err := s.opaque(&a, 0); err == nil {
 		s.client.CloseWrite()
