@@ -1,0 +1,616 @@
+package iptables
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+
+	goiptables "github.com/coreos/go-iptables/iptables"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Privileges, tried with iptables 1.8.9 on Linux 6.18 as an ordinary user with ambient capabilities:
+//
+//	                              nft                    legacy
+//	CAP_NET_ADMIN                 everything             nothing
+//	+ CAP_NET_RAW                 everything             nothing: cannot open /run/xtables.lock (mode 0600, root's)
+//	+ CAP_DAC_READ_SEARCH         everything             everything, if the lock file exists
+//
+// For legacy CAP_NET_RAW opens its raw socket and CAP_DAC_READ_SEARCH the lock, which is only read, and
+// /proc/net/ip_tables_names (mode 0440). Making a missing lock file would take write access to /run, so a unit without
+// root needs a tmpfiles.d line "f /run/xtables.lock 0600 root root". A lock file of one's own (XTABLES_LOCKFILE) works
+// and is wrong: legacy rewrites whole tables, and two writers under different locks undo each other's rules. Without
+// CAP_DAC_READ_SEARCH nobody can tell whether there are legacy rules, and Remove says that it could not look.
+
+// A Redirect is the deed to a Config on this host. Install, Verify, Status and Watch each hold its mutex while they
+// read and write rules; Forwardable does not wait for them. All may be called from any goroutine whose thread is in
+// the network namespace of Open. Close is its opener's.
+type Redirect struct {
+	config Config
+	all    []*tools
+	use    *tools
+	route  *netlink.Handle
+
+	mu      sync.Mutex
+	foreign atomic.Pointer[rules] // as last read
+}
+
+// Report is what was found and done.
+type Report struct {
+	Backend  Backend
+	Version  string // of its commands
+	Families []FamilyReport
+
+	// Locks are why hooks are not taken: those are missing in Families. A command that installs exits 1 if there are any.
+	Locks      []Lock
+	Overridden []Lock // hooks taken in spite of these
+
+	Conntrack Conntrack
+	Warnings  []string // each a sentence for the operator
+
+	Changed     bool         // Install only: something had to be written
+	Differences []Difference // Status only: how the host differs from what Install would make of it
+}
+
+// A FamilyReport is about one family.
+type FamilyReport struct {
+	Family  Family
+	Skipped string // why this host has no such rules, "" if it has
+	Hooks   Hooks
+	Guard   Guard // Status only
+}
+
+// Guard counts packets since the rules were written.
+type Guard struct {
+	Host      uint64 // of this host's, to an endpoint past the redirect
+	Forwarded uint64 // forwarded ones, likewise
+	Listener  uint64 // to a listener without having been redirected; always refused
+}
+
+// Conntrack is about the connection tracker, which one nat rule switches on for all traffic of the host.
+type Conntrack struct {
+	First   bool // nobody else's rule needs it
+	Sockets int  // open TCP and UDP sockets
+	Max     int  // entries it can hold; 0 if it is not loaded yet
+}
+
+// Open finds the tools of this host and decides which back end to use. It changes nothing.
+func Open(ctx context.Context, c Config) (*Redirect, error) {
+	if err := c.Validate(); err != nil {
+		return nil, err
+	}
+	r := &Redirect{config: c.WithDefaults()}
+	var err error
+	if r.all, err = findTools(ctx, searchPath()); err != nil {
+		return nil, err
+	}
+	if r.use, err = r.choose(ctx); err != nil {
+		return nil, err
+	}
+	if r.route, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return nil, fmt.Errorf("open route netlink: %w", err)
+	}
+	return r, nil
+}
+
+// Close gives back the descriptors. The rules stay.
+func (r *Redirect) Close() { r.route.Close() }
+
+func (r *Redirect) choose(ctx context.Context) (*tools, error) {
+	if b := r.config.Backend; b != BackendAuto {
+		if t := byBackend(r.all, b); t != nil {
+			return t, nil
+		}
+		return nil, fmt.Errorf("%w of the %s back end, which redirect.backend asks for: %s, or use the other one", ErrNoTool, b, howToInstall)
+	}
+	var inUse []*tools
+	for _, t := range r.all {
+		for _, f := range Families {
+			// A store that cannot be read, as on a kernel without it, holds nobody's rules.
+			if rules, err := t.save(ctx, f); err == nil && rules.foreign() && !slices.Contains(inUse, t) {
+				inUse = append(inUse, t)
+			}
+		}
+	}
+	if len(inUse) == 1 {
+		return inUse[0], nil
+	}
+	for _, t := range r.all {
+		if t.isStandard {
+			return t, nil
+		}
+	}
+	return r.all[0], nil
+}
+
+// A survey is a host as it was read.
+type survey struct {
+	saved  map[*tools]map[Family]*ruleset
+	plan   Plan
+	report Report
+}
+
+func (r *Redirect) survey(ctx context.Context) (*survey, error) {
+	s := &survey{report: Report{Backend: r.use.backend, Version: r.use.version}}
+	v6off, err := ipv6Off()
+	if err != nil {
+		return nil, err
+	}
+	families := Families[:]
+	if v6off != "" {
+		families = []Family{IPv4}
+	}
+	foreign, tracked, err := r.read(ctx, families, s)
+	if err != nil {
+		return nil, err
+	}
+	r.foreign.Store(&foreign)
+
+	on := Coverage{}
+	for _, f := range families {
+		hooks, err := r.hooks(f, foreign, &s.report)
+		if err != nil {
+			return nil, err
+		}
+		s.report.Families = append(s.report.Families, FamilyReport{Family: f, Hooks: hooks})
+		if f == IPv6 {
+			on.IPv6 = hooks
+		} else {
+			on.IPv4 = hooks
+		}
+	}
+	if on.CgroupID, err = cgroupID(r.config.Cgroup); err != nil {
+		return nil, err
+	}
+	s.plan = r.config.Plan(on)
+	if v6off != "" {
+		s.report.Families = append(s.report.Families, FamilyReport{Family: IPv6, Skipped: v6off})
+		s.plan = s.plan.without(IPv6)
+	}
+
+	s.report.Conntrack.First = !tracked
+	return s, s.report.Conntrack.read()
+}
+
+// read reads all rules of the host: ours into s, everybody else's for judging. tracked says that somebody else uses
+// the connection tracker.
+func (r *Redirect) read(ctx context.Context, families []Family, s *survey) (foreign rules, tracked bool, err error) {
+	warn := func(format string, args ...any) {
+		s.report.Warnings = append(s.report.Warnings, fmt.Sprintf(format, args...))
+	}
+	foreign, installed := make(rules), false
+	s.saved = make(map[*tools]map[Family]*ruleset)
+	for _, t := range r.all {
+		s.saved[t] = make(map[Family]*ruleset)
+		for _, f := range families {
+			have, err := t.save(ctx, f)
+			if err != nil && t == r.use {
+				return nil, false, err
+			}
+			if err != nil {
+				warn("%s rules of %s were not read: %v", f, t.store(), err)
+				have = new(ruleset)
+			}
+			s.saved[t][f] = have
+			foreign[f] = append(foreign[f], have.judged(t.store())...)
+			tracked = tracked || have.tracks()
+			installed = installed || !have.installed(f).empty()
+		}
+	}
+	native, err := readNative(ctx, searchPath())
+	if err != nil {
+		warn("native nftables rules were not read, so other people's locks in them were not found: %v", err)
+	}
+	for _, f := range families {
+		foreign[f] = append(foreign[f], native.bases[f]...)
+	}
+	// Open vSwitch, IPVS and tc track connections without a rule. Once ours are there it cannot be told from the count.
+	count, err := readInt(trackerSysctls + "nf_conntrack_count")
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, false, fmt.Errorf("is there connection tracking: %w", err)
+	}
+	return foreign, tracked || native.tracks || !installed && count > 0, nil
+}
+
+// hooks decides what to take in one family, and says why not in the report.
+func (r *Redirect) hooks(f Family, foreign rules, report *Report) (Hooks, error) {
+	ways := make(map[netip.AddrPort]way)
+	reachable := false
+	for _, e := range r.config.endpoints(f) {
+		w, err := r.way(e.Addr(), 0)
+		reachable = reachable || !errors.Is(err, unix.ENETUNREACH)
+		if errors.Is(err, unix.EACCES) {
+			sentence := fmt.Sprintf("a route prohibits %s, as systemd's metadata lock does: local connections fail before they reach the redirect", e.Addr())
+			if _, err := r.way(e.Addr(), r.config.Mark); err != nil {
+				sentence += fmt.Sprintf(", and so do the daemon's, in spite of its mark %#x (%v)", r.config.Mark, err)
+			}
+			report.Warnings = append(report.Warnings, sentence)
+		}
+		ways[e] = w
+	}
+	found, err := foreign.locks(r.config, f, r.use.store(), ways)
+	if err != nil {
+		return Hooks{}, fmt.Errorf("judge other people's %s rules: %w", f, err)
+	}
+	report.Warnings = append(report.Warnings, found.unclear...)
+	if !reachable {
+		// Nobody can be harmed, for nobody gets to an endpoint, as with IPv6 on most instances.
+		found.locks = slices.DeleteFunc(found.locks, func(l Lock) bool { return l.Kind == DropsRedirected || l.Kind == DropsDaemon })
+	}
+	wanted := len(r.config.endpoints(f)) > 0
+	hooks := Hooks{Host: wanted, Forwarded: wanted, Admit: found.admit}
+	for _, l := range found.locks {
+		if r.config.OverrideForeign && l.Kind.overridable() {
+			report.Overridden = append(report.Overridden, l)
+			continue
+		}
+		report.Locks = append(report.Locks, l)
+		switch l.Hook {
+		case HostHook:
+			hooks.Host, hooks.Admit = false, false
+		case ForwardedHook:
+			hooks.Forwarded = false
+		}
+	}
+	return hooks, nil
+}
+
+// way asks the kernel how it would send a packet of this host.
+func (r *Redirect) way(to netip.Addr, mark uint32) (way, error) {
+	routes, err := r.route.RouteGetWithOptions(to.AsSlice(), &netlink.RouteGetOptions{Mark: mark})
+	if err != nil || len(routes) == 0 {
+		return way{}, err
+	}
+	source, _ := netip.AddrFromSlice(routes[0].Src)
+	w := way{source: source.Unmap()}
+	if link, err := r.route.LinkByIndex(routes[0].LinkIndex); err == nil {
+		w.out = link.Attrs().Name
+	}
+	return w, nil
+}
+
+// Install makes the plan true and returns what it found on the way. It may be called again at any time; what is in
+// place already is not touched. If it returns an error, the host's rules are as they were. Hooks that are locked by
+// other people's rules are left out, which is no error: see Report.Locks.
+//
+// The listeners should be ready before. Those on ForwardedAddrs need IP_FREEBIND, or EnsureLink first. Connections
+// that are older than the rules go on past them in audit; in enforce the guard resets them with their next packet.
+func (r *Redirect) Install(ctx context.Context) (Report, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s, err := r.survey(ctx)
+	if err != nil {
+		return Report{}, err
+	}
+	if err := r.portsAreSafe(&s.report); err != nil {
+		return s.report, err
+	}
+	if err := r.trackerHasRoom(s.report.Conntrack); err != nil {
+		return s.report, err
+	}
+	undo, err := r.apply(ctx, s)
+	if err != nil {
+		return s.report, err
+	}
+	if s.report.Conntrack.Max == 0 { // it is loaded only now
+		if err = s.report.Conntrack.read(); err == nil {
+			err = r.trackerHasRoom(s.report.Conntrack)
+		}
+		if err != nil {
+			return s.report, errors.Join(err, undo())
+		}
+	}
+	return s.report, nil
+}
+
+// EnsureLink makes the link and its addresses, so that the listeners can be opened before Install.
+func (r *Redirect) EnsureLink() error {
+	p := r.config.Plan(FullCoverage)
+	v6off, err := ipv6Off()
+	if err != nil {
+		return err
+	}
+	if v6off != "" {
+		p = p.without(IPv6)
+	}
+	_, err = ensureLink(r.route, p.Link)
+	return err
+}
+
+// apply makes s.plan true. undo makes it untrue again.
+func (r *Redirect) apply(ctx context.Context, s *survey) (undo func() error, err error) {
+	var done []func() error
+	undo = func() error {
+		var errs []error
+		for _, f := range slices.Backward(done) {
+			errs = append(errs, f())
+		}
+		return errors.Join(errs...)
+	}
+	defer func() {
+		if err != nil {
+			if undone := undo(); undone != nil {
+				err = errors.Join(err, fmt.Errorf("and taking it back: %w", undone))
+			}
+		}
+	}()
+
+	differences, err := verifyLink(r.route, s.plan.Link)
+	if err != nil {
+		return undo, err
+	}
+	if len(differences) > 0 {
+		made, err := ensureLink(r.route, s.plan.Link)
+		if made {
+			done = append(done, func() error { _, err := removeLink(r.route); return err })
+		}
+		if err != nil {
+			return undo, err
+		}
+		s.report.Changed = true
+	}
+	settle := func(t *tools, want FamilyPlan) error {
+		have := s.saved[t][want.Family]
+		before := have.installed(want.Family)
+		done = append(done, func() error {
+			_, err := t.settle(context.WithoutCancel(ctx), before, nil)
+			return err
+		})
+		changed, err := t.settle(ctx, want, have)
+		s.report.Changed = s.report.Changed || changed
+		return err
+	}
+	for _, want := range s.plan.Families {
+		if err := settle(r.use, want); err != nil {
+			return undo, err
+		}
+	}
+	for t, saved := range s.saved {
+		for f, have := range saved {
+			if t != r.use && !have.installed(f).empty() {
+				if err := settle(t, FamilyPlan{Family: f}); err != nil {
+					return undo, err
+				}
+			}
+		}
+	}
+	return undo, nil
+}
+
+// Verify returns how the host differs from what Install would make of it now.
+func (r *Redirect) Verify(ctx context.Context) ([]Difference, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s, err := r.survey(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return r.differences(s)
+}
+
+func (r *Redirect) differences(s *survey) ([]Difference, error) {
+	all, err := verifyLink(r.route, s.plan.Link)
+	if err != nil {
+		return nil, err
+	}
+	for _, want := range s.plan.Families {
+		all = append(all, compare(s.saved[r.use][want.Family], want).differences...)
+	}
+	for t, saved := range s.saved {
+		for f, have := range saved {
+			if t != r.use {
+				for _, d := range compare(have, FamilyPlan{Family: f}).differences {
+					d.Problem += " (" + t.store() + ")"
+					all = append(all, d)
+				}
+			}
+		}
+	}
+	return all, nil
+}
+
+// Status is Verify with everything else there is to know, the guard's counters included. It changes nothing.
+func (r *Redirect) Status(ctx context.Context) (Report, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s, err := r.survey(ctx)
+	if err != nil {
+		return Report{}, err
+	}
+	if err := r.portsAreSafe(&s.report); err != nil {
+		s.report.Warnings = append(s.report.Warnings, err.Error())
+	}
+	if s.report.Differences, err = r.differences(s); err != nil {
+		return s.report, err
+	}
+	for i := range s.report.Families {
+		f := &s.report.Families[i]
+		if f.Skipped != "" {
+			continue
+		}
+		is := s.saved[r.use][f.Family].installed(f.Family)
+		if f.Guard, err = r.use.guard(is); err != nil {
+			return s.report, err
+		}
+	}
+	return s.report, nil
+}
+
+// guard reads the counters of the last rules of our filter chains.
+func (t *tools) guard(is FamilyPlan) (Guard, error) {
+	protocol := map[Family]goiptables.Protocol{IPv4: goiptables.ProtocolIPv4, IPv6: goiptables.ProtocolIPv6}[is.Family]
+	ipt, err := goiptables.New(goiptables.IPFamily(protocol), goiptables.Path(t.byFamily[is.Family].iptables), goiptables.Timeout(10))
+	if err != nil {
+		return Guard{}, fmt.Errorf("read counters: %w", err)
+	}
+	var g Guard
+	for name, packets := range map[string]*uint64{outputs: &g.Host, forward: &g.Forwarded, inputs: &g.Listener} {
+		if !slices.ContainsFunc(is.Chains, Chain{Table: "filter", Name: name}.same) {
+			continue
+		}
+		stats, err := ipt.StructuredStats("filter", name)
+		if err != nil {
+			return Guard{}, fmt.Errorf("read counters of %s filter %s: %w", is.Family, name, err)
+		}
+		if len(stats) > 0 {
+			*packets = stats[len(stats)-1].Packets
+		}
+	}
+	return g, nil
+}
+
+// Remove takes away everything that any Install has left in this network namespace, in both back ends and families.
+// It needs no configuration and nothing that the installer knew. What belongs to others stays as it is; the built-in
+// chains that iptables made for the first rule in them stay too, empty. With the nat rules connection tracking ends,
+// if nobody else uses it. It goes on after an error.
+func Remove(ctx context.Context) (removed bool, err error) {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return false, fmt.Errorf("open route netlink: %w", err)
+	}
+	defer h.Close()
+	var errs []error
+	all, err := findTools(ctx, searchPath())
+	errs = append(errs, err)
+	v6off, err := ipv6Off()
+	errs = append(errs, err)
+	for _, t := range all {
+		for _, f := range Families {
+			changed, err := t.settle(ctx, FamilyPlan{Family: f}, nil)
+			removed = removed || changed
+			if f == IPv4 || v6off == "" {
+				errs = append(errs, err)
+			}
+		}
+	}
+	gone, err := removeLink(h)
+	return removed || gone, errors.Join(append(errs, err)...)
+}
+
+// ipv6Off says why this network namespace has no IPv6, "" if it has.
+func ipv6Off() (string, error) {
+	const path = "/proc/sys/net/ipv6/conf/all/disable_ipv6"
+	off, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "the kernel has no IPv6", nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("is there IPv6: %w", err)
+	}
+	if strings.TrimSpace(string(off)) != "0" {
+		return "net.ipv6.conf.all.disable_ipv6 is set", nil
+	}
+	return "", nil
+}
+
+// portsAreSafe refuses what would let an ordinary user answer root's clients while the daemon is dead. In audit the
+// redirect goes with the daemon, so it is a warning.
+func (r *Redirect) portsAreSafe(report *Report) error {
+	if r.config.SocketActivated {
+		return nil
+	}
+	start, err := readInt("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // before Linux 4.11 it is 1024
+	}
+	if err != nil {
+		return fmt.Errorf("who may bind the listeners' ports: %w", err)
+	}
+	lowest := min(r.config.HostPort, r.config.ForwardedPort)
+	highest := max(r.config.HostPort, r.config.ForwardedPort)
+	if int(highest) < start {
+		return nil
+	}
+	err = fmt.Errorf("any user may bind ports %d and %d while the daemon is down, because net.ipv4.ip_unprivileged_port_start is %d: "+
+		"raise it to %d, or let imdsgated.socket hold them", lowest, highest, start, int(highest)+1)
+	if r.config.Enforce {
+		return err
+	}
+	report.Warnings = append(report.Warnings, err.Error())
+	return nil
+}
+
+// trackerHasRoom refuses to be the one who switches the connection tracker on for more sockets than it can hold with
+// ease. Half is for the entries that outlive their sockets: TIME_WAIT for two minutes, idle UDP for three.
+func (r *Redirect) trackerHasRoom(c Conntrack) error {
+	if !c.First || c.Max == 0 || c.Sockets <= c.Max/2 || r.config.OverrideConntrack {
+		return nil
+	}
+	return fmt.Errorf("the redirect would be the first to use connection tracking here, for all of the host's traffic: "+
+		"%d sockets are open, and it holds %d connections, half of which should be free; "+
+		"raise net.netfilter.nf_conntrack_max to %d or more, or set redirect.override_conntrack: true", c.Sockets, c.Max, 2*c.Sockets)
+}
+
+const trackerSysctls = "/proc/sys/net/netfilter/"
+
+func (c *Conntrack) read() error {
+	c.Sockets = 0
+	for _, name := range []string{"sockstat", "sockstat6"} {
+		text, err := os.ReadFile(procNet + name)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("count sockets: %w", err)
+		}
+		c.Sockets += openSockets(string(text))
+	}
+	entries, err := readInt(trackerSysctls + "nf_conntrack_max")
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("size of the connection tracker: %w", err)
+	}
+	c.Max = entries
+	return nil
+}
+
+// openSockets reads /proc/net/sockstat: TCP and UDP in use, and TCP in TIME_WAIT.
+func openSockets(sockstat string) int {
+	n := 0
+	for line := range strings.Lines(sockstat) {
+		f := strings.Fields(line)
+		if len(f) == 0 || !slices.Contains([]string{"TCP:", "TCP6:", "UDP:", "UDP6:"}, f[0]) {
+			continue
+		}
+		for i := 1; i+1 < len(f); i += 2 {
+			if f[i] == "inuse" || f[i] == "tw" {
+				count, _ := strconv.Atoi(f[i+1])
+				n += count
+			}
+		}
+	}
+	return n
+}
+
+func readInt(path string) (int, error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return 0, err
+	}
+	return strconv.Atoi(strings.TrimSpace(string(text)))
+}
+
+// cgroupID returns the number of a directory of the cgroup2 tree, wherever that is mounted.
+func cgroupID(path string) (uint64, error) {
+	if path == "" {
+		return 0, nil
+	}
+	for _, mount := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"} {
+		var fs syscall.Statfs_t
+		if syscall.Statfs(mount, &fs) != nil || fs.Type != unix.CGROUP2_SUPER_MAGIC {
+			continue
+		}
+		var st syscall.Stat_t
+		if err := syscall.Stat(mount+"/"+path, &st); err != nil {
+			return 0, fmt.Errorf("find cgroup %s: %w", path, err)
+		}
+		return st.Ino, nil
+	}
+	return 0, fmt.Errorf("find cgroup %s: there is no cgroup2 tree: %w", path, errors.ErrUnsupported)
+}

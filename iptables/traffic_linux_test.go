@@ -1,0 +1,198 @@
+package iptables
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/imdsgate/imdsgate/test/lab/netlab"
+)
+
+// TestTraffic follows connections of all kinds of clients through audit, enforce and removal.
+func TestTraffic(t *testing.T) {
+	for _, b := range backends {
+		for _, f := range Families {
+			t.Run(fmt.Sprintf("%s %s", b, f), func(t *testing.T) { testTraffic(newSite(t), b, f) })
+		}
+	}
+}
+
+func testTraffic(s *site, b Backend, f Family) {
+	instance, bridged, routed := s.lab.Instance, s.lab.Bridged, s.lab.Routed
+	imds := endpoint[f]
+	everywhere := []*netlab.Namespace{instance, bridged, routed}
+	for _, ns := range everywhere {
+		s.expect(ns.String()+" without us", s.ask(ns, client{}, imds), "metadata")
+	}
+	oldHost, _ := s.dial(instance, client{}, imds)
+	oldForwarded, _ := s.dial(bridged, client{}, imds)
+
+	r := s.open(Config{UID: uid, Backend: b})
+	s.daemon(r)
+	report := s.install(r)
+	s.expect("hooks", hooksOf(report), "IPv4: host forwarded; IPv6: host forwarded")
+
+	asHost, asForwarded := "host "+imds.String(), "forwarded "+imds.String()
+	s.expect("host client", s.ask(instance, client{}, imds), asHost)
+	if f == IPv4 {
+		s.expect("host client with a mapped address", s.ask(instance, client{mapped: true}, imds), asHost)
+	}
+	s.expect("bridged container", s.ask(bridged, client{}, imds), asForwarded)
+	s.expect("container on a link without addresses", s.ask(routed, client{}, imds), asForwarded)
+
+	s.expect("the daemon", s.ask(instance, client{uid: uid, mark: defaultMark}, imds), "metadata")
+	s.expect("its mark alone", s.ask(instance, client{mark: defaultMark}, imds), asHost)
+	s.expect("its uid alone", s.ask(instance, client{uid: uid}, imds), asHost)
+
+	hostListener := netip.AddrPortFrom(f.localhost(), defaultHostPort)
+	forwardedListener := netip.AddrPortFrom(r.config.forwarded(f)[0], defaultForwardedPort)
+	s.expect("host client straight to port A", s.ask(instance, client{}, hostListener), "ECONNREFUSED")
+	s.expect("host client straight to port B", s.ask(instance, client{}, forwardedListener), "ECONNREFUSED")
+	s.expect("container straight to port B", s.ask(bridged, client{}, forwardedListener), "ECONNREFUSED")
+
+	before := s.status(r).Families[f].Guard
+	s.expect("old host connection in audit", oldHost.alive(), "alive")
+	s.expect("old forwarded connection in audit", oldForwarded.alive(), "alive")
+	after := s.status(r).Families[f].Guard
+	if after.Host <= before.Host || after.Forwarded <= before.Forwarded || before.Listener < 3 {
+		s.Errorf("guard counts %+v before and %+v after packets of old connections", before, after)
+	}
+
+	r = s.open(Config{UID: uid, Backend: b, Enforce: true})
+	s.install(r)
+	s.expect("old host connection in enforce", oldHost.alive(), "ECONNRESET")
+	s.expect("old forwarded connection in enforce", oldForwarded.alive(), "ECONNRESET")
+	s.expect("host client in enforce", s.ask(instance, client{}, imds), asHost)
+	s.expect("bridged container in enforce", s.ask(bridged, client{}, imds), asForwarded)
+	s.expect("the daemon in enforce", s.ask(instance, client{uid: uid, mark: defaultMark}, imds), "metadata")
+	s.upstreamCloses(imds)
+
+	s.remove()
+	for _, ns := range everywhere {
+		s.expect(ns.String()+" after removal", s.ask(ns, client{}, imds), "metadata")
+	}
+}
+
+// upstreamCloses ends connections of the daemon in each order, 40 of each. When the daemon closes first, its last
+// acknowledgement comes from a socket without owner, and without it the service's end hangs in LAST-ACK.
+func (s *site) upstreamCloses(imds netip.AddrPort) {
+	for _, first := range []string{"daemon", "service", "half"} {
+		for range 40 {
+			d, greeting := s.dial(s.lab.Instance, client{uid: uid, mark: defaultMark}, imds)
+			if d == nil {
+				s.Fatal(greeting)
+			}
+			switch first {
+			case "service":
+				io.WriteString(d, "bye\n")
+				s.expect("the service's goodbye", d.hear(), "EOF")
+			case "half":
+				d.Conn.(interface{ CloseWrite() error }).CloseWrite()
+				s.expect("the service's goodbye", d.hear(), "EOF")
+			}
+			d.Close()
+		}
+	}
+	family := map[bool]uint8{true: netlink.FAMILY_V4, false: netlink.FAMILY_V6}[imds.Addr().Is4()]
+	hanging := func() (where []string) {
+		for _, ns := range []*netlab.Namespace{s.lab.Instance, s.lab.Metadata} {
+			err := ns.Do(func() error {
+				sockets, err := netlink.SocketDiagTCP(family)
+				for _, socket := range sockets {
+					if socket.INode == 0 && socket.State != netlink.TCP_TIME_WAIT &&
+						(socket.ID.DestinationPort == imds.Port() || socket.ID.SourcePort == imds.Port()) {
+						where = append(where, fmt.Sprintf("%s, state %d", ns, socket.State))
+					}
+				}
+				return err
+			})
+			if err != nil {
+				s.Fatal(err)
+			}
+		}
+		return where
+	}
+	deadline := time.Now().Add(2 * time.Second)
+	for len(hanging()) > 0 && time.Now().Before(deadline) {
+		time.Sleep(20 * time.Millisecond)
+	}
+	if where := hanging(); len(where) > 0 {
+		s.Errorf("%d closed upstream connections hang, the first in %s", len(where), where[0])
+	}
+}
+
+// TestInputDrop is a host as the CIS benchmarks want it: the redirected packets of containers come in by no interface
+// that it lets in.
+func TestInputDrop(t *testing.T) {
+	forBackends(t, func(s *site, b Backend) {
+		s.load(b, IPv4, readLockCase(s.T, "testdata/locks/cis.rules").rules)
+		r := s.open(Config{UID: uid})
+		if r.use.backend != b {
+			s.Errorf("back end %s, want the one with the host's rules", r.use.backend)
+		}
+		s.daemon(r)
+		s.install(r)
+		s.expect("host client", s.ask(s.lab.Instance, client{}, endpoint[IPv4]), "host 169.254.169.254:80")
+		s.expect("bridged container", s.ask(s.lab.Bridged, client{}, endpoint[IPv4]), "forwarded 169.254.169.254:80")
+		s.expect("container on a link without addresses", s.ask(s.lab.Routed, client{}, endpoint[IPv4]), "forwarded 169.254.169.254:80")
+		s.expect("the daemon", s.ask(s.lab.Instance, client{uid: uid, mark: defaultMark}, endpoint[IPv4]), "metadata")
+	})
+}
+
+// TestEgressAllowList is a host that lets port 80 out and not port 254, on any interface but lo. A redirected packet
+// does not leave by lo yet when it is filtered.
+func TestEgressAllowList(t *testing.T) {
+	forBackends(t, func(s *site, b Backend) {
+		s.load(b, IPv4, readLockCase(s.T, "testdata/locks/egress-allow-list.rules").rules)
+		r := s.open(Config{UID: uid, Backend: b})
+		s.daemon(r)
+		s.expect("hooks", hooksOf(s.install(r)), "IPv4: host admit forwarded; IPv6: host forwarded")
+		s.expect("differences", inWords(s.verify(r)), "")
+		s.expect("host client", s.ask(s.lab.Instance, client{}, endpoint[IPv4]), "host 169.254.169.254:80")
+
+		s.sh("iptables-" + b.String() + " -F IMDSGATE-ADMIT")
+		s.expect("host client if we did not let it out", s.ask(s.lab.Instance, client{}, endpoint[IPv4]), "ECONNREFUSED")
+	})
+}
+
+// TestFirewalldIPv6 shows that what is said about firewalld's rule against ::/96 is true.
+func TestFirewalldIPv6(t *testing.T) {
+	s := newSite(t)
+	s.sh("nft -f testdata/native/firewalld.nft")
+	r := s.open(Config{UID: uid, Backend: BackendNFT})
+	s.expect("hooks", hooksOf(s.status(r)), "IPv4: host forwarded; IPv6: forwarded")
+	s.daemon(r)
+	s.do(func() error {
+		survey, err := r.survey(context.Background())
+		if err != nil {
+			return err
+		}
+		survey.plan = r.config.Plan(FullCoverage)
+		_, err = r.apply(context.Background(), survey)
+		return err
+	})
+	s.expect("host client", s.ask(s.lab.Instance, client{}, endpoint[IPv4]), "host 169.254.169.254:80")
+	s.expect("IPv6 host client", s.ask(s.lab.Instance, client{}, endpoint[IPv6]), "EHOSTUNREACH")
+	s.expect("bridged container", s.ask(s.lab.Bridged, client{}, endpoint[IPv6]), "forwarded [fd00:ec2::254]:80")
+}
+
+// TestOnlyTheEndpoint sends packets that are nearly metadata traffic.
+func TestOnlyTheEndpoint(t *testing.T) {
+	s := newSite(t)
+	router := netip.MustParseAddrPort("172.31.0.1:80")
+	other := netip.AddrPortFrom(endpoint[IPv4].Addr(), 8080)
+	s.serve(s.lab.Metadata, router, "metadata")
+	s.serve(s.lab.Metadata, other, "metadata")
+	r := s.open(Config{UID: uid, Enforce: true})
+	s.daemon(r)
+	s.install(r)
+	for _, ns := range []*netlab.Namespace{s.lab.Instance, s.lab.Bridged} {
+		s.expect(ns.String()+" to another address", s.ask(ns, client{}, router), "metadata")
+		s.expect(ns.String()+" to another port", s.ask(ns, client{}, other), "metadata")
+	}
+}

@@ -1,0 +1,94 @@
+package iptables
+
+import (
+	"context"
+	"strings"
+	"testing"
+	"time"
+)
+
+// watch runs Watch until the test ends.
+func (s *site) watch(r *Redirect, interval time.Duration) <-chan Drift {
+	drifts := make(chan Drift, 100)
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error)
+	go func() {
+		ended <- s.lab.Instance.Do(func() error {
+			return r.Watch(ctx, interval, func(d Drift) { drifts <- d })
+		})
+	}()
+	s.Cleanup(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			s.Error(err)
+		}
+	})
+	return drifts
+}
+
+func TestWatch(t *testing.T) {
+	onHosts(t, func(s *site, b Backend) {
+		s.Parallel()
+		r := s.open(Config{UID: uid, Backend: b})
+		s.install(r)
+		interval := time.Hour
+		if b == BackendLegacy {
+			interval = 100 * time.Millisecond // nothing is notified there
+		}
+		drifts := s.watch(r, interval)
+		tool := "iptables-" + b.String()
+		for _, c := range []struct {
+			do    string
+			found string
+			hooks string
+		}{
+			{tool + " -t nat -F IMDSGATE-OUTPUT", "IPv4 nat IMDSGATE-OUTPUT: rule 1 missing", "IPv4: host forwarded; IPv6: host forwarded"},
+			{tool + " -F OUTPUT; ip6" + strings.TrimPrefix(tool, "ip") + " -t nat -F", "IPv4 filter OUTPUT: jump missing", "IPv4: host forwarded; IPv6: host forwarded"},
+			{"ip link del " + LinkName, "link imdsgate0 missing", "IPv4: host forwarded; IPv6: host forwarded"},
+			{"ip addr del 169.254.213.80/32 dev " + LinkName, "address 169.254.213.80", "IPv4: host forwarded; IPv6: host forwarded"},
+			{tool + " -A FORWARD -d 169.254.169.254/32 -j DROP", "IPv4 nat PREROUTING: jump not in the plan", "IPv4: host; IPv6: host forwarded"},
+			{tool + " -D FORWARD -d 169.254.169.254/32 -j DROP", "IPv4 nat PREROUTING: jump missing", "IPv4: host forwarded; IPv6: host forwarded"},
+		} {
+			began := time.Now()
+			s.sh(c.do)
+			select {
+			case d := <-drifts:
+				if words := inWords(d.Found); !strings.Contains(words, c.found) {
+					s.Errorf("%s: found\n%s", c.do, words)
+				}
+				if !d.Repaired || d.Err != nil || d.AtMost <= 0 || d.AtMost > 20*time.Second {
+					s.Errorf("%s: repaired %v, after at most %v: %v", c.do, d.Repaired, d.AtMost, d.Err)
+				}
+				s.expect(c.do, hooksOf(d.Report), c.hooks)
+				s.Logf("%s: seen and repaired %v after it was begun", c.do, time.Since(began).Round(time.Millisecond))
+			case <-time.After(20 * time.Second):
+				s.Fatalf("%s: not noticed", c.do)
+			}
+			s.expect("differences", inWords(s.verify(r)), "")
+		}
+		select {
+		case d := <-drifts:
+			s.Errorf("its own repair was a drift: %s, %v", inWords(d.Found), d.Err)
+		case <-time.After(3 * time.Second):
+		}
+	})
+}
+
+// TestWatchCannotRepair keeps reporting what it cannot change.
+func TestWatchCannotRepair(t *testing.T) {
+	t.Parallel()
+	s := newHost(t)
+	r := s.open(Config{UID: uid, Backend: BackendNFT})
+	s.install(r)
+	r.use.byFamily[IPv6].restore = "/bin/false"
+	drifts := s.watch(r, 100*time.Millisecond)
+	s.sh("ip6tables-nft -t nat -F")
+	var last time.Duration
+	for range 2 {
+		d := <-drifts
+		if d.Repaired || d.Err == nil || d.AtMost <= last {
+			s.Errorf("repaired %v, after at most %v: %v", d.Repaired, d.AtMost, d.Err)
+		}
+		last = d.AtMost
+	}
+}
