@@ -1,0 +1,98 @@
+// Package config reads the file that an operator writes. What each part of it
+// means belongs to the package that has the part.
+package config
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+
+	"github.com/goccy/go-yaml"
+	"github.com/imdsgate/imdsgate/control"
+	"github.com/imdsgate/imdsgate/event/sink"
+	"github.com/imdsgate/imdsgate/iptables"
+	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/proxy/imds"
+)
+
+// DefaultPath is read unless another file is named. It need not exist.
+const DefaultPath = "/etc/imdsgate/config.yaml"
+
+// DefaultEvents is where events are written.
+const DefaultEvents = "/var/log/imdsgate/events.ndjson"
+
+// Config is the whole file.
+type Config struct {
+	policy.Config `yaml:",inline"`
+	Redirect      iptables.Config `yaml:"redirect"`
+	Events        sink.Options    `yaml:"events"`
+	Control       Control         `yaml:"control"`
+	Limits        Limits          `yaml:"limits"`
+	Log           Log             `yaml:"log"`
+}
+
+// Control is where operators ask.
+type Control struct {
+	Socket string `yaml:"socket"`
+	Group  string `yaml:"group"` // that may ask; the group imdsgate, if there is one
+}
+
+// Limits of the proxy.
+type Limits struct {
+	// Connections are served at once; more wait in the backlog of the ports.
+	Connections int `yaml:"connections"`
+}
+
+// Log is the operator's own log, on standard error.
+type Log struct {
+	Level string `yaml:"level"` // debug, info, warn, error
+}
+
+// Load reads a configuration. An empty path is DefaultPath, which may be
+// missing. Unknown and repeated keys are errors, with line and caret.
+func Load(path string) (Config, error) {
+	optional := path == ""
+	if optional {
+		path = DefaultPath
+	}
+	src, err := os.ReadFile(path)
+	switch {
+	case optional && errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		return Config{}, fmt.Errorf("read the configuration: %w", err)
+	}
+	return Parse(path, src)
+}
+
+// Parse reads a configuration from bytes; name is for errors.
+func Parse(name string, src []byte) (Config, error) {
+	var c Config
+	dec := yaml.NewDecoder(bytes.NewReader(src), yaml.Strict())
+	if err := dec.Decode(&c); err != nil && !errors.Is(err, io.EOF) {
+		return Config{}, fmt.Errorf("%s:%w", name, located{err})
+	}
+	c.Events.Path = cmp.Or(c.Events.Path, DefaultEvents)
+	c.Control.Socket = cmp.Or(c.Control.Socket, control.DefaultSocket)
+	c.Log.Level = cmp.Or(c.Log.Level, "info")
+	return c, nil
+}
+
+// located prints an error of the YAML library with its line and caret, and
+// without colours.
+type located struct{ error }
+
+func (l located) Error() string { return yaml.FormatError(l.error, false, true) }
+func (l located) Unwrap() error { return l.error }
+
+// Policy compiles the part that judges.
+func (c Config) Policy() (*policy.Policy, error) {
+	var classes []string
+	for _, class := range imds.Classes() {
+		classes = append(classes, class.String())
+	}
+	return policy.Compile(c.Config, classes)
+}

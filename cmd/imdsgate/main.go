@@ -1,0 +1,115 @@
+// Command imdsgate is how an operator talks to the daemon imdsgated, and works
+// on files without it.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/imdsgate/imdsgate/cmd/config"
+	"github.com/imdsgate/imdsgate/control"
+	"github.com/spf13/cobra"
+)
+
+// version is set by the linker.
+var version = "dev"
+
+// Exit codes, as sysexits.h and grep have them.
+const (
+	exitNo         = 1  // a clean no: not protected, differences found
+	exitTrouble    = 2  // could not answer
+	exitNotRunning = 3  // as LSB has it for status
+	exitNoPerm     = 77 // not permitted
+	exitConfig     = 78 // the configuration is wrong
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// exit is an error that is only an exit code: everything has been said.
+type exit int
+
+func (e exit) Error() string { return fmt.Sprintf("exit %d", int(e)) }
+
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	root := newRoot()
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	err := root.ExecuteContext(ctx)
+	var code exit
+	if err == nil {
+		return 0
+	}
+	if errors.As(err, &code) {
+		return int(code)
+	}
+	fmt.Fprintln(stderr, "imdsgate:", err)
+	switch {
+	case errors.Is(err, control.ErrNotRunning):
+		fmt.Fprintln(stderr, "hint: systemctl start imdsgated, or see journalctl -u imdsgated for why it is not")
+		return exitNotRunning
+	case errors.Is(err, fs.ErrPermission):
+		fmt.Fprintln(stderr, "hint: ask as root, or as a member of the group imdsgate")
+		return exitNoPerm
+	case errors.Is(err, errConfig):
+		return exitConfig
+	}
+	return exitTrouble
+}
+
+var errConfig = errors.New("configuration")
+
+// options are the flags of every verb.
+type options struct {
+	config string
+	socket string
+	json   bool
+}
+
+func newRoot() *cobra.Command {
+	var o options
+	root := &cobra.Command{
+		Use:           "imdsgate",
+		Short:         "See and steer the gate in front of the instance metadata service",
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	flags := root.PersistentFlags()
+	flags.StringVar(&o.config, "config", "", "configuration file (default "+config.DefaultPath+", if it exists)")
+	flags.StringVar(&o.socket, "socket", "", "control socket of the daemon (default from the configuration: "+control.DefaultSocket+")")
+	flags.BoolVar(&o.json, "json", false, "print JSON")
+	root.AddCommand(newStatus(&o), newEvents(&o), newExplain(&o), newRedirect(&o), newVersion(&o))
+	return root
+}
+
+// load reads the configuration that the flags name.
+func (o *options) load() (config.Config, error) {
+	c, err := config.Load(o.config)
+	if err != nil {
+		return c, fmt.Errorf("%w: %w", errConfig, err)
+	}
+	return c, nil
+}
+
+// client talks to the daemon. The configuration is read only for where its
+// socket is.
+func (o *options) client() (*control.Client, error) {
+	if o.socket != "" {
+		return control.NewClient(o.socket), nil
+	}
+	c, err := o.load()
+	if err != nil {
+		return nil, err
+	}
+	return control.NewClient(c.Control.Socket), nil
+}

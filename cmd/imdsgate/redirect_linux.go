@@ -1,0 +1,213 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/user"
+	"path/filepath"
+	"strconv"
+
+	"github.com/imdsgate/imdsgate/iptables"
+	"github.com/imdsgate/imdsgate/policy"
+	"github.com/spf13/cobra"
+)
+
+func newRedirect(o *options) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "redirect",
+		Short: "The rules that bring metadata traffic to the daemon",
+		Long: `The rules that bring metadata traffic to the daemon. The daemon installs and
+watches them by itself; these verbs are for looking, for images that are built
+before it runs, and for cleaning up after one that is gone.`,
+	}
+	cmd.AddCommand(newPrint(o), newInstall(o), newVerify(o), newRemove(o))
+	return cmd
+}
+
+// daemonUser is the account that packages make for the daemon, and daemonUnit
+// the cgroup that systemd gives it.
+const (
+	daemonUser = "imdsgate"
+	daemonUnit = "system.slice/imdsgated.service"
+)
+
+// plan is what the daemon would install: with its user, and with its unit
+// where that is running.
+func (o *options) plan() (iptables.Config, error) {
+	c, err := o.load()
+	if err != nil {
+		return iptables.Config{}, err
+	}
+	rules := c.Redirect.WithDefaults()
+	rules.Enforce = c.Mode == policy.Enforce
+	rules.SocketActivated = true // by imdsgated.socket, or by the daemon that runs
+	u, err := user.Lookup(daemonUser)
+	if err != nil {
+		return rules, fmt.Errorf("the redirect exempts the daemon by its user: %w; packages make it, or: useradd --system %s", err, daemonUser)
+	}
+	uid, err := strconv.ParseUint(u.Uid, 10, 32)
+	if err != nil {
+		return rules, fmt.Errorf("user %s: uid %q: %w", daemonUser, u.Uid, err)
+	}
+	rules.UID = uint32(uid)
+	for _, mount := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"} {
+		if _, err := os.Stat(filepath.Join(mount, daemonUnit)); err == nil {
+			rules.Cgroup = daemonUnit
+		}
+	}
+	return rules, nil
+}
+
+func newPrint(o *options) *cobra.Command {
+	return &cobra.Command{
+		Use:   "print",
+		Short: "Print the rules, as iptables-restore reads them, and change nothing",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			rules, err := o.plan()
+			if err != nil {
+				return err
+			}
+			if err := rules.Validate(); err != nil {
+				return fmt.Errorf("%w: redirect: %w", errConfig, err)
+			}
+			plan := rules.Plan(iptables.FullCoverage)
+			if o.json {
+				return json.NewEncoder(cmd.OutOrStdout()).Encode(plan)
+			}
+			_, err = fmt.Fprint(cmd.OutOrStdout(), plan)
+			return err
+		},
+	}
+}
+
+func (o *options) open(ctx context.Context) (*iptables.Redirect, error) {
+	rules, err := o.plan()
+	if err != nil {
+		return nil, err
+	}
+	return iptables.Open(ctx, rules)
+}
+
+func newInstall(o *options) *cobra.Command {
+	return &cobra.Command{
+		Use:   "install",
+		Short: "Install the rules",
+		Long: `Install the rules. Without a daemon behind them, requests to the metadata
+service are refused from then on.
+
+Exit status: 0 every way to the service is taken; 1 one is not, because
+somebody else's rule decides about it.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			r, err := o.open(cmd.Context())
+			if err != nil {
+				return err
+			}
+			defer r.Close()
+			found, err := r.Install(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if o.json {
+				err = json.NewEncoder(cmd.OutOrStdout()).Encode(found)
+			} else {
+				p := &printer{w: cmd.OutOrStdout()}
+				for _, f := range found.Families {
+					if f.Skipped != "" {
+						p.line("%s: left out: %s", f.Family, f.Skipped)
+						continue
+					}
+					p.line("%s: host %v, forwarded %v (%s, %s)", f.Family, f.Hooks.Host, f.Hooks.Forwarded, found.Backend, found.Version)
+				}
+				for _, l := range found.Locks {
+					p.line("not taken: %s", l)
+				}
+				for _, l := range found.Overridden {
+					p.line("overridden: %s", l)
+				}
+				for _, w := range found.Warnings {
+					p.line("warning: %s", w)
+				}
+				if found.Conntrack.First {
+					p.line("connection tracking is on from now on, for these rules only: %d sockets are open, it has room for %d", found.Conntrack.Sockets, found.Conntrack.Max)
+				}
+				err = p.err
+			}
+			if err == nil && len(found.Locks) > 0 {
+				return exit(exitNo)
+			}
+			return err
+		},
+	}
+}
+
+func newVerify(o *options) *cobra.Command {
+	return &cobra.Command{
+		Use:   "verify",
+		Short: "Compare the rules with what they should be",
+		Long: `Compare the rules with what they should be.
+
+Exit status: 0 they are as they should be, 1 they are not.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			r, err := o.open(cmd.Context())
+			if err != nil {
+				return err
+			}
+			defer r.Close()
+			differences, err := r.Verify(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if o.json {
+				err = json.NewEncoder(cmd.OutOrStdout()).Encode(differences)
+			} else {
+				p := &printer{w: cmd.OutOrStdout()}
+				for _, d := range differences {
+					p.line("%s", d)
+				}
+				err = p.err
+			}
+			if err == nil && len(differences) > 0 {
+				return exit(exitNo)
+			}
+			return err
+		},
+	}
+}
+
+func newRemove(*options) *cobra.Command {
+	var unlessEnforcing bool
+	cmd := &cobra.Command{
+		Use:   "remove",
+		Short: "Remove everything that any installation has left, and nothing else",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if unlessEnforcing {
+				enforcing, err := iptables.Enforcing(cmd.Context())
+				if err != nil {
+					return err
+				}
+				if enforcing {
+					_, err := fmt.Fprintln(cmd.OutOrStdout(), "kept: the rules are those of enforce mode")
+					return err
+				}
+			}
+			removed, err := iptables.Remove(cmd.Context())
+			if err != nil {
+				return err
+			}
+			message := "removed"
+			if !removed {
+				message = "there was nothing to remove"
+			}
+			_, err = fmt.Fprintln(cmd.OutOrStdout(), message)
+			return err
+		},
+	}
+	cmd.Flags().BoolVar(&unlessEnforcing, "unless-enforcing", false, "keep the rules if they are those of enforce mode, which outlive the daemon")
+	return cmd
+}

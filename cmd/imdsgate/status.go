@@ -1,0 +1,108 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/imdsgate/imdsgate/cmd/report"
+	"github.com/spf13/cobra"
+)
+
+func newStatus(o *options) *cobra.Command {
+	var wait time.Duration
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Show whether this host is protected, by what, and what is missing",
+		Long: `Show whether this host is protected, by what, and what is missing.
+
+Exit status: 0 traffic to the metadata service goes through the daemon, 1 it
+does not, or not all of it; 3 the daemon is not running.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			client, err := o.client()
+			if err != nil {
+				return err
+			}
+			var s report.Status
+			deadline := time.Now().Add(wait)
+			for {
+				err = client.Get(cmd.Context(), "status", nil, &s)
+				if err == nil && s.Redirect.Installed || !time.Now().Before(deadline) {
+					break
+				}
+				select {
+				case <-cmd.Context().Done():
+					return cmd.Context().Err()
+				case <-time.After(100 * time.Millisecond):
+				}
+			}
+			if err != nil {
+				return err
+			}
+			if o.json {
+				err = json.NewEncoder(cmd.OutOrStdout()).Encode(s)
+			} else {
+				err = printStatus(cmd.OutOrStdout(), s)
+			}
+			if err == nil && !protected(s) {
+				return exit(exitNo)
+			}
+			return err
+		},
+	}
+	cmd.Flags().DurationVar(&wait, "wait", 0, "wait so long for the daemon and its redirect")
+	return cmd
+}
+
+func protected(s report.Status) bool {
+	return s.Redirect.Installed && len(s.Redirect.Differences) == 0 && len(s.Redirect.Locks) == 0
+}
+
+func printStatus(w io.Writer, s report.Status) error {
+	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	row := func(name, format string, args ...any) { fmt.Fprintf(t, "%s\t%s\n", name, fmt.Sprintf(format, args...)) }
+	switch {
+	case !s.Redirect.Installed:
+		row("protection", "NONE: metadata traffic does not go through the daemon")
+	case !protected(s):
+		row("protection", "INCOMPLETE in %s mode: see redirect", s.Mode)
+	case s.Mode == "enforce":
+		row("protection", "on: requests are attributed, judged and blocked")
+	default:
+		row("protection", "watching: requests are attributed and judged; %s mode blocks nothing", s.Mode)
+	}
+	row("daemon", "imdsgated %s, pid %d, up %v", s.Version, s.PID, time.Since(s.Since).Round(time.Second))
+	row("mode", "%s, posture %s", s.Mode, s.Policy.Posture)
+	row("policy", "%d rules, %d grants, %.19s", len(s.Policy.Rules), len(s.Policy.Grants), s.Policy.Digest)
+	row("redirect", "%s %s, %d repairs", s.Redirect.Backend, strings.Join(s.Redirect.Covered, ", "), s.Redirect.Repairs)
+	for _, problem := range [][]string{{s.Redirect.Error}, s.Redirect.Differences, s.Redirect.Locks} {
+		for _, p := range problem {
+			if p != "" {
+				row("", "! %s", p)
+			}
+		}
+	}
+	for _, n := range s.Redirect.Notes {
+		row("", "%s", n)
+	}
+	row("attribution", "level %s, %d full searches, the last took %v", s.Attribution.Level, s.Attribution.Scans, s.Attribution.LastScan)
+	for _, m := range s.Attribution.Missing {
+		row("", "no %s: %s", m.Level, m.Reason)
+	}
+	r := s.Requests
+	row("requests", "%d (%d connections, %d open): %d denied, %d would be denied", r.Requests, r.Connections, r.Open, r.Denied, r.WouldDeny)
+	if r.Malformed+r.NotRedirected+r.NotForwardable+r.UpstreamFailed > 0 {
+		row("", "%d malformed, %d not redirected, %d that the host would not have forwarded, %d without an answer upstream",
+			r.Malformed, r.NotRedirected, r.NotForwardable, r.UpstreamFailed)
+	}
+	row("events", "%s: %d written, %d dropped, %d lost", s.Events.Path, s.Events.Written, s.Events.Dropped, s.Events.Failed)
+	if s.Events.Error != "" {
+		row("", "! %s", s.Events.Error)
+	}
+	row("process", "uid %d, %d MB resident, %d descriptors", s.Process.UID, s.Process.ResidentMB, s.Process.Descriptors)
+	return t.Flush()
+}

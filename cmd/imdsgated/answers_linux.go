@@ -1,0 +1,169 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"strconv"
+	"time"
+
+	"github.com/imdsgate/imdsgate/cmd/report"
+	"github.com/imdsgate/imdsgate/control"
+	"github.com/imdsgate/imdsgate/event"
+	"github.com/imdsgate/imdsgate/event/sink"
+	"github.com/imdsgate/imdsgate/proxy"
+	"github.com/imdsgate/imdsgate/proxy/imds"
+	"github.com/prometheus/procfs"
+)
+
+// routes are what an operator may ask for.
+func (d *daemon) routes() map[string]control.Route {
+	return map[string]control.Route{
+		"status":  {Answer: d.status},
+		"explain": {Answer: d.explain},
+		"events":  {Stream: d.events},
+		"reload": {Change: true, Answer: func(ctx context.Context, _ control.Question) (any, error) {
+			return struct{}{}, d.reload(ctx)
+		}},
+	}
+}
+
+func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
+	p := d.engine.Policy()
+	stats := d.finder.Stats()
+	s := report.Status{
+		Version: version, PID: os.Getpid(), Since: d.since, Mode: d.engine.Mode().String(),
+		Policy: report.Policy{Posture: p.Posture.String(), Digest: p.Digest},
+		Attribution: report.Attribution{Level: d.finder.Level().String(), Scans: stats.Scans, LastScan: stats.Last,
+			Missing: []report.Missing{{Level: "L1 to L3", Reason: "not in this version"}}},
+		Events: report.Events{Path: d.spool.Path(), Stats: d.spool.Stats()},
+	}
+	for _, r := range p.Rules() {
+		rule := report.Rule{ID: r.ID, Name: r.Name, Version: r.Version, File: r.File}
+		for _, x := range r.Excluded {
+			rule.Exclusions = append(rule.Exclusions, x.Text)
+		}
+		s.Policy.Rules = append(s.Policy.Rules, rule)
+	}
+	for _, g := range p.Grants() {
+		s.Policy.Grants = append(s.Policy.Grants, g.Name)
+	}
+	if d.proxy != nil {
+		n := d.proxy.Stats()
+		s.Requests = report.Requests{
+			Open: d.proxy.Open(), Connections: n.Connections.Load(), Requests: n.Requests.Load(), Denied: n.Denied.Load(),
+			WouldDeny: n.WouldDeny.Load(), Malformed: n.Malformed.Load(), NotRedirected: n.NotRedirected.Load(),
+			NotForwardable: n.NotForwardable.Load(), UpstreamFailed: n.UpstreamFailed.Load(),
+		}
+	}
+	if d.redirect != nil {
+		s.Redirect = d.redirectStatus(ctx)
+	}
+	s.Process.UID = os.Geteuid()
+	if self, err := procfs.Self(); err == nil {
+		if stat, err := self.Stat(); err == nil {
+			s.Process.ResidentMB = uint64(stat.ResidentMemory()) >> 20
+		}
+		s.Process.Descriptors, _ = self.FileDescriptorsLen()
+	}
+	return s, nil
+}
+
+// redirectStatus reads the rules as they are now.
+func (d *daemon) redirectStatus(ctx context.Context) report.Redirect {
+	d.mu.Lock()
+	r := report.Redirect{Error: d.failure, Repairs: d.repairs}
+	d.mu.Unlock()
+	differences, err := d.redirect.Verify(ctx)
+	if err != nil {
+		r.Error = err.Error()
+		return r
+	}
+	for _, difference := range differences {
+		r.Differences = append(r.Differences, difference.String())
+	}
+	found, err := d.redirect.Status(ctx)
+	if err != nil {
+		r.Error = err.Error()
+		return r
+	}
+	r.Backend = found.Backend.String()
+	for _, f := range found.Families {
+		switch {
+		case f.Skipped != "":
+			r.Notes = append(r.Notes, fmt.Sprintf("%s: %s", f.Family, f.Skipped))
+		default:
+			if f.Hooks.Host {
+				r.Covered = append(r.Covered, f.Family.String()+" host")
+			}
+			if f.Hooks.Forwarded {
+				r.Covered = append(r.Covered, f.Family.String()+" forwarded")
+			}
+		}
+		if n := f.Guard.Host + f.Guard.Forwarded + f.Guard.Listener; n > 0 {
+			r.Notes = append(r.Notes, fmt.Sprintf("%s guard: %d packets past the redirect from this host, %d forwarded, %d to our ports without it",
+				f.Family, f.Guard.Host, f.Guard.Forwarded, f.Guard.Listener))
+		}
+	}
+	for _, lock := range found.Locks {
+		r.Locks = append(r.Locks, lock.String())
+	}
+	r.Notes = append(r.Notes, found.Warnings...)
+	if found.Conntrack.First {
+		r.Notes = append(r.Notes, fmt.Sprintf("connection tracking is on for our rules only: %d sockets, room for %d", found.Conntrack.Sockets, found.Conntrack.Max))
+	}
+	r.Installed = len(r.Differences) == 0 && len(r.Covered) > 0
+	return r
+}
+
+func (d *daemon) events(ctx context.Context, q control.Question, line func([]byte) error) error {
+	last := 20
+	if v := q.Args.Get("last"); v != "" {
+		n, err := strconv.Atoi(v)
+		if err != nil || n < 0 {
+			return fmt.Errorf("%w: last=%s is not a number of events", control.ErrBadQuestion, v)
+		}
+		last = n
+	}
+	return sink.Tail(ctx, d.spool.Path(), last, q.Args.Get("follow") == "true", line)
+}
+
+// explain judges the requests that a process could make.
+func (d *daemon) explain(_ context.Context, q control.Question) (any, error) {
+	pid, err := strconv.Atoi(q.Args.Get("pid"))
+	if err != nil || pid <= 0 {
+		return nil, fmt.Errorf("%w: pid=%s is not the number of a process", control.ErrBadQuestion, q.Args.Get("pid"))
+	}
+	found, err := d.finder.Process(pid)
+	if err != nil {
+		return nil, fmt.Errorf("%w: process %d cannot be read: %w", control.ErrBadQuestion, pid, err)
+	}
+	p := proxy.Process(found)
+	var requests []*event.Event
+	for _, class := range imds.Classes() {
+		requests = append(requests, &event.Event{
+			Host: d.host, Time: time.Now(), Subjects: []*event.Process{p},
+			Connection:  event.Connection{Destination: imds.Endpoints[0], Accepted: time.Now()},
+			Attribution: event.Attribution{Complete: true},
+			Request:     event.Request{Method: "GET", Class: class.String(), Guarded: imds.Target{Class: class}.Guarded(), Token: true},
+		})
+	}
+	e := report.Explanation{Subject: subject(p), Mode: d.engine.Mode().String()}
+	for a := p.Parent; a != nil; a = a.Parent {
+		e.Ancestors = append(e.Ancestors, subject(a))
+	}
+	e.Rules, e.Grants, e.Verdicts = d.engine.Explain(requests)
+	return e, nil
+}
+
+func subject(p *event.Process) report.Subject {
+	name := p.UserName
+	if name == "" {
+		name = p.UserID
+	}
+	return report.Subject{
+		PID: p.PID, EntityID: p.EntityID, Start: p.Start, Executable: p.Executable, Name: p.Name,
+		CommandLine: event.Redact(p.CommandLine), WorkingDir: p.WorkingDir, User: name, Unit: p.Unit, UserUnit: p.UserUnit,
+		Cgroup: p.Cgroup, Container: p.Container, HostVerified: p.HostVerified, RootOwned: p.RootOwned, Loader: p.Loader,
+	}
+}

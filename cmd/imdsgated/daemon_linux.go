@@ -1,0 +1,425 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"os/signal"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/activation"
+	sd "github.com/coreos/go-systemd/v22/daemon"
+	"github.com/imdsgate/imdsgate/attribution"
+	"github.com/imdsgate/imdsgate/cmd/config"
+	"github.com/imdsgate/imdsgate/control"
+	"github.com/imdsgate/imdsgate/event"
+	"github.com/imdsgate/imdsgate/event/sink"
+	"github.com/imdsgate/imdsgate/iptables"
+	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/proxy"
+	"github.com/rs/zerolog"
+	"golang.org/x/sys/unix"
+)
+
+// daemon is everything that runs, put together by hand in run.
+type daemon struct {
+	path string       // of the configuration, as given
+	mode *policy.Mode // of the command line
+	log  zerolog.Logger
+
+	since    time.Time
+	host     *event.Host
+	spool    *sink.File
+	finder   *attribution.Finder
+	engine   *policy.Engine
+	redirect *iptables.Redirect
+	proxy    *proxy.Proxy
+
+	mu        sync.Mutex // guards the following
+	installed iptables.Report
+	failure   string // why the redirect is not installed
+	repairs   uint64
+
+	reloading sync.Mutex
+}
+
+// run starts everything in the order in which one needs the other, waits until
+// ctx is done, and ends everything in the reverse order.
+func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (err error) {
+	d.since = time.Now()
+	if os.Geteuid() == 0 {
+		return fmt.Errorf("run as a user of our own, whose sockets the redirect can tell from root's: %w; packaging/systemd/imdsgated.service shows how, and which capabilities it needs", fs.ErrPermission)
+	}
+	inherited, err := activation.Listeners()
+	if err != nil {
+		return fmt.Errorf("take over the ports from systemd: %w", err)
+	}
+	if err := checkCapabilities(len(inherited) > 0); err != nil {
+		return err
+	}
+	if d.host, err = describeHost(version); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(c.Events.Path), 0o750); err != nil {
+		return fmt.Errorf("make the directory of the event file: %w", err)
+	}
+	if d.spool, err = sink.Open(c.Events); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, d.spool.Close()) }()
+
+	if d.finder, err = attribution.New(attribution.Options{}); err != nil {
+		return fmt.Errorf("attribution cannot start: %w", err)
+	}
+	defer func() { err = errors.Join(err, d.finder.Close()) }()
+	d.engine = policy.NewEngine(p)
+
+	listening, err := control.Listen(c.Control.Socket, d.controlGroup(c))
+	if err != nil {
+		return err
+	}
+	answering := control.Serve(listening, d.routes())
+	defer func() { err = errors.Join(err, answering.Close()) }()
+
+	rules := c.Redirect.WithDefaults()
+	rules.UID = uint32(os.Geteuid())
+	rules.Cgroup = ownCgroup()
+	rules.Enforce = p.Mode == policy.Enforce
+	rules.SocketActivated = len(inherited) > 0
+	if d.redirect, err = iptables.Open(ctx, rules); err != nil {
+		return err
+	}
+	defer d.redirect.Close()
+
+	d.proxy = proxy.New(proxy.Options{
+		Endpoints: rules.Endpoints, Mark: rules.Mark, MaxConns: c.Limits.Connections, Host: d.host,
+		Forwardable: d.forwardable, Record: d.spool.Record,
+	}, d.finder, d.engine)
+	serving, err := d.listen(ctx, rules, inherited)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if drainErr := d.proxy.Shutdown(context.Background()); drainErr != nil {
+			d.log.Warn().Err(drainErr).Msg("drained")
+		}
+		serving.Wait()
+	}()
+
+	if err := d.start(ctx, p, rules.Endpoints); err != nil {
+		return err
+	}
+	defer d.stop()
+	var background sync.WaitGroup
+	defer background.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	background.Go(func() { d.watch(ctx) })
+	background.Go(func() { d.reloadOnHangup(ctx) })
+
+	sd.SdNotify(false, sd.SdNotifyReady)
+	d.log.Info().Str("version", version).Stringer("mode", p.Mode).Int("rules", len(p.Rules())).Int("grants", len(p.Grants())).
+		Str("level", d.finder.Level().String()).Str("events", c.Events.Path).Msg("serving")
+	<-ctx.Done()
+	sd.SdNotify(false, sd.SdNotifyStopping)
+	return nil
+}
+
+// checkCapabilities names the capabilities that we lack (capabilities(7)), so
+// that nobody has to guess from what fails later.
+func checkCapabilities(activated bool) error {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&header, &data[0]); err != nil {
+		return fmt.Errorf("read our capabilities: %w", err)
+	}
+	needed := []struct {
+		number  uint
+		purpose string
+	}{
+		{unix.CAP_NET_ADMIN, "CAP_NET_ADMIN (the redirect)"},
+		{unix.CAP_NET_RAW, "CAP_NET_RAW (the redirect with iptables-legacy)"},
+		{unix.CAP_SYS_PTRACE, "CAP_SYS_PTRACE (which program a client is)"},
+		{unix.CAP_DAC_READ_SEARCH, "CAP_DAC_READ_SEARCH (which process holds a socket)"},
+	}
+	if !activated {
+		needed = append(needed, struct {
+			number  uint
+			purpose string
+		}{unix.CAP_NET_BIND_SERVICE, "CAP_NET_BIND_SERVICE (the ports, unless imdsgated.socket holds them)"})
+	}
+	var missing []string
+	for _, c := range needed {
+		if data[c.number/32].Effective&(1<<(c.number%32)) == 0 {
+			missing = append(missing, c.purpose)
+		}
+	}
+	if len(missing) > 0 {
+		return fmt.Errorf("%w: missing %s; packaging/systemd/imdsgated.service shows how to give them", fs.ErrPermission, strings.Join(missing, ", "))
+	}
+	return nil
+}
+
+// controlGroup is the group that may ask: the one that is configured, or ours
+// if we have one of our own.
+func (d *daemon) controlGroup(c config.Config) int {
+	name := c.Control.Group
+	if name == "" {
+		name = "imdsgate"
+	}
+	g, err := user.LookupGroup(name)
+	if err != nil {
+		if c.Control.Group != "" {
+			d.log.Warn().Err(err).Msg("only root may ask on the control socket")
+		}
+		return -1
+	}
+	gid, err := strconv.Atoi(g.Gid)
+	if err != nil {
+		return -1
+	}
+	return gid
+}
+
+// ownCgroup is the unit that systemd started us in, below the cgroup2 mount;
+// "" if we are in none, or cgroup2 does not have it.
+func ownCgroup() string {
+	b, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return ""
+	}
+	for line := range strings.Lines(string(b)) {
+		if path, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "0::/"); ok && path != "" && !strings.HasPrefix(path, "..") {
+			return path
+		}
+	}
+	return ""
+}
+
+// listen serves the ports: those that systemd holds for us, or our own.
+func (d *daemon) listen(ctx context.Context, rules iptables.Config, inherited []net.Listener) (*sync.WaitGroup, error) {
+	listeners := inherited
+	if len(inherited) == 0 {
+		if err := d.redirect.EnsureLink(); err != nil {
+			return nil, err
+		}
+		for _, addr := range ports(rules) {
+			ln, err := proxy.Listen(ctx, addr)
+			if errors.Is(err, syscall.EADDRNOTAVAIL) && addr.Addr().Is6() {
+				d.log.Info().Stringer("address", addr).Msg("this host has no IPv6")
+				continue
+			}
+			if err != nil {
+				for _, ln := range listeners {
+					ln.Close()
+				}
+				return nil, fmt.Errorf("listen on %v, where the redirect leads: %w; is another daemon running?", addr, err)
+			}
+			listeners = append(listeners, ln)
+		}
+	}
+	serving := new(sync.WaitGroup)
+	for _, ln := range listeners {
+		serving.Go(func() {
+			addr := ln.Addr().(*net.TCPAddr).AddrPort()
+			if err := d.proxy.Serve(ln, !addr.Addr().Unmap().IsLoopback()); err != nil {
+				d.log.Error().Err(err).Msg("a port is not served any more")
+			}
+		})
+	}
+	return serving, nil
+}
+
+// ports are where the redirect leads.
+func ports(rules iptables.Config) []netip.AddrPort {
+	var all []netip.AddrPort
+	for _, a := range []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()} {
+		all = append(all, netip.AddrPortFrom(a, rules.HostPort))
+	}
+	for _, a := range rules.ForwardedAddrs {
+		all = append(all, netip.AddrPortFrom(a, rules.ForwardedPort))
+	}
+	return all
+}
+
+// start brings the traffic here, and deals with connections that were there
+// before.
+func (d *daemon) start(ctx context.Context, p *policy.Policy, endpoints []netip.AddrPort) error {
+	older, err := d.finder.Direct(endpoints)
+	if err != nil {
+		return err
+	}
+	d.state("daemon-started", "info", fmt.Sprintf("imdsgated %s started in %s mode", version, p.Mode), nil)
+	if p.Mode == policy.Off {
+		_, err := iptables.Remove(ctx)
+		return err
+	}
+	if err := d.install(ctx); err != nil {
+		return err
+	}
+	for _, s := range older {
+		message := fmt.Sprintf("a connection to %v is older than the redirect and does not pass through it", s.Remote)
+		if p.Mode == policy.Enforce {
+			err := d.finder.Abort(s)
+			if err == nil {
+				message += "; it was aborted"
+			}
+			d.integrity("direct-imds-connection", message, err)
+			continue
+		}
+		d.integrity("direct-imds-connection", message, nil)
+	}
+	return nil
+}
+
+// install makes the redirect and remembers how that went.
+func (d *daemon) install(ctx context.Context) error {
+	report, err := d.redirect.Install(ctx)
+	d.mu.Lock()
+	d.installed, d.failure = report, ""
+	if err != nil {
+		d.failure = err.Error()
+	}
+	d.mu.Unlock()
+	if err != nil {
+		return fmt.Errorf("install the redirect: %w", err)
+	}
+	for _, w := range report.Warnings {
+		d.log.Warn().Msg(w)
+	}
+	for _, lock := range report.Locks {
+		d.log.Error().Str("lock", lock.String()).Msg("a hook is not taken")
+		d.integrity("redirect-hook-not-taken", lock.String(), errors.New("somebody else's rule decides about this traffic"))
+	}
+	if report.Changed {
+		d.state("redirect-installed", "change", "the redirect is installed with "+report.Backend.String(), nil)
+	}
+	return nil
+}
+
+// stop takes the redirect away in audit mode, where nothing of ours may stand
+// between a client and the service. In enforce mode it stays: until we are back,
+// connections are held by the socket unit, or refused.
+func (d *daemon) stop() {
+	mode := d.engine.Mode()
+	if mode == policy.Audit {
+		if _, err := iptables.Remove(context.Background()); err != nil {
+			d.log.Error().Err(err).Msg("the redirect could not be removed")
+		}
+	}
+	d.state("daemon-stopped", "info", fmt.Sprintf("imdsgated stopped in %s mode", mode), nil)
+}
+
+// watch keeps the redirect as it should be.
+func (d *daemon) watch(ctx context.Context) {
+	if d.engine.Mode() == policy.Off {
+		return
+	}
+	err := d.redirect.Watch(ctx, 0, func(drift iptables.Drift) {
+		for _, difference := range drift.Found {
+			d.log.Warn().Str("difference", difference.String()).Bool("repaired", drift.Repaired).Msg("the redirect was changed")
+		}
+		if len(drift.Found) > 0 {
+			d.integrity("redirect-rule-changed", fmt.Sprintf("the redirect was not as it should be for at most %v: %s",
+				drift.AtMost.Round(time.Millisecond), drift.Found[0]), drift.Err)
+		}
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.installed = drift.Report
+		if drift.Repaired {
+			d.repairs++
+		}
+		d.failure = ""
+		if drift.Err != nil {
+			d.failure = drift.Err.Error()
+		}
+	})
+	if err != nil && ctx.Err() == nil {
+		d.log.Error().Err(err).Msg("the redirect is not watched any more")
+		d.integrity("redirect-not-watched", "the redirect is not watched any more", err)
+	}
+}
+
+// forwardable asks what the host would have done with a client of another
+// namespace. When that cannot be told, audit mode lets him pass.
+func (d *daemon) forwardable(client, endpoint netip.AddrPort) error {
+	err := d.redirect.Forwardable(client, endpoint)
+	if d.engine.Mode() != policy.Enforce && !errors.Is(err, iptables.ErrNotForwarded) {
+		return nil
+	}
+	return err
+}
+
+// reloadOnHangup reads the configuration again on SIGHUP.
+func (d *daemon) reloadOnHangup(ctx context.Context) {
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-hangup:
+			sd.SdNotify(false, sd.SdNotifyReloading)
+			if err := d.reload(ctx); err != nil {
+				d.log.Error().Err(err).Msg("the new configuration is refused, the old one stays in force")
+			}
+			sd.SdNotify(false, sd.SdNotifyReady)
+		}
+	}
+}
+
+// reload replaces the policy by the one that the configuration has now, or
+// leaves everything as it is.
+func (d *daemon) reload(ctx context.Context) error {
+	d.reloading.Lock()
+	defer d.reloading.Unlock()
+	_, p, err := d.load()
+	if err != nil {
+		d.state("policy-rejected", "change", "the new policy is refused, the old one stays in force", err)
+		return err
+	}
+	if p.Mode != d.engine.Mode() {
+		err := fmt.Errorf("the mode changes from %s to %s: restart the daemon for that", d.engine.Mode(), p.Mode)
+		d.state("policy-rejected", "change", err.Error(), err)
+		return err
+	}
+	d.engine.SetPolicy(p)
+	d.state("policy-activated", "change", fmt.Sprintf("a policy with %d rules and %d grants is in force", len(p.Rules()), len(p.Grants())), nil)
+	d.log.Info().Int("rules", len(p.Rules())).Int("grants", len(p.Grants())).Str("digest", p.Digest).Msg("reloaded")
+	return nil
+}
+
+// state records something about the daemon itself.
+func (d *daemon) state(action, kind, message string, failure error) {
+	p := d.engine.Policy()
+	ev := &event.Event{Kind: event.Lifecycle, Host: d.host, Time: time.Now(), State: event.State{
+		Action: action, Type: kind, Message: message, Mode: d.engine.Mode().String(), Policy: p.Digest,
+		Rules: int64(len(p.Rules())), Grants: int64(len(p.Grants())),
+	}}
+	if failure != nil {
+		ev.State.Failed, ev.State.Reason = true, failure.Error()
+	}
+	d.spool.Record(ev)
+}
+
+// integrity records that what protects the service is not as it should be.
+func (d *daemon) integrity(action, message string, failure error) {
+	ev := &event.Event{Kind: event.Integrity, Host: d.host, Time: time.Now(), State: event.State{
+		Action: action, Type: "change", Message: message, Mode: d.engine.Mode().String(),
+	}}
+	if failure != nil {
+		ev.State.Failed, ev.State.Reason = true, failure.Error()
+	}
+	d.spool.Record(ev)
+}

@@ -1,0 +1,106 @@
+// Command imdsgated stands in front of the EC2 instance metadata service: it
+// finds out which process asks, judges it, and passes the request on or not.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/imdsgate/imdsgate/cmd/config"
+	"github.com/imdsgate/imdsgate/policy"
+	"github.com/rs/zerolog"
+)
+
+// version is set by the linker.
+var version = "dev"
+
+// Exit codes that the unit file and people rely on (sysexits.h).
+const (
+	exitFailed = 1
+	exitUsage  = 2
+	exitNoPerm = 77
+	exitConfig = 78 // RestartPreventExitStatus
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
+}
+
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	flags := flag.NewFlagSet("imdsgated", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	var mode *policy.Mode
+	path := flags.String("config", "", "configuration `file` (default "+config.DefaultPath+", if it exists)")
+	flags.Func("mode", "audit, enforce or off, whatever the configuration says", func(s string) error {
+		mode = new(policy.Mode)
+		return mode.UnmarshalText([]byte(s))
+	})
+	check := flags.Bool("check", false, "read the configuration and the rules, say what is wrong, and exit")
+	show := flags.Bool("version", false, "print the version and exit")
+	flags.Usage = func() {
+		fmt.Fprintln(stderr, "usage: imdsgated [flags]\n\nThe gate in front of the instance metadata service. SIGHUP reads the configuration again.\n\nflags:")
+		flags.PrintDefaults()
+	}
+	if err := flags.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			return 0
+		}
+		return exitUsage
+	}
+	if flags.NArg() > 0 {
+		fmt.Fprintf(stderr, "imdsgated: unexpected argument %q\n", flags.Arg(0))
+		return exitUsage
+	}
+	if *show {
+		fmt.Fprintln(stdout, "imdsgated", version)
+		return 0
+	}
+
+	d := &daemon{path: *path, mode: mode}
+	c, p, err := d.load()
+	if err != nil {
+		fmt.Fprintf(stderr, "imdsgated: the configuration is refused:\n%v\n", err)
+		return exitConfig
+	}
+	if *check {
+		fmt.Fprintf(stdout, "%d rules, %d grants, mode %s\n", len(p.Rules()), len(p.Grants()), p.Mode)
+		return 0
+	}
+	level, err := zerolog.ParseLevel(c.Log.Level)
+	if err != nil {
+		fmt.Fprintf(stderr, "imdsgated: log.level: unknown level %q; there are debug, info, warn, error\n", c.Log.Level)
+		return exitConfig
+	}
+	d.log = zerolog.New(stderr).Level(level).With().Timestamp().Logger()
+	if err := d.run(ctx, c, p); err != nil {
+		d.log.Error().Err(err).Msg("stopped")
+		if errors.Is(err, fs.ErrPermission) {
+			return exitNoPerm
+		}
+		return exitFailed
+	}
+	return 0
+}
+
+// load reads the configuration and compiles the policy, with the mode of the
+// command line.
+func (d *daemon) load() (config.Config, *policy.Policy, error) {
+	c, err := config.Load(d.path)
+	if err != nil {
+		return c, nil, err
+	}
+	if d.mode != nil {
+		c.Mode = *d.mode
+	}
+	p, err := c.Policy()
+	return c, p, err
+}
