@@ -1,0 +1,67 @@
+# make demo     installs what is missing, and shows imdsgate at work
+# make test     installs what is missing, and runs every check
+# make build    builds bin/imdsgated and bin/imdsgate
+# make bench    compares with the direct path, haproxy and nginx
+# make install  onto this host, make uninstall takes it off again
+
+GO := ./test/go.sh
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS := -s -w -X main.version=$(VERSION)
+export CGO_ENABLED := 0
+# One Go for everything below, also for what tests build.
+export PATH := $(CURDIR)/bin/toolchain:$(PATH)
+
+DESTDIR :=
+PREFIX := /usr
+
+.PHONY: build demo test bench deps lint unit race fuzz install uninstall clean
+
+build: bin/toolchain/go
+	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/imdsgated ./cmd/imdsgate
+
+# A command called go that is the toolchain of go.mod.
+bin/toolchain/go: test/go.sh go.mod
+	@mkdir -p bin/toolchain
+	@printf '#!/bin/sh\nPATH=$$(echo "$$PATH" | sed "s|$(CURDIR)/bin/toolchain:||g") exec $(CURDIR)/test/go.sh "$$@"\n' >$@
+	@chmod +x $@
+
+deps:
+	@./test/deps.sh
+
+demo: deps build
+	go run ./test/demo
+
+bench: deps build
+	go run ./test/bench
+
+test: deps build lint unit race fuzz
+
+lint: bin/toolchain/go
+	test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -d $$(git ls-files '*.go'); exit 1; }
+	go vet ./...
+	GOOS=darwin go vet ./policy/... ./event/...
+	GOARCH=arm64 go vet ./...
+	go tool staticcheck ./...
+	./test/vuln.sh
+	! command -v shellcheck >/dev/null || shellcheck $$(git ls-files '*.sh') .ci/run
+
+unit: bin/toolchain/go
+	go test -count=1 ./...
+	cd test/clients && go vet ./... && go build -o /dev/null ./...
+
+# The race detector needs cgo. What is concurrent runs under it.
+race: bin/toolchain/go
+	CGO_ENABLED=1 go test -count=1 -race ./attribution/... ./policy ./event/... ./control ./proxy ./proxy/imds/...
+
+# Every parser, a few seconds each; go test -fuzz takes one target at a time.
+fuzz: bin/toolchain/go
+	./test/fuzz.sh 5s
+
+install:
+	./packaging/install.sh '$(DESTDIR)' '$(PREFIX)'
+
+uninstall:
+	./packaging/uninstall.sh '$(DESTDIR)' '$(PREFIX)'
+
+clean:
+	rm -rf bin

@@ -1,0 +1,34 @@
+#!/bin/sh
+# uninstall.sh DESTDIR PREFIX: takes away what install.sh brought. The configuration
+# and the events are the operator's and stay.
+set -eu
+dest=$1
+prefix=$2
+
+if [ -z "$dest" ]; then
+	if [ "$(id -u)" != 0 ]; then
+		echo "uninstalling needs root: sudo make uninstall" >&2
+		exit 1
+	fi
+	if [ -d /run/systemd/system ]; then
+		systemctl disable --now imdsgated.service imdsgated.socket 2>/dev/null || true
+	fi
+	# In enforce mode the redirect outlives the daemon.
+	if [ -x "$prefix/bin/imdsgate" ]; then
+		"$prefix/bin/imdsgate" redirect remove
+	fi
+fi
+rm -f "$dest$prefix/sbin/imdsgated" "$dest$prefix/bin/imdsgate" \
+	"$dest$prefix/lib/systemd/system/imdsgated.service" "$dest$prefix/lib/systemd/system/imdsgated.socket" \
+	"$dest$prefix/lib/tmpfiles.d/imdsgate.conf" "$dest$prefix/share/bash-completion/completions/imdsgate"
+[ -z "$dest" ] || exit 0
+if [ -d /run/systemd/system ]; then
+	systemctl daemon-reload
+fi
+if getent passwd imdsgate >/dev/null; then
+	userdel imdsgate
+fi
+if getent group imdsgate >/dev/null; then
+	groupdel imdsgate
+fi
+echo "imdsgate is gone; /etc/imdsgate and /var/log/imdsgate are left for you to delete"

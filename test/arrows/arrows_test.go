@@ -1,0 +1,156 @@
+// Package arrows holds the table of who may import whom.
+package arrows
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/imdsgate/imdsgate/"
+
+// arrows are the imports between our packages, each with its reason. Everything
+// else is an error: a new arrow is a decision, and is written here.
+var arrows = []struct{ from, to, reason string }{
+	{"cmd/imdsgated", "cmd/config", "reads what the operator wrote"},
+	{"cmd/imdsgated", "cmd/report", "answers in the form that the command reads"},
+	{"cmd/imdsgated", "attribution", "puts it together"},
+	{"cmd/imdsgated", "control", "puts it together"},
+	{"cmd/imdsgated", "event", "puts it together"},
+	{"cmd/imdsgated", "event/sink", "puts it together"},
+	{"cmd/imdsgated", "iptables", "puts it together"},
+	{"cmd/imdsgated", "policy", "puts it together"},
+	{"cmd/imdsgated", "proxy", "puts it together"},
+	{"cmd/imdsgated", "proxy/imds", "knows the classes of requests"},
+	{"cmd/imdsgate", "cmd/config", "reads what the operator wrote"},
+	{"cmd/imdsgate", "cmd/report", "shows what the daemon answers"},
+	{"cmd/imdsgate", "control", "asks the daemon"},
+	{"cmd/imdsgate", "event/sink", "reads events without the daemon"},
+	{"cmd/imdsgate", "iptables", "prints, installs and removes the redirect without the daemon"},
+	{"cmd/imdsgate", "policy", "knows the mode that the configuration asks for"},
+	{"cmd/config", "control", "has its settings"},
+	{"cmd/config", "event/sink", "has its settings"},
+	{"cmd/config", "iptables", "has its settings"},
+	{"cmd/config", "policy", "has its settings"},
+	{"cmd/config", "proxy/imds", "knows the classes of requests"},
+	{"cmd/report", "event/sink", "shows its counters"},
+	{"cmd/report", "policy", "shows its findings"},
+	{"proxy", "attribution", "asks who"},
+	{"proxy", "policy", "asks whether"},
+	{"proxy", "event", "fills the record"},
+	{"proxy", "proxy/imds", "knows the protocol"},
+	{"attribution", "attribution/diag", "asks the kernel for a socket"},
+	{"policy", "event", "judges the record"},
+	{"policy", "policy/eql", "runs rules"},
+	{"policy", "policy/eql/syntax", "moves errors to the line of the file"},
+	{"policy/eql", "policy/eql/syntax", "compiles what was parsed"},
+	{"event/sink", "event", "writes the record"},
+}
+
+// portable packages build on the laptops on which rules are written.
+var portable = []string{"policy", "policy/eql", "policy/eql/syntax", "event", "event/sink", "proxy/imds"}
+
+type listed struct {
+	ImportPath string
+	Imports    []string
+	Deps       []string
+}
+
+func list(t *testing.T, args ...string) []listed {
+	t.Helper()
+	cmd := exec.Command("go", append([]string{"list", "-json=ImportPath,Imports,Deps"}, args...)...)
+	cmd.Dir = "../.."
+	cmd.Env = append(os.Environ(), "GOOS=linux", "CGO_ENABLED=0")
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, stderr.Bytes())
+	}
+	var all []listed
+	for dec := json.NewDecoder(bytes.NewReader(out)); ; {
+		var p listed
+		if err := dec.Decode(&p); errors.Is(err, io.EOF) {
+			return all
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, p)
+	}
+}
+
+func TestArrows(t *testing.T) {
+	used := map[int]bool{}
+	for _, p := range list(t, "./...") {
+		from := strings.TrimPrefix(p.ImportPath, module)
+		if strings.HasPrefix(from, "test/") || from == "proxy/imds/imdstest" {
+			continue
+		}
+		for _, imported := range p.Imports {
+			to, ours := strings.CutPrefix(imported, module)
+			if !ours {
+				continue
+			}
+			i := slices.IndexFunc(arrows, func(a struct{ from, to, reason string }) bool { return a.from == from && a.to == to })
+			if i < 0 {
+				t.Errorf("%s imports %s, which the table of arrows does not have", from, to)
+				continue
+			}
+			used[i] = true
+		}
+	}
+	for i, a := range arrows {
+		if !used[i] {
+			t.Errorf("%s does not import %s any more: take the arrow out of the table", a.from, a.to)
+		}
+		if a.reason == "" {
+			t.Errorf("%s imports %s: why?", a.from, a.to)
+		}
+	}
+}
+
+// What is shipped has no AWS SDK in it: a daemon that guards the credentials
+// must never draw from them. The stand-in for the service shares no code with
+// the proxy, so that it cannot share a mistake. No drawers.
+func TestDependencies(t *testing.T) {
+	for _, p := range list(t, "./...") {
+		name := strings.TrimPrefix(p.ImportPath, module)
+		for _, dep := range p.Deps {
+			if strings.HasPrefix(dep, "github.com/aws/") {
+				t.Errorf("%s depends on %s", name, dep)
+			}
+			if name == "proxy/imds/imdstest" && strings.HasPrefix(dep, module) {
+				t.Errorf("the stand-in depends on %s", dep)
+			}
+			if strings.HasPrefix(name, "cmd/") && (strings.HasPrefix(dep, module+"test/") || dep == "testing") {
+				t.Errorf("%s ships %s", name, dep)
+			}
+			if (name == "proxy" || name == "proxy/imds") && dep == "net/http" {
+				t.Errorf("%s has net/http on the path of requests", name)
+			}
+		}
+		for _, drawer := range []string{"util", "utils", "common", "helpers", "internal", "pkg", "types", "models", "misc"} {
+			if slices.Contains(strings.Split(name, "/"), drawer) {
+				t.Errorf("%s is a drawer: name it for what it knows", name)
+			}
+		}
+	}
+}
+
+func TestPortable(t *testing.T) {
+	for _, goos := range []string{"darwin", "windows"} {
+		for _, p := range portable {
+			cmd := exec.Command("go", "build", module+p)
+			cmd.Env = append(os.Environ(), "GOOS="+goos, "CGO_ENABLED=0")
+			if out, err := cmd.CombinedOutput(); err != nil {
+				t.Errorf("%s on %s: %v\n%s", p, goos, err, out)
+			}
+		}
+	}
+}

@@ -1,0 +1,66 @@
+#!/bin/sh
+# deps.sh: installs what building and testing imdsgate needs, and no more than
+# is missing. Debian and Ubuntu (apt), Amazon Linux and Fedora (dnf).
+set -eu
+
+missing=
+# The demo's thief runs as a user who may not see a Python in root's home.
+[ -x /usr/bin/python3 ] || missing=' python3'
+for tool in go gcc curl iptables-nft iptables-legacy nft conntrack nsenter haproxy nginx shellcheck; do
+	# /usr/sbin is not on every user's PATH.
+	PATH="$PATH:/usr/sbin:/sbin" command -v "$tool" >/dev/null 2>&1 || missing="$missing $tool"
+done
+[ -n "$missing" ] || exit 0
+if [ "$(id -u)" != 0 ]; then
+	echo "missing:$missing; run this as root, it installs them" >&2
+	exit 1
+fi
+
+if command -v apt-get >/dev/null 2>&1; then
+	packages=
+	for tool in $missing; do
+		case $tool in
+		go) package='golang-go ca-certificates' ;;
+		gcc) package='gcc libc6-dev' ;;
+		iptables-nft | iptables-legacy) package=iptables ;;
+		nft) package=nftables ;;
+		nginx) package=nginx-light ;;
+		nsenter) package=util-linux ;;
+		*) package=$tool ;;
+		esac
+		packages="$packages $package"
+	done
+	export DEBIAN_FRONTEND=noninteractive
+	# The peers of the benchmark are run by hand: no service may start.
+	policy=/usr/sbin/policy-rc.d
+	if [ ! -e $policy ]; then
+		printf '#!/bin/sh\nexit 101\n' >$policy
+		chmod 755 $policy
+		trap 'rm -f $policy' EXIT
+	fi
+	apt-get update -qq
+	# shellcheck disable=SC2086 # a list of words
+	apt-get install -y -qq --no-install-recommends $packages >/dev/null
+elif command -v dnf >/dev/null 2>&1; then
+	packages=
+	for tool in $missing; do
+		case $tool in
+		go) package=golang ;;
+		iptables-nft) package=iptables-nft ;;
+		iptables-legacy) package=iptables-legacy ;;
+		nft) package=nftables ;;
+		conntrack) package=conntrack-tools ;;
+		nsenter) package=util-linux-core ;;
+		shellcheck) package=ShellCheck ;;
+		*) package=$tool ;;
+		esac
+		packages="$packages $package"
+	done
+	# Amazon Linux has no ShellCheck; its own tests skip nothing without it.
+	for package in $packages; do
+		dnf install -y -q "$package" || [ "$package" = ShellCheck ]
+	done
+else
+	echo "missing:$missing; install them, this host has neither apt-get nor dnf" >&2
+	exit 1
+fi

@@ -1,0 +1,48 @@
+package e2e
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/imdsgate/imdsgate/test/lab/netlab"
+)
+
+// Ways round the redirect, tried by an ordinary user and by root without the
+// daemon's user.
+func TestWaysRoundTheRedirect(t *testing.T) {
+	t.Parallel()
+	h := start(t, netlab.Options{}, "mode: enforce\n")
+	for _, c := range []struct {
+		name string
+		uid  uint32
+		args []string
+	}{
+		{"the daemon's mark, as an ordinary user", ordinaryUser, []string{"mark"}},
+		{"the daemon's mark, as root", 0, []string{"mark"}},
+		{"the daemon's port", ordinaryUser, []string{"direct", "127.0.0.1"}},
+		{"the daemon's port over IPv6", ordinaryUser, []string{"direct", "::1"}},
+		{"the port for containers", ordinaryUser, []string{"direct", "169.254.213.80"}},
+		{"the port for containers over IPv6", ordinaryUser, []string{"direct", "fd69:6d64:7367::80"}},
+	} {
+		out, code := h.run(client{uid: c.uid, args: append([]string{h.attacker}, c.args...)})
+		if code == 0 && !strings.Contains(out, "403") {
+			t.Errorf("%s: %s", c.name, out)
+		}
+	}
+	for _, c := range h.IMDS.Transcript().Connections {
+		if seen := string(c.Received()); strings.Contains(seen, "credentials") {
+			t.Errorf("the service saw %q", seen)
+		}
+	}
+}
+
+// Other spellings of the address are the same address.
+func TestSpellingsOfTheAddress(t *testing.T) {
+	t.Parallel()
+	h := start(t, netlab.Options{}, "mode: enforce\n")
+	for _, host := range []string{"2852039166", "0xa9fea9fe", "0251.0376.0251.0376", "169.16689662", "[::ffff:169.254.169.254]", "[fd00:ec2:0:0::254]"} {
+		if got := h.curl(client{uid: ordinaryUser}, "http://"+host+credentials); got != "403" {
+			t.Errorf("%s: %s", host, got)
+		}
+	}
+}

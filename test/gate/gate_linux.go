@@ -1,0 +1,260 @@
+// Package gate runs the real daemon in a lab, with the user and the capabilities
+// that the systemd unit gives it.
+package gate
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/imdsgate/imdsgate/cmd/report"
+	"github.com/imdsgate/imdsgate/control"
+	"github.com/imdsgate/imdsgate/test/lab/netlab"
+	"golang.org/x/sys/unix"
+)
+
+// UID is the daemon's own user. No account has it.
+const UID = 61080
+
+// capabilities are those of packaging/systemd/imdsgated.service, and the one by
+// which it opens the ports that imdsgated.socket opens there.
+var capabilities = []uintptr{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW, unix.CAP_SYS_PTRACE, unix.CAP_DAC_READ_SEARCH, unix.CAP_NET_BIND_SERVICE}
+
+// Binaries are the two programs.
+type Binaries struct{ Daemon, Command string }
+
+// Build builds both programs into dir, as `make build` does, and opens dir to
+// the daemon's user.
+func Build(dir string) (Binaries, error) {
+	b := Binaries{filepath.Join(dir, "imdsgated"), filepath.Join(dir, "imdsgate")}
+	if err := os.Chmod(dir, 0o755); err != nil {
+		return b, err
+	}
+	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w -X main.version=test", "-o", dir+"/",
+		"github.com/imdsgate/imdsgate/cmd/imdsgated", "github.com/imdsgate/imdsgate/cmd/imdsgate")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return b, fmt.Errorf("build the daemon: %w\n%s", err, out)
+	}
+	return b, nil
+}
+
+// Daemon is a running daemon. Its methods may be called from any goroutine.
+type Daemon struct {
+	Dir    string // with its files; removed by Close
+	Config string // file
+	Events string // file
+
+	cmd  *exec.Cmd
+	done chan struct{} // closed when the process has ended
+
+	mu  sync.Mutex // guards log
+	log bytes.Buffer
+}
+
+// Settings say how a daemon is started.
+type Settings struct {
+	// Config is appended to the settings of files and socket.
+	Config string
+	Args   []string
+	// Dir is that of an earlier daemon, to go on with its files; "" for a new one.
+	Dir string
+	// Env is added to the environment.
+	Env []string
+}
+
+// Start starts a daemon in the instance of a lab and waits until it serves. When
+// it does not, the error has its log.
+func Start(lab *netlab.Lab, b Binaries, s Settings) (*Daemon, error) {
+	d := &Daemon{Dir: s.Dir, done: make(chan struct{})}
+	if d.Dir == "" {
+		dir, err := os.MkdirTemp("", "imdsgate-gate")
+		if err != nil {
+			return nil, err
+		}
+		d.Dir = dir
+		for _, sub := range []string{"run", "log"} {
+			if err := errors.Join(os.Mkdir(filepath.Join(dir, sub), 0o755), os.Chown(filepath.Join(dir, sub), UID, UID)); err != nil {
+				return nil, errors.Join(err, os.RemoveAll(dir))
+			}
+		}
+		if err := os.Chmod(dir, 0o755); err != nil {
+			return nil, errors.Join(err, os.RemoveAll(dir))
+		}
+	}
+	d.Config, d.Events = filepath.Join(d.Dir, "config.yaml"), filepath.Join(d.Dir, "log", "events.ndjson")
+	if err := d.Write(s.Config); err != nil {
+		return nil, err
+	}
+	d.cmd = exec.Command(b.Daemon, append([]string{"--config", d.Config}, s.Args...)...)
+	d.cmd.Env = append(os.Environ(), s.Env...)
+	d.cmd.SysProcAttr = &syscall.SysProcAttr{
+		Credential:  &syscall.Credential{Uid: UID, Gid: UID},
+		AmbientCaps: capabilities,
+		Pdeathsig:   syscall.SIGKILL,
+	}
+	stderr, err := d.cmd.StderrPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := lab.Instance.Start(d.cmd); err != nil {
+		return nil, fmt.Errorf("start %s: %w", b.Daemon, err)
+	}
+	go func() {
+		defer close(d.done)
+		for lines := bufio.NewScanner(stderr); lines.Scan(); {
+			d.mu.Lock()
+			d.log.Write(append(lines.Bytes(), '\n'))
+			d.mu.Unlock()
+		}
+		d.cmd.Wait()
+	}()
+	if err := d.ready(); err != nil {
+		d.Kill()
+		return d, err
+	}
+	return d, nil
+}
+
+// Write replaces the configuration; the daemon reads it on SIGHUP.
+func (d *Daemon) Write(config string) error {
+	text := fmt.Sprintf("events:\n  path: %s\ncontrol:\n  socket: %s\n%s", d.Events, d.Socket(), config)
+	return os.WriteFile(d.Config, []byte(text), 0o644)
+}
+
+// Socket is the control socket.
+func (d *Daemon) Socket() string { return filepath.Join(d.Dir, "run", "control.sock") }
+
+// readyTimeout is far more than a start takes: about 100 ms.
+const readyTimeout = 20 * time.Second
+
+func (d *Daemon) ready() error {
+	for end := time.Now().Add(readyTimeout); ; time.Sleep(10 * time.Millisecond) {
+		s, err := d.Status()
+		if err == nil && s.PID == d.PID() && (s.Redirect.Installed || s.Mode == "off" || len(s.Redirect.Locks) > 0) {
+			return nil
+		}
+		select {
+		case <-d.done:
+			return fmt.Errorf("the daemon ended with %v:\n%s", d.cmd.ProcessState, d.Log())
+		default:
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("the daemon is not ready: %v, %+v\n%s", err, s.Redirect, d.Log())
+		}
+	}
+}
+
+// Status asks the daemon.
+func (d *Daemon) Status() (report.Status, error) {
+	var s report.Status
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	err := control.NewClient(d.Socket()).Get(ctx, "status", nil, &s)
+	return s, err
+}
+
+// PID of the daemon.
+func (d *Daemon) PID() int { return d.cmd.Process.Pid }
+
+// Log is what it wrote to standard error so far.
+func (d *Daemon) Log() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.log.String()
+}
+
+// Signal sends a signal.
+func (d *Daemon) Signal(sig os.Signal) error { return d.cmd.Process.Signal(sig) }
+
+// Stop ends the daemon as systemd does and returns its exit status.
+func (d *Daemon) Stop() int {
+	d.Signal(syscall.SIGTERM)
+	return d.Wait()
+}
+
+// Wait returns the exit status of a daemon that ends, -1 if a signal ended it.
+func (d *Daemon) Wait() int {
+	<-d.done
+	return d.cmd.ProcessState.ExitCode()
+}
+
+// Kill ends the daemon without giving it a chance to clean up.
+func (d *Daemon) Kill() {
+	d.Signal(syscall.SIGKILL)
+	<-d.done
+}
+
+// Close ends the daemon and removes its files.
+func (d *Daemon) Close() error {
+	select {
+	case <-d.done:
+	default:
+		d.Stop()
+	}
+	return os.RemoveAll(d.Dir)
+}
+
+// Document is one line of the events, decoded.
+type Document map[string]any
+
+// At reads a field by its dotted name; nil if it is not there.
+func (d Document) At(name string) any {
+	var v any = map[string]any(d)
+	for _, part := range strings.Split(name, ".") {
+		m, ok := v.(map[string]any)
+		if !ok {
+			return nil
+		}
+		v = m[part]
+	}
+	return v
+}
+
+// Documents reads all events that were written so far.
+func (d *Daemon) Documents() ([]Document, error) {
+	b, err := os.ReadFile(d.Events)
+	if err != nil {
+		return nil, err
+	}
+	var all []Document
+	for line := range bytes.Lines(b) {
+		if !bytes.HasSuffix(line, []byte("\n")) {
+			break // it is being written
+		}
+		var doc Document
+		if err := json.Unmarshal(line, &doc); err != nil {
+			return nil, fmt.Errorf("%w in %s", err, line)
+		}
+		all = append(all, doc)
+	}
+	return all, nil
+}
+
+// Await waits until an event satisfies a condition.
+func (d *Daemon) Await(what string, ok func(Document) bool) (Document, error) {
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		docs, err := d.Documents()
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
+		for i := len(docs) - 1; i >= 0; i-- {
+			if ok(docs[i]) {
+				return docs[i], nil
+			}
+		}
+		if time.Now().After(end) {
+			return nil, fmt.Errorf("no event about %s among %d\n%s", what, len(docs), d.Log())
+		}
+	}
+}
