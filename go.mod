@@ -5,21 +5,37 @@ go 1.26.0
 toolchain go1.26.8
 
 require (
-	github.com/coreos/go-iptables v0.8.0 // indirect
-	github.com/coreos/go-systemd/v22 v22.7.0 // indirect
-	github.com/goccy/go-yaml v1.19.2 // indirect
-	github.com/google/go-cmp v0.7.0 // indirect
+	github.com/coreos/go-iptables v0.8.0 // which iptables there is, and its counters
+	github.com/coreos/go-systemd/v22 v22.7.0 // ports from the socket unit, readiness
+	github.com/goccy/go-yaml v1.19.2 // the configuration, with carets in its errors
+	github.com/google/go-cmp v0.7.0 // tests: differences one can read
+	github.com/oklog/ulid/v2 v2.1.2 // ids of events, in the order of time
+	github.com/pelletier/go-toml/v2 v2.4.3 // rule files
+	github.com/prometheus/procfs v0.23.0 // what the daemon uses; tests: a second reader of /proc
+	github.com/rs/zerolog v1.35.1 // the operator's own log
+	github.com/spf13/cobra v1.10.2 // the verbs of imdsgate, help and completion
+	github.com/vishvananda/netlink v1.3.1 // links, routes and notifications of the kernel
+	github.com/vishvananda/netns v0.0.5 // the lab's network namespaces
+	go.uber.org/goleak v1.3.0 // tests: goroutines that were left behind
+	golang.org/x/sys v0.50.0 // system calls
+)
+
+require (
+	github.com/BurntSushi/toml v1.4.1-0.20240526193622-a339e1f7089c // indirect
 	github.com/inconshreveable/mousetrap v1.1.0 // indirect
 	github.com/mattn/go-colorable v0.1.14 // indirect
 	github.com/mattn/go-isatty v0.0.20 // indirect
-	github.com/oklog/ulid/v2 v2.1.2 // indirect
-	github.com/pelletier/go-toml/v2 v2.4.3 // indirect
-	github.com/prometheus/procfs v0.23.0 // indirect
-	github.com/rs/zerolog v1.35.1 // indirect
-	github.com/spf13/cobra v1.10.2 // indirect
 	github.com/spf13/pflag v1.0.9 // indirect
-	github.com/vishvananda/netlink v1.3.1 // indirect
-	github.com/vishvananda/netns v0.0.5 // indirect
-	go.uber.org/goleak v1.3.0 // indirect
-	golang.org/x/sys v0.50.0 // indirect
+	golang.org/x/exp/typeparams v0.0.0-20231108232855-2478ac86f678 // indirect
+	golang.org/x/mod v0.42.0 // indirect
+	golang.org/x/sync v0.24.0 // indirect
+	golang.org/x/telemetry v0.0.0-20261010193011-f71dc92da45e // indirect
+	golang.org/x/tools v0.52.0 // indirect
+	golang.org/x/vuln v1.9.0 // indirect
+	honnef.co/go/tools v0.8.2 // indirect
+)
+
+tool (
+	golang.org/x/vuln/cmd/govulncheck
+	honnef.co/go/tools/cmd/staticcheck
 )
