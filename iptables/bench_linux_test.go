@@ -25,8 +25,9 @@ func onBench(b *testing.B, fn func(b *testing.B, r *Redirect) error) {
 					}
 					defer rules.Close()
 					cmd := exec.Command("iptables-"+backend.String()+"-restore", "--noflush")
-					if cmd.Stdin = rules; cmd.Run() != nil {
-						return cmd.Err
+					cmd.Stdin = rules
+					if err := cmd.Run(); err != nil {
+						return err
 					}
 				}
 				// Docker's policy drops what br-lab forwards.

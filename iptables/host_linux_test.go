@@ -372,9 +372,10 @@ func TestLink(t *testing.T) {
 		s.expect("differences", inWords(s.verify(r)), "")
 	}
 	// The kernel must not choose our addresses as sources.
-	s.sh("ip -6 addr flush dev eth0 scope global; ip -6 route add fd00:ec2::254/128 dev eth0 2>/dev/null || true")
-	if got := s.sh("ip -6 route get fd00:ec2::254 2>&1 || true"); strings.Contains(got, "src fd69") && !strings.Contains(s.sh("ip -6 addr show imdsgate0"), "deprecated") {
-		s.Error(got)
+	for _, want := range []string{"inet 169.254.213.80/32 scope host", "inet6 fd69:6d64:7367::80/128 scope global nodad deprecated"} {
+		if got := s.sh("ip addr show " + LinkName); !strings.Contains(got, want) {
+			s.Errorf("%q is missing in\n%s", want, got)
+		}
 	}
 	s.remove()
 

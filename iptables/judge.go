@@ -123,9 +123,9 @@ type stop struct {
 // errTooLarge ends a walk through rules that branch so often that following them would take for ever.
 var errTooLarge = errors.New("too many ways through the rules")
 
-// maxSteps is far above a walk through any real rule set (10 000 rules of kube-proxy, each seen a few times) and a
-// tenth of a second at most.
-const maxSteps = 1 << 20
+// maxSteps is far above a walk through any real rule set (10 000 rules of kube-proxy, each seen a few times), and takes
+// a few hundredths of a second.
+const maxSteps = 1 << 18
 
 // stops returns where packets p can end in b.
 func (b *base) stops(p *packet) ([]stop, error) {
