@@ -16,9 +16,10 @@ import (
 
 const (
 	// hintBudget bounds the search of the youngest processes for one
-	// connection. Higher finds more short-lived clients without the full
-	// search; a flood of connections then costs that much more of a core.
-	hintBudget = 2 * time.Millisecond
+	// connection, in descriptors, each of which takes about a microsecond.
+	// Higher finds more short-lived clients without the full search; a flood of
+	// connections then costs that much more of a core.
+	hintBudget = 2000
 	// scanPause is the least time between two full searches that nobody waits
 	// for. Lower makes a flood of connections in audit mode cost more; higher
 	// completes fewer events of short-lived clients.
@@ -298,7 +299,7 @@ func (l *Lookup) hint() {
 			return
 		}
 	}
-	s.until = time.Now().Add(hintBudget)
+	s.budget = s.seen + hintBudget
 	pids, err := l.f.host.pids(s.dirents)
 	if err != nil {
 		return
@@ -412,7 +413,7 @@ func (f *Finder) probe(r holder, inode uint32) (holder, bool) {
 		}
 	}
 	s := newSearch(f.host, inode)
-	s.first, s.until = true, time.Now().Add(hintBudget/4)
+	s.first, s.budget = true, hintBudget/4
 	s.process(r.pid)
 	if found := s.wanted[inode]; len(found) > 0 {
 		return found[0], true

@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"slices"
 	"strconv"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -21,8 +20,8 @@ type search struct {
 	h      *host
 	wanted map[uint32][]holder // by inode; filled with what is found
 	first  bool                // stop at the first holder
-	until  time.Time           // stop then, if not zero
-	found  int
+	budget int                 // stop after so many descriptors, if not zero
+	seen   int                 // descriptors
 
 	unreadable []int // processes all of whose uids are 0, and that a security module keeps from us
 	denied     bool  // another process could not be read: anything may be in there
@@ -130,9 +129,10 @@ func sameTable(pid, tid int) bool {
 
 // table searches one descriptor table, the directory fd below s.path.
 func (s *search) table(who holder) bool {
-	if !s.until.IsZero() && time.Now().After(s.until) {
+	if s.budget > 0 && s.seen >= s.budget {
 		return false
 	}
+	s.seen++ // a table without descriptors costs something, too
 	fd, err := unix.Open(s.h.proc+"/"+string(s.path)+"/fd", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		s.missed(who.pid, err)
@@ -152,6 +152,7 @@ func (s *search) table(who holder) bool {
 			if name[0] == '.' {
 				continue
 			}
+			s.seen++
 			inode, err := s.socket(fd, name)
 			if err != 0 {
 				if err == unix.EACCES || err == unix.EPERM {
@@ -168,7 +169,6 @@ func (s *search) table(who holder) bool {
 			if len(holders) == 0 || holders[len(holders)-1].pid != who.pid {
 				s.wanted[inode] = append(holders, who)
 			}
-			s.found++
 			if s.first {
 				return false
 			}

@@ -37,7 +37,7 @@ const (
 	// Looks are minGap apart, or as far as makes them a twentieth of the time (one takes 0.2 s on a host with 10 000
 	// rules), but not farther than maxGap: during it a flush goes unseen.
 	minGap    = time.Second
-	maxGap    = 5 * time.Second
+	maxGap    = 2 * time.Second
 	dutyCycle = 20
 )
 

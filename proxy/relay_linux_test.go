@@ -258,8 +258,13 @@ func TestRiddlesAudited(t *testing.T) {
 				conn.Close()
 				seen[k] = strings.Join(r.received(), "|")
 			}
+			if len(c.send) > maxHead {
+				// The service stops reading somewhere in the middle, and resets.
+				seen[0], seen[1] = seen[0][:100], seen[1][:100]
+				got[0], got[1] = "", ""
+			}
 			if got[0] != got[1] || seen[0] != seen[1] {
-				t.Errorf("directly %q %s, the service sees %q\nthrough us %q %s, the service sees %q", got[0], end[0], seen[0], got[1], end[1], seen[1])
+				t.Errorf("directly %.300q %s, the service sees %.300q\nthrough us %.300q %s, the service sees %.300q", got[0], end[0], seen[0], got[1], end[1], seen[1])
 			}
 			ev := r.recorded(i + 1)[i]
 			if ev.Request.Malformed == "" || ev.Decision.Verdict != event.Allow || ev.Decision.WouldBe != event.Deny {

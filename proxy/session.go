@@ -164,8 +164,11 @@ func (s *session) exchange() error {
 	ev.Connection.First = s.count == 0
 
 	enforce := s.p.engine.Mode() == policy.Enforce
+	decisive := s.p.engine.Decisive(&ev.Request)
+	decided := make(chan struct{})
 	if enforce {
-		s.decide(ev, attributeIn, s.p.engine.Decisive(&ev.Request))
+		s.decide(ev, attributeIn, decisive)
+		close(decided)
 		if ev.Decision.Verdict == event.Deny {
 			// The whole request has been read, or else it waits for 100 Continue
 			// and gets this instead.
@@ -185,22 +188,22 @@ func (s *session) exchange() error {
 	}
 	s.in = s.in[size:]
 
-	// Nothing is left for policy to stop in audit mode: it judges while the
-	// service thinks, and what takes long is waited for after the answer.
-	decided := make(chan struct{})
-	switch {
-	case enforce:
-		close(decided)
-	case target.Guarded():
-		s.later.Add(1)
-		go func() {
-			defer s.later.Done()
-			defer close(decided)
-			s.decide(ev, completeIn, true)
-		}()
-	default:
-		s.decide(ev, attributeInA, false)
-		close(decided)
+	if !enforce {
+		// Nothing is left for policy to stop: it judges while the service
+		// thinks. A client that has its answer may be gone the next moment, so
+		// the answer waits a little for the likely owners to be read; what takes
+		// longer is completed afterwards.
+		if known := s.hint(ev, attributeInA); known && !decisive {
+			s.p.engine.Observe(ev)
+			close(decided)
+		} else {
+			s.later.Add(1)
+			go func() {
+				defer s.later.Done()
+				defer close(decided)
+				s.decide(ev, completeIn, decisive)
+			}()
+		}
 	}
 	out := buffers.Get().(*[4 << 10]byte)
 	s.out = out[:]
@@ -225,14 +228,24 @@ func (s *session) exchange() error {
 	return err
 }
 
+// hint judges by the likely owners. It reports whether their search was over in
+// time.
+func (s *session) hint(ev *event.Event, within time.Duration) bool {
+	ctx, cancel := context.WithTimeout(context.Background(), within)
+	defer cancel()
+	owner := s.lookup.Owner(ctx)
+	observe(ev, owner)
+	s.p.engine.Judge(ev)
+	return owner.Reason != attribution.Late
+}
+
 // decide finds out who asks and what policy says. With complete unset the
 // likely owners are enough; with it, the whole host is searched, unless a rule
 // blocks one of them already.
 func (s *session) decide(ev *event.Event, within time.Duration, complete bool) {
 	ctx, cancel := context.WithTimeout(context.Background(), within)
 	defer cancel()
-	observe(ev, s.lookup.Owner(ctx))
-	s.p.engine.Judge(ev)
+	s.hint(ev, within)
 	if complete && (ev.Decision.WouldBe == event.Allow || ev.Decision.Rule == nil) {
 		observe(ev, s.lookup.Complete(ctx, true))
 		s.p.engine.Judge(ev)

@@ -74,18 +74,13 @@ func (d *daemon) redirectStatus(ctx context.Context) report.Redirect {
 	d.mu.Lock()
 	r := report.Redirect{Error: d.failure, Repairs: d.repairs}
 	d.mu.Unlock()
-	differences, err := d.redirect.Verify(ctx)
-	if err != nil {
-		r.Error = err.Error()
-		return r
-	}
-	for _, difference := range differences {
-		r.Differences = append(r.Differences, difference.String())
-	}
 	found, err := d.redirect.Status(ctx)
 	if err != nil {
 		r.Error = err.Error()
 		return r
+	}
+	for _, difference := range found.Differences {
+		r.Differences = append(r.Differences, difference.String())
 	}
 	r.Backend = found.Backend.String()
 	for _, f := range found.Families {

@@ -45,10 +45,9 @@ type daemon struct {
 	redirect *iptables.Redirect
 	proxy    *proxy.Proxy
 
-	mu        sync.Mutex // guards the following
-	installed iptables.Report
-	failure   string // why the redirect is not installed
-	repairs   uint64
+	mu      sync.Mutex // guards the following
+	failure string     // why the redirect is not installed
+	repairs uint64
 
 	reloading sync.Mutex
 }
@@ -286,7 +285,7 @@ func (d *daemon) start(ctx context.Context, p *policy.Policy, endpoints []netip.
 func (d *daemon) install(ctx context.Context) error {
 	report, err := d.redirect.Install(ctx)
 	d.mu.Lock()
-	d.installed, d.failure = report, ""
+	d.failure = ""
 	if err != nil {
 		d.failure = err.Error()
 	}
@@ -297,14 +296,19 @@ func (d *daemon) install(ctx context.Context) error {
 	for _, w := range report.Warnings {
 		d.log.Warn().Msg(w)
 	}
-	for _, lock := range report.Locks {
-		d.log.Error().Str("lock", lock.String()).Msg("a hook is not taken")
-		d.integrity("redirect-hook-not-taken", lock.String(), errors.New("somebody else's rule decides about this traffic"))
-	}
+	d.notTaken(report)
 	if report.Changed {
 		d.state("redirect-installed", "change", "the redirect is installed with "+report.Backend.String(), nil)
 	}
 	return nil
+}
+
+// notTaken tells which ways to the service do not lead here.
+func (d *daemon) notTaken(report iptables.Report) {
+	for _, lock := range report.Locks {
+		d.log.Error().Str("lock", lock.String()).Msg("a hook is not taken")
+		d.integrity("redirect-hook-not-taken", lock.String(), errors.New("somebody else's rule decides about this traffic"))
+	}
 }
 
 // stop takes the redirect away in audit mode, where nothing of ours may stand
@@ -333,9 +337,9 @@ func (d *daemon) watch(ctx context.Context) {
 			d.integrity("redirect-rule-changed", fmt.Sprintf("the redirect was not as it should be for at most %v: %s",
 				drift.AtMost.Round(time.Millisecond), drift.Found[0]), drift.Err)
 		}
+		d.notTaken(drift.Report)
 		d.mu.Lock()
 		defer d.mu.Unlock()
-		d.installed = drift.Report
 		if drift.Repaired {
 			d.repairs++
 		}

@@ -16,10 +16,6 @@ import (
 
 // describeHost reads what every event says of this machine.
 func describeHost(version string) (*event.Host, error) {
-	id, err := os.ReadFile("/etc/machine-id")
-	if err != nil {
-		return nil, fmt.Errorf("name this host: %w; run systemd-machine-id-setup", err)
-	}
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
 		return nil, fmt.Errorf("name this boot: %w", err)
@@ -31,6 +27,12 @@ func describeHost(version string) (*event.Host, error) {
 	var uts unix.Utsname
 	if err := unix.Uname(&uts); err != nil {
 		return nil, fmt.Errorf("uname: %w", err)
+	}
+	// Containers and hosts without systemd may have no machine-id(5); a host.id
+	// must be there all the same, since sequences of rules join on it.
+	id, err := os.ReadFile("/etc/machine-id")
+	if err != nil || len(bytes.TrimSpace(id)) == 0 {
+		id = boot
 	}
 	h := &event.Host{
 		ID: strings.TrimSpace(string(id)), Name: name, BootID: strings.TrimSpace(string(boot)), Version: version,
