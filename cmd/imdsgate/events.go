@@ -57,6 +57,7 @@ type document struct {
 		Reason string `json:"reason"`
 	} `json:"event"`
 	Process *struct {
+		PID        int    `json:"pid"`
 		Executable string `json:"executable"`
 		Parent     struct {
 			Executable string `json:"executable"`
@@ -85,8 +86,11 @@ func printEvent(w io.Writer, line []byte) error {
 		b.WriteString("ALERT ")
 	}
 	b.WriteString(d.Message)
-	if d.Process != nil && d.Process.Parent.Executable != "" {
-		fmt.Fprintf(&b, "; parent %s", d.Process.Parent.Executable)
+	if p := d.Process; p != nil && d.Event.Kind == "alert" {
+		fmt.Fprintf(&b, "; %s (pid %d)", p.Executable, p.PID)
+	}
+	if p := d.Process; p != nil && p.Parent.Executable != "" {
+		fmt.Fprintf(&b, "; parent %s", p.Parent.Executable)
 	}
 	if d.HTTP.Response.Status != 0 {
 		fmt.Fprintf(&b, "; %d", d.HTTP.Response.Status)
@@ -94,8 +98,9 @@ func printEvent(w io.Writer, line []byte) error {
 	if id := d.Imdsgate.Credential.AccessKeyID; id != "" {
 		fmt.Fprintf(&b, "; got %s", id)
 	}
-	if d.Event.Reason != "" && !strings.Contains(d.Message, d.Event.Reason) {
-		fmt.Fprintf(&b, " (%s)", d.Event.Reason)
+	// That a rule decided is in the message already.
+	if d.Event.Reason != "" && d.Event.Kind != "alert" && !strings.HasPrefix(d.Event.Reason, "rule ") {
+		fmt.Fprintf(&b, "; %s", d.Event.Reason)
 	}
 	_, err := fmt.Fprintln(w, b.String())
 	return err

@@ -1,0 +1,71 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func imdsgate(args ...string) (out string, code int) {
+	var b bytes.Buffer
+	code = run(context.Background(), args, &b, &b)
+	return b.String(), code
+}
+
+func TestOffline(t *testing.T) {
+	dir := t.TempDir()
+	events := filepath.Join(dir, "events.ndjson")
+	const lines = `{"@timestamp":"2026-11-25T16:54:31.404Z","message":"denied GET /x for curl (pid 7, uid 0) by rule R","event":{"kind":"event","reason":"rule \"R\" matches"},"process":{"pid":7,"executable":"/usr/bin/curl","parent":{"executable":"/usr/bin/bash"}},"http":{"response":{"status_code":403}}}
+{"@timestamp":"2026-11-25T16:54:31.404Z","message":"R","event":{"kind":"alert"},"process":{"pid":7,"executable":"/usr/bin/curl","parent":{"executable":"/usr/bin/bash"}}}
+{"@timestamp":"2026-11-25T16:54:32.000Z","message":"allowed GET /c for app (pid 8, uid 5)","event":{"kind":"event","reason":"granted by app"},"process":{"pid":8,"executable":"/opt/app"},"http":{"response":{"status_code":200}},"imdsgate":{"credential":{"access_key_id":"ASIAEXAMPLEFAKE00001"}}}
+`
+	if err := os.WriteFile(events, []byte(lines), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	const want = `2026-11-25T16:54:31.404Z  denied GET /x for curl (pid 7, uid 0) by rule R; parent /usr/bin/bash; 403
+2026-11-25T16:54:31.404Z  ALERT R; /usr/bin/curl (pid 7); parent /usr/bin/bash
+2026-11-25T16:54:32.000Z  allowed GET /c for app (pid 8, uid 5); 200; got ASIAEXAMPLEFAKE00001; granted by app
+`
+	if got, code := imdsgate("events", events); code != 0 || got != want {
+		t.Errorf("%d\n%s", code, got)
+	}
+	if got, code := imdsgate("events", "-n", "1", "--json", events); code != 0 || strings.Count(got, "\n") != 1 || !strings.Contains(got, `"pid":8`) {
+		t.Errorf("%d\n%s", code, got)
+	}
+	if err := os.WriteFile(events, []byte("not an event\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		args []string
+		code int
+		says string
+	}{
+		{[]string{"events", events}, 2, "no event"},
+		{[]string{"events", filepath.Join(dir, "none")}, 2, "none"},
+		{[]string{"--socket", filepath.Join(dir, "none"), "status"}, 3, "not running"},
+		{[]string{"--config", filepath.Join(dir, "none"), "status"}, 78, "none"},
+		{[]string{"stauts"}, 2, "status"},
+		{[]string{"explain"}, 2, `"pid" not set`},
+		{[]string{"events", "a", "b"}, 2, "accepts at most 1"},
+	} {
+		if got, code := imdsgate(c.args...); code != c.code || !strings.Contains(got, c.says) {
+			t.Errorf("%v: %d, want %d\n%s", c.args, code, c.code, got)
+		}
+	}
+}
+
+// Every verb says what it does and what its exit codes mean.
+func TestHelp(t *testing.T) {
+	root := newRoot()
+	for _, cmd := range root.Commands() {
+		if cmd.Short == "" {
+			t.Errorf("%s has no help", cmd.Name())
+		}
+	}
+	if got, code := imdsgate("redirect", "verify", "--help"); code != 0 || !strings.Contains(got, "Exit status") {
+		t.Errorf("%d\n%s", code, got)
+	}
+}
