@@ -1,9 +1,9 @@
 package attribution
 
 import (
+	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -24,10 +24,14 @@ const (
 	// for. Lower makes a flood of connections in audit mode cost more; higher
 	// completes fewer events of short-lived clients.
 	scanPause = 250 * time.Millisecond
-	// freshFor is how long what was read of a process serves for judging. It
-	// spares reading the same process twice for a connection and the request
-	// that follows at once; its image is compared every time.
+	// freshFor is how long what was read of a process serves for judging, while
+	// its image is compared every time. Longer spares more reading when a client
+	// asks again, and lets it change its directory or its user unseen for as
+	// long.
 	freshFor = 50 * time.Millisecond
+	// checkedFor is how long a comparison with the present serves. It spares
+	// asking the kernel twice for a connection and a request that came at once.
+	checkedFor = 200 * time.Microsecond
 	// recentClients is how many processes are tried first, because they asked
 	// before.
 	recentClients = 8
@@ -124,6 +128,7 @@ type Lookup struct {
 	err     error
 	held    []*held
 	earlier []*Process
+	checked time.Time
 	via     string
 	took    time.Duration
 	closed  bool
@@ -155,6 +160,13 @@ func (f *Finder) Find(c Conn) *Lookup {
 		close(l.first)
 		return l
 	}
+	// A client that asked before is found by one link; everything else takes
+	// longer, and must not hold up the request.
+	if l.guess() {
+		l.took = time.Since(begin)
+		close(l.first)
+		return l
+	}
 	go func() {
 		defer close(l.first)
 		l.mu.Lock()
@@ -163,6 +175,25 @@ func (f *Finder) Find(c Conn) *Lookup {
 		l.took = time.Since(begin)
 	}()
 	return l
+}
+
+// guess looks whether a process that held a connection before has this one, at
+// the descriptor that it used then: a client that comes back gets the same number
+// again. It is called before the Lookup is shared.
+func (l *Lookup) guess() bool {
+	for _, r := range l.f.recentHolders() {
+		p, st, err := l.f.host.pin(r.pid)
+		if err != nil {
+			l.f.forgetRecent(r)
+			continue
+		}
+		if l.f.holds(p, r, l.socket.Inode) && l.add(r, p, st) {
+			l.via = "recent"
+			return true
+		}
+		l.f.host.unpin(p)
+	}
+	return false
 }
 
 // ask sets socket, reason and err. It is called before the Lookup is shared,
@@ -328,32 +359,43 @@ func (l *Lookup) merge(found []holder, via string) bool {
 		if err != nil {
 			continue // ended since; check finds out whether the socket did too
 		}
-		proc, image, err := l.f.host.read(p, st)
-		if err != nil {
+		if !l.add(f, p, st) {
 			l.f.host.unpin(p)
-			switch {
-			case errors.Is(err, errExecRace):
-				l.reason = ExecRace
-			case !gone(err):
-				l.reason, l.err = Failed, err
-			}
 			continue
 		}
-		l.held = append(l.held, &held{holder: f, pin: p, image: image, proc: proc, at: time.Now()})
 		if l.via == "" {
 			l.via = via
 		}
-		l.f.remember(f)
 	}
 	return len(found) > 0
+}
+
+// add reads one holder. The Lookup has its pin from then on.
+func (l *Lookup) add(f holder, p *pin, st stat) bool {
+	proc, image, err := l.f.host.read(p, st)
+	if err != nil {
+		switch {
+		case errors.Is(err, errExecRace):
+			l.reason = ExecRace
+		case !gone(err):
+			l.reason, l.err = Failed, err
+		}
+		return false
+	}
+	now := time.Now()
+	l.held = append(l.held, &held{holder: f, pin: p, image: image, proc: proc, at: now})
+	l.checked = now
+	l.f.remember(f)
+	return true
 }
 
 // check compares everything that is known with the present: the socket, the
 // descriptors, the program images. It is called with l.mu held.
 func (l *Lookup) check() {
-	if l.closed || l.reason != Attributed {
+	if l.closed || l.reason != Attributed || time.Since(l.checked) < checkedFor {
 		return
 	}
+	l.checked = time.Now()
 	if l.ask(l.socket.Cookie); l.reason != Attributed {
 		return
 	}
@@ -391,27 +433,18 @@ func (f *Finder) holds(p *pin, h holder, inode uint32) bool {
 	if h.tid != h.pid {
 		path = "task/" + strconv.Itoa(h.tid) + "/" + path
 	}
-	var buf [64]byte
+	var buf, want [64]byte
 	n, err := unix.Readlinkat(p.dir, path, buf[:])
-	return err == nil && string(buf[:n]) == fmt.Sprintf("socket:[%d]", inode)
+	if err != nil {
+		return false
+	}
+	text := append(strconv.AppendUint(append(want[:0], "socket:["...), uint64(inode), 10), ']')
+	return bytes.Equal(buf[:n], text)
 }
 
-// probe looks for the socket in a process that held one before: at the
-// descriptor it had then and its neighbours, since a client that comes back
-// gets the same number again, and then in its whole table.
+// probe looks for the socket in the whole table of a process that held one
+// before, if that is not too large.
 func (f *Finder) probe(r holder, inode uint32) (holder, bool) {
-	p, _, err := f.host.pin(r.pid)
-	if err != nil {
-		f.forgetRecent(r)
-		return holder{}, false
-	}
-	defer f.host.unpin(p)
-	for _, fd := range []int{r.fd, r.fd + 1, r.fd - 1} {
-		h := holder{pid: r.pid, tid: r.tid, fd: fd}
-		if fd >= 0 && f.holds(p, h, inode) {
-			return h, true
-		}
-	}
 	s := newSearch(f.host, inode)
 	s.first, s.budget = true, hintBudget/4
 	s.process(r.pid)

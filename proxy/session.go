@@ -26,12 +26,13 @@ type session struct {
 	busy      atomic.Bool  // a request has begun
 	idle      atomic.Int64 // since when it is not busy, in nanoseconds of the monotonic clock
 
-	conn   event.Connection
-	minTTL int
-	up     *upstream
-	lookup *attribution.Lookup
-	later  sync.WaitGroup // of what still uses lookup
-	count  int            // of requests
+	conn    event.Connection
+	minTTL  int
+	up      *upstream
+	lookup  *attribution.Lookup
+	later   sync.WaitGroup // of what still uses lookup
+	pending bool           // something did
+	count   int            // of requests
 
 	buf []byte // of in
 	in  []byte // bytes of the client that were read and not passed on
@@ -83,15 +84,7 @@ func (s *session) run() {
 		s.minTTL = 2
 	}
 	s.lookup = s.p.finder.Find(attribution.Conn{Client: s.conn.Source, Endpoint: dst, Forwarded: s.forwarded})
-	defer func() {
-		// The evidence for an event may come after the client has left.
-		s.p.wg.Add(1)
-		go func() {
-			defer s.p.wg.Done()
-			s.later.Wait()
-			s.lookup.Close()
-		}()
-	}()
+	defer s.release()
 	if s.up, err = dial(dst, s.p.options.Mark, s.minTTL); err != nil {
 		stats.UpstreamFailed.Add(1)
 		s.reset()
@@ -104,6 +97,21 @@ func (s *session) run() {
 		s.idle.Store(int64(time.Since(start)))
 		s.busy.Store(false)
 	}
+}
+
+// release gives the lookup back when nothing needs it any more: the evidence for
+// an event may come after the client has left.
+func (s *session) release() {
+	if !s.pending {
+		s.lookup.Close()
+		return
+	}
+	s.p.wg.Add(1)
+	go func() {
+		defer s.p.wg.Done()
+		s.later.Wait()
+		s.lookup.Close()
+	}()
 }
 
 func (s *session) forwardable() error {
@@ -197,6 +205,7 @@ func (s *session) exchange() error {
 			s.p.engine.Observe(ev)
 			close(decided)
 		} else {
+			s.pending = true
 			s.later.Add(1)
 			go func() {
 				defer s.later.Done()
@@ -214,6 +223,7 @@ func (s *session) exchange() error {
 	case <-decided:
 		s.answered(ev, answer, failed)
 	default:
+		s.pending = true
 		s.later.Add(1)
 		go func() {
 			defer s.later.Done()
