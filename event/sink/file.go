@@ -37,7 +37,11 @@ type Options struct {
 }
 
 const (
-	flushAfter = 50 * time.Millisecond
+	// batchFor is how long an event may wait for others, unless it is urgent:
+	// a service that answers in a fraction of a millisecond is not to share its
+	// cores with somebody who writes down each answer at once. A crash of the
+	// daemon loses that much; followers see it that much later.
+	batchFor   = 50 * time.Millisecond
 	bufferSize = 64 << 10
 )
 
@@ -46,6 +50,9 @@ const (
 type File struct {
 	options Options
 	queue   chan *event.Event
+	wake    chan struct{} // there is something to write, with room for one
+	batch   *time.Timer   // wakes
+	waiting atomic.Bool   // batch runs
 	done    chan struct{}
 	stopped atomic.Bool
 	stop    chan struct{}
@@ -73,7 +80,8 @@ func Open(o Options) (*File, error) {
 	if err := w.open(); err != nil {
 		return nil, err
 	}
-	f := &File{options: o, queue: make(chan *event.Event, o.Queue), done: make(chan struct{}), stop: make(chan struct{})}
+	f := &File{options: o, queue: make(chan *event.Event, o.Queue), wake: make(chan struct{}, 1), done: make(chan struct{}), stop: make(chan struct{})}
+	f.batch = time.AfterFunc(batchFor, f.wakeUp)
 	go f.loop(w)
 	return f, nil
 }
@@ -88,6 +96,32 @@ func (f *File) Record(e *event.Event) {
 	case f.queue <- e:
 	default:
 		f.dropped.Add(1)
+	}
+	switch {
+	case urgent(e) || len(f.queue) > cap(f.queue)/2:
+		f.wakeUp()
+	case !f.waiting.Swap(true):
+		f.batch.Reset(batchFor)
+	}
+}
+
+// urgent reports whether somebody should see an event at once.
+func urgent(e *event.Event) bool {
+	if e.Kind != event.Asked || e.Decision.WouldBe == event.Deny {
+		return true
+	}
+	for i := range e.Decision.Matches {
+		if e.Decision.Matches[i].Alert {
+			return true
+		}
+	}
+	return false
+}
+
+func (f *File) wakeUp() {
+	select {
+	case f.wake <- struct{}{}:
+	default:
 	}
 }
 
@@ -119,48 +153,37 @@ func (f *File) Stats() Stats {
 // loop is the one goroutine that writes.
 func (f *File) loop(w *writer) {
 	defer close(f.done)
-	flush := time.NewTimer(flushAfter)
-	defer flush.Stop()
-	n := numberer{sequence: sinceBoot(), entropy: ulid.Monotonic(rand.Reader, 0)}
-	var line []byte
-	write := func(e *event.Event) {
-		now := time.Now()
-		views := e.Views()
-		urgent := e.Kind != event.Asked
-		for i := range views {
-			v := &views[i]
-			n.number(v, now)
-			if i > 0 {
-				v.Decided = views[0].ID
-			}
-			urgent = urgent || v.Document == event.Alert || e.Decision.WouldBe == event.Deny
-			line = append(v.AppendJSON(line[:0]), '\n')
-			f.note(w.write(line))
-		}
-		if urgent {
-			f.note(w.flush())
-		}
-	}
-	for {
+	defer f.batch.Stop()
+	enc := encoder{sequence: sinceBoot(), entropy: ulid.Monotonic(rand.Reader, 0)}
+	for stopped := false; !stopped; {
 		select {
-		case e := <-f.queue:
-			write(e)
-		case <-flush.C:
-			f.note(w.flush())
-			flush.Reset(flushAfter)
+		case <-f.wake:
 		case <-f.stop:
-			for {
-				select {
-				case e := <-f.queue:
-					write(e)
-					continue
-				default:
-				}
-				break
-			}
-			f.note(w.close())
-			return
+			stopped = true
 		}
+		f.waiting.Store(false)
+		for more := true; more; {
+			select {
+			case e := <-f.queue:
+				f.write(w, &enc, e)
+			default:
+				more = false
+			}
+		}
+		f.note(w.flush())
+	}
+	f.note(w.close())
+}
+
+func (f *File) write(w *writer, enc *encoder, e *event.Event) {
+	now := time.Now()
+	views := e.Views()
+	for i := range views {
+		v := &views[i]
+		if i > 0 {
+			v.Decided = views[0].ID
+		}
+		f.note(w.write(enc.encode(v, now)))
 	}
 }
 
@@ -175,22 +198,26 @@ func (f *File) note(documents int, err error) {
 	f.written.Add(uint64(documents))
 }
 
-// numberer gives each document its id and its place.
-type numberer struct {
+// encoder gives each document its id, its place and its form.
+type encoder struct {
 	sequence uint64
 	entropy  io.Reader
+	line     []byte
 }
 
-func (n *numberer) number(v *event.View, now time.Time) {
-	n.sequence++
-	v.Sequence = n.sequence
+// encode returns a line that is good until the next call.
+func (enc *encoder) encode(v *event.View, now time.Time) []byte {
+	enc.sequence++
+	v.Sequence = enc.sequence
 	v.Created = now
-	id, err := ulid.New(ulid.Timestamp(now), n.entropy)
+	id, err := ulid.New(ulid.Timestamp(now), enc.entropy)
 	if err != nil {
 		// Only when the clock of ULIDs overflows within a millisecond.
 		id = ulid.Make()
 	}
 	v.ID = id.String()
+	enc.line = append(v.AppendJSON(enc.line[:0]), '\n')
+	return enc.line
 }
 
 // writer is the file with its rotation. Its methods return how many documents

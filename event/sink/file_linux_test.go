@@ -173,6 +173,28 @@ func TestDiskFull(t *testing.T) {
 	}
 }
 
+// Ordinary requests wait for each other, and all of them arrive without
+// anything urgent to take them along, again and again.
+func TestBatches(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "events.ndjson")
+	f := open(t, Options{Path: path, Queue: 8})
+	defer f.Close()
+	for round := range uint64(3) {
+		for range 4 {
+			f.Record(&event.Event{Host: &event.Host{ID: "host"}, Time: time.Now()})
+		}
+		want := 4 * (round + 1)
+		for end := time.Now().Add(5 * time.Second); f.Stats().Written < want; time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("round %d: %+v", round, f.Stats())
+			}
+		}
+		if n := len(lines(t, path)); n < int(want) {
+			t.Errorf("%d lines of at least %d are in the file", n, want)
+		}
+	}
+}
+
 func TestTail(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "events.ndjson")
 	f := open(t, Options{Path: path, MaxSize: 2048, Keep: 50})
@@ -181,7 +203,6 @@ func TestTail(t *testing.T) {
 	}
 	for end := time.Now().Add(5 * time.Second); f.Stats().Written < 3 && time.Now().Before(end); time.Sleep(time.Millisecond) {
 	}
-	time.Sleep(2 * flushAfter)
 
 	var last []string
 	collect := func(b []byte) error {
@@ -237,16 +258,23 @@ func TestTail(t *testing.T) {
 	}
 }
 
+// BenchmarkRecord includes the writing: it waits for what was recorded.
 func BenchmarkRecord(b *testing.B) {
-	f, err := Open(Options{Path: filepath.Join(b.TempDir(), "events.ndjson"), Queue: 1 << 16})
+	f, err := Open(Options{Path: filepath.Join(b.TempDir(), "events.ndjson")})
 	if err != nil {
 		b.Fatal(err)
 	}
+	defer f.Close()
 	e := started(1)
 	b.ReportAllocs()
+	n := uint64(0)
 	for b.Loop() {
 		f.Record(e)
+		if n++; n%1024 == 0 {
+			for f.Stats().Written < n {
+				time.Sleep(10 * time.Microsecond)
+			}
+		}
 	}
-	f.Close()
 	b.ReportMetric(float64(f.Stats().Dropped), "dropped")
 }
