@@ -130,7 +130,7 @@ type image struct {
 // without an address space is not alive.
 func (s stat) between() bool {
 	return s.state != 'Z' && s.state != 'X' && s.flags&pfKthread == 0 &&
-		s.image.startCode != 1 && (s.image.startStack == 0 || s.image.argStart == 0)
+		s.image.startCode != 1 && (s.image.startCode == 0 || s.image.startStack == 0 || s.image.argStart == 0 || s.image.envStart == 0)
 }
 
 const pfKthread = 0x00200000 // PF_KTHREAD, include/linux/sched.h
