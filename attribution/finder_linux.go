@@ -29,9 +29,11 @@ const (
 	// asks again, and lets it change its directory or its user unseen for as
 	// long.
 	freshFor = 50 * time.Millisecond
-	// checkedFor is how long a comparison with the present serves. It spares
-	// asking the kernel twice for a connection and a request that came at once.
-	checkedFor = 200 * time.Microsecond
+	// checkedFor is how long a comparison with the present serves where nobody
+	// is let through because of it. It spares asking the kernel twice for a
+	// connection and a request that came at once, and lets a holder execute
+	// another program for as long before the record of that request knows.
+	checkedFor = time.Millisecond
 	// recentClients is how many processes are tried first, because they asked
 	// before.
 	recentClients = 8
@@ -227,7 +229,8 @@ func (l *Lookup) Close() {
 }
 
 // Owner answers with what is known without a search of the whole host: the
-// holders that the hints led to, checked again now. ctx bounds the wait.
+// holders that the hints led to, as they were within the last millisecond. ctx
+// bounds the wait.
 func (l *Lookup) Owner(ctx context.Context) Owner {
 	select {
 	case <-l.first:
@@ -236,7 +239,9 @@ func (l *Lookup) Owner(ctx context.Context) Owner {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.check()
+	if time.Since(l.checked) > checkedFor {
+		l.check()
+	}
 	return l.owner(nil, Partial)
 }
 
@@ -392,7 +397,7 @@ func (l *Lookup) add(f holder, p *pin, st stat) bool {
 // check compares everything that is known with the present: the socket, the
 // descriptors, the program images. It is called with l.mu held.
 func (l *Lookup) check() {
-	if l.closed || l.reason != Attributed || time.Since(l.checked) < checkedFor {
+	if l.closed || l.reason != Attributed {
 		return
 	}
 	l.checked = time.Now()

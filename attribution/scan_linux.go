@@ -25,6 +25,7 @@ type search struct {
 
 	unreadable []int // processes all of whose uids are 0, and that a security module keeps from us
 	denied     bool  // another process could not be read: anything may be in there
+	closed     int   // the last process that could not be read
 
 	path    []byte // of the process or thread, below h.proc
 	dirents []byte
@@ -92,6 +93,9 @@ func (s *search) process(pid int) bool {
 // one that left it (unshare(2), CLONE_FILES), and all of them if the leader has
 // ended. kcmp(2) tells; a kernel without it makes every thread be searched.
 func (s *search) threads(pid int) bool {
+	if pid == s.closed {
+		return true // its leader was counted as not readable
+	}
 	s.path = append(strconv.AppendInt(s.path[:0], int64(pid), 10), "/task"...)
 	path := s.h.proc + "/" + string(s.path)
 	var st unix.Stat_t
@@ -181,9 +185,10 @@ func (s *search) table(who holder) bool {
 // socket there, and on hosts with a confined pid 1 nothing could ever be
 // complete otherwise.
 func (s *search) missed(pid int, err error) {
-	if !denied(err) || slices.Contains(s.unreadable, pid) {
+	if !denied(err) || pid == s.closed {
 		return
 	}
+	s.closed = pid
 	if p, _, err := s.h.pin(pid); err == nil {
 		defer s.h.unpin(p)
 		bp := bufs.Get().(*[]byte)

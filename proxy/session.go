@@ -184,6 +184,9 @@ func (s *session) exchange() error {
 			s.say(imds.AppendRefusal(nil, time.Now()))
 			ev.Response = event.Response{Status: 403, Refused: true}
 			s.finish(ev)
+			if r.expect {
+				s.linger()
+			}
 			s.goodbye()
 			return io.EOF
 		}

@@ -388,7 +388,7 @@ func (b *sender) stop() error {
 	b.s.client.SetReadDeadline(time.Unix(1, 0))
 	err := <-b.done
 	if err != nil {
-		b.s.goodbye()
+		b.s.linger()
 	}
 	return err
 }
@@ -402,15 +402,23 @@ func (s *session) say(b []byte) {
 // goodbye ends the client's connection so that what was sent arrives: closing
 // a socket with bytes that were not read resets it (RFC 9112 section 9.6).
 func (s *session) goodbye() {
+	if look(s.client) == ready {
+		s.linger()
+	}
+	s.client.Close()
+}
+
+// linger is for when more of the client's bytes are expected: it takes them for
+// a while, so that they do not meet a closed socket.
+func (s *session) linger() {
 	s.client.CloseWrite()
 	s.client.SetReadDeadline(time.Now().Add(firstSlice))
 	for read := 0; read < maxRequest; {
 		n, err := s.client.Read(s.buf)
 		if read += n; err != nil {
-			break
+			return
 		}
 	}
-	s.client.Close()
 }
 
 // odd deals with what cannot be read one way only.
@@ -424,7 +432,7 @@ func (s *session) odd(why error) {
 		s.say(imds.AppendBadRequest(nil, time.Now()))
 		ev.Response = event.Response{Status: 400, Refused: true}
 		s.finish(ev)
-		s.goodbye()
+		s.linger()
 		return
 	}
 	s.finish(ev)
