@@ -24,6 +24,11 @@ const (
 	// for. Lower makes a flood of connections in audit mode cost more; higher
 	// completes fewer events of short-lived clients.
 	scanPause = 250 * time.Millisecond
+	// laterFor is how long a search that nobody waits for is put off, and the time
+	// in which a client that only wants one answer has left: its socket is gone
+	// then, and nothing is left to search for. Longer completes fewer events;
+	// shorter takes a core from clients that still wait for answers.
+	laterFor = 30 * time.Millisecond
 	// freshFor is how long what was read of a process serves for judging, while
 	// its image is compared every time. Longer spares more reading when a client
 	// asks again, and lets it change its directory or its user unseen for as
@@ -247,9 +252,17 @@ func (l *Lookup) Owner(ctx context.Context) Owner {
 
 // Complete answers after a search of every process that began after this call.
 // One search serves all that wait for it. ctx bounds the wait; what is known by
-// then comes back with the Reason Late. With urgent unset the search may be
-// put off so that searches do not take more than a small part of a core.
+// then comes back with the Reason Late. With urgent unset the search is put
+// off a little, and further if need be, so that searches disturb nobody and do
+// not take more than a small part of a core.
 func (l *Lookup) Complete(ctx context.Context, urgent bool) Owner {
+	if !urgent {
+		select {
+		case <-time.After(laterFor):
+		case <-ctx.Done():
+		case <-l.f.stop:
+		}
+	}
 	o := l.Owner(ctx)
 	if o.Reason == Late && !o.Attributed() || l.settled() {
 		return o

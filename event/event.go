@@ -89,11 +89,16 @@ type Attribution struct {
 	Level      string // "L0" to "L3"
 	Via        string
 	Complete   bool
+	Unawaited  bool   // the client left before the evidence was complete, and enforce mode would have made it wait
 	Reason     string // why there is no subject, or why the evidence is not complete
 	Cookie     uint64
 	Took       time.Duration
 	Unreadable []int64
 }
+
+// Sufficient reports whether enforce mode would have had, as far as can be
+// known, the evidence to allow something to somebody.
+func (a *Attribution) Sufficient() bool { return a.Complete || a.Unawaited }
 
 // Process is one process in one image, as attribution saw it.
 type Process struct {

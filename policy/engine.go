@@ -126,6 +126,9 @@ func (e *Engine) Judge(ev *event.Event) {
 	p, memory, mode := e.Policy(), e.memory.Load(), e.Mode()
 	ev.Decision = event.Decision{Mode: mode.String()}
 	ev.Decision.WouldBe = p.outcome(ev, memory)
+	if ev.Attribution.Unawaited && ev.Decision.WouldBe == event.Allow && ev.Request.Guarded {
+		ev.Decision.Reason = strings.TrimPrefix(ev.Decision.Reason+"; the client left before every process was searched, for which enforce mode makes it wait", "; ")
+	}
 	if mode == Enforce {
 		ev.Decision.Verdict = ev.Decision.WouldBe
 	}
@@ -173,7 +176,7 @@ func (p *Policy) outcome(ev *event.Event, m *memory) event.Verdict {
 	case len(ev.Subjects) == 0:
 		d.Reason = "unattributed: " + ev.Attribution.Reason
 		return event.Deny
-	case !ev.Attribution.Complete:
+	case !ev.Attribution.Sufficient():
 		d.Reason = "unattributed: somebody else may hold the connection: " + ev.Attribution.Reason
 		return event.Deny
 	case p.Posture == Strict:
@@ -183,9 +186,9 @@ func (p *Policy) outcome(ev *event.Event, m *memory) event.Verdict {
 	return event.Allow
 }
 
-// allGranted reports whether every subject has a grant, on complete evidence.
+// allGranted reports whether every subject has a grant, on sufficient evidence.
 func (p *Policy) allGranted(ev *event.Event) (name string, ok bool) {
-	if !ev.Attribution.Complete || len(ev.Subjects) == 0 {
+	if !ev.Attribution.Sufficient() || len(ev.Subjects) == 0 {
 		return "", false
 	}
 	var names []string

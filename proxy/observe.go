@@ -3,14 +3,48 @@ package proxy
 import (
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/proxy/imds"
 )
 
+// rendered remembers the form in which events have the processes that were seen
+// last. Clients come back, and all of them have the same ancestors. The zero value
+// is ready.
+type rendered struct {
+	mu    sync.Mutex // guards known
+	known map[*attribution.Process]*event.Process
+}
+
+// maxRendered bounds what is remembered; a process takes one to two kilobytes.
+const maxRendered = 256
+
+func (r *rendered) process(p *attribution.Process) *event.Process {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.chain(p)
+}
+
+// chain is called with r.mu held.
+func (r *rendered) chain(p *attribution.Process) *event.Process {
+	if q := r.known[p]; q != nil {
+		return q
+	}
+	q := render(p)
+	if p.Parent != nil {
+		q.Parent = r.chain(p.Parent)
+	}
+	if r.known == nil || len(r.known) >= maxRendered {
+		r.known = map[*attribution.Process]*event.Process{}
+	}
+	r.known[p] = q
+	return q
+}
+
 // observe records who holds the connection.
-func observe(ev *event.Event, o attribution.Owner) {
+func (r *rendered) observe(ev *event.Event, o attribution.Owner) {
 	ev.Attribution = event.Attribution{
 		Level: o.Level.String(), Via: o.Via, Complete: o.Complete, Reason: o.Reason.String(),
 		Cookie: o.Socket.Cookie, Took: o.Took,
@@ -20,12 +54,16 @@ func observe(ev *event.Event, o attribution.Owner) {
 	}
 	ev.Subjects = nil
 	for _, p := range o.Subjects {
-		ev.Subjects = append(ev.Subjects, Process(p))
+		ev.Subjects = append(ev.Subjects, r.process(p))
 	}
 }
 
-// Process gives a process the form in which events and rules have it.
-func Process(p *attribution.Process) *event.Process {
+// Process gives a process, with its ancestors, the form in which events and rules
+// have it.
+func Process(p *attribution.Process) *event.Process { return new(rendered).process(p) }
+
+// render leaves the parent out.
+func render(p *attribution.Process) *event.Process {
 	q := &event.Process{
 		EntityID: p.EntityID, PID: int64(p.PID), Start: p.Start,
 		Executable: p.Executable.Path, Name: p.Name, Thread: p.Thread, Args: p.Args, CommandLine: strings.Join(p.Args, " "), WorkingDir: p.WorkingDir,
@@ -39,9 +77,6 @@ func Process(p *attribution.Process) *event.Process {
 	}
 	for _, g := range p.Groups {
 		q.SupplementalGroups = append(q.SupplementalGroups, id(g))
-	}
-	if p.Parent != nil {
-		q.Parent = Process(p.Parent)
 	}
 	return q
 }

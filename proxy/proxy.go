@@ -79,7 +79,8 @@ type Proxy struct {
 	sessions  map[*session]struct{}
 	closing   bool
 
-	stats Stats
+	rendered rendered
+	stats    Stats
 }
 
 // Stats counts since the start.

@@ -172,10 +172,15 @@ func (s *session) exchange() error {
 	ev.Connection.First = s.count == 0
 
 	enforce := s.p.engine.Mode() == policy.Enforce
-	decisive := s.p.engine.Decisive(&ev.Request)
+	search := likely
+	if s.p.engine.Decisive(&ev.Request) {
+		if search = whole; !enforce {
+			search = wholeLater
+		}
+	}
 	decided := make(chan struct{})
 	if enforce {
-		s.decide(ev, attributeIn, decisive)
+		s.decide(ev, attributeIn, search)
 		close(decided)
 		if ev.Decision.Verdict == event.Deny {
 			// The whole request has been read, or else it waits for 100 Continue
@@ -204,7 +209,7 @@ func (s *session) exchange() error {
 		// thinks. A client that has its answer may be gone the next moment, so
 		// the answer waits a little for the likely owners to be read; what takes
 		// longer is completed afterwards.
-		if known := s.hint(ev, attributeInA); known && !decisive {
+		if known := s.hint(ev, attributeInA); known && search == likely {
 			s.p.engine.Observe(ev)
 			close(decided)
 		} else {
@@ -213,7 +218,7 @@ func (s *session) exchange() error {
 			go func() {
 				defer s.later.Done()
 				defer close(decided)
-				s.decide(ev, completeIn, decisive)
+				s.decide(ev, completeIn, search)
 			}()
 		}
 	}
@@ -247,20 +252,29 @@ func (s *session) hint(ev *event.Event, within time.Duration) bool {
 	ctx, cancel := context.WithTimeout(context.Background(), within)
 	defer cancel()
 	owner := s.lookup.Owner(ctx)
-	observe(ev, owner)
+	s.p.rendered.observe(ev, owner)
 	s.p.engine.Judge(ev)
 	return owner.Reason != attribution.Late
 }
 
-// decide finds out who asks and what policy says. With complete unset the
-// likely owners are enough; with it, the whole host is searched, unless a rule
-// blocks one of them already.
-func (s *session) decide(ev *event.Event, within time.Duration, complete bool) {
+// search says how far decide looks for owners.
+type search uint8
+
+const (
+	likely     search = iota // in the likely places
+	whole                    // on the whole host, unless a rule blocks one of the likely owners already
+	wholeLater               // likewise, when that disturbs nobody and if the client stays so long
+)
+
+// decide finds out who asks and what policy says.
+func (s *session) decide(ev *event.Event, within time.Duration, how search) {
 	ctx, cancel := context.WithTimeout(context.Background(), within)
 	defer cancel()
 	s.hint(ev, within)
-	if complete && (ev.Decision.WouldBe == event.Allow || ev.Decision.Rule == nil) {
-		observe(ev, s.lookup.Complete(ctx, true))
+	if how != likely && (ev.Decision.WouldBe == event.Allow || ev.Decision.Rule == nil) {
+		owner := s.lookup.Complete(ctx, how == whole)
+		s.p.rendered.observe(ev, owner)
+		ev.Attribution.Unawaited = how == wholeLater && owner.Attributed() && owner.Reason == attribution.ClientGone
 		s.p.engine.Judge(ev)
 	}
 	s.p.engine.Observe(ev)
@@ -297,7 +311,7 @@ func (s *session) upstreamFailed(ev *event.Event, err error, decided bool) error
 	s.p.stats.UpstreamFailed.Add(1)
 	s.reset()
 	if !decided {
-		s.decide(ev, attributeInA, false)
+		s.decide(ev, attributeInA, likely)
 	}
 	ev.Response.Failed = "the service cannot be reached"
 	s.finish(ev)

@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"os/signal"
+	"runtime"
 	"syscall"
 
 	"github.com/imdsgate/imdsgate/cmd/config"
@@ -30,6 +31,12 @@ const (
 )
 
 func main() {
+	// One processor carries several times what EC2 lets an instance ask of its
+	// link-local services (1,024 packets a second on each interface), and waking
+	// a second one for a request costs more than it does.
+	if os.Getenv("GOMAXPROCS") == "" {
+		runtime.GOMAXPROCS(1)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
