@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"crypto/sha256"
 	"fmt"
 	"slices"
 	"strings"
@@ -14,9 +15,14 @@ import (
 // Engine applies the present policy. Its methods may be called from any
 // goroutine.
 type Engine struct {
-	policy atomic.Pointer[Policy]
-	mode   atomic.Uint32
-	memory atomic.Pointer[memory]
+	state atomic.Pointer[state]
+	mode  atomic.Uint32
+}
+
+// state is a policy with what its rules remember.
+type state struct {
+	*Policy
+	memory *memory
 }
 
 // NewEngine makes an Engine with a policy, in the mode that it asks for.
@@ -29,13 +35,12 @@ func NewEngine(p *Policy) *Engine {
 // SetPolicy replaces the policy and its mode. What sequences and latches
 // remember begins anew, because it is about other rules.
 func (e *Engine) SetPolicy(p *Policy) {
-	e.memory.Store(newMemory(p))
-	e.policy.Store(p)
+	e.state.Store(&state{p, newMemory(p)})
 	e.mode.Store(uint32(p.Mode))
 }
 
 // Policy is the present policy.
-func (e *Engine) Policy() *Policy { return e.policy.Load() }
+func (e *Engine) Policy() *Policy { return e.state.Load().Policy }
 
 // Mode is the present mode.
 func (e *Engine) Mode() Mode { return Mode(e.mode.Load()) }
@@ -123,9 +128,9 @@ func subjects(ev *event.Event) []*event.Process {
 // Judge decides about an event and completes its Decision. The subject on whom
 // it turned comes first. It may be called again when more is known.
 func (e *Engine) Judge(ev *event.Event) {
-	p, memory, mode := e.Policy(), e.memory.Load(), e.Mode()
+	mode := e.Mode()
 	ev.Decision = event.Decision{Mode: mode.String()}
-	ev.Decision.WouldBe = p.outcome(ev, memory)
+	ev.Decision.WouldBe = e.state.Load().outcome(ev)
 	if ev.Attribution.Unawaited && ev.Decision.WouldBe == event.Allow && ev.Request.Guarded {
 		ev.Decision.Reason = strings.TrimPrefix(ev.Decision.Reason+"; the client left before every process was searched, for which enforce mode makes it wait", "; ")
 	}
@@ -137,20 +142,28 @@ func (e *Engine) Judge(ev *event.Event) {
 // outcome is the verdict of enforce mode. The order of the reasons is that of
 // DESIGN: what cannot be read; a grant; a rule that blocks; nobody known; the
 // class's default.
-func (p *Policy) outcome(ev *event.Event, m *memory) event.Verdict {
+func (p *state) outcome(ev *event.Event) event.Verdict {
 	d, q := &ev.Decision, &ev.Request
 	if q.Malformed != "" {
 		d.Reason = q.Malformed
 		return event.Deny
 	}
 	var blocked *event.Match
+	how := ""
 	for _, subject := range subjects(ev) {
 		about := documentsOf(ev, subject)
 		for i, r := range p.rules {
-			if !m.latched(i, subject) && !holds(r.blocking, about) {
-				continue
+			verb := "matches"
+			if !holds(r.blocking, about) {
+				if !p.memory.latched(i, subject) {
+					continue
+				}
+				verb = "has blocked before"
 			}
 			d.Matches = append(d.Matches, event.Match{Rule: &r.Rule.Rule, Subject: subject, Action: r.on(q).String(), Bound: true})
+			if how == "" && d.Matches[len(d.Matches)-1].Action == actionNames[Block] {
+				how = verb
+			}
 		}
 	}
 	for i := range d.Matches {
@@ -167,9 +180,8 @@ func (p *Policy) outcome(ev *event.Event, m *memory) event.Verdict {
 	switch {
 	case blocked != nil:
 		d.Rule = blocked.Rule
-		d.Reason = fmt.Sprintf("rule %q matches %s", blocked.Rule.Name, describe(blocked.Subject))
+		d.Reason = fmt.Sprintf("rule %q %s %s", blocked.Rule.Name, how, describe(blocked.Subject))
 		p.first(ev, blocked.Subject)
-		m.latch(p, blocked)
 		return event.Deny
 	case !q.Guarded:
 		return event.Allow
@@ -184,6 +196,17 @@ func (p *Policy) outcome(ev *event.Event, m *memory) event.Verdict {
 		return event.Deny
 	}
 	return event.Allow
+}
+
+// Final reports whether a judged event is refused whatever else may be found out
+// about who asks: a rule blocks one of those who are known, and no grant covers
+// him.
+func (e *Engine) Final(ev *event.Event) bool {
+	p := e.Policy()
+	return ev.Decision.WouldBe == event.Deny && ev.Decision.Rule != nil && slices.ContainsFunc(ev.Subjects, func(subject *event.Process) bool {
+		_, ok := p.granted(subject, ev.Request.Class, ev.Time)
+		return !ok
+	})
 }
 
 // allGranted reports whether every subject has a grant, on sufficient evidence.
@@ -221,12 +244,12 @@ func describe(p *event.Process) string {
 	return fmt.Sprintf("%s (pid %d)", p.Executable, p.PID)
 }
 
-// Observe gives a judged event to the rules as they are written, and settles
-// which matches raise an alert. It is called once for each event, after the
-// last Judge.
+// Observe gives a judged event to the rules as they are written, settles which
+// matches raise an alert, and remembers whom a rule has blocked. It is called
+// once for each event, after the last Judge.
 func (e *Engine) Observe(ev *event.Event) {
-	p, m := e.Policy(), e.memory.Load()
-	d := &ev.Decision
+	p := e.state.Load()
+	m, d := p.memory, &ev.Decision
 	for i, r := range p.rules {
 		for _, subject := range m.observe(i, r, ev) {
 			k := 0
@@ -242,6 +265,9 @@ func (e *Engine) Observe(ev *event.Event) {
 	m.seen(ev)
 	for k := range d.Matches {
 		match := &d.Matches[k]
+		if d.WouldBe == event.Deny && match.Bound && match.Rule == d.Rule && match.Action == actionNames[Block] {
+			p.latch(match)
+		}
 		r := p.find(match.Rule)
 		if r == nil || match.Action == actionNames[Log] {
 			continue
@@ -274,8 +300,8 @@ const (
 type memory struct {
 	machines []machine
 
-	mu      sync.Mutex         // guards the following
-	started remembered[string] // process images that the rules have seen start
+	mu      sync.Mutex          // guards the following
+	started remembered[imageID] // process images that the rules have seen start
 	blocked remembered[latch]
 }
 
@@ -338,8 +364,15 @@ func (m *machine) observe(about *documents, adds []event.Document) bool {
 	return matched
 }
 
-func imageOf(p *event.Process) string {
-	return p.EntityID + "\x00" + p.Executable + "\x00" + p.CommandLine
+// imageOf names a process in one image. The command line can be long and is the
+// process's own choice, so that its digest is kept instead.
+func imageOf(p *event.Process) imageID {
+	return imageID{p.EntityID, sha256.Sum256([]byte(p.Executable + "\x00" + p.CommandLine))}
+}
+
+type imageID struct {
+	entity string
+	image  [sha256.Size]byte
 }
 
 func (m *memory) isNew(p *event.Process) bool {
@@ -358,16 +391,17 @@ func (m *memory) seen(ev *event.Event) {
 }
 
 // latch keeps a block for the life of the process, so that nothing it does
-// to its own facts undoes it.
-func (m *memory) latch(p *Policy, match *event.Match) {
+// to its own facts undoes it. A rule that looks at requests alone says nothing
+// about the process: somebody else may have forged one of them.
+func (p *state) latch(match *event.Match) {
 	if match.Subject == nil || match.Subject.EntityID == "" {
 		return
 	}
 	for i, r := range p.rules {
-		if &r.Rule.Rule == match.Rule {
-			m.mu.Lock()
-			m.blocked.add(latch{i, match.Subject.EntityID})
-			m.mu.Unlock()
+		if &r.Rule.Rule == match.Rule && r.aboutProcess {
+			p.memory.mu.Lock()
+			p.memory.blocked.add(latch{i, match.Subject.EntityID})
+			p.memory.mu.Unlock()
 		}
 	}
 }

@@ -21,6 +21,7 @@ const (
 	relayed    = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a04"
 	evasive    = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a05"
 	oddClient6 = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a06"
+	handTool   = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a07"
 )
 
 func compile(t testing.TB, c Config) *Policy {
@@ -175,6 +176,20 @@ func TestShippedRules(t *testing.T) {
 		{"a program that cannot be read", "", func(_ *event.Event, p *event.Process) {
 			p.Executable, p.Name, p.Known, p.CommandLine = "", "", false, "app"
 		}, untrusted, event.Deny, true},
+		{"user data, by a program from a home", "/home/app/x", func(ev *event.Event, p *event.Process) {
+			ev.Request.Class = "user-data"
+			p.RootOwned = false
+		}, untrusted, event.Deny, true},
+		{"user data, over IMDSv1", "/opt/app/bin/app", func(ev *event.Event, _ *event.Process) {
+			ev.Request.Class, ev.Request.Token = "user-data", false
+		}, imdsv1, event.Deny, true},
+		{"a shell that spells the address as a number", "/usr/bin/bash", func(_ *event.Event, p *event.Process) {
+			p.CommandLine = "bash -c exec 3<>/dev/tcp/2852039166/80"
+		}, handTool, event.Deny, true},
+		{"netcat by the name of its package", "/usr/bin/nc.openbsd", nil, handTool, event.Deny, true},
+		{"inventory, by a shell", "/usr/bin/bash", func(ev *event.Event, _ *event.Process) {
+			ev.Request.Class, ev.Request.Guarded = "inventory", false
+		}, "", event.Allow, false},
 		{"IMDSv1", "/opt/app/bin/app", func(ev *event.Event, _ *event.Process) { ev.Request.Token = false }, imdsv1, event.Deny, true},
 		{"X-Forwarded-For", "/usr/sbin/nginx", func(ev *event.Event, _ *event.Process) { ev.Request.Forwarded = true }, relayed, event.Allow, true},
 		{"a public name", "/usr/lib/firefox/firefox", func(ev *event.Event, _ *event.Process) { ev.Request.HostIsOdd = true }, relayed, event.Allow, true},
@@ -322,6 +337,65 @@ func TestLatch(t *testing.T) {
 	again := asking("/opt/app/bin/app", func(_ *event.Event, p *event.Process) { p.EntityID = "entity-/usr/bin/curl" })
 	if judge(e, again); again.Decision.Verdict != event.Allow {
 		t.Errorf("after a reload: %+v", again.Decision)
+	}
+}
+
+// What somebody else forged one request to say does not shut a program off.
+func TestNoLatchForRequestRules(t *testing.T) {
+	e := NewEngine(compile(t, Config{Mode: Enforce}))
+	for name, change := range map[string]func(*event.Event, *event.Process){
+		"over IMDSv1": func(ev *event.Event, _ *event.Process) { ev.Request.Token = false },
+		"disguised":   func(ev *event.Event, _ *event.Process) { ev.Request.Evasive = true },
+	} {
+		if ev := judge(e, asking("/opt/app/bin/app", change)); ev.Decision.Verdict != event.Deny {
+			t.Errorf("%s: %+v", name, ev.Decision)
+		}
+	}
+	if ev := judge(e, asking("/opt/app/bin/app", nil)); ev.Decision.Verdict != event.Allow {
+		t.Errorf("afterwards: %+v", ev.Decision)
+	}
+}
+
+// A grant is not taken away by a judgement on evidence that was not complete
+// yet, which the rule that the grant overrules decided.
+func TestFinal(t *testing.T) {
+	g := grantFor("/usr/bin/python3")
+	e := NewEngine(compile(t, Config{Mode: Enforce, Grants: []Grant{g}}))
+	hinted := asking("/usr/bin/python3", func(ev *event.Event, _ *event.Process) {
+		ev.Attribution.Complete, ev.Attribution.Reason = false, "partial"
+	})
+	e.Judge(hinted)
+	if hinted.Decision.Verdict != event.Deny || e.Final(hinted) {
+		t.Errorf("on the likely owner alone: %+v, final %v", hinted.Decision, e.Final(hinted))
+	}
+	hinted.Attribution.Complete, hinted.Attribution.Reason = true, ""
+	if judge(e, hinted); hinted.Decision.Verdict != event.Allow {
+		t.Errorf("on complete evidence: %+v", hinted.Decision)
+	}
+	thief := asking("/usr/bin/curl", func(ev *event.Event, _ *event.Process) { ev.Attribution.Complete = false })
+	if e.Judge(thief); !e.Final(thief) {
+		t.Errorf("a search may save %+v", thief.Decision)
+	}
+}
+
+// The policy may be replaced while requests are judged.
+func TestReloadWhileJudging(t *testing.T) {
+	few, many := compile(t, Config{Rules: RulesConfig{WithoutShipped: true}}), compile(t, Config{})
+	e := NewEngine(many)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for i := range 2000 {
+			e.SetPolicy([]*Policy{few, many}[i%2])
+		}
+	}()
+	for reloading := true; reloading; {
+		judge(e, asking("/usr/bin/curl", nil))
+		select {
+		case <-done:
+			reloading = false
+		default:
+		}
 	}
 }
 

@@ -71,7 +71,7 @@ func (e *Engine) Explain(requests []*event.Event) (rules []RuleFinding, grants [
 	}
 	for _, ev := range requests {
 		ev.Decision = event.Decision{}
-		verdict := p.outcome(ev, newMemory(p))
+		verdict := (&state{p, newMemory(p)}).outcome(ev)
 		verdicts = append(verdicts, VerdictFinding{ev.Request.Class, verdict.String(), ev.Decision.Reason})
 	}
 	return rules, grants, verdicts

@@ -24,6 +24,7 @@ import (
 	"time"
 
 	"github.com/imdsgate/imdsgate/event"
+	"github.com/imdsgate/imdsgate/policy/eql"
 )
 
 // Config is the policy as an operator writes it. The zero value is the policy
@@ -76,6 +77,8 @@ type rule struct {
 	action   RuleAction
 	blocking []*stage // of the query that blocks
 	literal  []*stage // of the query as written
+
+	aboutProcess bool // blocks because of what the process is, not of a request alone
 }
 
 //go:embed rules/*.toml
@@ -151,7 +154,13 @@ func newRule(r *Rule, a RuleAction) *rule {
 	if a.HonourExclusions {
 		blocking = r.Query
 	}
-	return &rule{Rule: r, action: a, blocking: stages(blocking), literal: stages(r.Query)}
+	own := &rule{Rule: r, action: a, blocking: stages(blocking), literal: stages(r.Query)}
+	for _, s := range own.blocking {
+		own.aboutProcess = own.aboutProcess || slices.ContainsFunc(s.Fields(), func(f eql.Field) bool {
+			return strings.HasPrefix(f.Name, "process.") || strings.HasPrefix(f.Name, "imdsgate.executable.")
+		})
+	}
+	return own
 }
 
 // on says what follows from a match on a request.

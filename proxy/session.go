@@ -262,7 +262,7 @@ type search uint8
 
 const (
 	likely     search = iota // in the likely places
-	whole                    // on the whole host, unless a rule blocks one of the likely owners already
+	whole                    // on the whole host, unless nothing found there can change the verdict
 	wholeLater               // likewise, when that disturbs nobody and if the client stays so long
 )
 
@@ -271,7 +271,7 @@ func (s *session) decide(ev *event.Event, within time.Duration, how search) {
 	ctx, cancel := context.WithTimeout(context.Background(), within)
 	defer cancel()
 	s.hint(ev, within)
-	if how != likely && (ev.Decision.WouldBe == event.Allow || ev.Decision.Rule == nil) {
+	if how != likely && !s.p.engine.Final(ev) {
 		owner := s.lookup.Complete(ctx, how == whole)
 		s.p.rendered.observe(ev, owner)
 		ev.Attribution.Unawaited = how == wholeLater && owner.Attributed() && owner.Reason == attribution.ClientGone
