@@ -233,7 +233,7 @@ func parseStatus(b []byte) (credentials, error) {
 			for _, f := range bytes.Fields(value) {
 				n, err := strconv.ParseUint(string(f), 10, 32)
 				if err != nil {
-					return c, fmt.Errorf("Groups line %q: %w", line, err)
+					return c, fmt.Errorf("groups line %q: %w", line, err)
 				}
 				c.groups = append(c.groups, uint32(n))
 			}
