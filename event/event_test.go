@@ -203,15 +203,19 @@ func TestNoSecretLeaves(t *testing.T) {
 func TestCut(t *testing.T) {
 	e := denied()
 	p := e.Subjects[0]
-	p.Args = make([]string, 1000)
-	for i := range p.Args {
-		p.Args[i] = strings.Repeat("ü", 5000)
+	for _, test := range []struct{ size, args, first int }{
+		{5000, 1, maxText}, // one that is longer than the field may be
+		{50, maxText / 100, 100},
+		{1, maxTexts, 2},
+	} {
+		p.Args = slices.Repeat([]string{strings.Repeat("ü", test.size)}, 1000)
+		p.CommandLine = strings.Join(p.Args, " ")
+		got := at(render(t, e)[0], "process.args").([]any)
+		if len(got) != test.args && len(got) != test.args+1 || len(got[0].(string)) != test.first {
+			t.Errorf("%d arguments, the first of %d bytes; want %d of %d", len(got), len(got[0].(string)), test.args, test.first)
+		}
 	}
-	p.CommandLine = strings.Join(p.Args, " ")
 	doc := render(t, e)[0]
-	if got := at(doc, "process.args").([]any); len(got) != maxTexts || len(got[0].(string)) > maxText {
-		t.Errorf("%d arguments, the first of %d bytes", len(got), len(got[0].(string)))
-	}
 	if at(doc, "labels.imdsgate_truncated") != "true" || at(doc, "process.args_count") != 1000.0 {
 		t.Errorf("labels %v, count %v", doc["labels"], at(doc, "process.args_count"))
 	}

@@ -6,7 +6,7 @@ import (
 )
 
 const (
-	// maxText bounds one string of a document, in bytes. Lower cuts the class
+	// maxText bounds one field of a document, in bytes. Lower cuts the class
 	// paths of long java command lines, on which people search; higher lets a
 	// process blow up the log by its own arguments.
 	maxText = 4096
@@ -90,10 +90,10 @@ func (f *Field) append(b []byte, v Value) (_ []byte, short bool) {
 		}
 	}
 	if v.Texts == nil {
-		return f.appendText(b, v.Text)
+		return f.appendText(b, v.Text, maxText)
 	}
 	if f.first {
-		return f.appendText(b, v.Texts[0])
+		return f.appendText(b, v.Texts[0], maxText)
 	}
 	all := v.Texts[:min(len(v.Texts), maxTexts)]
 	short = len(all) < len(v.Texts)
@@ -101,24 +101,30 @@ func (f *Field) append(b []byte, v Value) (_ []byte, short bool) {
 		all = redactArgs(all)
 	}
 	b = append(b, '[')
+	left := maxText
 	for i, s := range all {
+		if left <= 0 {
+			short = true
+			break
+		}
 		if i > 0 {
 			b = append(b, ',')
 		}
 		var one bool
-		b, one = f.appendText(b, s)
+		b, one = f.appendText(b, s, left)
 		short = short || one
+		left -= len(s)
 	}
 	return append(b, ']'), short
 }
 
-func (f *Field) appendText(b []byte, s string) (_ []byte, short bool) {
+func (f *Field) appendText(b []byte, s string, limit int) (_ []byte, short bool) {
 	if f.free {
 		s = Redact(s)
 	}
-	if len(s) > maxText {
-		end := maxText
-		for end > maxText-utf8.UTFMax && !utf8.RuneStart(s[end]) {
+	if len(s) > limit {
+		end := limit
+		for end > max(0, limit-utf8.UTFMax) && !utf8.RuneStart(s[end]) {
 			end--
 		}
 		s, short = s[:end], true

@@ -92,13 +92,18 @@ func (f *File) Record(e *event.Event) {
 		f.dropped.Add(1)
 		return
 	}
+	hurry := urgent(e)
+	if !hurry && len(f.queue) > cap(f.queue)/4*3 {
+		f.dropped.Add(1) // the rest is for what must not be lost
+		return
+	}
 	select {
 	case f.queue <- e:
 	default:
 		f.dropped.Add(1)
 	}
 	switch {
-	case urgent(e) || len(f.queue) > cap(f.queue)/2:
+	case hurry || len(f.queue) > cap(f.queue)/2:
 		f.wakeUp()
 	case !f.waiting.Swap(true):
 		f.batch.Reset(batchFor)

@@ -114,6 +114,32 @@ func TestDropsRatherThanWaits(t *testing.T) {
 	}
 }
 
+// Who floods the log with ordinary requests does not keep an alert out of it.
+func TestKeepsRoomForWhatIsUrgent(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "events.ndjson")
+	f := open(t, Options{Path: path, Queue: 64})
+	const rounds = 100
+	for i := range rounds {
+		for range 200 {
+			f.Record(&event.Event{Host: &event.Host{ID: "host"}, Time: time.Now()})
+		}
+		f.Record(started(i))
+		time.Sleep(time.Millisecond)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	kept := 0
+	for _, l := range lines(t, path) {
+		if strings.HasPrefix(l.Message, "number ") {
+			kept++
+		}
+	}
+	if kept != rounds || f.Stats().Dropped == 0 {
+		t.Errorf("%d of %d are in the file; %+v", kept, rounds, f.Stats())
+	}
+}
+
 func TestRefusesLink(t *testing.T) {
 	dir := t.TempDir()
 	victim, path := filepath.Join(dir, "victim"), filepath.Join(dir, "events.ndjson")
