@@ -57,6 +57,11 @@ const (
 	NoHolder
 	// AccessDenied: a process that may hold the socket could not be read.
 	AccessDenied
+	// Churn: processes were born, or ended with the socket, faster than they
+	// could be searched.
+	Churn
+	// Crowd: more processes hold the socket than are read.
+	Crowd
 	// ExecRace: the holder kept changing its program while it was being read.
 	ExecRace
 	// Remote: the client is outside this network namespace, where level 0 does not look.
@@ -71,7 +76,7 @@ const (
 
 var reasonNames = [...]string{
 	Attributed: "", NoSocket: "no_socket", ClientGone: "client_gone", NoHolder: "no_holder",
-	AccessDenied: "access_denied", ExecRace: "exec_race", Remote: "remote", Partial: "partial", Late: "late", Failed: "failed",
+	AccessDenied: "access_denied", Churn: "churn", Crowd: "crowd", ExecRace: "exec_race", Remote: "remote", Partial: "partial", Late: "late", Failed: "failed",
 }
 
 func (r Reason) String() string {

@@ -9,10 +9,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -68,6 +70,32 @@ func act(how string, args []string) error {
 			return err
 		}
 		return unix.Exec(args[1], args[1:], os.Environ())
+	case "swap": // becomes another program whose address space looks the same
+		if _, err := dialRaw(address); err != nil {
+			return err
+		}
+		fmt.Println("connected")
+		if _, err := bufio.NewReader(os.Stdin).ReadByte(); err != nil {
+			return err
+		}
+		argv := append([]string{args[1]}, args...)
+		env := os.Environ()
+		env[slices.Index(env, actAs+"=swap")] = actAs + "=stay"
+		return unix.Exec(args[1], argv, env)
+	case "stay":
+		_, err := io.Copy(io.Discard, os.Stdin)
+		return err
+	case "rename": // writes itself another command line
+		if _, err := dialRaw(address); err != nil {
+			return err
+		}
+		fmt.Println("connected")
+		if _, err := bufio.NewReader(os.Stdin).ReadByte(); err != nil {
+			return err
+		}
+		// The runtime does not copy the arguments.
+		copy(unsafe.Slice(unsafe.StringData(os.Args[2]), len(os.Args[2])), "another")
+		return connected()
 	case "fork": // connects, and starts a child that has the socket, too
 		fd, err := dialRaw(address)
 		if err != nil {
@@ -193,6 +221,7 @@ func start(t testing.TB, cmd *exec.Cmd, how string) *client {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: ordinaryUser, Gid: ordinaryUser}}
 	}
 	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
+	cmd.SysProcAttr.Setpgid = true
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -206,7 +235,7 @@ func start(t testing.TB, cmd *exec.Cmd, how string) *client {
 	}
 	t.Cleanup(func() {
 		in.Close()
-		cmd.Process.Kill()
+		syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) // its children, too
 		cmd.Wait()
 	})
 	return &client{Cmd: cmd, in: in, out: bufio.NewReader(out)}

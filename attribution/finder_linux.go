@@ -39,6 +39,13 @@ const (
 	// connection and a request that came at once, and lets a holder execute
 	// another program for as long before the record of that request knows.
 	checkedFor = time.Millisecond
+	// maxHolders bounds the holders of one socket that are read, and maxEarlier the
+	// images of theirs that are kept. Real sockets have one to a few dozen, when a
+	// server forks with an open connection. Higher lets any user make one
+	// connection cost more time and memory; lower leaves a pool of workers
+	// unattributed.
+	maxHolders = 64
+	maxEarlier = 64
 	// recentClients is how many processes are tried first, because they asked
 	// before.
 	recentClients = 8
@@ -268,15 +275,29 @@ func (l *Lookup) Complete(ctx context.Context, urgent bool) Owner {
 		return o
 	}
 	begin := time.Now()
-	result := l.f.scan(ctx, l.socket.Inode, urgent)
+	for try := 1; ; try++ {
+		result := l.f.scan(ctx, l.socket.Inode, urgent)
+		if o, again := l.found(ctx, result, begin); !again || try == maxTries {
+			return o
+		}
+	}
+}
+
+// found answers with what a search of the host has found. It wants another one
+// if a holder ended before it was read: it may have passed the socket on to a
+// child that the search did not see with it.
+func (l *Lookup) found(ctx context.Context, result *scanResult, begin time.Time) (o Owner, again bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if result != nil {
-		l.merge(result.holders, "scan")
+		if reason := l.merge(ctx, result.holders, "scan"); result.reason == Attributed {
+			result.reason = reason
+		}
 	}
 	l.check()
 	l.took += time.Since(begin)
-	return l.owner(result, Late)
+	o = l.owner(result, Late)
+	return o, o.Reason == Churn
 }
 
 // settled reports whether no search can change the answer.
@@ -310,8 +331,8 @@ func (l *Lookup) owner(result *scanResult, without Reason) Owner {
 	case o.Reason != Attributed:
 	case result == nil:
 		o.Reason = without
-	case result.denied:
-		o.Reason = AccessDenied
+	case result.reason != Attributed:
+		o.Reason, o.Err = result.reason, result.err
 	case holding == 0:
 		o.Reason = NoHolder
 	default:
@@ -332,19 +353,20 @@ func (l *Lookup) hint() {
 	inode := l.socket.Inode
 	for _, r := range l.f.recentHolders() {
 		if h, ok := l.f.probe(r, inode); ok {
-			l.merge([]holder{h}, "recent")
+			l.merge(context.Background(), []holder{h}, "recent")
 			return
 		}
 	}
 	s := newSearch(l.f.host, inode)
-	s.first = true
+	s.first, s.budget = true, hintBudget
 	if members := l.f.host.cgroupMembers(l.socket.CgroupID); members != nil {
 		for _, pid := range members {
 			if !s.process(pid) {
 				break
 			}
 		}
-		if l.merge(s.wanted[inode], "cgroup") {
+		if len(s.wanted[inode]) > 0 {
+			l.merge(context.Background(), s.wanted[inode], "cgroup")
 			return
 		}
 	}
@@ -358,26 +380,35 @@ func (l *Lookup) hint() {
 			break
 		}
 	}
-	l.merge(s.wanted[inode], "youngest")
+	l.merge(context.Background(), s.wanted[inode], "youngest")
 }
 
-// merge adds holders that are not known yet, reads them, and reports whether
-// there are any. It is called with l.mu held.
-func (l *Lookup) merge(found []holder, via string) bool {
+// merge adds holders that are not known yet and reads them. The Reason says why
+// one of them is missing. It is called with l.mu held.
+func (l *Lookup) merge(ctx context.Context, found []holder, via string) Reason {
 	if l.closed {
-		return false
+		return Late
 	}
+	missing := Attributed
 	for _, f := range found {
 		i := slices.IndexFunc(l.held, func(h *held) bool { return h.pid == f.pid })
 		if i >= 0 {
 			l.held[i].holder, l.held[i].lost = f, false
 			continue
 		}
+		switch {
+		case len(l.held) >= maxHolders:
+			return Crowd
+		case ctx.Err() != nil:
+			return Late
+		}
 		p, st, err := l.f.host.pin(f.pid)
 		if err != nil {
-			continue // ended since; check finds out whether the socket did too
+			missing = Churn
+			continue
 		}
 		if !l.add(f, p, st) {
+			missing = Churn
 			l.f.host.unpin(p)
 			continue
 		}
@@ -385,7 +416,7 @@ func (l *Lookup) merge(found []holder, via string) bool {
 			l.via = via
 		}
 	}
-	return len(found) > 0
+	return missing
 }
 
 // add reads one holder. The Lookup has its pin from then on.
@@ -430,6 +461,7 @@ func (l *Lookup) check() {
 			h.lost = true
 			continue
 		}
+		l.f.host.identify(h.pin, &st.image)
 		if st.image == h.image && time.Since(h.at) < freshFor {
 			continue
 		}
@@ -438,7 +470,11 @@ func (l *Lookup) check() {
 			h.lost = true
 			continue
 		}
-		if image != h.image {
+		if image != h.image || !slices.Equal(proc.Args, h.proc.Args) {
+			if len(l.earlier) == maxEarlier {
+				l.reason = ExecRace
+				return
+			}
 			l.earlier = append(l.earlier, earlier(h.proc))
 		}
 		h.proc, h.image, h.at = proc, image, time.Now()

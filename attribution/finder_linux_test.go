@@ -2,6 +2,7 @@ package attribution
 
 import (
 	"context"
+	"errors"
 	"net"
 	"net/netip"
 	"os"
@@ -75,6 +76,15 @@ func pids(o Owner) []int {
 	}
 	slices.Sort(pids)
 	return slices.Compact(pids)
+}
+
+func called(o Owner) []string {
+	var names []string
+	for _, p := range o.Subjects {
+		names = append(names, p.Name)
+	}
+	slices.Sort(names)
+	return names
 }
 
 func TestOwner(t *testing.T) {
@@ -216,16 +226,168 @@ func TestExecAfterConnect(t *testing.T) {
 		return strings.HasSuffix(exe, "/sleep")
 	})
 	o := l.Complete(within(t), true)
-	var names []string
 	for _, p := range o.Subjects {
-		names = append(names, p.Name)
 		if p.Earlier != (p.Name == "evil") {
 			t.Errorf("%s: earlier %v", p.Name, p.Earlier)
 		}
 	}
-	slices.Sort(names)
-	if !slices.Equal(names, []string{"evil", "sleep"}) {
-		t.Errorf("judged as %v, want both images", names)
+	if got := called(o); !slices.Equal(got, []string{"evil", "sleep"}) {
+		t.Errorf("judged as %v, want both images", got)
+	}
+}
+
+// With its address space no longer placed at random, the next program looks like
+// the one before to everything but its file.
+func TestExecWithoutRandomAddresses(t *testing.T) {
+	f := newFinder(t)
+	evil := install(t, "evil")
+	good := filepath.Join(filepath.Dir(evil), "good")
+	copyFile(t, evil, good)
+	ln := listen(t, "127.0.0.1:0")
+	c := start(t, exec.Command("setarch", "-R", evil, ln.Addr().String(), good), "swap")
+	conn := accept(t, ln)
+	c.line(t)
+	l := find(t, f, conn)
+	if o := l.Owner(within(t)); len(o.Subjects) != 1 || o.Subjects[0].Name != "evil" {
+		t.Fatalf("before: %+v", o)
+	}
+	if _, err := c.in.Write([]byte{'\n'}); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, func() bool {
+		exe, _ := os.Readlink(filepath.Join("/proc", strconv.Itoa(c.Process.Pid), "exe"))
+		return exe == good
+	})
+	if got := called(l.Complete(within(t), true)); !slices.Equal(got, []string{"evil", "good"}) {
+		t.Errorf("judged as %v, want both images", got)
+	}
+}
+
+// A process is judged by every command line that it was seen with.
+func TestCommandLineRewritten(t *testing.T) {
+	f := newFinder(t)
+	ln := listen(t, "127.0.0.1:0")
+	c := start(t, exec.Command(install(t, "client"), ln.Addr().String(), "telling"), "rename")
+	conn := accept(t, ln)
+	c.line(t)
+	l := find(t, f, conn)
+	l.Owner(within(t))
+	time.Sleep(freshFor)
+	if _, err := c.in.Write([]byte{'\n'}); err != nil {
+		t.Fatal(err)
+	}
+	c.line(t)
+	var said []string
+	for _, p := range l.Complete(within(t), true).Subjects {
+		said = append(said, p.Args[2])
+	}
+	slices.Sort(said)
+	if !slices.Equal(said, []string{"another", "telling"}) {
+		t.Errorf("command lines with %q, want both", said)
+	}
+}
+
+// script runs a Python program as an ordinary user.
+func script(t *testing.T, ln net.Listener, text string) *client {
+	t.Helper()
+	host, port, _ := net.SplitHostPort(ln.Addr().String())
+	return start(t, exec.Command("/usr/bin/python3", "-c", "import os, socket, time\n"+
+		"s = socket.create_connection(('"+host+"', "+port+")); s.set_inheritable(True)\n"+text), "")
+}
+
+// A holder that forks and ends faster than anybody can read /proc is either found
+// or leaves the evidence incomplete; another holder that stays is not taken for
+// the only one.
+func TestForkHopping(t *testing.T) {
+	f := newFinder(t)
+	ln := listen(t, "127.0.0.1:0")
+	script(t, ln, `
+if os.fork() == 0:
+    os.execv('/bin/sleep', ['sleep', '30'])
+end = time.monotonic() + 20
+while time.monotonic() < end:
+    if os.fork():
+        os._exit(0)
+`)
+	conn := accept(t, ln)
+	missed, complete, found := 0, 0, 0
+	for end := time.Now().Add(2 * time.Second); time.Now().Before(end); {
+		l := f.Find(conn)
+		o := l.Complete(within(t), true)
+		l.Close()
+		python := slices.ContainsFunc(o.Subjects, func(p *Process) bool { return strings.HasPrefix(p.Name, "python") })
+		switch {
+		case o.Complete && !python:
+			missed++
+		case o.Complete:
+			complete++
+		case python:
+			found++
+		}
+	}
+	t.Logf("%d times found, %d of them with the evidence complete", found+complete, complete)
+	if missed > 0 {
+		t.Errorf("%d times the evidence was complete without the one that hops", missed)
+	}
+}
+
+// More holders than anybody needs are not read, and nobody is let through.
+func TestCrowd(t *testing.T) {
+	f := newFinder(t)
+	ln := listen(t, "127.0.0.1:0")
+	c := script(t, ln, `
+for i in range(`+strconv.Itoa(maxHolders)+`):
+    if os.fork() == 0:
+        time.sleep(30)
+        os._exit(0)
+print('forked', flush=True)
+time.sleep(30)
+`)
+	conn := accept(t, ln)
+	c.line(t)
+	o := find(t, f, conn).Complete(within(t), true)
+	if o.Complete || o.Reason != Crowd || len(o.Subjects) != maxHolders {
+		t.Errorf("complete %v, reason %q, %d subjects", o.Complete, o.Reason, len(o.Subjects))
+	}
+}
+
+// A search for which we lack descriptors ourselves says so.
+func TestSearchWithoutDescriptors(t *testing.T) {
+	f := newFinder(t)
+	waitFor(t, func() bool { return f.Stats().Scans > 0 })
+	var old unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 4, Max: old.Max}); err != nil {
+		t.Fatal(err)
+	}
+	s := newSearch(f.host, 1)
+	s.process(os.Getppid())
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
+		t.Fatal(err)
+	}
+	if s.reason != Failed || !errors.Is(s.err, unix.EMFILE) {
+		t.Errorf("reason %q, error %v", s.reason, s.err)
+	}
+}
+
+// What a hint costs is bounded, whatever is in the tables of the youngest.
+func TestHintBudget(t *testing.T) {
+	f := newFinder(t)
+	ln := listen(t, "127.0.0.1:0")
+	c := script(t, ln, `
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+for i in range(10000): os.dup(0)
+print('hoarded', flush=True)
+time.sleep(30)
+`)
+	c.line(t)
+	s := newSearch(f.host, 1)
+	s.budget = hintBudget
+	if s.process(c.Process.Pid) || s.seen < hintBudget || s.seen > 2*hintBudget {
+		t.Errorf("%d of 10000 descriptors looked at", s.seen)
 	}
 }
 

@@ -8,9 +8,11 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -20,7 +22,12 @@ const (
 	// maxCmdline bounds what is read of argv. Too low hides the end of a long
 	// java command line from the rules; too high lets any user make us read
 	// the 2 MiB that execve allows, for each request he sends.
-	maxCmdline = 64 << 10
+	maxCmdline = 32 << 10
+	// usualCmdline is what all but few command lines are shorter than, and
+	// maxLong bounds what all others together take of our memory. When that is
+	// used up, one more is cut.
+	usualCmdline = 4 << 10
+	maxLong      = 16 << 20
 	// maxAncestors bounds the chain of parents that is read.
 	maxAncestors = 16
 	// maxTries bounds how often a process is read again because it executed
@@ -42,6 +49,7 @@ type host struct {
 	net     string
 
 	names names
+	long  atomic.Int64 // bytes of the command lines that are longer than usual
 
 	mu   sync.Mutex // guards the following
 	boot time.Time  // wall clock at boot
@@ -68,6 +76,7 @@ type pin struct {
 	image image
 	last  *Process  // as last read
 	at    time.Time // when it was
+	same  bool      // image was the same afterwards
 }
 
 func newHost(proc string) (*host, error) {
@@ -292,9 +301,10 @@ func denied(err error) bool { return errors.Is(err, fs.ErrPermission) }
 // What was read a moment ago serves again while the image is the same: a client
 // that fetches credentials asks three times within milliseconds.
 func (h *host) read(p *pin, st stat) (*Process, image, error) {
+	h.identify(p, &st.image)
 	h.mu.Lock()
 	last := p.last
-	if p.image != st.image || time.Since(p.at) > freshFor || st.between() {
+	if !p.same || p.image != st.image || time.Since(p.at) > freshFor || st.between() {
 		last = nil
 	}
 	h.mu.Unlock()
@@ -313,10 +323,11 @@ func (h *host) read(p *pin, st stat) (*Process, image, error) {
 		if err != nil {
 			return nil, image{}, err
 		}
+		h.identify(p, &after.image)
 		if after.image == st.image && !st.between() {
 			proc.Parent = h.parent(st.ppid, st.start, maxAncestors)
 			h.mu.Lock()
-			p.last, p.image, p.at = proc, st.image, time.Now()
+			p.last, p.image, p.at, p.same = proc, st.image, time.Now(), true
 			h.mu.Unlock()
 			return proc, st.image, nil
 		}
@@ -325,8 +336,16 @@ func (h *host) read(p *pin, st stat) (*Process, image, error) {
 	return nil, image{}, p.error("exe", errExecRace)
 }
 
-// parent reads the process that is a parent now. Its facts are kept from an
-// earlier reading while it runs the same image.
+// identify completes the image of a process with its executable, if it has one.
+func (h *host) identify(p *pin, i *image) {
+	var file unix.Stat_t
+	if unix.Fstatat(p.dir, "exe", &file, 0) == nil {
+		i.device, i.inode = file.Dev, file.Ino
+	}
+}
+
+// parent reads the process that is a parent now, or takes what was read of it a
+// moment ago while it runs the same image.
 func (h *host) parent(pid int, childStart uint64, depth int) *Process {
 	if pid == 0 || depth == 0 {
 		return nil
@@ -339,9 +358,10 @@ func (h *host) parent(pid int, childStart uint64, depth int) *Process {
 	if st.start > childStart {
 		return nil // the parent has ended and its pid is somebody else's
 	}
+	h.identify(p, &st.image)
 	h.mu.Lock()
 	last := p.last
-	if p.image != st.image {
+	if p.image != st.image || time.Since(p.at) > freshFor {
 		last = nil
 	}
 	h.mu.Unlock()
@@ -354,9 +374,7 @@ func (h *host) parent(pid int, childStart uint64, depth int) *Process {
 	}
 	proc.Parent = h.parent(st.ppid, st.start, depth-1)
 	h.mu.Lock()
-	// Not at: what serves for a parent does not serve for a subject, whose
-	// image is compared after reading, too.
-	p.last, p.image = proc, st.image
+	p.last, p.image, p.at, p.same = proc, st.image, time.Now(), false
 	h.mu.Unlock()
 	return proc
 }
@@ -423,12 +441,13 @@ func (h *host) readImage(p *pin, st stat) (*Process, error) {
 		exe.RootOwned = exe.HostVerified && rootOwned(exe.Path)
 	}
 
-	buf := make([]byte, 4096)
+	buf := make([]byte, usualCmdline)
 	b, err := readAt(dir, prefix+"cmdline", buf)
 	if err == nil && len(b) == len(buf) {
-		buf = make([]byte, maxCmdline)
-		b, err = readAt(dir, prefix+"cmdline", buf)
-		proc.ArgsCut = len(b) == len(buf)
+		long := make([]byte, maxCmdline)
+		if long, err = readAt(dir, prefix+"cmdline", long); err == nil {
+			b = h.keepLong(proc, long)
+		}
 	}
 	if err := check("cmdline", err); err != nil {
 		return nil, err
@@ -461,6 +480,17 @@ func (h *host) readImage(p *pin, st stat) (*Process, error) {
 	return proc, nil
 }
 
+// keepLong accounts for a long command line of a process, or cuts it.
+func (h *host) keepLong(p *Process, cmdline []byte) []byte {
+	size := int64(len(cmdline))
+	if h.long.Add(size) > maxLong {
+		h.long.Add(-size)
+		return cmdline[:usualCmdline]
+	}
+	runtime.AddCleanup(p, func(size int64) { h.long.Add(-size) }, size)
+	return cmdline
+}
+
 // otherThread names a thread of a process whose leader has ended.
 func (h *host) otherThread(p *pin) int {
 	fd, err := unix.Openat(p.dir, "task", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
@@ -488,12 +518,13 @@ func sameFile(exe *File) bool {
 }
 
 // rootOwned reports whether only root can put another file at this path: the
-// file and every directory above it belong to root, and no group but root's
-// and nobody else may write to them. A sticky directory counts as writable.
+// file and every directory above it belong to root, and nobody else may write to
+// them: no group either, because where there is an access list the group's bits
+// are its mask (acl(5)). A sticky directory counts as writable.
 func rootOwned(path string) bool {
 	for ; ; path = filepath.Dir(path) {
 		var st unix.Stat_t
-		if unix.Lstat(path, &st) != nil || st.Uid != 0 || st.Mode&0o002 != 0 || st.Mode&0o020 != 0 && st.Gid != 0 {
+		if unix.Lstat(path, &st) != nil || st.Uid != 0 || st.Mode&0o022 != 0 {
 			return false
 		}
 		if path == "/" {

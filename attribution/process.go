@@ -30,7 +30,6 @@ type Process struct {
 	Name       string   // base name of Executable.Path; "" when that is unknown
 	Thread     string   // comm of the leader, which the process itself may write
 	Args       []string // argv, which the process itself may write
-	ArgsCut    bool     // argv was longer than maxCmdline
 	WorkingDir string   // which the process itself chooses
 
 	UID, GID  [4]uint32 // real, effective, saved, filesystem
@@ -115,13 +114,16 @@ type stat struct {
 }
 
 // image changes at every execve, because the kernel places a new program's
-// code, stack and arguments at random (kernel.randomize_va_space). A process
-// that may not be ptraced by us shows none of it, and a program can set the
-// fields itself with PR_SET_MM; so a change proves an execve, and no change
+// code, stack and arguments at random (kernel.randomize_va_space), and where
+// somebody has switched that off (personality(2)) with every other executable. A
+// process that may not be ptraced by us shows none of it, and a program can set
+// the fields itself with PR_SET_MM; so a change proves an execve, and no change
 // proves little. (The start of the heap is not among them: it is set last, so
 // that one execve could be seen as two.)
 type image struct {
 	startCode, startStack, startData, argStart, envStart uint64
+
+	device, inode uint64 // of the executable; not from the stat file
 }
 
 // between reports whether the process was seen in the middle of execve, when

@@ -3,6 +3,7 @@ package attribution
 import (
 	"bytes"
 	"encoding/binary"
+	"fmt"
 	"slices"
 	"strconv"
 	"time"
@@ -36,13 +37,14 @@ type search struct {
 	budget int                 // stop after so many descriptors, if not zero
 	seen   int                 // descriptors
 
-	unreadable []int // processes all of whose uids are 0, and that a security module keeps from us
-	denied     bool  // another process could not be read: anything may be in there
-	closed     int   // the last process that could not be read
+	unreadable []int  // processes all of whose uids are 0, and that a security module keeps from us
+	reason     Reason // why anything may be in what was not searched
+	err        error  // with reason Failed
+	closed     int    // the last process that could not be read
+	largest    Table
 
 	path    []byte // of the process or thread, below h.proc
 	dirents []byte
-	tids    [4096]byte
 	link    [64]byte
 }
 
@@ -56,48 +58,79 @@ func newSearch(h *host, inodes ...uint32) *search {
 
 // pids lists the processes, youngest first as far as pids tell.
 func (h *host) pids(buf []byte) ([]int, error) {
-	fd, err := unix.Open(h.proc, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	pids, err := numbersIn(h.proc, buf)
+	if err != nil {
+		return nil, fmt.Errorf("list the processes: %w", err)
+	}
+	pids = slices.DeleteFunc(pids, func(pid int) bool { return pid == h.self })
+	slices.Sort(pids)
+	slices.Reverse(pids)
+	return pids, nil
+}
+
+// numbersIn lists the entries of a directory that are numbers.
+func numbersIn(path string, buf []byte) ([]int, error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer unix.Close(fd)
-	var pids []int
+	var all []int
 	for {
 		n, err := unix.ReadDirent(fd, buf)
 		if err != nil {
 			return nil, err
 		}
 		if n == 0 {
-			break
+			return all, nil
 		}
-		for pid := range numbers(buf[:n]) {
-			if pid != h.self {
-				pids = append(pids, pid)
-			}
-		}
+		all = slices.AppendSeq(all, numbers(buf[:n]))
 	}
-	slices.Sort(pids)
-	slices.Reverse(pids)
-	return pids, nil
 }
 
-// all searches every descriptor table of every process.
-func (s *search) all() error {
-	pids, err := s.h.pids(s.dirents)
-	if err != nil {
-		return err
-	}
+// maxRounds bounds how often processes are listed in one search. Each round
+// searches only those that the one before did not see, so that the second is
+// already short: a host where more than one is born in each of so many rounds is
+// one where somebody forks without end.
+const maxRounds = 8
+
+// all searches every descriptor table of every process. A holder may fork and end
+// while the search is elsewhere; so it is over only when a list of the processes
+// has none that was not searched.
+func (s *search) all() {
 	began := time.Now()
-	for _, pid := range pids {
-		if !s.process(pid) || !s.threads(pid) {
-			return nil
+	searched := make(map[int]struct{}, 256)
+	for range maxRounds {
+		pids, err := s.h.pids(s.dirents)
+		if err != nil {
+			s.reason, s.err = Failed, err
+			return
 		}
-		if time.Since(began) > yieldAfter {
-			time.Sleep(yieldFor)
-			began = time.Now()
+		found := false
+		for _, pid := range pids {
+			if _, ok := searched[pid]; ok {
+				continue
+			}
+			searched[pid], found = struct{}{}, true
+			before := s.seen
+			if !s.process(pid) || !s.threads(pid) {
+				return
+			}
+			if n := s.seen - before; n > s.largest.Descriptors {
+				s.largest = Table{PID: pid, Descriptors: n}
+			}
+			if time.Since(began) > yieldAfter {
+				time.Sleep(yieldFor)
+				began = time.Now()
+			}
+		}
+		if !found {
+			return
 		}
 	}
-	return nil
+	if s.reason == Attributed {
+		s.reason = Churn
+	}
 }
 
 // process searches the table of a process's leader. It reports whether the
@@ -120,27 +153,36 @@ func (s *search) threads(pid int) bool {
 	if unix.Stat(path, &st) != nil || st.Nlink <= 3 {
 		return true // ".", "..", and one thread
 	}
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return true
-	}
-	defer unix.Close(fd)
-	for {
-		n, err := unix.ReadDirent(fd, s.tids[:])
-		if err != nil || n == 0 {
+	var searched map[int]struct{}
+	for range maxRounds {
+		tids, err := numbersIn(path, s.dirents)
+		if err != nil {
+			s.missed(pid, err)
 			return true
 		}
-		for tid := range numbers(s.tids[:n]) {
-			if tid == pid || sameTable(pid, tid) {
+		found := false
+		for _, tid := range tids {
+			if _, ok := searched[tid]; ok || tid == pid || sameTable(pid, tid) {
 				continue
 			}
+			if searched == nil {
+				searched = map[int]struct{}{}
+			}
+			searched[tid], found = struct{}{}, true
 			s.path = strconv.AppendInt(s.path[:0], int64(pid), 10)
 			s.path = append(append(s.path, "/task/"...), strconv.Itoa(tid)...)
 			if !s.table(holder{pid: pid, tid: tid}) {
 				return false
 			}
 		}
+		if !found {
+			return true
+		}
 	}
+	if s.reason == Attributed {
+		s.reason = Churn
+	}
+	return true
 }
 
 func sameTable(pid, tid int) bool {
@@ -149,9 +191,11 @@ func sameTable(pid, tid int) bool {
 	return errno == 0 && r == 0
 }
 
+func (s *search) spent() bool { return s.budget > 0 && s.seen >= s.budget }
+
 // table searches one descriptor table, the directory fd below s.path.
 func (s *search) table(who holder) bool {
-	if s.budget > 0 && s.seen >= s.budget {
+	if s.spent() {
 		return false
 	}
 	s.seen++ // a table without descriptors costs something, too
@@ -162,6 +206,9 @@ func (s *search) table(who holder) bool {
 	}
 	defer unix.Close(fd)
 	for {
+		if s.spent() {
+			return false
+		}
 		n, err := unix.ReadDirent(fd, s.dirents)
 		if err != nil {
 			s.missed(who.pid, err)
@@ -177,11 +224,11 @@ func (s *search) table(who holder) bool {
 			s.seen++
 			inode, err := s.socket(fd, name)
 			if err != 0 {
-				if err == unix.EACCES || err == unix.EPERM {
-					s.missed(who.pid, err)
-					return true
+				if gone(err) {
+					continue
 				}
-				continue
+				s.missed(who.pid, err)
+				return true
 			}
 			holders, ok := s.wanted[inode]
 			if !ok {
@@ -198,12 +245,16 @@ func (s *search) table(who holder) bool {
 	}
 }
 
-// missed notes a process that could not be searched. One that runs with no uid
-// but root's is named and passed over: an ordinary user cannot have put the
-// socket there, and on hosts with a confined pid 1 nothing could ever be
-// complete otherwise.
+// missed notes a process that could not be searched, unless it has ended. One
+// that runs with no uid but root's, and that a security module keeps from us, is
+// named and passed over: an ordinary user cannot have put the socket there, and on
+// hosts with a confined pid 1 nothing could ever be complete otherwise.
 func (s *search) missed(pid int, err error) {
-	if !denied(err) || pid == s.closed {
+	switch {
+	case gone(err) || pid == s.closed:
+		return
+	case !denied(err):
+		s.reason, s.err = Failed, fmt.Errorf("search the descriptors of process %d: %w", pid, err)
 		return
 	}
 	s.closed = pid
@@ -218,7 +269,9 @@ func (s *search) missed(pid int, err error) {
 			}
 		}
 	}
-	s.denied = true
+	if s.reason != Failed {
+		s.reason = AccessDenied
+	}
 }
 
 // socket reads the link of one descriptor: "socket:[INODE]" if it is a socket,

@@ -2,7 +2,7 @@ package attribution
 
 import (
 	"context"
-	"sync/atomic"
+	"sync"
 	"time"
 )
 
@@ -15,20 +15,37 @@ type scanRequest struct {
 type scanResult struct {
 	holders    []holder
 	unreadable []int
-	denied     bool
+	reason     Reason // why it is not complete
+	err        error
 }
 
 // Stats counts full searches since the start.
 type Stats struct {
-	Scans    uint64
-	Answered uint64        // questions that those searches answered
-	Last     time.Duration // what the last one took
+	Scans       uint64
+	Answered    uint64        // questions that those searches answered
+	Last        time.Duration // what the last one took
+	Descriptors int           // and how many it looked at
+	Largest     Table         // among them
 }
 
-type scanStats struct{ scans, answered, last atomic.Uint64 }
+// Table is the descriptors of one process.
+type Table struct{ PID, Descriptors int }
+
+type scanStats struct {
+	mu   sync.Mutex // guards the following
+	last Stats
+}
 
 func (s *scanStats) read() Stats {
-	return Stats{s.scans.Load(), s.answered.Load(), time.Duration(s.last.Load())}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.last
+}
+
+func (s *scanStats) count(done *search, answered int, took time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.last = Stats{s.last.Scans + 1, s.last.Answered + uint64(answered), took, done.seen, done.largest}
 }
 
 // scan takes part in the next full search. It returns nil when ctx or the
@@ -61,10 +78,10 @@ func (f *Finder) scan(ctx context.Context, inode uint32, urgent bool) *scanResul
 // have passed its holder already.
 func (f *Finder) scanLoop() {
 	defer f.wg.Done()
+	f.search(nil) // so that it is known what a search takes before one is needed
 	pause := time.NewTimer(0)
 	defer pause.Stop()
 	ready := false
-	var last time.Time
 	for {
 		var waiting []scanRequest
 		idle := f.idle
@@ -92,9 +109,7 @@ func (f *Finder) scanLoop() {
 				more = false
 			}
 		}
-		last = time.Now()
 		f.search(waiting)
-		f.scans.last.Store(uint64(time.Since(last)))
 		ready = false
 		pause.Reset(scanPause)
 	}
@@ -105,11 +120,11 @@ func (f *Finder) search(waiting []scanRequest) {
 	for i, r := range waiting {
 		inodes[i] = r.inode
 	}
+	begin := time.Now()
 	s := newSearch(f.host, inodes...)
-	err := s.all()
+	s.all()
 	for _, r := range waiting {
-		r.reply <- &scanResult{holders: s.wanted[r.inode], unreadable: s.unreadable, denied: s.denied || err != nil}
+		r.reply <- &scanResult{holders: s.wanted[r.inode], unreadable: s.unreadable, reason: s.reason, err: s.err}
 	}
-	f.scans.scans.Add(1)
-	f.scans.answered.Add(uint64(len(waiting)))
+	f.scans.count(s, len(waiting), time.Since(begin))
 }

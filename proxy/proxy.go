@@ -58,7 +58,7 @@ type Options struct {
 const (
 	headTimeout  = 10 * time.Second // for a request that has begun; clients take milliseconds
 	idleTimeout  = 5 * time.Minute  // for the next request; the service closes earlier
-	attributeIn  = 100 * time.Millisecond
+	AttributeIn  = 100 * time.Millisecond
 	attributeInA = 20 * time.Millisecond // in audit mode, while the answer is under way
 	completeIn   = 2 * time.Second       // in audit mode, after the answer
 	drainTimeout = 5 * time.Second

@@ -180,7 +180,7 @@ func (s *session) exchange() error {
 	}
 	decided := make(chan struct{})
 	if enforce {
-		s.decide(ev, attributeIn, search)
+		s.decide(ev, AttributeIn, search)
 		close(decided)
 		if ev.Decision.Verdict == event.Deny {
 			// The whole request has been read, or else it waits for 100 Continue

@@ -427,7 +427,7 @@ func (s *session) odd(why error) {
 	ev := s.event(s.accepted)
 	ev.Request.Malformed = why.Error()
 	ev.Request.Bytes = int64(len(s.in))
-	s.decide(ev, attributeIn, likely)
+	s.decide(ev, AttributeIn, likely)
 	if s.p.engine.Mode() == policy.Enforce {
 		s.say(imds.AppendBadRequest(nil, time.Now()))
 		ev.Response = event.Response{Status: 400, Refused: true}
