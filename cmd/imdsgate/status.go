@@ -77,6 +77,9 @@ func printStatus(w io.Writer, s report.Status) error {
 	}
 	row("daemon", "imdsgated %s, pid %d, up %v", s.Version, s.PID, time.Since(s.Since).Round(time.Second))
 	row("mode", "%s, posture %s", s.Mode, s.Policy.Posture)
+	if s.Mode == "enforce" && s.Policy.Posture == "default" {
+		row("", "a program that no rule matches gets what it asks for; in posture strict only one with a grant does")
+	}
 	row("policy", "%d rules, %d grants, %.19s", len(s.Policy.Rules), len(s.Policy.Grants), s.Policy.Digest)
 	row("redirect", "%s %s, %d repairs", s.Redirect.Backend, strings.Join(s.Redirect.Covered, ", "), s.Redirect.Repairs)
 	for _, problem := range [][]string{{s.Redirect.Error}, s.Redirect.Differences, s.Redirect.Locks} {
@@ -89,8 +92,13 @@ func printStatus(w io.Writer, s report.Status) error {
 	for _, n := range s.Redirect.Notes {
 		row("", "%s", n)
 	}
-	row("attribution", "level %s, %d full searches, the last took %v", s.Attribution.Level, s.Attribution.Scans, s.Attribution.LastScan)
-	for _, m := range s.Attribution.Missing {
+	a := s.Attribution
+	row("attribution", "level %s, %d full searches, the last of %d descriptors in %v", a.Level, a.Scans, a.Descriptors, a.LastScan.Round(time.Microsecond))
+	if a.Slow() {
+		row("", "! a search may take %v: in enforce mode requests for credentials are refused when it is not over by then; process %d has %d of the descriptors",
+			a.Budget, a.Largest.PID, a.Largest.Descriptors)
+	}
+	for _, m := range a.Missing {
 		row("", "no %s: %s", m.Level, m.Reason)
 	}
 	r := s.Requests

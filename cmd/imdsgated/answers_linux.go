@@ -35,6 +35,7 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 		Version: version, PID: os.Getpid(), Since: d.since, Mode: d.engine.Mode().String(),
 		Policy: report.Policy{Posture: p.Posture.String(), Digest: p.Digest},
 		Attribution: report.Attribution{Level: d.finder.Level().String(), Scans: stats.Scans, LastScan: stats.Last,
+			Descriptors: stats.Descriptors, Largest: report.Table(stats.Largest), Budget: proxy.AttributeIn,
 			Missing: []report.Missing{{Level: "L1 to L3", Reason: "not in this version"}}},
 		Events: report.Events{Path: d.spool.Path(), Stats: d.spool.Stats()},
 	}

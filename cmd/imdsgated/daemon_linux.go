@@ -129,6 +129,9 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	sd.SdNotify(false, sd.SdNotifyReady)
 	d.log.Info().Str("version", version).Stringer("mode", p.Mode).Int("rules", len(p.Rules())).Int("grants", len(p.Grants())).
 		Str("level", d.finder.Level().String()).Str("events", c.Events.Path).Msg("serving")
+	if d.engine.Mode() == policy.Enforce && d.engine.Policy().Posture != policy.Strict {
+		d.log.Warn().Msg("a program that no rule matches gets what it asks for; in posture strict only one with a grant does")
+	}
 	<-ctx.Done()
 	sd.SdNotify(false, sd.SdNotifyStopping)
 	return nil

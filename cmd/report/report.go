@@ -58,7 +58,22 @@ type Attribution struct {
 	Missing  []Missing     `json:"missing,omitempty"`
 	Scans    uint64        `json:"full_searches"`
 	LastScan time.Duration `json:"last_full_search_ns"`
+	// Descriptors is how many the last full search looked at. A search that takes
+	// longer than Budget is too late for a request in enforce mode.
+	Descriptors int           `json:"last_full_search_descriptors"`
+	Largest     Table         `json:"largest_descriptor_table"`
+	Budget      time.Duration `json:"full_search_budget_ns"`
 }
+
+// Table is the descriptors of one process.
+type Table struct {
+	PID         int `json:"pid"`
+	Descriptors int `json:"descriptors"`
+}
+
+// Slow reports whether requests that need a full search are refused for want of
+// time.
+func (a Attribution) Slow() bool { return a.LastScan > a.Budget }
 
 // Missing is a level that this host does not have, and why.
 type Missing struct {
