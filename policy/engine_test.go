@@ -482,6 +482,14 @@ process where process.name == "curl"
 			t.Errorf("%s: %v\nwant it to say %q", c.name, err, c.err)
 		}
 	}
+
+	r, err := ParseRule("x.toml", []byte(strings.Replace(good, "process.name", "?process.nam", 1)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if w := r.Query.Warnings(); len(w) != 1 || !strings.HasPrefix(w[0].Error(), "x.toml:8:15") {
+		t.Errorf("warnings %v, want one about line 8 of the file", w)
+	}
 }
 
 func TestRuleDirectory(t *testing.T) {

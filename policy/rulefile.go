@@ -20,8 +20,8 @@ import (
 type Rule struct {
 	event.Rule
 	File   string
-	Query  *eql.Query
-	Action *Action // that the file proposes, in a table of ours; nil if it does not
+	Query  *eql.Query // its warnings have lines of the file
+	Action *Action    // that the file proposes, in a table of ours; nil if it does not
 
 	// Bound is the query without the clauses that the caller could use to
 	// excuse himself, which Excluded lists.
@@ -96,6 +96,7 @@ func ParseRule(name string, src []byte) (*Rule, error) {
 	if err != nil {
 		return nil, inFile(err, src, f.Rule.Query)
 	}
+	inFile(syntax.ErrorList(r.Query.Warnings()), src, f.Rule.Query)
 	r.Bound, r.Excluded = r.Query.WithoutExclusions(callerChosen)
 
 	r.Rule = event.Rule{

@@ -401,6 +401,9 @@ func (d *daemon) reload(ctx context.Context) error {
 		d.state("policy-rejected", "change", err.Error(), err)
 		return err
 	}
+	for _, w := range warnings(p) {
+		d.log.Warn().Msg(w)
+	}
 	d.engine.SetPolicy(p)
 	d.state("policy-activated", "change", fmt.Sprintf("a policy with %d rules and %d grants is in force", len(p.Rules()), len(p.Grants())), nil)
 	d.log.Info().Int("rules", len(p.Rules())).Int("grants", len(p.Grants())).Str("digest", p.Digest).Msg("reloaded")

@@ -79,6 +79,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return exitConfig
 	}
 	if *check {
+		for _, w := range warnings(p) {
+			fmt.Fprintln(stdout, "warning:", w)
+		}
 		fmt.Fprintf(stdout, "%d rules, %d grants, mode %s\n", len(p.Rules()), len(p.Grants()), p.Mode)
 		return 0
 	}
@@ -88,6 +91,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return exitConfig
 	}
 	d.log = zerolog.New(stderr).Level(level).With().Timestamp().Logger()
+	for _, w := range warnings(p) {
+		d.log.Warn().Msg(w)
+	}
 	if err := d.run(ctx, c, p); err != nil {
 		d.log.Error().Err(err).Msg("stopped")
 		if errors.Is(err, fs.ErrPermission) {
@@ -110,4 +116,14 @@ func (d *daemon) load() (config.Config, *policy.Policy, error) {
 	}
 	p, err := c.Policy()
 	return c, p, err
+}
+
+// warnings are what the authors of rules should know although their rules work.
+func warnings(p *policy.Policy) (all []string) {
+	for _, r := range p.Rules() {
+		for _, w := range r.Query.Warnings() {
+			all = append(all, w.Error())
+		}
+	}
+	return all
 }
