@@ -169,6 +169,9 @@ Exit status: 0 they are as they should be, 1 they are not.`,
 				for _, d := range differences {
 					p.line("%s", d)
 				}
+				if len(differences) == 0 {
+					p.line("the rules are as they should be")
+				}
 				err = p.err
 			}
 			if err == nil && len(differences) > 0 {

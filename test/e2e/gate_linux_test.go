@@ -684,6 +684,77 @@ func TestElasticsRule(t *testing.T) {
 	}
 }
 
+// The verbs for people who build an image, or look after one: without a daemon,
+// and with the account that packages make.
+func TestRedirectVerbs(t *testing.T) {
+	t.Parallel()
+	h := prepare(t, netlab.Options{})
+	config, passwd := filepath.Join(h.dir, "redirect.yaml"), filepath.Join(h.dir, "passwd")
+	for path, text := range map[string]string{config: "mode: enforce\n", passwd: "root:x:0:0::/root:/bin/sh\nimdsgate:x:61080:61080::/:/bin/false\n"} {
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	redirect := func(args ...string) (string, int) {
+		t.Helper()
+		command := strings.Join(append([]string{h.gate.Command, "--config", config, "redirect"}, args...), " ")
+		return h.run(client{args: []string{"unshare", "-m", "sh", "-c", "mount --bind " + passwd + " /etc/passwd && exec " + command}})
+	}
+	before := h.rules("iptables-nft-save")
+	if out, code := redirect("verify"); code != 1 || !strings.Contains(out, "IMDSGATE") {
+		t.Errorf("before: %d, %s", code, out)
+	}
+	printed, code := redirect("print")
+	if code != 0 || !strings.Contains(printed, "--uid-owner 61080") || !strings.Contains(printed, "169.254.169.254") || !strings.Contains(printed, "fd00:ec2::254") {
+		t.Errorf("%d, %s", code, printed)
+	}
+	if now := h.rules("iptables-nft-save"); strings.Contains(now, "IMDSGATE") {
+		t.Errorf("print has changed something:\n%s", now)
+	}
+	for range 2 {
+		if out, code := redirect("install"); code != 0 || !strings.Contains(out, "IPv4: host true") || !strings.Contains(out, "IPv6: host true") {
+			t.Errorf("install: %d, %s", code, out)
+		}
+		if out, code := redirect("verify"); code != 0 || out != "the rules are as they should be" {
+			t.Errorf("verify: %d, %s", code, out)
+		}
+	}
+	if got := h.curl(client{uid: ordinaryUser}, instanceID); got != "000" {
+		t.Errorf("with nobody behind the redirect: %s", got)
+	}
+	if out, code := h.run(client{args: []string{"iptables-nft", "-t", "nat", "-D", "OUTPUT", "1"}}); code != 0 {
+		t.Fatalf("%d, %s", code, out)
+	}
+	if out, code := redirect("verify"); code != 1 || !strings.Contains(out, "OUTPUT") {
+		t.Errorf("a rule is gone: %d, %s", code, out)
+	}
+	if out, code := redirect("verify", "--json"); code != 1 || !json.Valid([]byte(out)) {
+		t.Errorf("%d, %s", code, out)
+	}
+	if out, code := redirect("install"); code != 0 {
+		t.Errorf("install again: %d, %s", code, out)
+	}
+	if out, code := redirect("verify"); code != 0 {
+		t.Errorf("verify: %d, %s", code, out)
+	}
+	if out, code := redirect("remove"); code != 0 || out != "removed" {
+		t.Errorf("remove: %d, %s", code, out)
+	}
+	if now := h.rules("iptables-nft-save"); strings.Contains(now, "IMDSGATE") || strings.Count(now, "-A ") != strings.Count(before, "-A ") {
+		t.Errorf("left:\n%s", now)
+	}
+	if got := h.curl(client{uid: ordinaryUser}, instanceID); got != "200" && got != "401" {
+		t.Errorf("without the redirect: %s", got)
+	}
+	// As somebody else, and without the account.
+	if out, code := h.run(client{uid: ordinaryUser, args: []string{h.gate.Command, "--config", config, "redirect", "remove"}}); code == 0 {
+		t.Errorf("an ordinary user: %s", out)
+	}
+	if out, code := h.run(client{args: []string{h.gate.Command, "--config", config, "redirect", "install"}}); code == 0 || !strings.Contains(out, "useradd --system imdsgate") {
+		t.Errorf("without the account: %d, %s", code, out)
+	}
+}
+
 // The same with the older back end of iptables.
 func TestLegacyBackend(t *testing.T) {
 	t.Parallel()
