@@ -395,22 +395,6 @@ func TestLink(t *testing.T) {
 	s.sh("ip link show imdsgate0")
 }
 
-func TestWithoutIPv6(t *testing.T) {
-	onHosts(t, func(s *site, b Backend) {
-		s.sh("echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6")
-		r := s.open(Config{UID: uid, Backend: b})
-		s.do(r.EnsureLink)
-		report := s.install(r)
-		s.expect("hooks", hooksOf(report), "IPv4: host forwarded; IPv6: net.ipv6.conf.all.disable_ipv6 is set")
-		s.expect("differences", inWords(s.verify(r)), "")
-		s.expect("IPv6 rules", s.sh("ip6tables-"+b.String()+"-save"), "")
-		s.remove()
-
-		s.sh("echo 0 > /proc/sys/net/ipv6/conf/all/disable_ipv6; echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6")
-		s.expect("hooks where only new links have no IPv6", hooksOf(s.install(r)), "IPv4: host forwarded; IPv6: host forwarded")
-	})
-}
-
 func TestUnprivilegedPorts(t *testing.T) {
 	s := newHost(t)
 	s.sh("echo 253 > /proc/sys/net/ipv4/ip_unprivileged_port_start")

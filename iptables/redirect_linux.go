@@ -41,7 +41,8 @@ type Redirect struct {
 	use    *tools
 	route  *netlink.Handle
 
-	mu      sync.Mutex
+	mu      sync.Mutex            // guards broken
+	broken  error                 // why there are no IPv6 rules; see ipv6Skipped
 	foreign atomic.Pointer[rules] // as last read
 }
 
@@ -142,12 +143,12 @@ type survey struct {
 
 func (r *Redirect) survey(ctx context.Context) (*survey, error) {
 	s := &survey{report: Report{Backend: r.use.backend, Version: r.use.version}}
-	v6off, err := ipv6Off()
+	skipped, err := r.ipv6Skipped()
 	if err != nil {
 		return nil, err
 	}
 	families := Families[:]
-	if v6off != "" {
+	if skipped != "" {
 		families = []Family{IPv4}
 	}
 	foreign, tracked, err := r.read(ctx, families, s)
@@ -173,9 +174,13 @@ func (r *Redirect) survey(ctx context.Context) (*survey, error) {
 		return nil, err
 	}
 	s.plan = r.config.Plan(on)
-	if v6off != "" {
-		s.report.Families = append(s.report.Families, FamilyReport{Family: IPv6, Skipped: v6off})
+	if skipped != "" {
+		s.report.Families = append(s.report.Families, FamilyReport{Family: IPv6, Skipped: skipped})
 		s.plan = s.plan.without(IPv6)
+	}
+	if r.broken != nil {
+		s.report.Warnings = append(s.report.Warnings, fmt.Sprintf(
+			"there is no IPv6 redirect (%v): when somebody switches IPv6 on, the metadata service is reached past the daemon", r.broken))
 	}
 
 	s.report.Conntrack.First = !tracked
@@ -224,6 +229,13 @@ func (r *Redirect) read(ctx context.Context, families []Family, s *survey) (fore
 
 // hooks decides what to take in one family, and says why not in the report.
 func (r *Redirect) hooks(f Family, foreign rules, report *Report) (Hooks, error) {
+	has := awake
+	if f == IPv6 {
+		var err error
+		if has, err = ipv6Presence(); err != nil {
+			return Hooks{}, err
+		}
+	}
 	ways := make(map[netip.AddrPort]way)
 	reachable := false
 	for _, e := range r.config.endpoints(f) {
@@ -243,18 +255,27 @@ func (r *Redirect) hooks(f Family, foreign rules, report *Report) (Hooks, error)
 		return Hooks{}, fmt.Errorf("judge other people's %s rules: %w", f, err)
 	}
 	report.Warnings = append(report.Warnings, found.unclear...)
-	if !reachable {
+	if !reachable || has == dormant {
 		// Nobody can be harmed, for nobody gets to an endpoint, as with IPv6 on most instances.
 		found.locks = slices.DeleteFunc(found.locks, func(l Lock) bool { return l.Kind == DropsRedirected || l.Kind == DropsDaemon })
 	}
 	wanted := len(r.config.endpoints(f)) > 0
 	hooks := Hooks{Host: wanted, Forwarded: wanted, Admit: found.admit}
+	if f == IPv6 && wanted && !r.loopbackHas(f) {
+		hooks.Host = r.config.Enforce
+		hooks.Admit = hooks.Admit && hooks.Host
+		if has == awake {
+			report.Warnings = append(report.Warnings, r.loopbackWarning())
+		}
+	}
 	for _, l := range found.locks {
 		if r.config.OverrideForeign && l.Kind.overridable() {
 			report.Overridden = append(report.Overridden, l)
 			continue
 		}
-		report.Locks = append(report.Locks, l)
+		if has == awake { // otherwise there is nothing to be done about them yet
+			report.Locks = append(report.Locks, l)
+		}
 		switch l.Hook {
 		case HostHook:
 			hooks.Host, hooks.Admit = false, false
@@ -285,9 +306,17 @@ func (r *Redirect) way(to netip.Addr, mark uint32) (way, error) {
 //
 // The listeners should be ready before. Those on ForwardedAddrs need IP_FREEBIND, or EnsureLink first. Connections
 // that are older than the rules go on past them in audit; in enforce the guard resets them with their next packet.
-func (r *Redirect) Install(ctx context.Context) (Report, error) {
+func (r *Redirect) Install(ctx context.Context) (report Report, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	err = r.unlessDormant(func() (err error) {
+		report, err = r.install(ctx)
+		return err
+	})
+	return report, err
+}
+
+func (r *Redirect) install(ctx context.Context) (Report, error) {
 	s, err := r.survey(ctx)
 	if err != nil {
 		return Report{}, err
@@ -315,16 +344,20 @@ func (r *Redirect) Install(ctx context.Context) (Report, error) {
 
 // EnsureLink makes the link and its addresses, so that the listeners can be opened before Install.
 func (r *Redirect) EnsureLink() error {
-	p := r.config.Plan(FullCoverage)
-	v6off, err := ipv6Off()
-	if err != nil {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.unlessDormant(func() error {
+		p := r.config.Plan(FullCoverage)
+		skipped, err := r.ipv6Skipped()
+		if err != nil {
+			return err
+		}
+		if skipped != "" {
+			p = p.without(IPv6)
+		}
+		_, err = ensureLink(r.route, p.Link)
 		return err
-	}
-	if v6off != "" {
-		p = p.without(IPv6)
-	}
-	_, err = ensureLink(r.route, p.Link)
-	return err
+	})
 }
 
 // apply makes s.plan true. undo makes it untrue again.
@@ -482,35 +515,19 @@ func Remove(ctx context.Context) (removed bool, err error) {
 	var errs []error
 	all, err := findTools(ctx, searchPath())
 	errs = append(errs, err)
-	v6off, err := ipv6Off()
+	has, err := ipv6Presence()
 	errs = append(errs, err)
 	for _, t := range all {
 		for _, f := range Families {
 			changed, err := t.settle(ctx, FamilyPlan{Family: f}, nil)
 			removed = removed || changed
-			if f == IPv4 || v6off == "" {
+			if f == IPv4 || has == awake {
 				errs = append(errs, err)
 			}
 		}
 	}
 	gone, err := removeLink(h)
 	return removed || gone, errors.Join(append(errs, err)...)
-}
-
-// ipv6Off says why this network namespace has no IPv6, "" if it has.
-func ipv6Off() (string, error) {
-	const path = "/proc/sys/net/ipv6/conf/all/disable_ipv6"
-	off, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return "the kernel has no IPv6", nil
-	}
-	if err != nil {
-		return "", fmt.Errorf("is there IPv6: %w", err)
-	}
-	if strings.TrimSpace(string(off)) != "0" {
-		return "net.ipv6.conf.all.disable_ipv6 is set", nil
-	}
-	return "", nil
 }
 
 // portsAreSafe refuses what would let an ordinary user answer root's clients while the daemon is dead. In audit the

@@ -78,10 +78,15 @@ func (s *site) do(fn func() error) {
 
 func (s *site) sh(script string) string {
 	s.Helper()
+	return s.shIn(s.lab.Instance, script)
+}
+
+func (s *site) shIn(ns *netlab.Namespace, script string) string {
+	s.Helper()
 	var out bytes.Buffer
 	cmd := exec.Command("sh", "-ec", script)
 	cmd.Stdout, cmd.Stderr = &out, &out
-	if err := s.lab.Instance.Run(cmd); err != nil {
+	if err := ns.Run(cmd); err != nil {
 		s.Fatalf("%s: %v\n%s", script, err, out.String())
 	}
 	return out.String()
@@ -150,7 +155,15 @@ func (s *site) daemon(r *Redirect) {
 // serve answers connections until the test ends.
 func (s *site) serve(ns *netlab.Namespace, at netip.AddrPort, name string) {
 	s.Helper()
-	ln, err := ns.Listen(context.Background(), nil, "tcp", at.String())
+	lc := &net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		return c.Control(func(fd uintptr) { // as the daemon, where IPv6 is off
+			if at.Addr().Is6() {
+				unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_FREEBIND, 1)
+			}
+		})
+	}}
+	lc.SetMultipathTCP(false)
+	ln, err := ns.Listen(context.Background(), lc, "tcp", at.String())
 	if err != nil {
 		s.Fatal(err)
 	}

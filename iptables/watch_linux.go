@@ -153,7 +153,7 @@ func (r *Redirect) aboutLink(m syscall.NetlinkMessage) bool {
 	switch m.Header.Type {
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
 		skip = unix.SizeofIfInfomsg
-	case unix.RTM_DELADDR:
+	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
 		skip = unix.SizeofIfAddrmsg
 	default:
 		return false
@@ -167,10 +167,12 @@ func (r *Redirect) aboutLink(m syscall.NetlinkMessage) bool {
 	}
 	for _, a := range attributes {
 		switch {
-		case m.Header.Type == unix.RTM_DELADDR && a.Attr.Type == unix.IFA_ADDRESS:
+		case skip == unix.SizeofIfAddrmsg && a.Attr.Type == unix.IFA_ADDRESS:
 			address, _ := netip.AddrFromSlice(a.Value)
-			return slices.Contains(r.config.ForwardedAddrs, address)
-		case m.Header.Type != unix.RTM_DELADDR && a.Attr.Type == unix.IFLA_IFNAME:
+			// The host hook of audit mode comes and goes with ::1.
+			return m.Header.Type == unix.RTM_DELADDR && slices.Contains(r.config.ForwardedAddrs, address) ||
+				address == netip.IPv6Loopback()
+		case skip == unix.SizeofIfInfomsg && a.Attr.Type == unix.IFLA_IFNAME:
 			return unix.ByteSliceToString(a.Value) == LinkName
 		}
 	}
