@@ -108,6 +108,7 @@ func Listen(ctx context.Context, addr netip.AddrPort) (net.Listener, error) {
 	network := "tcp4"
 	if addr.Addr().Is6() {
 		network = "tcp6"
+		lc.Control = freebind
 	}
 	return lc.Listen(ctx, network, addr.String())
 }

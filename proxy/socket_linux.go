@@ -13,6 +13,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// freebind lets a socket be bound to an IPv6 address that this host does not
+// have now. Linux before 4.15 knows no such option, and there the bind fails.
+func freebind(_, _ string, c syscall.RawConn) error {
+	return c.Control(func(fd uintptr) { unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_FREEBIND, 1) })
+}
+
 // originalDst is where a redirected connection was going (SO_ORIGINAL_DST,
 // linux/netfilter_ipv4.h and linux/netfilter_ipv6/ip6_tables.h). For one that
 // was not redirected it is our own address, or an error when conntrack does not

@@ -217,7 +217,8 @@ func (d *daemon) listen(ctx context.Context, rules iptables.Config, inherited []
 		}
 		for _, addr := range ports(rules) {
 			ln, err := proxy.Listen(ctx, addr)
-			if errors.Is(err, syscall.EADDRNOTAVAIL) && addr.Addr().Is6() {
+			// The kernel has no IPv6, or an old one has it off: see proxy.Listen.
+			if addr.Addr().Is6() && (errors.Is(err, syscall.EAFNOSUPPORT) || errors.Is(err, syscall.EADDRNOTAVAIL)) {
 				d.log.Info().Stringer("address", addr).Msg("this host has no IPv6")
 				continue
 			}
