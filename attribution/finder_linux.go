@@ -108,10 +108,40 @@ func (f *Finder) Level() Level { return Level0 }
 func (f *Finder) Stats() Stats { return f.scans.read() }
 
 // Direct lists the connections of this namespace whose remote end is one of the
-// endpoints. Before a redirect is installed those are the ones that it will not
-// catch; afterwards the proxy's own are among them, too.
-func (f *Finder) Direct(endpoints []netip.AddrPort) ([]diag.Socket, error) {
-	return f.diag.Connected(endpoints)
+// endpoints and that lead there. A redirected client sees the endpoint as its
+// remote end just the same, but the other half of its connection is at one of
+// our listeners, which are given; it may still wait there to be accepted, or be
+// closed already. What belongs to our own user uid is left out, since the proxy
+// may be at work, and so is a connection that no process holds: nobody can read
+// an answer from it.
+func (f *Finder) Direct(endpoints, listeners []netip.AddrPort, uid uint32) ([]diag.Socket, error) {
+	all, err := f.diag.Connected(endpoints)
+	if err != nil {
+		return nil, err
+	}
+	var direct []diag.Socket
+	for _, s := range all {
+		if s.Inode == 0 || s.UID == uid {
+			continue
+		}
+		redirected := false
+		for _, l := range listeners {
+			if l.Addr().Is4() != s.Local.Addr().Is4() {
+				continue
+			}
+			_, err := f.diag.Find(diag.Tuple{Local: l, Remote: s.Local}, 0)
+			switch {
+			case err == nil, errors.Is(err, diag.ErrGone):
+				redirected = true
+			case !errors.Is(err, diag.ErrNotFound) && !errors.Is(err, diag.ErrMismatch):
+				return nil, err
+			}
+		}
+		if !redirected {
+			direct = append(direct, s)
+		}
+	}
+	return direct, nil
 }
 
 // Abort resets one connection that Direct listed.

@@ -115,7 +115,7 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 		serving.Wait()
 	}()
 
-	if err := d.start(ctx, p, rules.Endpoints); err != nil {
+	if err := d.start(ctx, p, rules); err != nil {
 		return err
 	}
 	defer d.stop()
@@ -257,18 +257,33 @@ func ports(rules iptables.Config) []netip.AddrPort {
 
 // start brings the traffic here, and deals with connections that were there
 // before.
-func (d *daemon) start(ctx context.Context, p *policy.Policy, endpoints []netip.AddrPort) error {
-	older, err := d.finder.Direct(endpoints)
-	if err != nil {
-		return err
-	}
+func (d *daemon) start(ctx context.Context, p *policy.Policy, rules iptables.Config) error {
 	d.state("daemon-started", "info", fmt.Sprintf("imdsgated %s started in %s mode", version, p.Mode), nil)
 	if p.Mode == policy.Off {
 		_, err := iptables.Remove(ctx)
 		return err
 	}
+	// Twice, because the guard of enforce mode resets some of the first at once,
+	// and some are made while we install.
+	older, err := d.finder.Direct(rules.Endpoints, ports(rules), rules.UID)
+	if err != nil {
+		return err
+	}
 	if err := d.install(ctx); err != nil {
 		return err
+	}
+	newer, err := d.finder.Direct(rules.Endpoints, ports(rules), rules.UID)
+	if err != nil {
+		return err
+	}
+	known := make(map[uint64]bool)
+	for _, s := range older {
+		known[s.Cookie] = true
+	}
+	for _, s := range newer {
+		if !known[s.Cookie] {
+			older = append(older, s)
+		}
 	}
 	for _, s := range older {
 		message := fmt.Sprintf("a connection to %v is older than the redirect and does not pass through it", s.Remote)

@@ -2,12 +2,14 @@ package e2e
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -408,6 +410,53 @@ func TestOlderConnections(t *testing.T) {
 			t.Error(err)
 		}
 		conn.Close()
+	}
+}
+
+// Connections that are made while the daemon starts either pass through it or are
+// recorded as direct ones.
+func TestConnectionsDuringStart(t *testing.T) {
+	t.Parallel()
+	h := prepare(t, netlab.Options{IMDS: &imdstest.Config{Persistence: imdstest.AlwaysKeep}})
+	ctx, cancel := context.WithCancel(context.Background())
+	var clients sync.WaitGroup
+	local := make(map[string]bool)
+	clients.Go(func() {
+		for ctx.Err() == nil && len(local) < 2000 {
+			conn, err := h.dial("169.254.169.254:80")
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer conn.Close()
+			local[conn.LocalAddr().String()] = true
+			time.Sleep(time.Millisecond)
+		}
+	})
+	defer clients.Wait()
+	defer cancel()
+	h.start("mode: audit\n")
+	time.Sleep(50 * time.Millisecond)
+	docs, err := h.Documents()
+	if err != nil {
+		t.Fatal(err)
+	}
+	recorded := 0
+	for _, d := range docs {
+		if d.At("event.action") == "direct-imds-connection" {
+			recorded++
+		}
+	}
+	cancel()
+	clients.Wait()
+	direct := 0
+	for _, c := range h.IMDS.Transcript().Connections {
+		if local[c.Remote.String()] {
+			direct++
+		}
+	}
+	if direct == 0 || recorded != direct {
+		t.Errorf("%d of %d connections were direct, %d recorded", direct, len(local), recorded)
 	}
 }
 

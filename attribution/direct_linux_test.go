@@ -1,0 +1,92 @@
+package attribution
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"testing"
+
+	"github.com/imdsgate/imdsgate/test/lab/labtest"
+	"github.com/imdsgate/imdsgate/test/lab/netlab"
+)
+
+// TestDirect has a connection that is older than a redirect, and redirected ones of which the proxy has the other
+// half in each way that it may.
+func TestDirect(t *testing.T) {
+	for name, endpoint := range map[string]string{"IPv4": "169.254.169.254:80", "IPv6": "[fd00:ec2::254]:80"} {
+		t.Run(name, func(t *testing.T) { testDirect(t, netip.MustParseAddrPort(endpoint)) })
+	}
+}
+
+func testDirect(t *testing.T, endpoint netip.AddrPort) {
+	l := labtest.Start(t, netlab.Options{})
+	listener, tool := netip.MustParseAddrPort("127.0.0.1:254"), "iptables"
+	if endpoint.Addr().Is6() {
+		listener, tool = netip.MustParseAddrPort("[::1]:254"), "ip6tables"
+	}
+	var f *Finder
+	if err := l.Instance.Do(func() (err error) {
+		f, err = New(Options{})
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	dial := func() net.Conn {
+		t.Helper()
+		c, err := l.Instance.Dial(context.Background(), nil, "tcp", endpoint.String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			c.(*net.TCPConn).SetLinger(0)
+			c.Close()
+		})
+		return c
+	}
+	direct := func(uid uint32) (ports []uint16) {
+		t.Helper()
+		found, err := f.Direct([]netip.AddrPort{endpoint}, []netip.AddrPort{listener}, uid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range found {
+			ports = append(ports, s.Local.Port())
+		}
+		return ports
+	}
+	const nobody = 65534
+
+	older := dial().LocalAddr().(*net.TCPAddr).AddrPort().Port()
+	ln, err := l.Instance.Listen(context.Background(), nil, "tcp", listener.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	if err := l.Instance.Run(exec.Command(tool, "-t", "nat", "-A", "OUTPUT", "-d", endpoint.Addr().String(), "-p", "tcp",
+		"--dport", "80", "-j", "REDIRECT", "--to-ports", "254")); err != nil {
+		t.Fatal(err)
+	}
+	dial()
+	accepted, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer accepted.Close()
+	dial()
+	closed, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed.Close()
+	dial() // is not accepted
+
+	if got := direct(nobody); len(got) != 1 || got[0] != older {
+		t.Errorf("direct: local ports %v, want %d", got, older)
+	}
+	if got := direct(uint32(os.Geteuid())); len(got) != 0 {
+		t.Errorf("ours: local ports %v", got)
+	}
+}
