@@ -183,9 +183,19 @@ func (r *Redirect) survey(ctx context.Context) (*survey, error) {
 			"there is no IPv6 redirect (%v): when somebody switches IPv6 on, the metadata service is reached past the daemon", r.broken))
 	}
 
+	if on, err := readInt("/proc/sys/net/ipv4/conf/all/accept_source_route"); err == nil && on != 0 {
+		s.report.Warnings = append(s.report.Warnings, sourceRouteWarning)
+	}
 	s.report.Conntrack.First = !tracked
 	return s, s.report.Conntrack.read()
 }
+
+// Any user may give his packets a source route (IP_OPTIONS, ip(7)) whose first hop is this host and whose last is an
+// endpoint. Neither hook sees the endpoint: filter FORWARD comes before the destination is changed
+// (net/ipv4/ip_forward.c, ip_forward_finish), and a client got through in enforce (measured). The kernel's default is
+// off. IPv6 changes it before, and there the guard refuses.
+const sourceRouteWarning = "net.ipv4.conf.all.accept_source_route is 1, so a user of this host may send packets to the " +
+	"metadata service past the redirect, by way of the host itself; set it to 0"
 
 // read reads all rules of the host: ours into s, everybody else's for judging. tracked says that somebody else uses
 // the connection tracker.

@@ -236,6 +236,9 @@ type client struct {
 	mark   int
 	uid    int
 	mapped bool // an IPv6 socket with an IPv4-mapped address
+
+	protocol int                // 0 is plain TCP
+	prepare  func(fd int) error // before it connects
 }
 
 // connect connects from the calling thread's namespace within two seconds.
@@ -250,7 +253,7 @@ func (c client) connect(to netip.AddrPort) (net.Conn, error) {
 		unix.Setfsuid(c.uid)
 		defer unix.Setfsuid(0)
 	}
-	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, c.protocol)
 	if err != nil {
 		return nil, err
 	}
@@ -259,6 +262,11 @@ func (c client) connect(to netip.AddrPort) (net.Conn, error) {
 	if c.mark != 0 {
 		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, c.mark); err != nil {
 			return nil, err
+		}
+	}
+	if c.prepare != nil {
+		if err := c.prepare(fd); err != nil {
+			return nil, fmt.Errorf("prepare: %w", err)
 		}
 	}
 	if err := unix.Connect(fd, address); err != nil && err != unix.EINPROGRESS {
