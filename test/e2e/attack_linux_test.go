@@ -1,9 +1,11 @@
 package e2e
 
 import (
+	"os/exec"
 	"strings"
 	"testing"
 
+	"github.com/imdsgate/imdsgate/test/gate"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
 )
 
@@ -44,6 +46,32 @@ func TestSpellingsOfTheAddress(t *testing.T) {
 		if got := h.curl(client{uid: ordinaryUser}, "http://"+host+credentials); got != "403" {
 			t.Errorf("%s: %s", host, got)
 		}
+	}
+}
+
+// A host on which IPv6 is off when the daemon starts, and switched on later.
+func TestIPv6SwitchedOn(t *testing.T) {
+	t.Parallel()
+	for mode, want := range map[string]string{"audit": "200", "enforce": "403"} {
+		h := prepare(t, netlab.Options{})
+		sh := func(script string) {
+			t.Helper()
+			if err := h.Instance.Run(exec.Command("sh", "-ec", script)); err != nil {
+				t.Fatalf("%s: %v", script, err)
+			}
+		}
+		sh("echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6")
+		h.start("mode: " + mode + "\n")
+		sh("echo 0 >/proc/sys/net/ipv6/conf/all/disable_ipv6; ip addr add fd00:ec2:1::10/64 dev eth0 nodad; ip -6 route replace fd00:ec2::254 dev eth0")
+		if mode == "audit" { // which takes the hook only now
+			if _, err := h.Await("::1", func(d gate.Document) bool { return d.At("event.action") == "redirect-rule-changed" }); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := h.curl(client{uid: ordinaryUser}, service6+role); got != want {
+			t.Errorf("%s: %s, want %s", mode, got, want)
+		}
+		h.decided(role, "curl")
 	}
 }
 
