@@ -66,9 +66,7 @@ func (c *Class) UnmarshalText(text []byte) error {
 // MarshalText writes the class name.
 func (c Class) MarshalText() ([]byte, error) { return []byte(c.String()), nil }
 
-// Target is what a request target means. A target may be spelled in many ways
-// and IMDS is not documented to refuse any of them, so it is read in each of
-// them, and the reading that is worth most counts.
+// Target is what a request target means.
 type Target struct {
 	Class Class
 	// Path is the target resolved: percent-decoded, without empty and dot
@@ -109,6 +107,14 @@ const maxDecodings = 3
 // of RFC 9112 section 3.2.1 has one reading; every other target is an
 // ErrTarget, as is one with a control character, a space, a backslash, a
 // fragment or a byte beyond ASCII in any reading.
+//
+// IMDS is not documented to refuse any spelling, nor to understand one, so no
+// reading of the target by any service may be worth more than the class it
+// gets here. A plain target differs between services in two ways: whether they
+// fold case, and whether they look at the version. Both readings are taken, and
+// what is worth more counts. An evasive one has as many readings as there are
+// orders of decoding, cutting and resolving; none of them can bring in a word
+// that no round of decoding shows, so it is worth what it mentions.
 func Classify(endpoint netip.Addr, target string) (Target, error) {
 	if target == "" || target[0] != '/' {
 		return Target{}, fmt.Errorf("%w: not a path", ErrTarget)
@@ -119,62 +125,77 @@ func Classify(endpoint netip.Addr, target string) (Target, error) {
 	if strings.IndexByte(target, '#') >= 0 {
 		return Target{}, fmt.Errorf("%w: it has a fragment", ErrTarget)
 	}
+	rounds, decoded, err := decode(target)
+	if err != nil {
+		return Target{}, err
+	}
+	cut := decoded
+	if i := strings.IndexAny(decoded, "?#"); i >= 0 {
+		cut = decoded[:i]
+	}
+	segments, odd := resolve(cut)
+	t := Target{Path: join(segments, cut), Evasive: odd || cut != target}
+	if len(segments) > 0 && version(segments[0]) {
+		t.Version = segments[0]
+	}
+	if t.Evasive {
+		var best worth
+		for _, text := range rounds {
+			best = worse(best, mentioned(text))
+		}
+		t.Class, t.Suspect = best.class, best.suspect
+		return t, nil
+	}
+
 	classify := classifyEC2
 	switch endpoint {
 	case ecsEndpoint, eksEndpoint, eksEndpoint6:
 		classify = classifyContainer
 	}
-
-	var t Target
-	path, _, query := strings.Cut(target, "?")
-	decoded := path
-	for round := 0; ; round++ {
-		once, err := unescape(decoded)
-		if err != nil {
-			return Target{}, err
-		}
-		if once == decoded {
-			break
-		}
-		if round == maxDecodings {
-			return Target{}, fmt.Errorf("%w: percent-encoded more than %d times", ErrTarget, maxDecodings)
-		}
-		decoded = once
-		t.Evasive = true
-	}
-	if err := plain(decoded); err != nil {
-		return Target{}, err
-	}
-	// Decoding may have brought a delimiter to light that an upstream which
-	// decodes first would stop at.
-	cut := decoded
-	if i := strings.IndexAny(decoded, "?#"); i >= 0 {
-		cut, query = decoded[:i], true
-	}
-	if query {
-		t.Evasive = true
-	}
-	segments, odd := resolve(cut)
-	t.Evasive = t.Evasive || odd
-	t.Path = join(segments, cut)
-
-	best := classify(segments, cut)
-	for _, reading := range []string{path, strings.ToLower(cut), decoded} {
-		if reading == cut {
-			continue
-		}
-		s, _ := resolve(reading)
-		c := classify(s, reading)
-		if c != best {
-			t.Evasive = true
-		}
-		best = worse(best, c)
+	best := classify(segments, target)
+	if folded := strings.ToLower(target); folded != target {
+		s, _ := resolve(folded)
+		w := classify(s, folded)
+		t.Evasive = w != best || len(s) > 0 && t.Version == "" && version(s[0])
+		best = worse(best, w)
 	}
 	t.Class, t.Suspect = best.class, best.suspect
-	if len(segments) > 0 && version(segments[0]) {
-		t.Version = segments[0]
-	}
 	return t, nil
+}
+
+// decode undoes percent-encoding until nothing changes, and gives what each
+// round shows, and the last. It takes the query along, because a service may
+// decode before it looks for one.
+func decode(target string) (rounds [maxDecodings + 1]string, last string, err error) {
+	last = target
+	for i := range rounds {
+		rounds[i] = last
+		once, err := unescape(last)
+		if err != nil {
+			return rounds, "", err
+		}
+		if once == last {
+			return rounds, last, plain(last)
+		}
+		last = once
+	}
+	return rounds, "", fmt.Errorf("%w: percent-encoded more than %d times", ErrTarget, maxDecodings)
+}
+
+// mentioned is what an evasive target is worth: as much as the dearest place
+// of the tree that it names, in whatever order, and never less than a path
+// that is in no catalogue.
+func mentioned(text string) worth {
+	s := strings.ToLower(text)
+	switch {
+	case strings.Contains(s, "credential"):
+		return worth{class: Credentials}
+	case strings.Contains(s, "instance-identity"):
+		return worth{class: IdentityProof}
+	case strings.Contains(s, "user-data"):
+		return worth{class: UserData}
+	}
+	return unknown([]string{s})
 }
 
 // plain refuses what no reading may contain.
@@ -226,7 +247,8 @@ func hex(c byte) int {
 
 // resolve splits a path into its segments: without empty ones, dot segments
 // resolved, parameters (";x=y") and trailing dots cut. odd says that anything
-// but empty segments was there to resolve.
+// but empty segments was there to resolve, or a plus sign at the edge of a
+// segment: to some it is a blank, and to some of those a blank there is nothing.
 func resolve(path string) (segments []string, odd bool) {
 	segments = make([]string, 0, 8)
 	for s := range strings.SplitSeq(path, "/") {
@@ -245,6 +267,9 @@ func resolve(path string) (segments []string, odd bool) {
 				segments = segments[:len(segments)-1]
 			}
 			continue
+		}
+		if s[0] == '+' || s[len(s)-1] == '+' {
+			odd = true
 		}
 		if trimmed := strings.TrimRight(s, "."); trimmed != s {
 			odd = true
@@ -324,12 +349,26 @@ func worse(a, b worth) worth {
 	return a
 }
 
-// classifyEC2 knows the EC2 tree. segments are those of path.
+// classifyEC2 knows the EC2 tree, with any number of versions before it.
+// segments are those of path.
 func classifyEC2(segments []string, path string) worth {
+	listing := strings.HasSuffix(path, "/")
+	if len(segments) == 0 || version(segments[0]) {
+		return classifyTree(afterVersions(segments), listing)
+	}
+	// A service that does not look at the version takes anything for one.
+	return worse(classifyTree(segments, listing), classifyTree(afterVersions(segments[1:]), listing))
+}
+
+func afterVersions(segments []string) []string {
 	for len(segments) > 0 && version(segments[0]) {
 		segments = segments[1:]
 	}
-	listing := strings.HasSuffix(path, "/")
+	return segments
+}
+
+// classifyTree knows the tree below a version.
+func classifyTree(segments []string, listing bool) worth {
 	if len(segments) == 0 {
 		return worth{class: Listing}
 	}

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -179,7 +180,7 @@ func check(t *testing.T, ask func(string) string, target string) {
 }
 
 func FuzzClassify(f *testing.F) {
-	for _, s := range spellings {
+	for _, s := range slices.Concat(spellings, ambiguous) {
 		f.Add(s)
 	}
 	f.Add("/latest/user-data")
@@ -193,6 +194,9 @@ func FuzzClassify(f *testing.F) {
 			t.Errorf("%q resolves to %q", target, got.Path)
 		}
 		check(t, ask, target)
+		for _, endpoint := range endpoints {
+			compare(t, endpoint, target)
+		}
 	})
 }
 
