@@ -140,46 +140,12 @@ func TestRulesSeeWhatIsWritten(t *testing.T) {
 	}
 }
 
-const token = "AQAEAExampleExampleExampleExampleExampleExampleExamples=="
-
-func TestRedaction(t *testing.T) {
-	for _, test := range []struct{ in, want string }{
-		{"curl -H X-aws-ec2-metadata-token: " + token + " http://169.254.169.254/", "curl -H X-aws-ec2-metadata-token: [redacted] http://169.254.169.254/"},
-		{"X-AWS-EC2-Metadata-Token=secret123", "X-AWS-EC2-Metadata-Token=[redacted]"},
-		{"X-aws-ec2-metadata-token-ttl-seconds: 21600", "X-aws-ec2-metadata-token-ttl-seconds: 21600"},
-		{"TOKEN " + token + " end", "TOKEN [redacted] end"},
-		{"AWS_SECRET_ACCESS_KEY=abcdefgh aws s3 ls", "AWS_SECRET_ACCESS_KEY=[redacted] aws s3 ls"},
-		{"AWS_SESSION_TOKEN=abcdefgh", "AWS_SESSION_TOKEN=[redacted]"},
-		{`{"SecretAccessKey": "abcdefgh"}`, `{"SecretAccessKey": "[redacted]"}`},
-		{"mysql --password=hunter22 -h x", "mysql --password=[redacted] -h x"},
-		{"mysql --password hunter22 -h x", "mysql --password [redacted] -h x"},
-		{"tool --db-token hunter22", "tool --db-token [redacted]"},
-		{"curl -H 'Authorization: Bearer abc.def'", "curl -H 'Authorization: Bearer [redacted]'"},
-		{"git clone https://user:pass@example.com/x", "git clone https://[redacted]@example.com/x"},
-		{"jwt eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abcdefgh", "jwt [redacted]"},
-		{"-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----", "-----BEGIN RSA PRIVATE KEY-----[redacted]"},
-		{"curl http://169.254.169.254/latest/api/token", "curl http://169.254.169.254/latest/api/token"},
-		{"/usr/bin/python3 -m token", "/usr/bin/python3 -m token"},
-	} {
-		if got := Redact(test.in); got != test.want {
-			t.Errorf("%q:\n got %q\nwant %q", test.in, got, test.want)
-		}
-		if got := Redact(Redact(test.in)); got != Redact(test.in) {
-			t.Errorf("%q: redacting again changes it to %q", test.in, got)
-		}
-	}
-	args := []string{"mysql", "--password", "hunter22", "-h", "x"}
-	if got := redactArgs(args); got[2] != redacted || args[2] != "hunter22" {
-		t.Errorf("%q from %q", got, args)
-	}
-}
-
 // A secret in argv shows nowhere in the documents: not of the subject, not of
 // its parent, not in the message.
 func TestNoSecretLeaves(t *testing.T) {
 	e := denied()
 	for p := e.Subjects[0]; p != nil; p = p.Parent {
-		p.Args = []string{"curl", "-H", "X-aws-ec2-metadata-token: " + token, "--password", "hunter22", "http://169.254.169.254/"}
+		p.Args = []string{"curl", "-H", "X-aws-ec2-metadata-token: " + token, "--password", "hunter22 swordfish", "http://169.254.169.254/"}
 		p.CommandLine = strings.Join(p.Args, " ")
 		p.WorkingDir = "/tmp/" + token
 		p.Thread = "AWS_SECRET_ACCESS_KEY=x1234567"
@@ -189,7 +155,7 @@ func TestNoSecretLeaves(t *testing.T) {
 	e.Request.Path = e.Request.Target
 	for _, v := range e.Views() {
 		line := string(v.AppendJSON(nil))
-		for _, secret := range []string{token, "hunter22", "x1234567"} {
+		for _, secret := range []string{token, "hunter22", "swordfish", "x1234567"} {
 			if strings.Contains(line, secret) {
 				t.Errorf("%q in %s", secret, line)
 			}

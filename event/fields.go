@@ -23,6 +23,7 @@ type Value struct {
 	Set   bool
 	Text  string
 	Texts []string // instead of Text, for a field with several values
+	args  []string // that Text is made of, with blanks between them
 	Int   int64
 	Ints  []int64 // instead of Int
 	Bool  bool
@@ -52,7 +53,7 @@ type Field struct {
 
 	docs  docs
 	free  bool // text that a process or client chose, and that may carry a secret
-	argv  bool // the values are the arguments of one command
+	argv  bool // the values are the arguments of one command, and free together
 	first bool // only the first of several values is written; ECS wants one
 	get   func(*View) Value
 	parts []string
@@ -262,9 +263,11 @@ func processFields(add adder, array func(docs, Type, string, func(*View) Value),
 	executable.Array, executable.free, executable.first = true, true, true
 	add(onProcess, Keyword, prefix+".thread.name", of(func(p *Process) Value { return known(p.Thread) })).free = true
 	args := add(onProcess, Keyword, prefix+".args", of(func(p *Process) Value { return texts(p.Args...) }))
-	args.Array, args.free, args.argv = true, true, true
+	args.Array, args.argv = true, true
 	add(onProcess, Long, prefix+".args_count", of(func(p *Process) Value { return number(int64(len(p.Args))) }))
-	add(onProcess, Keyword, prefix+".command_line", of(func(p *Process) Value { return known(p.CommandLine) })).free = true
+	add(onProcess, Keyword, prefix+".command_line", of(func(p *Process) Value {
+		return Value{Set: p.CommandLine != "", Text: p.CommandLine, args: p.Args}
+	})).free = true
 	add(onProcess, Keyword, prefix+".working_directory", of(func(p *Process) Value { return text(p.WorkingDir) })).free = true
 	add(onProcess, Date, prefix+".start", of(func(p *Process) Value { return date(p.Start) }))
 	add(onProcess, Boolean, prefix+".interactive", of(func(p *Process) Value { return flag(p.TTY) }))

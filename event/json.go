@@ -2,6 +2,7 @@ package event
 
 import (
 	"strconv"
+	"strings"
 	"unicode/utf8"
 )
 
@@ -89,6 +90,9 @@ func (f *Field) append(b []byte, v Value) (_ []byte, short bool) {
 			return append(b, '"'), false
 		}
 	}
+	if v.args != nil && suspicious(v.Text) {
+		return appendCut(b, strings.Join(RedactArgs(v.args), " "), maxText)
+	}
 	if v.Texts == nil {
 		return f.appendText(b, v.Text, maxText)
 	}
@@ -98,7 +102,7 @@ func (f *Field) append(b []byte, v Value) (_ []byte, short bool) {
 	all := v.Texts[:min(len(v.Texts), maxTexts)]
 	short = len(all) < len(v.Texts)
 	if f.argv {
-		all = redactArgs(all)
+		all = RedactArgs(all)
 	}
 	b = append(b, '[')
 	left := maxText
@@ -122,6 +126,10 @@ func (f *Field) appendText(b []byte, s string, limit int) (_ []byte, short bool)
 	if f.free {
 		s = Redact(s)
 	}
+	return appendCut(b, s, limit)
+}
+
+func appendCut(b []byte, s string, limit int) (_ []byte, short bool) {
 	if len(s) > limit {
 		end := limit
 		for end > max(0, limit-utf8.UTFMax) && !utf8.RuneStart(s[end]) {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/imdsgate/imdsgate/cmd/report"
@@ -159,7 +160,7 @@ func subject(p *event.Process) report.Subject {
 	}
 	return report.Subject{
 		PID: p.PID, EntityID: p.EntityID, Start: p.Start, Executable: p.Executable, Name: p.Name,
-		CommandLine: event.Redact(p.CommandLine), WorkingDir: p.WorkingDir, User: name, Unit: p.Unit, UserUnit: p.UserUnit,
+		CommandLine: strings.Join(event.RedactArgs(p.Args), " "), WorkingDir: p.WorkingDir, User: name, Unit: p.Unit, UserUnit: p.UserUnit,
 		Cgroup: p.Cgroup, Container: p.Container, HostVerified: p.HostVerified, RootOwned: p.RootOwned, Loader: p.Loader,
 	}
 }
