@@ -2,7 +2,9 @@ package proxy
 
 import (
 	"bytes"
+	"errors"
 	"net"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -72,16 +74,21 @@ func TestTransparent(t *testing.T) {
 	}
 }
 
-// s3fs waits for 100 Continue before it sends its empty chunked body.
+// expecting is a token request that waits for 100 Continue.
+const expecting = "PUT /latest/api/token HTTP/1.1\r\n" + host + "X-aws-ec2-metadata-token-ttl-seconds: 60\r\nExpect: 100-continue\r\n"
+
+// s3fs waits for 100 Continue before it sends its empty chunked body, though not
+// for ever.
 func TestExpect(t *testing.T) {
 	for _, mode := range []policy.Mode{policy.Audit, policy.Enforce} {
 		for _, c := range []struct {
 			name, head, body string
 			fault            imdstest.Fault
 		}{
-			{"chunked", "Transfer-Encoding: chunked\r\n", "0\r\n\r\n", imdstest.Fault{}},
-			{"length", "Content-Length: 5\r\n", "hello", imdstest.Fault{}},
-			{"refused", "Transfer-Encoding: chunked\r\n", "0\r\n\r\n", imdstest.Fault{Status: 417}},
+			{"chunked", "Transfer-Encoding: chunked\r\n", emptyBody, imdstest.Fault{}},
+			{"no body", "Content-Length: 0\r\n", "", imdstest.Fault{}},
+			{"refused", "Transfer-Encoding: chunked\r\n", emptyBody, imdstest.Fault{Status: 417}},
+			{"never told", "Transfer-Encoding: chunked\r\n", emptyBody, imdstest.Fault{NoContinue: true}},
 		} {
 			t.Run(mode.String()+" "+c.name, func(t *testing.T) {
 				cfg := emulator()
@@ -89,31 +96,83 @@ func TestExpect(t *testing.T) {
 				r := newRig(t, setting{lab: netlab.Options{IMDS: cfg}, policy: policy.Config{Mode: mode}})
 				var got, seen [2]string
 				for i, direct := range []bool{true, false} {
-					r.lab.IMDS.Reset()
-					conn := r.dial(direct)
-					conn.SetDeadline(time.Now().Add(5 * time.Second))
-					head := "PUT /latest/api/token HTTP/1.1\r\n" + host + "X-aws-ec2-metadata-token-ttl-seconds: 60\r\nExpect: 100-continue\r\n" + c.head + "\r\n"
-					if _, err := conn.Write([]byte(head)); err != nil {
-						t.Fatal(err)
-					}
-					buf := make([]byte, 4096)
-					n, err := conn.Read(buf)
-					if err != nil {
-						t.Fatal(err)
-					}
-					got[i] = string(buf[:n])
-					if strings.HasPrefix(got[i], "HTTP/1.1 100 ") {
-						rest, end := talk(t, conn, c.body, 2*time.Second)
-						got[i] += rest + end
-					}
-					conn.Close()
-					seen[i] = strings.Join(r.received(), "|")
+					got[i], seen[i] = r.expect(direct, c.head, c.body)
 				}
 				if masked(got[0]) != masked(got[1]) || seen[0] != seen[1] {
 					t.Errorf("directly %q, service sees %q\nthrough us %q, service sees %q", got[0], seen[0], got[1], seen[1])
 				}
+				if !strings.Contains(got[0], "\r\n\r\n") {
+					t.Errorf("no answer, so nothing was compared: %q", got[0])
+				}
 			})
 		}
+	}
+}
+
+// expect sends a head, and the body when it is told to or has waited enough.
+func (r *rig) expect(direct bool, head, body string) (got, seen string) {
+	r.t.Helper()
+	r.lab.IMDS.Reset()
+	conn := r.dial(direct)
+	defer conn.Close()
+	if _, err := conn.Write([]byte(expecting + head + "\r\n")); err != nil {
+		r.t.Fatal(err)
+	}
+	conn.SetDeadline(time.Now().Add(time.Second))
+	buf := make([]byte, 4096)
+	n, err := conn.Read(buf)
+	conn.SetDeadline(time.Time{})
+	got = string(buf[:n])
+	if strings.HasPrefix(got, "HTTP/1.1 100 ") || errors.Is(err, os.ErrDeadlineExceeded) {
+		rest, end := talk(r.t, conn, body, 2*time.Second)
+		got += rest + end
+	}
+	return got, strings.Join(r.received(), "|")
+}
+
+// A client that asks to wait, and then sends another body than the empty one,
+// is refused when it is too late to refuse the head. In audit mode it is a tunnel
+// from there on.
+func TestBodyAfterContinue(t *testing.T) {
+	const chunked, body = "Transfer-Encoding: chunked\r\n", "5\r\nhello\r\n0\r\n\r\n"
+	for _, mode := range []policy.Mode{policy.Audit, policy.Enforce} {
+		t.Run(mode.String(), func(t *testing.T) {
+			r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}, policy: policy.Config{Mode: mode}})
+			want, wantSeen := r.expect(true, chunked, body)
+			if mode == policy.Enforce {
+				want = "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 400 Bad Request\r\n"
+				wantSeen = expecting + chunked + "\r\n"
+			}
+			got, seen := r.expect(false, chunked, body)
+			if mode == policy.Enforce {
+				got = got[:min(len(got), len(want))]
+			}
+			if masked(got) != masked(want) || seen != wantSeen {
+				t.Errorf("%q, service sees %q\nwant %q, service sees %q", got, seen, want, wantSeen)
+			}
+			odd := 0
+			for _, ev := range r.recorded(2) {
+				if ev.Request.Malformed != "" {
+					odd++
+				}
+			}
+			if odd != 1 {
+				t.Errorf("%d of 2 events are of a malformed request", odd)
+			}
+		})
+	}
+}
+
+// A client that waits for 100 Continue and may not ask gets the refusal alone.
+func TestExpectRefused(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}, policy: policy.Config{Mode: policy.Enforce, Posture: policy.Strict}})
+	head := strings.Replace(expecting, "/latest/api/token", "/latest/meta-data/iam/security-credentials/imdsgate-lab-role", 1)
+	got, end := talk(t, r.dial(false), head+"Transfer-Encoding: chunked\r\n\r\n", 2*time.Second)
+	if !strings.HasPrefix(got, "HTTP/1.1 403 ") || end != "FIN" {
+		t.Errorf("%q, %s", got, end)
+	}
+	if seen := strings.Join(r.received(), ""); seen != "" {
+		t.Errorf("the service saw %q", seen)
 	}
 }
 
@@ -209,7 +268,14 @@ var riddles = []struct{ name, send string }{
 	{"a long target", "GET /" + strings.Repeat("a", maxTarget) + " HTTP/1.1\r\n" + host + "\r\n"},
 	{"a long head", "GET / HTTP/1.1\r\nX: " + strings.Repeat("a", maxHead) + "\r\n\r\n"},
 	{"many fields", "GET / HTTP/1.1\r\n" + strings.Repeat("X: a\r\n", maxFields+1) + "\r\n"},
-	{"a large body", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Content-Length: 20000\r\n\r\n"},
+	{"a body", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Content-Length: 5\r\n\r\nhello"},
+	{"a body that does not come", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Content-Length: 20000\r\n\r\n"},
+	{"a body that would wait", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Expect: 100-continue\r\nContent-Length: 5\r\n\r\n"},
+	{"a chunk", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"},
+	{"a chunk that should wait", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"},
+	{"length 0, in more digits", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Content-Length: 00\r\n\r\n"},
+	{"chunk size 0, in more digits", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Transfer-Encoding: chunked\r\n\r\n00\r\n\r\n"},
+	{"chunks in a GET", "GET /latest/meta-data/ HTTP/1.1\r\n" + host + "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"},
 	{"TLS", "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n"},
 	{"empty line first", "\r\nGET /latest/meta-data/ HTTP/1.1\r\n" + host + "\r\n"},
 }

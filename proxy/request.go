@@ -11,11 +11,9 @@ import (
 // Limits of what a client may send. Real clients stay far below: the largest
 // head seen of 27 of them is under 1 KiB, and none sends a body.
 const (
-	maxHead    = 16 << 10
-	maxTarget  = 4 << 10
-	maxFields  = 100
-	maxBody    = 16 << 10
-	maxRequest = maxHead + 2*maxBody // a chunked body in small chunks is larger than what it carries
+	maxHead   = 16 << 10
+	maxTarget = 4 << 10
+	maxFields = 100
 )
 
 // errMalformed says that a request has no reading, or more than one. It is
@@ -35,17 +33,28 @@ type request struct {
 	host           string
 	userAgent      string
 
-	length  int64 // of the body; -1 for chunked
-	expect  bool  // waits for 100 Continue
-	close   bool  // the client will not reuse the connection
-	token   bool  // X-aws-ec2-metadata-token
-	relayed bool  // X-Forwarded-For and its kin
-	odd     bool  // spelled as no client spells it
+	chunked bool // an emptyBody follows the head
+	expect  bool // which the client sends after 100 Continue
+	close   bool // the client will not reuse the connection
+	token   bool // X-aws-ec2-metadata-token
+	relayed bool // X-Forwarded-For and its kin
+	odd     bool // spelled as no client spells it
 }
 
-// The methods of which RFC 9110 says that a body means nothing. One that has
-// a body is malformed: upstreams differ on whether they read it.
-func bodiless(method string) bool { return method == "GET" || method == "HEAD" }
+// emptyBody is the only body that a request may have. s3fs sends it, in a token
+// PUT; every other way of writing a body, an empty one too, is one that readers
+// differ on and no client has use for.
+const emptyBody = "0\r\n\r\n"
+
+// parseBody reports whether an empty body is at the front of b: false if it is
+// not all there yet.
+func parseBody(b []byte) (whole bool, err error) {
+	n := min(len(b), len(emptyBody))
+	if string(b[:n]) != emptyBody[:n] {
+		return false, malformed("a body")
+	}
+	return n == len(emptyBody), nil
+}
 
 // parseRequest reads a request head from the front of b. It returns a nil
 // request if the head is not all there yet. There is one way to write each
@@ -169,11 +178,9 @@ func (r *request) fields(b []byte) error {
 			if err := once(&seen.length, name); err != nil {
 				return err
 			}
-			n, err := parseLength(value)
-			if err != nil {
-				return err
+			if string(value) != "0" {
+				return malformed("content-length other than 0")
 			}
-			r.length = n
 		case is(name, "transfer-encoding"):
 			if err := once(&seen.encoding, name); err != nil {
 				return err
@@ -181,7 +188,7 @@ func (r *request) fields(b []byte) error {
 			if !is(value, "chunked") || r.minor == 0 {
 				return malformed("transfer-encoding")
 			}
-			r.length = -1
+			r.chunked = true
 		case is(name, "connection"):
 			if err := r.connection(value); err != nil {
 				return err
@@ -217,13 +224,10 @@ func (r *request) fields(b []byte) error {
 	switch {
 	case seen.length && seen.encoding:
 		return malformed("content-length and transfer-encoding")
-	case r.length > maxBody:
-		return malformed("body of %d bytes, more than %d", r.length, maxBody)
-	case bodiless(r.method) && r.length != 0:
+	case r.chunked && (r.method == "GET" || r.method == "HEAD"):
 		return malformed("%s with a body", r.method)
-	case r.expect && r.length == 0:
-		r.expect = false // nothing to wait for
 	}
+	r.expect = r.expect && r.chunked // or else there is nothing to wait for
 	return nil
 }
 
@@ -246,21 +250,6 @@ func (r *request) connection(value []byte) error {
 		}
 	}
 	return nil
-}
-
-// parseLength reads a Content-Length: digits, and nothing else.
-func parseLength(value []byte) (int64, error) {
-	if len(value) == 0 || len(value) > 10 {
-		return 0, malformed("content-length")
-	}
-	var n int64
-	for _, c := range value {
-		if c < '0' || c > '9' {
-			return 0, malformed("content-length")
-		}
-		n = n*10 + int64(c-'0')
-	}
-	return n, nil
 }
 
 // is compares a field name, or a value that has no case, with lower-case ASCII.
@@ -303,67 +292,6 @@ func intern(method []byte) string {
 		return "HEAD"
 	}
 	return string(method)
-}
-
-// chunkedSize finds the end of a chunked body at the front of b: 0 if it is
-// not all there yet. Chunk extensions and trailers are refused, since they
-// are where readers differ, and no client of IMDS has use for them.
-func chunkedSize(b []byte) (int, error) {
-	at, body := 0, int64(0)
-	for {
-		line := bytes.Index(b[at:], []byte("\r\n"))
-		if line < 0 {
-			if len(b)-at > 16 || len(b) > maxRequest {
-				return 0, malformed("chunk size")
-			}
-			return 0, nil
-		}
-		size, err := parseChunkSize(b[at : at+line])
-		if err != nil {
-			return 0, err
-		}
-		at += line + 2
-		if body += size; body > maxBody {
-			return 0, malformed("body of more than %d bytes", maxBody)
-		}
-		if int64(len(b)-at) < size+2 {
-			if size == 0 && len(b)-at > 0 && b[at] != '\r' {
-				return 0, malformed("trailers")
-			}
-			return 0, nil
-		}
-		at += int(size)
-		if b[at] != '\r' || b[at+1] != '\n' {
-			if size == 0 {
-				return 0, malformed("trailers")
-			}
-			return 0, malformed("chunk without its end")
-		}
-		at += 2
-		if size == 0 {
-			return at, nil
-		}
-	}
-}
-
-func parseChunkSize(line []byte) (int64, error) {
-	if len(line) == 0 || len(line) > 8 {
-		return 0, malformed("chunk size")
-	}
-	var n int64
-	for _, c := range line {
-		switch {
-		case '0' <= c && c <= '9':
-			n = n<<4 | int64(c-'0')
-		case 'a' <= c && c <= 'f':
-			n = n<<4 | int64(c-'a'+10)
-		case 'A' <= c && c <= 'F':
-			n = n<<4 | int64(c-'A'+10)
-		default:
-			return 0, malformed("chunk size")
-		}
-	}
-	return n, nil
 }
 
 // publicHost reports whether a Host is a name that the service is not known

@@ -9,6 +9,10 @@ import (
 // own are under 1 KiB.
 const maxResponseHead = 64 << 10
 
+// maxIssued bounds what is kept of an answer to find the key in it that is handed
+// out. Credentials take 1.5 KiB.
+const maxIssued = 16 << 10
+
 // untilEOF is the length of a body that ends with the connection.
 const untilEOF = -2
 
@@ -24,6 +28,9 @@ type response struct {
 // errOpaque says that an answer cannot be read as HTTP/1. It is passed on all
 // the same, until the server closes.
 var errOpaque = errors.New("the answer is not HTTP/1")
+
+// errLength says that what stands where a length should be is none.
+var errLength = errors.New("not a length")
 
 // parseResponse reads the head of the answer to a request with this method. It
 // returns nil if the head is not all there yet. It is lenient, because IMDS is
@@ -94,6 +101,21 @@ func parseResponse(b []byte, method string) (*response, error) {
 		r.close = true
 	}
 	return r, nil
+}
+
+// parseLength reads a Content-Length: digits, and nothing else.
+func parseLength(value []byte) (int64, error) {
+	if len(value) == 0 || len(value) > 10 {
+		return 0, errLength
+	}
+	var n int64
+	for _, c := range value {
+		if c < '0' || c > '9' {
+			return 0, errLength
+		}
+		n = n*10 + int64(c-'0')
+	}
+	return n, nil
 }
 
 // interim reports whether another answer follows.
@@ -174,4 +196,24 @@ func (d *body) endOfLine() {
 			d.left = -1
 		}
 	}
+}
+
+func parseChunkSize(line []byte) (int64, error) {
+	if len(line) == 0 || len(line) > 8 {
+		return 0, errLength
+	}
+	var n int64
+	for _, c := range line {
+		switch {
+		case '0' <= c && c <= '9':
+			n = n<<4 | int64(c-'0')
+		case 'a' <= c && c <= 'f':
+			n = n<<4 | int64(c-'a'+10)
+		case 'A' <= c && c <= 'F':
+			n = n<<4 | int64(c-'A'+10)
+		default:
+			return 0, errLength
+		}
+	}
+	return n, nil
 }

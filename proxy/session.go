@@ -37,6 +37,8 @@ type session struct {
 	buf []byte // of in
 	in  []byte // bytes of the client that were read and not passed on
 	out []byte // an answer on its way
+
+	owed bool // the client has yet to send its body
 }
 
 // buffers hold a request, for as long as the connection lives, or an answer
@@ -153,8 +155,10 @@ func (s *session) exchange() error {
 	}
 	size := r.headSize
 	target, err := imds.Classify(s.conn.Destination.Addr(), r.target)
-	if err == nil && !r.expect {
-		size, err = s.readBody(r)
+	r.expect = r.expect && len(s.in) == size // or else the client did not wait
+	if err == nil && r.chunked && !r.expect {
+		size += len(emptyBody)
+		err = s.readBody(r.headSize)
 	}
 	if err != nil {
 		if errors.Is(err, errMalformed) || errors.Is(err, imds.ErrTarget) {
@@ -189,10 +193,7 @@ func (s *session) exchange() error {
 			s.say(imds.AppendRefusal(nil, time.Now()))
 			ev.Response = event.Response{Status: 403, Refused: true}
 			s.finish(ev)
-			if r.expect {
-				s.linger()
-			}
-			s.goodbye()
+			s.goodbye(r.expect)
 			return io.EOF
 		}
 	}
@@ -240,8 +241,11 @@ func (s *session) exchange() error {
 		}()
 	}
 	if err == nil && (answer.close || r.close) {
-		s.goodbye()
+		s.goodbye(r.expect)
 		return io.EOF
+	}
+	if errors.Is(err, errMalformed) {
+		s.odd(err) // a body, behind a head that asked to wait for it
 	}
 	return err
 }

@@ -95,38 +95,39 @@ func (s *session) fill(deadline time.Time) error {
 	return err
 }
 
-// readBody reads the body of a request behind its head, and returns the size
-// of both.
-func (s *session) readBody(r *request) (int, error) {
+// readBody reads until an empty body is there, behind so many bytes.
+func (s *session) readBody(behind int) error {
 	deadline := time.Now().Add(headTimeout)
 	for {
-		switch {
-		case r.length >= 0:
-			if size := r.headSize + int(r.length); len(s.in) >= size {
-				return size, nil
-			}
-		default:
-			n, err := chunkedSize(s.in[r.headSize:])
-			if err != nil {
-				return 0, err
-			}
-			if n > 0 {
-				return r.headSize + n, nil
-			}
+		if whole, err := parseBody(s.in[behind:]); whole || err != nil {
+			return err
 		}
-		if err := s.fill(deadline); err != nil {
-			if errors.Is(err, io.EOF) || errors.Is(err, os.ErrDeadlineExceeded) {
-				return 0, malformed("body without its end")
-			}
-			return 0, err
+		switch err := s.fill(deadline); {
+		case errors.Is(err, io.EOF), errors.Is(err, os.ErrDeadlineExceeded):
+			return malformed("body without its end")
+		case err != nil:
+			return err
 		}
 	}
+}
+
+// passBody passes on the body of a client that waited for 100 Continue.
+func (s *session) passBody() error {
+	if err := s.readBody(0); err != nil {
+		return err
+	}
+	if err := s.forward(s.in[:len(emptyBody)]); err != nil {
+		return err
+	}
+	s.in = s.in[len(emptyBody):]
+	s.owed = false
+	return nil
 }
 
 // redial replaces a kept connection that the service has ended since its last
 // answer. The client cannot know yet, and nothing of its request was sent.
 func (s *session) redial() error {
-	if s.count == 0 || look(s.up.file) == quiet {
+	if s.count == 0 || s.owed || look(s.up.file) == quiet {
 		return nil
 	}
 	s.up.Close()
@@ -171,27 +172,25 @@ type answer struct {
 // connection ended where the answer did.
 func (s *session) relay(r *request, credentials bool) (a answer, err error) {
 	defer func() { a.end = time.Now() }()
-	var sending *sender
-	if r.expect {
-		sending = s.sendBody(r)
-		defer func() {
-			if bodyErr := sending.stop(); bodyErr != nil && err == nil {
-				err = bodyErr
-			}
-		}()
-	}
+	s.owed = r.expect
 	have := 0 // bytes in s.out that were not passed on
 	for {
 		head, err := parseResponse(s.out[:have], r.method)
 		switch {
 		case err != nil:
-			a.close = true
+			a.close, s.owed = true, false
 			return a, s.opaque(&a, have)
 		case head == nil:
 			if have == len(s.out) {
 				s.out = append(s.out, make([]byte, len(s.out))...)
 			}
 			n, err := s.receive(s.out[have:])
+			if err == errOwed {
+				if err := s.passBody(); err != nil {
+					return a, err
+				}
+				continue
+			}
 			if have += n; err != nil {
 				s.broken(&a, have, err)
 				return a, err
@@ -204,9 +203,17 @@ func (s *session) relay(r *request, credentials bool) (a answer, err error) {
 				return a, err
 			}
 			have = copy(s.out, s.out[head.headSize:have])
+			if head.status == 100 && s.owed {
+				if err := s.passBody(); err != nil {
+					return a, err
+				}
+			}
 			continue
 		}
-		a.status, a.close = head.status, head.close
+		// With an answer before the body, the body may come or not: the
+		// connection cannot be used any more.
+		a.status, a.close = head.status, head.close || s.owed
+		s.owed = false
 		return a, s.relayBody(&a, head, have, credentials)
 	}
 }
@@ -232,7 +239,7 @@ func (s *session) relayBody(a *answer, head *response, have int, credentials boo
 	for !b.ended {
 		n, err := s.receive(s.out)
 		m := b.take(s.out[:n])
-		if seen != nil && len(seen)+m <= maxBody {
+		if seen != nil && len(seen)+m <= maxIssued {
 			seen = append(seen, s.out[:m]...)
 		}
 		if sendErr := s.send(a, s.out[:m]); sendErr != nil {
@@ -278,17 +285,25 @@ func (s *session) broken(a *answer, have int, err error) {
 	switch {
 	case errors.Is(err, errClient):
 	case errors.Is(err, io.EOF):
-		s.goodbye()
+		s.goodbye(false)
 	default:
 		s.reset()
 	}
 }
+
+// errOwed says that the client sends the body that it owes, without having been
+// told to go on. Clients do, a second or two after the head (RFC 9110 section
+// 10.1.1).
+var errOwed = errors.New("the body has come")
 
 // receive reads once from upstream, for as long as the client is there.
 func (s *session) receive(b []byte) (int, error) {
 	var wait patience
 	var halfClosed time.Time
 	for {
+		if s.owed {
+			wait = patience{} // it may come any moment
+		}
 		s.up.SetReadDeadline(wait.next())
 		n, err := s.up.Read(b)
 		if n > 0 {
@@ -298,6 +313,10 @@ func (s *session) receive(b []byte) (int, error) {
 			return n, err
 		}
 		switch look(s.client) {
+		case ready:
+			if s.owed {
+				return 0, errOwed
+			}
 		case reset:
 			return 0, errClient
 		case ended:
@@ -328,71 +347,6 @@ func (s *session) send(a *answer, b []byte) error {
 	return nil
 }
 
-// sender passes on a body whose client waits for 100 Continue first, while the
-// answer is awaited.
-type sender struct {
-	s    *session
-	done chan error
-}
-
-func (s *session) sendBody(r *request) *sender {
-	send := &sender{s: s, done: make(chan error, 1)}
-	go func() { send.done <- s.passBody(r) }()
-	return send
-}
-
-// passBody passes the body on as it comes, in the framing in which it comes.
-// Nothing else touches s.in meanwhile.
-func (s *session) passBody(r *request) error {
-	sent := 0
-	whole := func() (int, error) {
-		if r.length >= 0 {
-			return int(r.length), nil
-		}
-		return chunkedSize(s.in)
-	}
-	for {
-		size, err := whole()
-		if err != nil {
-			return err
-		}
-		ready := len(s.in)
-		if size > 0 {
-			ready = min(ready, size)
-		}
-		if ready > sent {
-			if err := s.forward(s.in[sent:ready]); err != nil {
-				return err
-			}
-			sent = ready
-		}
-		if size > 0 && sent == size {
-			s.in = s.in[size:]
-			return nil
-		}
-		if err := s.fill(time.Now().Add(idleTimeout)); err != nil {
-			return err
-		}
-	}
-}
-
-// stop ends the sending and says whether the whole body went out. A final
-// answer that came first leaves the rest of the body in doubt, so that the
-// connection cannot be used any more.
-func (b *sender) stop() error {
-	select {
-	case err := <-b.done:
-		return err
-	default:
-	}
-	b.s.client.SetReadDeadline(time.Unix(1, 0))
-	err := <-b.done
-	if err != nil {
-		b.s.linger()
-	}
-	return err
-}
-
 // say sends an answer of our own.
 func (s *session) say(b []byte) {
 	var a answer
@@ -400,9 +354,10 @@ func (s *session) say(b []byte) {
 }
 
 // goodbye ends the client's connection so that what was sent arrives: closing
-// a socket with bytes that were not read resets it (RFC 9112 section 9.6).
-func (s *session) goodbye() {
-	if look(s.client) == ready {
+// a socket with bytes that were not read resets it (RFC 9112 section 9.6). more
+// says that such bytes may still be on their way.
+func (s *session) goodbye(more bool) {
+	if more || look(s.client) == ready {
 		s.linger()
 	}
 	s.client.Close()
@@ -413,7 +368,7 @@ func (s *session) goodbye() {
 func (s *session) linger() {
 	s.client.CloseWrite()
 	s.client.SetReadDeadline(time.Now().Add(firstSlice))
-	for read := 0; read < maxRequest; {
+	for read := 0; read < 4*maxHead; {
 		n, err := s.client.Read(s.buf)
 		if read += n; err != nil {
 			return
