@@ -203,6 +203,26 @@ func FuzzResponse(f *testing.F) {
 	})
 }
 
+// Nothing of what went through a buffer stays in memory that is given away, in
+// the pool or to the garbage collector.
+func TestBuffersAreCleared(t *testing.T) {
+	secret := []byte("secret")
+	first := hold()
+	copy(first, secret)
+	second := grow(first)
+	if len(second) != 2*len(first) || !bytes.HasPrefix(second, secret) || bytes.Contains(first, secret) {
+		t.Errorf("grown to %d bytes: %q, and left %q", len(second), second[:6], first[:6])
+	}
+	third := grow(second)
+	if !bytes.HasPrefix(third, secret) || bytes.Contains(second, secret) {
+		t.Errorf("grown again: %q, and left %q", third[:6], second[:6])
+	}
+	release(third)
+	if bytes.Contains(third, secret) {
+		t.Error("released as it was")
+	}
+}
+
 func TestPublicHost(t *testing.T) {
 	for host, want := range map[string]bool{
 		"": false, "169.254.169.254": false, "169.254.169.254:80": false, "[fd00:ec2::254]": false, "[fd00:ec2::254]:80": false,

@@ -43,11 +43,26 @@ type session struct {
 
 // buffers hold a request, for as long as the connection lives, or an answer
 // while it passes. Larger ones are made anew.
-var buffers = sync.Pool{New: func() any { return new([4 << 10]byte) }}
+var buffers = sync.Pool{New: func() any { return new(buffer) }}
 
-func release(b *[4 << 10]byte) {
-	clear(b[:]) // tokens and keys went through
-	buffers.Put(b)
+type buffer [4 << 10]byte
+
+func hold() []byte { return buffers.Get().(*buffer)[:] }
+
+// release takes a whole buffer back, of any size.
+func release(b []byte) {
+	clear(b) // tokens and keys went through
+	if len(b) == len(buffer{}) {
+		buffers.Put((*buffer)(b))
+	}
+}
+
+// grow returns a buffer of twice the size with the same content, and releases b.
+func grow(b []byte) []byte {
+	larger := make([]byte, 2*len(b))
+	copy(larger, b)
+	release(b)
+	return larger
 }
 
 // start is the origin of idle.
@@ -58,9 +73,8 @@ var start = time.Now()
 var errClient = errors.New("the client has left")
 
 func (s *session) run() {
-	in := buffers.Get().(*[4 << 10]byte)
-	s.buf = in[:]
-	defer release(in)
+	s.buf = hold()
+	defer func() { release(s.buf) }()
 	defer s.client.Close()
 
 	stats := &s.p.stats
@@ -223,10 +237,9 @@ func (s *session) exchange() error {
 			}()
 		}
 	}
-	out := buffers.Get().(*[4 << 10]byte)
-	s.out = out[:]
+	s.out = hold()
 	answer, err := s.relay(r, target.Class == imds.Credentials)
-	release(out)
+	release(s.out)
 	failed := err != nil
 	select {
 	case <-decided:

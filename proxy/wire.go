@@ -81,9 +81,9 @@ func (s *session) fill(deadline time.Time) error {
 		case len(s.in) < len(s.buf)/2:
 			s.in = s.buf[:copy(s.buf, s.in)]
 		default:
-			s.buf = append(make([]byte, 0, 2*len(s.buf)), s.in...)
-			s.buf = s.buf[:cap(s.buf)]
-			s.in = s.buf[:len(s.in)]
+			n := copy(s.buf, s.in)
+			s.buf = grow(s.buf)
+			s.in = s.buf[:n]
 		}
 	}
 	s.client.SetReadDeadline(deadline)
@@ -182,7 +182,7 @@ func (s *session) relay(r *request, credentials bool) (a answer, err error) {
 			return a, s.opaque(&a, have)
 		case head == nil:
 			if have == len(s.out) {
-				s.out = append(s.out, make([]byte, len(s.out))...)
+				s.out = grow(s.out)
 			}
 			n, err := s.receive(s.out[have:])
 			if err == errOwed {
@@ -224,7 +224,11 @@ func (s *session) relayBody(a *answer, head *response, have int, credentials boo
 	n := head.headSize + b.take(s.out[head.headSize:have])
 	var seen []byte
 	if credentials && head.status == 200 {
-		seen = append(seen, s.out[head.headSize:n]...)
+		size := int64(maxIssued)
+		if head.length >= 0 {
+			size = min(size, head.length)
+		}
+		seen = append(make([]byte, 0, size), s.out[head.headSize:n]...) // never moved, so that no copy stays
 		defer func() {
 			a.issued, _ = imds.ParseIssued(seen)
 			clear(seen)
@@ -239,7 +243,7 @@ func (s *session) relayBody(a *answer, head *response, have int, credentials boo
 	for !b.ended {
 		n, err := s.receive(s.out)
 		m := b.take(s.out[:n])
-		if seen != nil && len(seen)+m <= maxIssued {
+		if len(seen)+m <= cap(seen) {
 			seen = append(seen, s.out[:m]...)
 		}
 		if sendErr := s.send(a, s.out[:m]); sendErr != nil {
@@ -405,7 +409,8 @@ func (s *session) tunnel() {
 	both.Add(1)
 	go func() {
 		defer both.Done()
-		buf := make([]byte, 8<<10)
+		buf := hold()
+		defer release(buf)
 		for {
 			s.client.SetReadDeadline(time.Now().Add(idleTimeout))
 			n, err := s.client.Read(buf)
@@ -421,9 +426,8 @@ func (s *session) tunnel() {
 			}
 		}
 	}()
-	out := buffers.Get().(*[4 << 10]byte)
-	defer release(out)
-	s.out = out[:]
+	s.out = hold()
+	defer func() { release(s.out) }()
 	var a answer
 	if err := s.opaque(&a, 0); err == nil {
 		s.client.CloseWrite()
