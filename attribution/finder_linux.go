@@ -165,6 +165,8 @@ type Lookup struct {
 	f     *Finder
 	conn  Conn
 	first chan struct{} // closed when the hinted search is over
+	uid   uint32        // of the socket that Find was told of
+	found bool          // it was told of one
 
 	mu      sync.Mutex // guards the following
 	socket  diag.Socket
@@ -204,6 +206,7 @@ func (f *Finder) Find(c Conn) *Lookup {
 		close(l.first)
 		return l
 	}
+	l.uid, l.found = l.socket.UID, true
 	// A client that asked before is found by one link; everything else takes
 	// longer, and must not hold up the request.
 	if l.guess() {
@@ -220,6 +223,10 @@ func (f *Finder) Find(c Conn) *Lookup {
 	}()
 	return l
 }
+
+// UID is the user who created the client's socket, as the kernel told Find. It is
+// false if the kernel told of no such socket. It does not wait.
+func (l *Lookup) UID() (uint32, bool) { return l.uid, l.found }
 
 // guess looks whether a process that held a connection before has this one, at
 // the descriptor that it used then: a client that comes back gets the same number
@@ -307,16 +314,16 @@ func (l *Lookup) Complete(ctx context.Context, urgent bool) Owner {
 	begin := time.Now()
 	for try := 1; ; try++ {
 		result := l.f.scan(ctx, l.socket.Inode, urgent)
-		if o, again := l.found(ctx, result, begin); !again || try == maxTries {
+		if o, again := l.conclude(ctx, result, begin); !again || try == maxTries {
 			return o
 		}
 	}
 }
 
-// found answers with what a search of the host has found. It wants another one
+// conclude answers with what a search of the host has found. It wants another one
 // if a holder ended before it was read: it may have passed the socket on to a
 // child that the search did not see with it.
-func (l *Lookup) found(ctx context.Context, result *scanResult, begin time.Time) (o Owner, again bool) {
+func (l *Lookup) conclude(ctx context.Context, result *scanResult, begin time.Time) (o Owner, again bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if result != nil {
