@@ -19,6 +19,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"net"
 	"net/netip"
 	"slices"
@@ -39,11 +40,12 @@ type Options struct {
 	Endpoints []netip.AddrPort
 	// Mark is set on our own connections, so that the redirect lets them pass.
 	Mark uint32
-	// MaxConns bounds the connections that are served at once, 4096 if 0. When
-	// one more comes, the one that has been idle longest is closed for it, as a
-	// server may close any idle connection; if none is idle, it waits. Lower
-	// makes a process that hoards connections cost others theirs sooner, higher
-	// lets it take more memory.
+	// MaxConns bounds the connections that are served at once, 4096 if 0. A
+	// quarter of them is for forwarded clients, and the rest for the host's own.
+	// When one more comes, the user (or the forwarded address) who has the most
+	// loses one: the one that has been idle longest, as a server may close any
+	// idle connection, or else the oldest. Lower makes it more likely that one
+	// who needs many loses one in use, higher takes more memory.
 	MaxConns int
 	// Forwardable says whether the host would have forwarded a connection from
 	// this client in another network namespace. Nil is never.
@@ -57,7 +59,7 @@ type Options struct {
 // why they need no configuration.
 const (
 	headTimeout  = 10 * time.Second // for a request that has begun; clients take milliseconds
-	idleTimeout  = 5 * time.Minute  // for the next request; the service closes earlier
+	idleTimeout  = 5 * time.Minute  // for the next request, an answer, or a client that reads it; the service closes earlier
 	AttributeIn  = 100 * time.Millisecond
 	attributeInA = 20 * time.Millisecond // in audit mode, while the answer is under way
 	completeIn   = 2 * time.Second       // in audit mode, after the answer
@@ -71,13 +73,13 @@ type Proxy struct {
 	finder  *attribution.Finder
 	engine  *policy.Engine
 
-	slots chan struct{}
-	wg    sync.WaitGroup // sessions, and events that wait for their evidence
+	silence time.Duration  // idleTimeout
+	wg      sync.WaitGroup // listeners, sessions, and events that wait for their evidence
 
-	mu        sync.Mutex // guards the following
-	listeners []net.Listener
-	sessions  map[*session]struct{}
-	closing   bool
+	mu               sync.Mutex // guards the following
+	local, forwarded *slots
+	listeners        []net.Listener
+	closing          bool
 
 	rendered rendered
 	stats    Stats
@@ -86,6 +88,10 @@ type Proxy struct {
 // Stats counts since the start.
 type Stats struct {
 	Connections, Requests, Denied, WouldDeny, Malformed, NotRedirected, NotForwardable, UpstreamFailed atomic.Uint64
+
+	// Evicted counts connections that were closed because their owner had the most
+	// when another came.
+	Evicted atomic.Uint64
 }
 
 // New makes a Proxy that asks the finder who and the engine whether.
@@ -93,8 +99,9 @@ func New(o Options, finder *attribution.Finder, engine *policy.Engine) *Proxy {
 	if o.MaxConns == 0 {
 		o.MaxConns = 4096
 	}
-	return &Proxy{options: o, finder: finder, engine: engine,
-		slots: make(chan struct{}, o.MaxConns), sessions: map[*session]struct{}{}}
+	forwarded := max(o.MaxConns/4, 1)
+	return &Proxy{options: o, finder: finder, engine: engine, silence: idleTimeout,
+		local: newSlots(o.MaxConns - forwarded), forwarded: newSlots(forwarded)}
 }
 
 // Stats is live.
@@ -123,7 +130,13 @@ func (p *Proxy) Serve(ln net.Listener, forwarded bool) error {
 		return ln.Close()
 	}
 	p.listeners = append(p.listeners, ln)
+	p.wg.Add(1)
 	p.mu.Unlock()
+	defer p.wg.Done()
+	slots := p.local
+	if forwarded {
+		slots = p.forwarded
+	}
 	for {
 		c, err := ln.Accept()
 		if err != nil {
@@ -136,57 +149,15 @@ func (p *Proxy) Serve(ln net.Listener, forwarded bool) error {
 			}
 			return fmt.Errorf("accept on %v: %w", ln.Addr(), err)
 		}
-		p.acquire()
-		s := &session{p: p, client: c.(*net.TCPConn), forwarded: forwarded, accepted: time.Now()}
+		slots.arriving <- struct{}{}
+		s := &session{p: p, client: c.(*net.TCPConn), slots: slots, arriving: true, forwarded: forwarded, accepted: time.Now()}
 		s.idle.Store(int64(time.Since(start)))
-		if !p.add(s) {
-			<-p.slots
-			c.Close()
-			continue
-		}
+		p.wg.Add(1)
 		go func() {
 			defer p.wg.Done()
 			s.run()
-			p.remove(s)
-			<-p.slots
+			p.leave(s)
 		}()
-	}
-}
-
-// grace is how long a connection may be without a request before it counts as
-// idle: clients that mean to ask do so at once. Shorter, and under load one that
-// was about to ask is closed; longer, and hoarded connections hold up others.
-const grace = 50 * time.Millisecond
-
-// acquire waits for a slot.
-func (p *Proxy) acquire() {
-	for {
-		select {
-		case p.slots <- struct{}{}:
-			return
-		default:
-		}
-		p.evict()
-		select {
-		case p.slots <- struct{}{}:
-			return
-		case <-time.After(grace / 10):
-		}
-	}
-}
-
-// evict closes the connection that has been idle longest, if it is idle.
-func (p *Proxy) evict() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	var oldest *session
-	for s := range p.sessions {
-		if !s.busy.Load() && (oldest == nil || s.idle.Load() < oldest.idle.Load()) {
-			oldest = s
-		}
-	}
-	if oldest != nil && time.Since(start)-time.Duration(oldest.idle.Load()) > grace {
-		oldest.client.Close()
 	}
 }
 
@@ -201,28 +172,11 @@ func exhausted(err error) bool {
 	return false
 }
 
-func (p *Proxy) add(s *session) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.closing {
-		return false
-	}
-	p.wg.Add(1)
-	p.sessions[s] = struct{}{}
-	return true
-}
-
-func (p *Proxy) remove(s *session) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	delete(p.sessions, s)
-}
-
 // Open counts the connections that are served now.
 func (p *Proxy) Open() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return len(p.sessions)
+	return len(p.local.sessions) + len(p.forwarded.sessions)
 }
 
 // Shutdown stops accepting, lets answers that are under way be passed on, and
@@ -236,9 +190,9 @@ func (p *Proxy) Shutdown(ctx context.Context) error {
 	for _, ln := range p.listeners {
 		ln.Close()
 	}
-	for s := range p.sessions {
+	for s := range p.sessions() {
 		if !s.busy.Load() {
-			s.client.Close()
+			s.abort()
 		}
 	}
 	p.mu.Unlock()
@@ -253,9 +207,10 @@ func (p *Proxy) Shutdown(ctx context.Context) error {
 	case <-ctx.Done():
 	}
 	p.mu.Lock()
-	left := len(p.sessions)
-	for s := range p.sessions {
-		s.client.Close()
+	left := 0
+	for s := range p.sessions() {
+		s.abort()
+		left++
 	}
 	p.mu.Unlock()
 	<-done
@@ -263,6 +218,19 @@ func (p *Proxy) Shutdown(ctx context.Context) error {
 		return fmt.Errorf("closed %d connections whose answer had not come", left)
 	}
 	return nil
+}
+
+// sessions yields those that have a slot. It is called with p.mu held.
+func (p *Proxy) sessions() iter.Seq[*session] {
+	return func(yield func(*session) bool) {
+		for _, h := range []*slots{p.local, p.forwarded} {
+			for s := range h.sessions {
+				if !yield(s) {
+					return
+				}
+			}
+		}
+	}
 }
 
 func (p *Proxy) stopping() bool {

@@ -425,7 +425,7 @@ func TestKeptConnectionEndsUpstream(t *testing.T) {
 	}
 	first := read()
 	r.proxy.mu.Lock()
-	for s := range r.proxy.sessions {
+	for s := range r.proxy.sessions() {
 		s.up.CloseWrite() // the emulator closes its end in answer
 	}
 	r.proxy.mu.Unlock()
@@ -458,43 +458,6 @@ func TestNotRedirected(t *testing.T) {
 	}
 	if seen := strings.Join(r.received(), ""); seen != "" {
 		t.Errorf("the service saw %q", seen)
-	}
-}
-
-// A process that hoards connections keeps nobody from the service: idle ones
-// make room. Those with a request under way do not, and others wait for them.
-func TestMoreClientsThanSlots(t *testing.T) {
-	cfg := emulator()
-	cfg.Fault = func(q *imdstest.Request) imdstest.Fault {
-		if strings.Contains(q.Target, "ami-id") {
-			return imdstest.Fault{Delay: 500 * time.Millisecond}
-		}
-		return imdstest.Fault{}
-	}
-	r := newRig(t, setting{lab: netlab.Options{IMDS: cfg}, conns: 4})
-	hoard := make([]*net.TCPConn, 32)
-	for i := range hoard {
-		hoard[i] = r.dial(false)
-	}
-	got, _ := talk(t, r.dial(false), "GET /latest/meta-data/instance-id HTTP/1.1\r\n"+host+"\r\n", 5*time.Second)
-	if !strings.HasPrefix(got, "HTTP/1.1 200 ") {
-		t.Errorf("beside a hoarder: %q", got)
-	}
-	for _, conn := range hoard {
-		conn.Close()
-	}
-	busy := make([]*net.TCPConn, 8)
-	for i := range busy {
-		busy[i] = r.dial(false)
-		if _, err := busy[i].Write([]byte("GET /latest/meta-data/ami-id HTTP/1.1\r\n" + host + "\r\n")); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for i, conn := range busy {
-		got, _ := talk(t, conn, "", 5*time.Second)
-		if !strings.HasPrefix(got, "HTTP/1.1 200 ") {
-			t.Errorf("busy client %d: %q", i, got)
-		}
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -23,6 +24,7 @@ import (
 	"github.com/imdsgate/imdsgate/proxy/imds/imdstest"
 	"github.com/imdsgate/imdsgate/test/lab/labtest"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -46,12 +48,19 @@ type setting struct {
 	policy policy.Config
 	lab    netlab.Options
 	conns  int
+	// silence bounds the silence of either side; 0 is as long as outside of tests.
+	silence time.Duration
 }
 
 func newRig(t testing.TB, s setting) *rig {
 	t.Helper()
 	s.lab.Here = true
 	r := &rig{t: t, lab: labtest.Start(t, s.lab)}
+	// What conntrack knows of the connections of an earlier lab decides about those
+	// of this one that happen to have the same ports.
+	if err := netlink.ConntrackTableFlush(netlink.ConntrackTable); err != nil {
+		t.Fatal(err)
+	}
 	finder, err := attribution.New(attribution.Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -67,23 +76,35 @@ func newRig(t testing.TB, s setting) *rig {
 	r.engine = policy.NewEngine(p)
 	r.proxy = New(Options{
 		Endpoints: imds.Endpoints, Mark: testMark, MaxConns: s.conns, Host: &event.Host{ID: "host"},
+		Forwardable: func(_, _ netip.AddrPort) error { return nil },
 		Record: func(ev *event.Event) {
 			r.mu.Lock()
 			defer r.mu.Unlock()
 			r.events = append(r.events, ev)
 		},
 	}, finder, r.engine)
+	if s.silence > 0 {
+		r.proxy.silence = s.silence
+	}
 	var serving sync.WaitGroup
-	for _, addr := range []string{"127.0.0.1:254", "[::1]:254"} {
+	serve := func(addr string, forwarded bool) {
 		ln, err := Listen(context.Background(), netip.MustParseAddrPort(addr))
 		if err != nil {
 			t.Fatal(err)
 		}
 		serving.Go(func() {
-			if err := r.proxy.Serve(ln, false); err != nil {
+			if err := r.proxy.Serve(ln, forwarded); err != nil {
 				t.Error(err)
 			}
 		})
+	}
+	serve("127.0.0.1:254", false)
+	serve("[::1]:254", false)
+	if s.lab.Containers {
+		serve("172.17.0.1:254", true)
+		run(t, "iptables", "-t", "nat", "-F", "PREROUTING")
+		run(t, "iptables", "-t", "nat", "-A", "PREROUTING", "-d", "169.254.169.254", "-p", "tcp", "--dport", "80",
+			"-j", "DNAT", "--to-destination", "172.17.0.1:254")
 	}
 	for tool, dst := range map[string]string{"iptables": "169.254.169.254", "ip6tables": "fd00:ec2::254"} {
 		run(t, tool, "-t", "nat", "-F", "OUTPUT")
@@ -124,6 +145,30 @@ func (r *rig) dialTo(address string, direct bool) *net.TCPConn {
 		}
 	}
 	c, err := d.Dial("tcp", address)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.t.Cleanup(func() { c.Close() })
+	return c.(*net.TCPConn)
+}
+
+// dialAs connects through the proxy with a socket that another user created.
+func (r *rig) dialAs(uid int) *net.TCPConn {
+	r.t.Helper()
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	// The owner of a socket is the fsuid of the thread that creates it.
+	if err := unix.Setfsuid(uid); err != nil {
+		r.t.Fatal(err)
+	}
+	defer unix.Setfsuid(0)
+	return r.dial(false)
+}
+
+// dialFrom connects from a container, through the proxy.
+func (r *rig) dialFrom(in *netlab.Namespace) *net.TCPConn {
+	r.t.Helper()
+	c, err := in.Dial(context.Background(), &net.Dialer{Timeout: 5 * time.Second}, "tcp", "169.254.169.254:80")
 	if err != nil {
 		r.t.Fatal(err)
 	}

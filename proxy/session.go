@@ -21,14 +21,23 @@ import (
 type session struct {
 	p         *Proxy
 	client    *net.TCPConn
+	slots     *slots // the kind of connection that it is
 	forwarded bool
 	accepted  time.Time
 	busy      atomic.Bool  // a request has begun
 	idle      atomic.Int64 // since when it is not busy, in nanoseconds of the monotonic clock
 
+	// Proxy.mu guards the following.
+	owner    owner
+	held     *int // by that owner, with this one
+	arriving bool // has a place among those without a slot
+
+	mu      sync.Mutex // guards aborted, and up where it is set and in abort
+	aborted bool
+	up      *upstream
+
 	conn    event.Connection
 	minTTL  int
-	up      *upstream
 	lookup  *attribution.Lookup
 	later   sync.WaitGroup // of what still uses lookup
 	pending bool           // something did
@@ -101,9 +110,14 @@ func (s *session) run() {
 	}
 	s.lookup = s.p.finder.Find(attribution.Conn{Client: s.conn.Source, Endpoint: dst, Forwarded: s.forwarded})
 	defer s.release()
-	if s.up, err = dial(dst, s.p.options.Mark, s.minTTL); err != nil {
-		stats.UpstreamFailed.Add(1)
-		s.reset()
+	if !s.p.admit(s, s.ownedBy()) {
+		return
+	}
+	if err := s.connect(); err != nil {
+		if !errors.Is(err, errClient) {
+			stats.UpstreamFailed.Add(1)
+			s.reset()
+		}
 		return
 	}
 	defer func() { s.up.Close() }()
@@ -113,6 +127,53 @@ func (s *session) run() {
 		s.idle.Store(int64(time.Since(start)))
 		s.busy.Store(false)
 	}
+}
+
+func (s *session) ownedBy() owner {
+	if s.forwarded {
+		return forwardedOwner(s.conn.Source.Addr())
+	}
+	uid, known := s.lookup.UID()
+	return owner{known: known, uid: uid}
+}
+
+// connect begins a connection upstream.
+func (s *session) connect() error {
+	up, err := dial(s.conn.Destination, s.p.options.Mark, s.minTTL)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.aborted {
+		up.Close()
+		return errClient
+	}
+	s.up = up
+	return nil
+}
+
+// abort ends the session from another goroutine, whatever it is doing: all that it
+// reads from and writes to is closed. An answer that is cut off must not look
+// like a whole one, so the client then gets a reset.
+func (s *session) abort() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.aborted = true
+	if s.busy.Load() {
+		s.client.SetLinger(0)
+	}
+	s.client.Close()
+	if s.up != nil {
+		s.up.Close()
+	}
+}
+
+// ended reports whether abort did it.
+func (s *session) ended() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.aborted
 }
 
 // release gives the lookup back when nothing needs it any more: the evidence for
@@ -240,7 +301,16 @@ func (s *session) exchange() error {
 	s.out = hold()
 	answer, err := s.relay(r, target.Class == imds.Credentials)
 	release(s.out)
-	failed := err != nil
+	failed := ""
+	switch {
+	case err == nil:
+	case errors.Is(err, errMalformed):
+		failed = "its body is malformed"
+	case s.ended():
+		failed = "the proxy closed the connection"
+	default:
+		failed = "upstream or client left before the end"
+	}
 	select {
 	case <-decided:
 		s.answered(ev, answer, failed)
@@ -298,11 +368,9 @@ func (s *session) decide(ev *event.Event, within time.Duration, how search) {
 }
 
 // answered completes the record of a request that was passed on.
-func (s *session) answered(ev *event.Event, a answer, failed bool) {
+func (s *session) answered(ev *event.Event, a answer, failed string) {
 	ev.Response = event.Response{Status: int64(a.status), Bytes: a.bytes, AccessKeyID: a.issued.AccessKeyID, Expiration: a.issued.Expiration}
-	if failed {
-		ev.Response.Failed = "upstream or client left before the end"
-	}
+	ev.Response.Failed = failed
 	ev.Duration = a.end.Sub(ev.Time)
 	s.finish(ev)
 }
@@ -322,7 +390,7 @@ func (s *session) finish(ev *event.Event) {
 
 // upstreamFailed passes on that the service cannot be reached.
 func (s *session) upstreamFailed(ev *event.Event, err error, decided bool) error {
-	if errors.Is(err, errClient) {
+	if errors.Is(err, errClient) || s.ended() {
 		return err
 	}
 	s.p.stats.UpstreamFailed.Add(1)

@@ -66,10 +66,7 @@ func getsockopt(fd uintptr, level, name int, value unsafe.Pointer, size uintptr)
 
 // upstream is our connection to the metadata service. It belongs to one client
 // connection and ends with it.
-type upstream struct {
-	file *os.File
-	fd   int
-}
+type upstream struct{ file *os.File }
 
 // dial begins a connection and does not wait for it: the first Write does.
 // The mark exempts the packets from our own redirect. With minTTL above 0 the
@@ -104,7 +101,7 @@ func dial(dst netip.AddrPort, mark uint32, minTTL int) (*upstream, error) {
 		unix.Close(fd)
 		return nil, fmt.Errorf("connect to %v: %w", dst, err)
 	}
-	return &upstream{file: os.NewFile(uintptr(fd), "upstream"), fd: fd}, nil
+	return &upstream{os.NewFile(uintptr(fd), "upstream")}, nil
 }
 
 func as4(a netip.Addr) [4]byte {
@@ -117,11 +114,18 @@ func as4(a netip.Addr) [4]byte {
 func (u *upstream) Read(b []byte) (int, error)         { return u.file.Read(b) }
 func (u *upstream) Write(b []byte) (int, error)        { return u.file.Write(b) }
 func (u *upstream) Close() error                       { return u.file.Close() }
-func (u *upstream) CloseWrite() error                  { return unix.Shutdown(u.fd, unix.SHUT_WR) }
 func (u *upstream) SetReadDeadline(t time.Time) error  { return u.file.SetReadDeadline(t) }
 func (u *upstream) SetWriteDeadline(t time.Time) error { return u.file.SetWriteDeadline(t) }
-func (u *upstream) SyscallConn() (syscall.RawConn, error) {
-	return u.file.SyscallConn()
+
+// CloseWrite may meet a Close, after which the number of the descriptor is
+// another's: so it goes through the file.
+func (u *upstream) CloseWrite() error {
+	raw, err := u.file.SyscallConn()
+	if err != nil {
+		return err
+	}
+	ctlErr := raw.Control(func(fd uintptr) { err = unix.Shutdown(int(fd), unix.SHUT_WR) })
+	return errors.Join(ctlErr, err)
 }
 
 // state is what the other end of a connection has done, as far as we can see

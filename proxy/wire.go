@@ -21,17 +21,27 @@ const (
 )
 
 // patience cuts a wait into slices that grow.
-type patience struct{ slice time.Duration }
+type patience struct {
+	begin time.Time
+	slice time.Duration
+}
 
 func (p *patience) next() time.Time {
-	p.slice = min(max(firstSlice, 2*p.slice), longSlice)
-	return time.Now().Add(p.slice)
+	now := time.Now()
+	if p.slice = min(max(firstSlice, 2*p.slice), longSlice); p.begin.IsZero() {
+		p.begin = now
+	}
+	return now.Add(p.slice)
 }
+
+// errSilent says that the service has neither answered nor ended the connection
+// for so long that it will not.
+var errSilent = errors.New("the service is silent")
 
 // read reads until a request head is there.
 func (s *session) read() (*request, error) {
 	var wait patience
-	deadline := time.Now().Add(idleTimeout)
+	deadline := time.Now().Add(s.p.silence)
 	begun := false
 	for {
 		if len(s.in) > 0 {
@@ -131,12 +141,7 @@ func (s *session) redial() error {
 		return nil
 	}
 	s.up.Close()
-	up, err := dial(s.conn.Destination, s.p.options.Mark, s.minTTL)
-	if err != nil {
-		return err
-	}
-	s.up = up
-	return nil
+	return s.connect()
 }
 
 // forward sends bytes of the client upstream, waiting for the connection to be
@@ -154,6 +159,8 @@ func (s *session) forward(b []byte) error {
 			return err
 		case look(s.client) == reset || look(s.client) == ended:
 			return errClient
+		case time.Since(wait.begin) > s.p.silence:
+			return errSilent
 		}
 	}
 }
@@ -306,7 +313,7 @@ func (s *session) receive(b []byte) (int, error) {
 	var halfClosed time.Time
 	for {
 		if s.owed {
-			wait = patience{} // it may come any moment
+			wait.slice = 0 // it may come any moment
 		}
 		s.up.SetReadDeadline(wait.next())
 		n, err := s.up.Read(b)
@@ -333,6 +340,9 @@ func (s *session) receive(b []byte) (int, error) {
 				return 0, errClient
 			}
 		}
+		if time.Since(wait.begin) > s.p.silence {
+			return 0, errSilent
+		}
 	}
 }
 
@@ -342,7 +352,7 @@ func (s *session) send(a *answer, b []byte) error {
 	if len(b) == 0 {
 		return nil
 	}
-	s.client.SetWriteDeadline(time.Now().Add(idleTimeout))
+	s.client.SetWriteDeadline(time.Now().Add(s.p.silence))
 	n, err := s.client.Write(b)
 	a.bytes += int64(n)
 	if err != nil {
@@ -412,10 +422,10 @@ func (s *session) tunnel() {
 		buf := hold()
 		defer release(buf)
 		for {
-			s.client.SetReadDeadline(time.Now().Add(idleTimeout))
+			s.client.SetReadDeadline(time.Now().Add(s.p.silence))
 			n, err := s.client.Read(buf)
 			if n > 0 {
-				s.up.SetWriteDeadline(time.Now().Add(idleTimeout))
+				s.up.SetWriteDeadline(time.Now().Add(s.p.silence))
 				if _, err := s.up.Write(buf[:n]); err != nil {
 					return
 				}
@@ -432,6 +442,7 @@ func (s *session) tunnel() {
 	if err := s.opaque(&a, 0); err == nil {
 		s.client.CloseWrite()
 	}
-	s.client.SetReadDeadline(time.Now().Add(headTimeout))
+	end := time.AfterFunc(headTimeout, s.abort) // a client that goes on sending
 	both.Wait()
+	end.Stop()
 }

@@ -1,0 +1,251 @@
+package proxy
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/proxy/imds/imdstest"
+	"github.com/imdsgate/imdsgate/test/lab/netlab"
+)
+
+const (
+	hoarder   = 1001
+	bystander = 1002
+
+	ask  = "GET /latest/meta-data/instance-id HTTP/1.1\r\n" + host + "\r\n"
+	keep = "GET /latest/meta-data/instance-id HTTP/1.1\r\n" + host + "Connection: keep-alive\r\n\r\n"
+	// ignored is a request that the service of hoarded does not answer.
+	ignored = "GET /latest/meta-data/ami-id HTTP/1.1\r\n" + host + "\r\n"
+)
+
+// hoarded is a service with what a hoarder needs: something that is never
+// answered, and an answer that is larger than any socket buffer.
+func hoarded() *imdstest.Config {
+	cfg := emulator()
+	cfg.NoTranscript = true
+	cfg.Data = map[string]string{"meta-data/hostname": strings.Repeat("x", 2<<20)}
+	cfg.Fault = func(q *imdstest.Request) imdstest.Fault {
+		if strings.Contains(q.Target, "ami-id") {
+			return imdstest.Fault{Outcome: imdstest.Silence}
+		}
+		return imdstest.Fault{}
+	}
+	return cfg
+}
+
+// hoards are the ways to keep a connection for long that cost a client nothing.
+var hoards = []struct {
+	name string
+	do   func(c *net.TCPConn)
+}{
+	{"idle", func(*net.TCPConn) {}},
+	{"half a head", func(c *net.TCPConn) { c.Write([]byte("GET /latest/meta-data/ HTTP/1.1\r\nX: ")) }},
+	{"half a body", func(c *net.TCPConn) {
+		c.Write([]byte(expecting + "Transfer-Encoding: chunked\r\n\r\n"))
+		c.Read(make([]byte, 100))
+		c.Write([]byte("0\r"))
+	}},
+	{"no body", func(c *net.TCPConn) { c.Write([]byte(expecting + "Transfer-Encoding: chunked\r\n\r\n")) }},
+	{"an answer that is not read", func(c *net.TCPConn) {
+		c.SetReadBuffer(4096)
+		c.Write([]byte("GET /latest/meta-data/hostname HTTP/1.1\r\n" + host + "\r\n"))
+	}},
+	{"an answer that does not come", func(c *net.TCPConn) { c.Write([]byte(ignored)) }},
+	{"half-closed", func(c *net.TCPConn) {
+		c.Write([]byte(ignored))
+		c.CloseWrite()
+	}},
+	{"no HTTP", func(c *net.TCPConn) { c.Write([]byte("\x16\x03\x01\n")) }},
+}
+
+// served asks and wants an answer within a second.
+func (r *rig) served(who string, c *net.TCPConn, ask string) {
+	r.t.Helper()
+	begin := time.Now()
+	c.SetDeadline(begin.Add(time.Second))
+	buf := make([]byte, 4096)
+	if _, err := c.Write([]byte(ask)); err != nil {
+		r.t.Errorf("%s: %v", who, err)
+	}
+	n, err := c.Read(buf)
+	if !strings.HasPrefix(string(buf[:n]), "HTTP/1.1 200 ") {
+		r.t.Errorf("%s, after %v: %q, %v", who, time.Since(begin), buf[:n], err)
+	}
+}
+
+// full waits until the slots are full and those who had to go have gone, however
+// busy they were.
+func (r *rig) full(h *slots) {
+	r.t.Helper()
+	end := time.Now().Add(time.Second)
+	for ; ; time.Sleep(time.Millisecond) {
+		r.proxy.mu.Lock()
+		open := len(h.sessions)
+		r.proxy.mu.Unlock()
+		if open == h.limit && len(h.arriving) == 0 {
+			return
+		}
+		if time.Now().After(end) {
+			r.t.Fatalf("%d of %d slots are taken, and %d connections without one have not ended", open, h.limit, len(h.arriving))
+		}
+	}
+}
+
+// Who hoards connections, in whatever state, takes them from himself.
+func TestHoarders(t *testing.T) {
+	for _, mode := range []policy.Mode{policy.Audit, policy.Enforce} {
+		for _, c := range hoards {
+			if c.name == "no HTTP" && mode == policy.Enforce {
+				continue // refused at once
+			}
+			t.Run(mode.String()+" "+c.name, func(t *testing.T) {
+				r := newRig(t, setting{lab: netlab.Options{IMDS: hoarded()}, policy: policy.Config{Mode: mode}, conns: 16})
+				kept := r.dialAs(bystander)
+				r.served("a client that was there before", kept, keep)
+				for range 24 {
+					c.do(r.dialAs(hoarder))
+				}
+				r.full(r.proxy.local)
+				r.served("the same, again", kept, keep)
+				r.served("another user", r.dialAs(bystander), ask)
+				r.served("root", r.dial(false), ask)
+				if n := r.proxy.Stats().Evicted.Load(); n < 24-12 {
+					t.Errorf("%d were evicted", n)
+				}
+
+				// Nor does he hold up the end.
+				ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+				defer cancel()
+				begin := time.Now()
+				r.proxy.Shutdown(ctx)
+				if took := time.Since(begin); took > time.Second {
+					t.Errorf("shut down after %v", took)
+				}
+			})
+		}
+	}
+}
+
+// A hoarder that never stops coming holds up nobody either.
+func TestHoarderThatKeepsComing(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{IMDS: hoarded()}, policy: policy.Config{Mode: policy.Enforce}, conns: 16})
+	ctx, stop := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for ctx.Err() == nil {
+			c := r.dialAs(hoarder)
+			c.Write([]byte(ignored))
+			time.AfterFunc(200*time.Millisecond, func() { c.Close() })
+		}
+	}()
+	for range 20 {
+		time.Sleep(10 * time.Millisecond)
+		r.served("another user", r.dialAs(bystander), ask)
+	}
+	stop()
+	<-done
+	if r.proxy.Stats().Evicted.Load() == 0 {
+		t.Error("there was room for all, so nothing was tried")
+	}
+}
+
+// A user who needs more than there is loses his own: idle ones first, and nothing
+// that is in use while there are such.
+func TestMoreClientsThanSlots(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{IMDS: hoarded()}, conns: 16})
+	first := r.dial(false)
+	r.served("the first", first, keep)
+	busy := r.dial(false)
+	busy.Write([]byte(ignored))
+	for range 9 {
+		r.dial(false)
+	}
+	time.Sleep(2 * grace)
+	r.served("the first, again", first, keep)
+	for range 3 { // the slots are full with the first of them
+		r.served("one more", r.dial(false), keep)
+	}
+	r.full(r.proxy.local)
+	r.served("the first, which was not idle for longest", first, keep)
+	if _, end := talk(t, busy, "", 100*time.Millisecond); end != "open" {
+		t.Errorf("one in use ended with %s while others were idle", end)
+	}
+	if n := r.proxy.Stats().Evicted.Load(); n != 2 {
+		t.Errorf("%d were evicted, want 2", n)
+	}
+}
+
+// Containers and the host have slots of their own, and containers each other's
+// only as far as they leave some.
+func TestForwardedHoarders(t *testing.T) {
+	cfg := hoarded()
+	cfg.HopLimit = 64
+	r := newRig(t, setting{lab: netlab.Options{IMDS: cfg, Containers: true}, conns: 16})
+	r.served("a container", r.dialFrom(r.lab.Bridged), ask)
+	for range 20 {
+		r.dialFrom(r.lab.Bridged).Write([]byte(ignored))
+	}
+	r.full(r.proxy.forwarded)
+	r.served("the host, beside a container that hoards", r.dial(false), ask)
+	r.served("another container", r.dialFrom(r.lab.Routed), ask)
+	if r.proxy.forwarded.limit != 4 || r.proxy.local.limit != 12 {
+		t.Errorf("%d slots for containers and %d for the host", r.proxy.forwarded.limit, r.proxy.local.limit)
+	}
+	for range 24 {
+		r.dialAs(hoarder).Write([]byte(ignored))
+	}
+	r.full(r.proxy.local)
+	r.served("a container, beside a user who hoards", r.dialFrom(r.lab.Routed), ask)
+}
+
+func TestForwardedOwner(t *testing.T) {
+	of := func(s string) owner { return forwardedOwner(netip.MustParseAddr(s)) }
+	if of("fd00::1") != of("fd00::2:3:4:5") || of("fd00::1") == of("fd00:0:0:1::1") || of("10.0.0.1") == of("10.0.0.2") ||
+		of("0.0.0.0") == (owner{}) {
+		t.Error("an address is taken for another, or two of one network are not")
+	}
+}
+
+// A service that is silent, and a client that does not read, keep a connection for
+// so long and no longer, though the other is there.
+func TestSilence(t *testing.T) {
+	for _, c := range hoards {
+		if c.name == "half a head" || c.name == "half a body" || c.name == "no body" {
+			continue // headTimeout is for these
+		}
+		t.Run(c.name, func(t *testing.T) {
+			r := newRig(t, setting{lab: netlab.Options{IMDS: hoarded()}, silence: 300 * time.Millisecond})
+			conn := r.dialAs(hoarder)
+			c.do(conn)
+			for end := time.Now().Add(5 * time.Second); r.proxy.Open() == 0; time.Sleep(time.Millisecond) {
+				if time.Now().After(end) {
+					t.Fatal("the connection did not come")
+				}
+			}
+			r.settled()
+		})
+	}
+}
+
+// BenchmarkLast is what a new connection costs when the slots are full of one
+// user's that are all busy.
+func BenchmarkLast(b *testing.B) {
+	h := newSlots(3072)
+	for range 3072 {
+		s := &session{accepted: time.Now()}
+		s.busy.Store(true)
+		h.add(s, owner{known: true, uid: hoarder})
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		if h.last() == nil {
+			b.Fatal()
+		}
+	}
+}
