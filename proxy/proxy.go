@@ -81,6 +81,11 @@ type Proxy struct {
 	listeners        []net.Listener
 	closing          bool
 
+	// evidence has a place for each event that waits for its evidence, in audit
+	// mode, after its client was served and has perhaps left. Events for which
+	// there is none have the evidence of the moment.
+	evidence chan struct{}
+
 	rendered rendered
 	stats    Stats
 }
@@ -101,7 +106,7 @@ func New(o Options, finder *attribution.Finder, engine *policy.Engine) *Proxy {
 	}
 	forwarded := max(o.MaxConns/4, 1)
 	return &Proxy{options: o, finder: finder, engine: engine, silence: idleTimeout,
-		local: newSlots(o.MaxConns - forwarded), forwarded: newSlots(forwarded)}
+		local: newSlots(o.MaxConns - forwarded), forwarded: newSlots(forwarded), evidence: make(chan struct{}, o.MaxConns)}
 }
 
 // Stats is live.

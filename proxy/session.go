@@ -288,14 +288,9 @@ func (s *session) exchange() error {
 		if known := s.hint(ev, attributeInA); known && search == likely {
 			s.p.engine.Observe(ev)
 			close(decided)
-		} else {
-			s.pending = true
-			s.later.Add(1)
-			go func() {
-				defer s.later.Done()
-				defer close(decided)
-				s.decide(ev, completeIn, search)
-			}()
+		} else if !s.complete(ev, search, func() { close(decided) }) {
+			s.p.engine.Observe(ev)
+			close(decided)
 		}
 	}
 	s.out = hold()
@@ -331,6 +326,25 @@ func (s *session) exchange() error {
 		s.odd(err) // a body, behind a head that asked to wait for it
 	}
 	return err
+}
+
+// complete decides in the background, and then calls the function. It does nothing
+// and reports false if too many events wait for their evidence already.
+func (s *session) complete(ev *event.Event, how search, then func()) bool {
+	select {
+	case s.p.evidence <- struct{}{}:
+	default:
+		return false
+	}
+	s.pending = true
+	s.later.Add(1)
+	go func() {
+		defer s.later.Done()
+		s.decide(ev, completeIn, how)
+		<-s.p.evidence
+		then()
+	}()
+	return true
 }
 
 // hint judges by the likely owners. It reports whether their search was over in

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy"
 	"github.com/imdsgate/imdsgate/proxy/imds/imdstest"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
@@ -230,6 +231,37 @@ func TestSilence(t *testing.T) {
 			}
 			r.settled()
 		})
+	}
+}
+
+// In audit mode nobody waits for the record of what could not be read, and the
+// record does not wait for the end of the tunnel.
+func TestRiddleIsNotHeldUp(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}})
+	r.mu.Lock() // the record takes long
+	r.served("a client", r.dial(false), strings.Replace(keep, "\r\n\r\n", "\r\nUpgrade: x\r\n\r\n", 1))
+	r.mu.Unlock()
+	if ev := r.recorded(1)[0]; ev.Request.Malformed == "" {
+		t.Errorf("recorded %+v", ev.Request)
+	}
+	if r.proxy.Open() != 1 {
+		t.Error("the tunnel has ended, so nothing was tried")
+	}
+}
+
+// Events that wait for their evidence are bounded; those beyond are recorded with
+// what is known.
+func TestTooMuchEvidence(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}, conns: 4})
+	for range cap(r.proxy.evidence) {
+		r.proxy.evidence <- struct{}{}
+	}
+	r.served("a client", r.dial(false), "GET /latest/meta-data/iam/security-credentials/imdsgate-lab-role HTTP/1.1\r\n"+host+"\r\n")
+	r.served("a riddle", r.dial(false), "GET /latest/meta-data/instance-id HTTP/1.1\r\n"+host+"Upgrade: x\r\n\r\n")
+	for _, ev := range r.recorded(2) {
+		if ev.Decision.Verdict != event.Allow || ev.Attribution.Complete {
+			t.Errorf("recorded %+v %+v", ev.Decision, ev.Attribution)
+		}
 	}
 }
 

@@ -396,15 +396,20 @@ func (s *session) odd(why error) {
 	ev := s.event(s.accepted)
 	ev.Request.Malformed = why.Error()
 	ev.Request.Bytes = int64(len(s.in))
-	s.decide(ev, AttributeIn, likely)
 	if s.p.engine.Mode() == policy.Enforce {
+		s.decide(ev, AttributeIn, likely)
 		s.say(imds.AppendBadRequest(nil, time.Now()))
 		ev.Response = event.Response{Status: 400, Refused: true}
 		s.finish(ev)
 		s.linger()
 		return
 	}
-	s.finish(ev)
+	// Nobody waits for this one, and the record does not wait for the end of the
+	// tunnel.
+	if !s.complete(ev, likely, func() { s.finish(ev) }) {
+		s.decide(ev, 0, likely)
+		s.finish(ev)
+	}
 	s.tunnel()
 }
 
