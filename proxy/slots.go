@@ -85,7 +85,7 @@ func (h *slots) last() *session {
 		most = max(most, *n)
 	}
 	var oldest, idle *session
-	limit := int64(time.Since(start) - grace)
+	before := int64(time.Since(start) - grace)
 	for s := range h.sessions {
 		if *s.held < most {
 			continue
@@ -93,8 +93,8 @@ func (h *slots) last() *session {
 		if oldest == nil || s.accepted.Before(oldest.accepted) {
 			oldest = s
 		}
-		if since := s.idle.Load(); !s.busy.Load() && since < limit {
-			limit, idle = since, s
+		if since := s.idle.Load(); !s.busy.Load() && since < before {
+			before, idle = since, s
 		}
 	}
 	if idle != nil {

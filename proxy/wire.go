@@ -420,6 +420,7 @@ func (s *session) tunnel() {
 		s.reset()
 		return
 	}
+	s.owed = false
 	var both sync.WaitGroup
 	both.Add(1)
 	go func() {
@@ -447,7 +448,10 @@ func (s *session) tunnel() {
 	if err := s.opaque(&a, 0); err == nil {
 		s.client.CloseWrite()
 	}
-	end := time.AfterFunc(headTimeout, s.abort) // a client that goes on sending
+	end := time.AfterFunc(headTimeout, func() { // for a client that goes on sending
+		s.client.Close()
+		s.up.Close()
+	})
 	both.Wait()
 	end.Stop()
 }
