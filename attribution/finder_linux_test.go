@@ -526,12 +526,15 @@ func TestSharedScan(t *testing.T) {
 	ln := listen(t, "127.0.0.1:0")
 	program := install(t, "client")
 	const clients = 8
-	answers := make(chan Owner, clients)
+	var lookups []*Lookup
 	for range clients {
 		c := start(t, exec.Command(program, ln.Addr().String()), "plain")
 		conn := accept(t, ln)
 		c.line(t)
-		l := find(t, f, conn)
+		lookups = append(lookups, find(t, f, conn))
+	}
+	answers := make(chan Owner, clients)
+	for _, l := range lookups {
 		go func() { answers <- l.Complete(within(t), false) }()
 	}
 	for range clients {

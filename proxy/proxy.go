@@ -22,6 +22,7 @@ import (
 	"iter"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -73,6 +74,7 @@ type Proxy struct {
 	finder  *attribution.Finder
 	engine  *policy.Engine
 
+	uid     uint32         // our own
 	silence time.Duration  // idleTimeout
 	wg      sync.WaitGroup // listeners, sessions, and events that wait for their evidence
 
@@ -97,6 +99,10 @@ type Stats struct {
 	// Evicted counts connections that were closed because their owner had the most
 	// when another came.
 	Evicted atomic.Uint64
+
+	// Looped counts our own connections that came back to us instead of reaching the
+	// service.
+	Looped atomic.Uint64
 }
 
 // New makes a Proxy that asks the finder who and the engine whether.
@@ -105,7 +111,7 @@ func New(o Options, finder *attribution.Finder, engine *policy.Engine) *Proxy {
 		o.MaxConns = 4096
 	}
 	forwarded := max(o.MaxConns/4, 1)
-	return &Proxy{options: o, finder: finder, engine: engine, silence: idleTimeout,
+	return &Proxy{options: o, finder: finder, engine: engine, uid: uint32(os.Geteuid()), silence: idleTimeout,
 		local: newSlots(o.MaxConns - forwarded), forwarded: newSlots(forwarded), evidence: make(chan struct{}, o.MaxConns)}
 }
 
@@ -236,6 +242,27 @@ func (p *Proxy) sessions() iter.Seq[*session] {
 			}
 		}
 	}
+}
+
+// looped reports whether a client is one of our own connections to the service, and
+// tells the session that it belongs to. When our side resets a redirected
+// connection, conntrack keeps where it led for some ten seconds, and a connection
+// of ours that happens to have the same port is led there, too, whatever its mark
+// (the entry is reused, so that no rule is asked; nf_conntrack_proto_tcp.c).
+func (p *Proxy) looped(client *session) bool {
+	if uid, known := client.lookup.UID(); !known || uid != p.uid {
+		return false
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for s := range p.sessions() {
+		if s.goesOutFrom(client.conn.Source) {
+			p.stats.Looped.Add(1)
+			s.looped.Store(true)
+			return true
+		}
+	}
+	return false
 }
 
 func (p *Proxy) stopping() bool {

@@ -471,3 +471,48 @@ func TestOverIPv6(t *testing.T) {
 		t.Errorf("%+v %+v", ev.Connection, ev.Request)
 	}
 }
+
+// Our own connection may get a port that conntrack still leads to us, because our
+// side has reset a client's connection there. The client does not notice.
+func TestOwnConnectionComesBack(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}})
+	from := func(port int) *net.TCPConn {
+		d := net.Dialer{Timeout: 3 * time.Second, LocalAddr: &net.TCPAddr{IP: net.ParseIP("172.31.0.10"), Port: port}}
+		c, err := d.Dial("tcp", "169.254.169.254:80")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c.(*net.TCPConn)
+	}
+	for port := 40000; port < 40020; port += 3 {
+		c := from(port)
+		c.Write([]byte("GET / HTTP/1.1\r\nX"))
+		for err := os.ErrDeadlineExceeded; errors.Is(err, os.ErrDeadlineExceeded); {
+			r.proxy.mu.Lock()
+			for s := range r.proxy.sessions() {
+				s.abort()
+			}
+			r.proxy.mu.Unlock()
+			c.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
+			_, err = c.Read(make([]byte, 1))
+		}
+		c.Close()
+	}
+	const ports = "/proc/sys/net/ipv4/ip_local_port_range"
+	before, err := os.ReadFile(ports)
+	if err == nil {
+		err = os.WriteFile(ports, []byte("40000 40019"), 0)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.WriteFile(ports, before, 0) })
+	for port := range 10 {
+		if got, _ := talk(t, from(50000+port), ask, 2*time.Second); !strings.HasPrefix(got, "HTTP/1.1 200") {
+			t.Errorf("%d: %q", port, got)
+		}
+	}
+	if r.proxy.Stats().Looped.Load() == 0 {
+		t.Error("nothing came back: the test tests nothing")
+	}
+}

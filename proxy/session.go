@@ -32,9 +32,10 @@ type session struct {
 	held     *int // by that owner, with this one
 	arriving bool // has a place among those without a slot
 
-	mu      sync.Mutex // guards aborted, and up where it is set and in abort
+	mu      sync.Mutex // guards aborted, and up where it is set and for other goroutines
 	aborted bool
 	up      *upstream
+	looped  atomic.Bool // up came back to us
 
 	conn    event.Connection
 	minTTL  int
@@ -110,6 +111,10 @@ func (s *session) run() {
 	}
 	s.lookup = s.p.finder.Find(attribution.Conn{Client: s.conn.Source, Endpoint: dst, Forwarded: s.forwarded})
 	defer s.release()
+	if s.p.looped(s) {
+		s.reset()
+		return
+	}
 	if !s.p.admit(s, s.ownedBy()) {
 		return
 	}
@@ -139,18 +144,24 @@ func (s *session) ownedBy() owner {
 
 // connect begins a connection upstream.
 func (s *session) connect() error {
-	up, err := dial(s.conn.Destination, s.p.options.Mark, s.minTTL)
-	if err != nil {
-		return err
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.aborted {
-		up.Close()
 		return errClient
 	}
-	s.up = up
-	return nil
+	up, err := dial(s.conn.Destination, s.p.options.Mark, s.minTTL)
+	if err == nil {
+		s.up = up
+	}
+	return err
+}
+
+// goesOutFrom reports whether an address is the near end of the connection
+// upstream.
+func (s *session) goesOutFrom(a netip.AddrPort) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.up != nil && s.up.local() == a
 }
 
 // abort ends the session from another goroutine, whatever it is doing: all that it
@@ -272,10 +283,8 @@ func (s *session) exchange() error {
 			return io.EOF
 		}
 	}
-	if err := s.redial(); err != nil {
-		return s.upstreamFailed(ev, err, enforce)
-	}
-	if err := s.forward(s.in[:size]); err != nil {
+	sent := s.in[:size]
+	if err := s.reach(sent); err != nil {
 		return s.upstreamFailed(ev, err, enforce)
 	}
 	s.in = s.in[size:]
@@ -295,6 +304,14 @@ func (s *session) exchange() error {
 	}
 	s.out = hold()
 	answer, err := s.relay(r, target.Class == imds.Credentials)
+	for try := 1; err != nil && s.lost(&answer) && try < maxLoops; try++ {
+		if err = s.reach(sent); err == nil {
+			answer, err = s.relay(r, target.Class == imds.Credentials)
+		}
+	}
+	if err != nil && s.lost(&answer) {
+		s.reset()
+	}
 	release(s.out)
 	failed := ""
 	switch {

@@ -104,6 +104,24 @@ func dial(dst netip.AddrPort, mark uint32, minTTL int) (*upstream, error) {
 	return &upstream{os.NewFile(uintptr(fd), "upstream")}, nil
 }
 
+// local is the near end of the connection.
+func (u *upstream) local() netip.AddrPort {
+	var local netip.AddrPort
+	raw, err := u.file.SyscallConn()
+	if err != nil {
+		return local
+	}
+	raw.Control(func(fd uintptr) {
+		switch sa, _ := unix.Getsockname(int(fd)); sa := sa.(type) {
+		case *unix.SockaddrInet4:
+			local = netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port))
+		case *unix.SockaddrInet6:
+			local = netip.AddrPortFrom(netip.AddrFrom16(sa.Addr), uint16(sa.Port))
+		}
+	})
+	return local
+}
+
 func as4(a netip.Addr) [4]byte {
 	if a.Is4() {
 		return a.As4()

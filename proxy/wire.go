@@ -137,12 +137,35 @@ func (s *session) passBody() error {
 // redial replaces a kept connection that the service has ended since its last
 // answer. The client cannot know yet, and nothing of its request was sent.
 func (s *session) redial() error {
-	if s.count == 0 || s.owed || look(s.up.file) == quiet {
+	if !s.looped.Swap(false) && (s.count == 0 || s.owed || look(s.up.file) == quiet) {
 		return nil
 	}
 	s.up.Close()
 	return s.connect()
 }
+
+// maxLoops bounds the connections that are tried for one request because they came
+// back to us. Each costs some 100 microseconds; fewer, and a user who prepares
+// thousands of ports makes more requests of others fail.
+const maxLoops = 8
+
+// reach sends bytes of the client upstream, on another connection if ours came back
+// to us.
+func (s *session) reach(b []byte) error {
+	for try := 1; ; try++ {
+		err := s.redial()
+		if err == nil {
+			err = s.forward(b)
+		}
+		if err == nil || try == maxLoops || !s.looped.Load() {
+			return err
+		}
+	}
+}
+
+// lost reports whether a request has met ourselves instead of the service, so that
+// it may be sent again.
+func (s *session) lost(a *answer) bool { return a.bytes == 0 && s.looped.Load() }
 
 // forward sends bytes of the client upstream, waiting for the connection to be
 // made.
@@ -290,6 +313,9 @@ func (s *session) opaque(a *answer, have int) error {
 // broken ends the client's connection at the byte and in the way in which the
 // service ended its own.
 func (s *session) broken(a *answer, have int, err error) {
+	if s.lost(a) {
+		return
+	}
 	if have > 0 {
 		s.send(a, s.out[:have])
 	}
@@ -416,7 +442,7 @@ func (s *session) odd(why error) {
 // tunnel passes bytes both ways until both ends have ended, or nothing has
 // passed for long.
 func (s *session) tunnel() {
-	if s.redial() != nil || s.forward(s.in) != nil {
+	if s.reach(s.in) != nil {
 		s.reset()
 		return
 	}

@@ -43,7 +43,8 @@ type Control struct {
 
 // Limits of the proxy.
 type Limits struct {
-	// Connections are served at once; more wait in the backlog of the ports.
+	// Connections are served at once, a quarter of them for forwarded clients.
+	// When there is no room, who has the most loses one of his.
 	Connections int `yaml:"connections"`
 }
 

@@ -107,6 +107,9 @@ func printStatus(w io.Writer, s report.Status) error {
 		row("", "%d malformed, %d not redirected, %d that the host would not have forwarded, %d without an answer upstream",
 			r.Malformed, r.NotRedirected, r.NotForwardable, r.UpstreamFailed)
 	}
+	if r.Evicted+r.Looped > 0 {
+		row("", "%d closed because their user had the most when there was no room, %d of our own that came back to us", r.Evicted, r.Looped)
+	}
 	row("events", "%s: %d written, %d dropped, %d lost", s.Events.Path, s.Events.Written, s.Events.Dropped, s.Events.Failed)
 	if s.Events.Error != "" {
 		row("", "! %s", s.Events.Error)

@@ -92,6 +92,8 @@ type Requests struct {
 	NotRedirected  uint64 `json:"not_redirected"`
 	NotForwardable uint64 `json:"not_forwardable"`
 	UpstreamFailed uint64 `json:"upstream_failed"`
+	Evicted        uint64 `json:"evicted"`
+	Looped         uint64 `json:"looped"`
 }
 
 // Events is where they go.
