@@ -473,7 +473,8 @@ func TestOverIPv6(t *testing.T) {
 }
 
 // Our own connection may get a port that conntrack still leads to us, because our
-// side has reset a client's connection there. The client does not notice.
+// side has reset a client's connection there. The client does not notice. (The ports
+// are not those of other tests.)
 func TestOwnConnectionComesBack(t *testing.T) {
 	r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}})
 	from := func(port int) *net.TCPConn {
@@ -484,7 +485,7 @@ func TestOwnConnectionComesBack(t *testing.T) {
 		}
 		return c.(*net.TCPConn)
 	}
-	for port := 40000; port < 40020; port += 3 {
+	for port := 20000; port < 20020; port += 3 {
 		c := from(port)
 		c.Write([]byte("GET / HTTP/1.1\r\nX"))
 		for err := os.ErrDeadlineExceeded; errors.Is(err, os.ErrDeadlineExceeded); {
@@ -501,14 +502,14 @@ func TestOwnConnectionComesBack(t *testing.T) {
 	const ports = "/proc/sys/net/ipv4/ip_local_port_range"
 	before, err := os.ReadFile(ports)
 	if err == nil {
-		err = os.WriteFile(ports, []byte("40000 40019"), 0)
+		err = os.WriteFile(ports, []byte("20000 20019"), 0)
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.WriteFile(ports, before, 0) })
 	for port := range 10 {
-		if got, _ := talk(t, from(50000+port), ask, 2*time.Second); !strings.HasPrefix(got, "HTTP/1.1 200") {
+		if got, _ := talk(t, from(25000+port), ask, 2*time.Second); !strings.HasPrefix(got, "HTTP/1.1 200") {
 			t.Errorf("%d: %q", port, got)
 		}
 	}
