@@ -308,12 +308,13 @@ func (l *Lookup) Complete(ctx context.Context, urgent bool) Owner {
 		}
 	}
 	o := l.Owner(ctx)
-	if o.Reason == Late && !o.Attributed() || l.settled() {
+	inode, settled := l.wanted()
+	if o.Reason == Late && !o.Attributed() || settled {
 		return o
 	}
 	begin := time.Now()
 	for try := 1; ; try++ {
-		result := l.f.scan(ctx, l.socket.Inode, urgent)
+		result := l.f.scan(ctx, inode, urgent)
 		if o, again := l.conclude(ctx, result, begin); !again || try == maxTries {
 			return o
 		}
@@ -337,11 +338,12 @@ func (l *Lookup) conclude(ctx context.Context, result *scanResult, begin time.Ti
 	return o, o.Reason == Churn
 }
 
-// settled reports whether no search can change the answer.
-func (l *Lookup) settled() bool {
+// wanted is the socket to search for. settled says that no search can change the
+// answer.
+func (l *Lookup) wanted() (inode uint32, settled bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.closed || l.reason != Attributed
+	return l.socket.Inode, l.closed || l.reason != Attributed
 }
 
 // owner renders what is known. It is called with l.mu held; result is nil
@@ -434,7 +436,7 @@ func (l *Lookup) merge(ctx context.Context, found []holder, via string) Reason {
 			continue
 		}
 		switch {
-		case len(l.held) >= maxHolders:
+		case len(l.held) >= maxHolders && !l.forgetLost():
 			return Crowd
 		case ctx.Err() != nil:
 			return Late
@@ -456,14 +458,24 @@ func (l *Lookup) merge(ctx context.Context, found []holder, via string) Reason {
 	return missing
 }
 
+// forgetLost makes room among the holders. It is called with l.mu held.
+func (l *Lookup) forgetLost() bool {
+	l.held = slices.DeleteFunc(l.held, func(h *held) bool {
+		if !h.lost || len(l.earlier) == maxEarlier {
+			return false
+		}
+		l.earlier = append(l.earlier, earlier(h.proc))
+		l.f.host.unpin(h.pin)
+		return true
+	})
+	return len(l.held) < maxHolders
+}
+
 // add reads one holder. The Lookup has its pin from then on.
 func (l *Lookup) add(f holder, p *pin, st stat) bool {
 	proc, image, err := l.f.host.read(p, st)
 	if err != nil {
-		switch {
-		case errors.Is(err, errExecRace):
-			l.reason = ExecRace
-		case !gone(err):
+		if !gone(err) && !errors.Is(err, errExecRace) {
 			l.reason, l.err = Failed, err
 		}
 		return false

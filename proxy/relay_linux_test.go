@@ -3,6 +3,7 @@ package proxy
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"strings"
@@ -483,6 +484,7 @@ func TestOwnConnectionComesBack(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		t.Cleanup(func() { c.Close() })
 		return c.(*net.TCPConn)
 	}
 	for port := 20000; port < 20020; port += 3 {
@@ -515,5 +517,57 @@ func TestOwnConnectionComesBack(t *testing.T) {
 	}
 	if r.proxy.Stats().Looped.Load() == 0 {
 		t.Error("nothing came back: the test tests nothing")
+	}
+}
+
+// What is sent again is what was judged: a body that arrives meanwhile, over the
+// place where the request was, is not.
+func TestComesBackWhileBodyArrives(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}, policy: policy.Config{Mode: policy.Enforce, Posture: policy.Strict}})
+	token := r.token()
+	c := r.dial(false)
+	defer c.Close()
+	// The next head then does not begin at the beginning of the buffer.
+	if _, err := c.Write([]byte("GET /latest/meta-data/instance-id HTTP/1.1\r\n" + host + "Connection: keep-alive\r\n\r\n")); err != nil {
+		t.Fatal(err)
+	}
+	c.SetReadDeadline(time.Now().Add(2 * time.Second))
+	if _, err := c.Read(make([]byte, 4096)); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(20 * time.Millisecond)
+	arriving := r.proxy.local.arriving
+	for range cap(arriving) { // accepting is slow from here on
+		arriving <- struct{}{}
+	}
+	loop := []string{"OUTPUT", "-d", "169.254.169.254", "-p", "tcp", "--dport", "80", "-m", "mark", "--mark", fmt.Sprint(testMark), "-j", "REDIRECT", "--to-ports", "254"}
+	run(t, "iptables", append([]string{"-t", "nat", "-I"}, loop...)...)
+	room := 0
+	r.proxy.mu.Lock()
+	for s := range r.proxy.sessions() {
+		s.up.Close() // as if the service had ended it
+		room = cap(s.in)
+	}
+	r.proxy.mu.Unlock()
+	head := "PUT /latest/api/token HTTP/1.1\r\n" + host + "Connection: keep-alive\r\nX-aws-ec2-metadata-token-ttl-seconds: 60\r\n" +
+		"Transfer-Encoding: chunked\r\nExpect: 100-continue\r\nX-Pad: "
+	head += strings.Repeat("a", room-len(head)-4) + "\r\n\r\n" // to the buffer's end
+	c.Write([]byte(head))
+	time.Sleep(50 * time.Millisecond)
+	c.Write([]byte("0"))
+	run(t, "iptables", append([]string{"-t", "nat", "-D"}, loop...)...)
+	time.Sleep(firstSlice + 150*time.Millisecond)
+	for range cap(arriving) {
+		<-arriving
+	}
+	for end := time.Now().Add(3 * time.Second); r.proxy.Stats().Looped.Load() == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("nothing came back: the test tests nothing")
+		}
+	}
+	evil := "GET /latest/meta-data/iam/security-credentials/imdsgate-lab-role HTTP/1.1\r\n" + host + "X-aws-ec2-metadata-token: " + token + "\r\n\r\n"
+	got, _ := talk(t, c, strings.Repeat("x", len(buffer{})-room-1)+evil, time.Second)
+	if strings.Contains(got, "200 OK") || strings.Contains(strings.Join(r.received(), ""), "security-credentials") {
+		t.Errorf("the service was asked what nobody judged, and the client got %.40q", got)
 	}
 }

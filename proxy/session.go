@@ -48,7 +48,8 @@ type session struct {
 	in  []byte // bytes of the client that were read and not passed on
 	out []byte // an answer on its way
 
-	owed bool // the client has yet to send its body
+	owed bool   // the client has yet to send its body
+	sent []byte // of in: the request under way, while it may be sent again
 }
 
 // buffers hold a request, for as long as the connection lives, or an answer
@@ -283,11 +284,10 @@ func (s *session) exchange() error {
 			return io.EOF
 		}
 	}
-	sent := s.in[:size]
-	if err := s.reach(sent); err != nil {
+	if err := s.reach(s.in[:size]); err != nil {
 		return s.upstreamFailed(ev, err, enforce)
 	}
-	s.in = s.in[size:]
+	s.in, s.sent = s.in[size:], s.in[:size]
 
 	if !enforce {
 		// Nothing is left for policy to stop: it judges while the service
@@ -304,14 +304,18 @@ func (s *session) exchange() error {
 	}
 	s.out = hold()
 	answer, err := s.relay(r, target.Class == imds.Credentials)
-	for try := 1; err != nil && s.lost(&answer) && try < maxLoops; try++ {
-		if err = s.reach(sent); err == nil {
-			answer, err = s.relay(r, target.Class == imds.Credentials)
+	for try := 1; err != nil && s.lost(&answer); try++ {
+		if try < maxLoops {
+			err = s.reach(s.sent)
 		}
+		if try == maxLoops || err != nil {
+			s.p.stats.UpstreamFailed.Add(1)
+			s.reset()
+			break
+		}
+		answer, err = s.relay(r, target.Class == imds.Credentials)
 	}
-	if err != nil && s.lost(&answer) {
-		s.reset()
-	}
+	s.sent = nil
 	release(s.out)
 	failed := ""
 	switch {

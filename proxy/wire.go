@@ -84,6 +84,7 @@ func min2(a, b time.Time) time.Time {
 
 // fill reads once from the client, behind what is there already.
 func (s *session) fill(deadline time.Time) error {
+	s.sent = nil // it may move
 	if cap(s.in)-len(s.in) == 0 {
 		switch {
 		case len(s.in) == 0:
@@ -164,8 +165,8 @@ func (s *session) reach(b []byte) error {
 }
 
 // lost reports whether a request has met ourselves instead of the service, so that
-// it may be sent again.
-func (s *session) lost(a *answer) bool { return a.bytes == 0 && s.looped.Load() }
+// it may be sent again: as it was judged, and so only while nothing more was read.
+func (s *session) lost(a *answer) bool { return a.bytes == 0 && s.sent != nil && s.looped.Load() }
 
 // forward sends bytes of the client upstream, waiting for the connection to be
 // made.

@@ -115,10 +115,10 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 		serving.Wait()
 	}()
 
+	defer d.stop() // also when start fails half-way
 	if err := d.start(ctx, p, rules); err != nil {
 		return err
 	}
-	defer d.stop()
 	var background sync.WaitGroup
 	defer background.Wait()
 	ctx, cancel := context.WithCancel(ctx)

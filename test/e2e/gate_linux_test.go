@@ -437,22 +437,25 @@ func TestConnectionsDuringStart(t *testing.T) {
 	defer cancel()
 	h.start("mode: audit\n")
 	time.Sleep(50 * time.Millisecond)
-	docs, err := h.Documents()
-	if err != nil {
-		t.Fatal(err)
-	}
-	recorded := 0
-	for _, d := range docs {
-		if d.At("event.action") == "direct-imds-connection" {
-			recorded++
-		}
-	}
 	cancel()
 	clients.Wait()
 	direct := 0
 	for _, c := range h.IMDS.Transcript().Connections {
 		if local[c.Remote.String()] {
 			direct++
+		}
+	}
+	recorded := 0
+	for end := time.Now().Add(5 * time.Second); recorded < direct && time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		docs, err := h.Documents()
+		if err != nil {
+			t.Fatal(err)
+		}
+		recorded = 0
+		for _, d := range docs {
+			if d.At("event.action") == "direct-imds-connection" {
+				recorded++
+			}
 		}
 	}
 	if direct == 0 || recorded != direct {
