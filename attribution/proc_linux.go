@@ -23,11 +23,13 @@ const (
 	// java command line from the rules; too high lets any user make us read
 	// the 2 MiB that execve allows, for each request he sends.
 	maxCmdline = 32 << 10
-	// usualCmdline is what all but few command lines are shorter than, and
-	// maxLong bounds what all others together take of our memory. When that is
-	// used up, one more is cut.
+	// usualCmdline is what all but few command lines are shorter than.
 	usualCmdline = 4 << 10
-	maxLong      = 16 << 20
+	// maxKept bounds the memory that all command lines together take that are
+	// still referred to, from an event that waits for the disk, too. When that is
+	// used up, new ones are cut to shortCmdline.
+	maxKept      = 32 << 20
+	shortCmdline = 512
 	// maxAncestors bounds the chain of parents that is read.
 	maxAncestors = 16
 	// maxTries bounds how often a process is read again because it executed
@@ -49,7 +51,7 @@ type host struct {
 	net     string
 
 	names names
-	long  atomic.Int64 // bytes of the command lines that are longer than usual
+	kept  atomic.Int64 // bytes of command lines
 
 	mu   sync.Mutex // guards the following
 	boot time.Time  // wall clock at boot
@@ -445,14 +447,12 @@ func (h *host) readImage(p *pin, st stat) (*Process, error) {
 	b, err := readAt(dir, prefix+"cmdline", buf)
 	if err == nil && len(b) == len(buf) {
 		long := make([]byte, maxCmdline)
-		if long, err = readAt(dir, prefix+"cmdline", long); err == nil {
-			b = h.keepLong(proc, long)
-		}
+		b, err = readAt(dir, prefix+"cmdline", long)
 	}
 	if err := check("cmdline", err); err != nil {
 		return nil, err
 	}
-	proc.Args = parseCmdline(b)
+	proc.Args = h.keepArgs(b)
 
 	proc.WorkingDir, err = linkAt(dir, prefix+"cwd")
 	if err := check("cwd", err); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -480,15 +480,20 @@ func (h *host) readImage(p *pin, st stat) (*Process, error) {
 	return proc, nil
 }
 
-// keepLong accounts for a long command line of a process, or cuts it.
-func (h *host) keepLong(p *Process, cmdline []byte) []byte {
-	size := int64(len(cmdline))
-	if h.long.Add(size) > maxLong {
-		h.long.Add(-size)
-		return cmdline[:usualCmdline]
+// keepArgs parses a command line and accounts for its memory, or cuts it.
+func (h *host) keepArgs(cmdline []byte) []string {
+	if len(cmdline) > shortCmdline {
+		// Once as arguments, and once with blanks between them in events.
+		size := int64(2*len(cmdline) + 16*bytes.Count(cmdline, []byte{0}))
+		if h.kept.Add(size) <= maxKept {
+			args := parseCmdline(cmdline)
+			runtime.AddCleanup(&args[0], func(size int64) { h.kept.Add(-size) }, size)
+			return args
+		}
+		h.kept.Add(-size)
+		cmdline = cmdline[:shortCmdline]
 	}
-	runtime.AddCleanup(p, func(size int64) { h.long.Add(-size) }, size)
-	return cmdline
+	return parseCmdline(cmdline)
 }
 
 // otherThread names a thread of a process whose leader has ended.

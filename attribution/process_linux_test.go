@@ -1,10 +1,13 @@
 package attribution
 
 import (
+	"bytes"
 	"os"
+	"runtime"
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -163,4 +166,36 @@ func FuzzParseProc(f *testing.F) {
 			}
 		}
 	})
+}
+
+// Command lines are cut when those that are still in use take too much memory, and
+// are whole again when they do not.
+func TestKeptArgsAreBounded(t *testing.T) {
+	h := new(host)
+	long := bytes.Repeat([]byte("x\x00"), maxCmdline/2)
+	var held [][]string
+	for range 2 * maxKept / len(long) {
+		held = append(held, h.keepArgs(long))
+	}
+	whole := 0
+	for _, args := range held {
+		if len(args) == maxCmdline/2 {
+			whole++
+		} else if len(args) != shortCmdline/2 {
+			t.Fatalf("%d arguments", len(args))
+		}
+	}
+	if size := h.kept.Load(); whole == 0 || whole > maxKept/(2*len(long)) || size > maxKept {
+		t.Errorf("%d of %d are whole, %d bytes", whole, len(held), size)
+	}
+	runtime.KeepAlive(held)
+	held = nil
+	for end := time.Now().Add(5 * time.Second); h.kept.Load() > 0; runtime.GC() {
+		if time.Now().After(end) {
+			t.Fatalf("%d bytes are still accounted for", h.kept.Load())
+		}
+	}
+	if args := h.keepArgs(long); len(args) != maxCmdline/2 {
+		t.Errorf("%d arguments", len(args))
+	}
 }

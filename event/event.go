@@ -13,6 +13,7 @@ package event
 import (
 	"fmt"
 	"net/netip"
+	"sync/atomic"
 	"time"
 )
 
@@ -136,6 +137,19 @@ type Process struct {
 	Earlier      bool // an image that the process has left since it connected
 
 	Parent *Process
+
+	clean atomic.Pointer[[]string] // Args, redacted
+}
+
+// redactedArgs are the arguments as documents have them. They are redacted once,
+// since that takes long, and a process is in many documents.
+func (p *Process) redactedArgs() []string {
+	if clean := p.clean.Load(); clean != nil {
+		return *clean
+	}
+	clean := RedactArgs(p.Args)
+	p.clean.Store(&clean)
+	return clean
 }
 
 // Request is what was asked.

@@ -167,13 +167,14 @@ func TestNoSecretLeaves(t *testing.T) {
 }
 
 func TestCut(t *testing.T) {
-	e := denied()
-	p := e.Subjects[0]
+	var e *Event
 	for _, test := range []struct{ size, args, first int }{
 		{5000, 1, maxText}, // one that is longer than the field may be
 		{50, maxText / 100, 100},
 		{1, maxTexts, 2},
 	} {
+		e = denied()
+		p := e.Subjects[0]
 		p.Args = slices.Repeat([]string{strings.Repeat("ü", test.size)}, 1000)
 		p.CommandLine = strings.Join(p.Args, " ")
 		got := at(render(t, e)[0], "process.args").([]any)

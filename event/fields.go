@@ -23,12 +23,13 @@ type Value struct {
 	Set   bool
 	Text  string
 	Texts []string // instead of Text, for a field with several values
-	args  []string // that Text is made of, with blanks between them
 	Int   int64
 	Ints  []int64 // instead of Int
 	Bool  bool
 	Addr  netip.Addr
 	Time  time.Time
+
+	command *Process // whose arguments Texts are, or Text with blanks between them
 }
 
 // A View is one document of an event, with the process that it is about. It
@@ -53,7 +54,6 @@ type Field struct {
 
 	docs  docs
 	free  bool // text that a process or client chose, and that may carry a secret
-	argv  bool // the values are the arguments of one command, and free together
 	first bool // only the first of several values is written; ECS wants one
 	get   func(*View) Value
 	parts []string
@@ -262,11 +262,12 @@ func processFields(add adder, array func(docs, Type, string, func(*View) Value),
 	}))
 	executable.Array, executable.free, executable.first = true, true, true
 	add(onProcess, Keyword, prefix+".thread.name", of(func(p *Process) Value { return known(p.Thread) })).free = true
-	args := add(onProcess, Keyword, prefix+".args", of(func(p *Process) Value { return texts(p.Args...) }))
-	args.Array, args.argv = true, true
+	array(onProcess, Keyword, prefix+".args", of(func(p *Process) Value {
+		return Value{Set: len(p.Args) > 0, Texts: p.Args, command: p}
+	}))
 	add(onProcess, Long, prefix+".args_count", of(func(p *Process) Value { return number(int64(len(p.Args))) }))
 	add(onProcess, Keyword, prefix+".command_line", of(func(p *Process) Value {
-		return Value{Set: p.CommandLine != "", Text: p.CommandLine, args: p.Args}
+		return Value{Set: p.CommandLine != "", Text: p.CommandLine, command: p}
 	})).free = true
 	add(onProcess, Keyword, prefix+".working_directory", of(func(p *Process) Value { return text(p.WorkingDir) })).free = true
 	add(onProcess, Date, prefix+".start", of(func(p *Process) Value { return date(p.Start) }))

@@ -90,8 +90,12 @@ func (f *Field) append(b []byte, v Value) (_ []byte, short bool) {
 			return append(b, '"'), false
 		}
 	}
-	if v.args != nil && suspicious(v.Text) {
-		return appendCut(b, strings.Join(RedactArgs(v.args), " "), maxText)
+	switch {
+	case v.command == nil:
+	case v.Texts != nil:
+		v.Texts = v.command.redactedArgs()
+	case suspicious(v.Text):
+		return appendCut(b, strings.Join(v.command.redactedArgs(), " "), maxText)
 	}
 	if v.Texts == nil {
 		return f.appendText(b, v.Text, maxText)
@@ -101,9 +105,6 @@ func (f *Field) append(b []byte, v Value) (_ []byte, short bool) {
 	}
 	all := v.Texts[:min(len(v.Texts), maxTexts)]
 	short = len(all) < len(v.Texts)
-	if f.argv {
-		all = RedactArgs(all)
-	}
 	b = append(b, '[')
 	left := maxText
 	for i, s := range all {

@@ -53,7 +53,7 @@ const (
 )
 
 // secrets are the forms in which command lines and requests carry what must
-// not be logged. They are RE2, so that no input makes them slow.
+// not be logged. They are RE2, so that no input makes one search slow.
 var secrets = []struct {
 	words []string // one of them is in every match when folded; the rarer its beginning, the less is searched
 	also  string   // and this is, too
@@ -135,11 +135,22 @@ func suspicious(s string) bool {
 	return false
 }
 
+// maxRedacted bounds what is searched of one text, and lastWord what is left out
+// because it may be half a secret. Both are more than a document has.
+const (
+	maxRedacted = maxText + lastWord
+	lastWord    = 1 << 10
+)
+
 // Redact replaces what looks like a secret in text that a process or client
-// chose. What it returns, it would not change.
+// chose. What it returns, it would not change. Text that may have one is cut.
 func Redact(s string) string {
 	if !suspicious(s) {
 		return s
+	}
+	if len(s) > maxRedacted {
+		end := strings.LastIndexAny(s[maxText:maxRedacted], " \t\n\x00\"'=:,;&")
+		s = s[:maxText+max(end, 0)]
 	}
 	// A secret that is gone may bring another one nearer to what gives it away.
 	for range 4 {
@@ -168,12 +179,24 @@ func redact(s string) string {
 				if with == "" {
 					with = allGroups
 				}
-				s = secret.form.ReplaceAllString(s, with)
+				s = replace(s, secret.form, with)
 				break
 			}
 		}
 	}
 	return s
+}
+
+// maxSecrets bounds what is replaced of one form, because a search from each of
+// many beginnings to the end takes the square of the length: one command line of
+// 32 KB could take more than a second. What comes behind so many is cut off.
+const maxSecrets = 8
+
+func replace(s string, form *regexp.Regexp, with string) string {
+	if all := form.FindAllStringIndex(s, maxSecrets+1); len(all) > maxSecrets {
+		s = s[:all[maxSecrets][0]] + redacted
+	}
+	return form.ReplaceAllString(s, with)
 }
 
 // RedactArgs redacts the arguments of a command. They say more together than

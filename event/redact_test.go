@@ -232,3 +232,25 @@ func BenchmarkRedact(b *testing.B) {
 		})
 	}
 }
+
+// The most that one command line may cost: as long as any, and made of what takes
+// long to search.
+func TestRedactIsBounded(t *testing.T) {
+	for _, unit := range []string{"curl -u mysql -p sshpass -p ", "set aws_secret_access_key x ", "--password hunter2 "} {
+		for _, args := range [][]string{{"sh", "-c", strings.Repeat(unit, 32<<10/len(unit))}, strings.Fields(strings.Repeat(unit, 32<<10/len(unit)))} {
+			clean := strings.Join(RedactArgs(args), " ")
+			if len(clean) > maxRedacted || strings.Count(clean, redacted) > 64 || strings.Contains(clean, "hunter2") {
+				t.Errorf("%d bytes, %d secrets: %.200s", len(clean), strings.Count(clean, redacted), clean)
+			}
+		}
+	}
+}
+
+func BenchmarkRedactWorst(b *testing.B) {
+	const unit = "curl -u mysql -p sshpass -p "
+	args := []string{"sh", "-c", strings.Repeat(unit, 32<<10/len(unit))}
+	b.ReportAllocs()
+	for b.Loop() {
+		RedactArgs(args)
+	}
+}

@@ -233,9 +233,8 @@ func TestOrderOfVerdict(t *testing.T) {
 		{"granted, though a rule matches", granted, asking("/usr/bin/python3", nil), event.Allow, "granted by app"},
 		{"a grant of another unit", granted, asking("/usr/bin/python3", func(_ *event.Event, p *event.Process) { p.Unit = "evil.service" }), event.Deny, "rule"},
 		{"one of two subjects without grant", granted, asking("/usr/bin/python3", func(ev *event.Event, p *event.Process) {
-			other := *p
-			other.Executable, other.EntityID, other.Name = "/opt/app/bin/app", "other", "app"
-			ev.Subjects = append(ev.Subjects, &other)
+			ev.Subjects = append(ev.Subjects, &event.Process{EntityID: "other", PID: p.PID, Name: "app", Executable: "/opt/app/bin/app",
+				UserID: p.UserID, Unit: p.Unit, Known: true, HostVerified: true, RootOwned: true, Parent: p.Parent})
 		}), event.Deny, "rule"},
 		{"a grant on incomplete evidence", granted, asking("/usr/bin/python3", func(ev *event.Event, _ *event.Process) {
 			ev.Attribution.Complete, ev.Attribution.Reason = false, "late"
