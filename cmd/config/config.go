@@ -72,14 +72,31 @@ func Load(path string) (Config, error) {
 // Parse reads a configuration from bytes; name is for errors.
 func Parse(name string, src []byte) (Config, error) {
 	var c Config
-	dec := yaml.NewDecoder(bytes.NewReader(src), yaml.Strict())
-	if err := dec.Decode(&c); err != nil && !errors.Is(err, io.EOF) {
-		return Config{}, fmt.Errorf("%s:%w", name, located{err})
+	if err := decode(src, &c); err != nil {
+		return Config{}, fmt.Errorf("%s:%w", name, err)
 	}
 	c.Events.Path = cmp.Or(c.Events.Path, DefaultEvents)
 	c.Control.Socket = cmp.Or(c.Control.Socket, control.DefaultSocket)
 	c.Log.Level = cmp.Or(c.Log.Level, "info")
 	return c, nil
+}
+
+// decode takes a panic of the YAML library for an error: it has some, with tags that
+// no configuration needs, and a daemon that reloads must not end by one.
+func decode(src []byte, c *Config) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf(" not understood as YAML: a tag (!) or anchor (&) where none belongs? (%v)", p)
+		}
+	}()
+	err = yaml.NewDecoder(bytes.NewReader(src), yaml.Strict()).Decode(c)
+	switch {
+	case errors.Is(err, io.EOF):
+		return nil
+	case err != nil:
+		return located{err}
+	}
+	return nil
 }
 
 // located prints an error of the YAML library with its line and caret, and

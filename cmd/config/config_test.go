@@ -92,6 +92,7 @@ func TestErrors(t *testing.T) {
 		{"unknown mode", "mode: block\n", []string{"block", "audit, enforce, off"}},
 		{"wrong type", "limits: {connections: many}\n", []string{"[1:", "^"}},
 		{"not YAML", "mode: [\n", []string{"config.yaml:", "^"}},
+		{"what the YAML library panics at", "grants: !00 00", []string{"config.yaml", "tag"}},
 		{"a wrong date", "grants: [{name: a, expires: tomorrow}]\n", []string{"tomorrow", "2006-01-02"}},
 	} {
 		_, err := Parse("config.yaml", []byte(c.src))
@@ -105,6 +106,7 @@ func TestErrors(t *testing.T) {
 
 func FuzzParse(f *testing.F) {
 	f.Add([]byte("mode: enforce\ngrants: [{name: a, expires: 2027-01-01}]\n"))
+	f.Add([]byte("grants: !00 00"))
 	f.Add([]byte("redirect: {endpoints: ['169.254.169.254:80']}\n"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if len(b) > 4096 {
