@@ -22,7 +22,7 @@ if newer "$have" "${want%.*}"; then
 fi
 
 cd / # away from go.mod, which an old go cannot read
-module="golang.org/toolchain@v0.0.1-go$want.$(go env GOOS)-$(go env GOARCH)"
+module="golang.org/toolchain@v0.0.1-go$want.$(go env GOHOSTOS)-$(go env GOHOSTARCH)"
 dir="$(go env GOMODCACHE)/$module"
 if [ ! -d "$dir" ]; then
 	echo "go $have is too old; downloading go $want" >&2
