@@ -138,6 +138,7 @@ type process struct {
 func startProcess(lab *netlab.Lab, path string, args ...string) (*process, error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	p := &process{cmd: exec.CommandContext(ctx, path, args...), cancel: cancel, ended: make(chan error, 1)}
+	p.cmd.Dir = "/" // haproxy goes back to where it began, as a user who may not see root's home
 	p.cmd.Cancel = func() error { return p.cmd.Process.Signal(unix.SIGTERM) }
 	p.cmd.WaitDelay = 5 * time.Second
 	p.cmd.Stderr = &p.said
