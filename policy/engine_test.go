@@ -187,6 +187,9 @@ func TestShippedRules(t *testing.T) {
 			p.CommandLine = "bash -c exec 3<>/dev/tcp/2852039166/80"
 		}, handTool, event.Deny, true},
 		{"netcat by the name of its package", "/usr/bin/nc.openbsd", nil, handTool, event.Deny, true},
+		{"whois with a port", "/usr/bin/whois", nil, handTool, event.Deny, true},
+		{"an editor with channels", "/usr/bin/vim.basic", nil, handTool, event.Deny, true},
+		{"a key fetcher", "/usr/bin/dirmngr", nil, handTool, event.Deny, true},
 		{"inventory, by a shell", "/usr/bin/bash", func(ev *event.Event, _ *event.Process) {
 			ev.Request.Class, ev.Request.Guarded = "inventory", false
 		}, "", event.Allow, false},
