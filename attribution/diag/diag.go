@@ -10,8 +10,11 @@
 // two sockets that share their ports it names the wrong process half of the
 // time, so it is not used here.
 //
-// A Conn answers for the network namespace in which it was opened, from
-// whatever thread it is used later.
+// A Conntrack says when a connection began, by the same kind of question to the
+// connection table of netfilter.
+//
+// Both answer for the network namespace in which they were opened, from
+// whatever thread they are used later.
 package diag
 
 import (
@@ -21,16 +24,17 @@ import (
 	"net/netip"
 )
 
-// ErrNotFound says that the kernel has no socket with the asked tuple.
-var ErrNotFound = errors.New("no such socket")
+// ErrNotFound says that the kernel has no socket with the asked tuple, or
+// conntrack no entry.
+var ErrNotFound = errors.New("no such connection")
 
 // ErrGone says that the tuple exists but that no process can hold it any
 // longer: it is an orphan or in TIME_WAIT. Its uid says nothing.
 var ErrGone = errors.New("socket closed by its process")
 
-// ErrMismatch says that the kernel answered with another socket than the one
-// that was asked for.
-var ErrMismatch = errors.New("kernel answered for another socket")
+// ErrMismatch says that the kernel answered with another socket or entry than the
+// one that was asked for.
+var ErrMismatch = errors.New("kernel answered for another connection")
 
 // Tuple names one end of a TCP connection as the process that owns that end
 // sees it: Local is its own address.
@@ -72,9 +76,9 @@ func (s State) String() string {
 	return fmt.Sprintf("state %d", uint8(s))
 }
 
-// connected reports whether a socket in this state is one that a process
+// Connected reports whether a socket in this state is one that a process
 // connected and may still hold.
-func (s State) connected() bool {
+func (s State) Connected() bool {
 	switch s {
 	case Established, FinWait1, FinWait2, CloseWait, LastAck, Closing:
 		return true
@@ -85,12 +89,13 @@ func (s State) connected() bool {
 // Socket is what the kernel said about one socket.
 type Socket struct {
 	Tuple
-	State    State
-	Inode    uint32 // of the socket in sockfs, as in /proc/PID/fd: "socket:[INODE]"
-	UID      uint32 // of the process that created the socket, which need not be the one that holds it
-	Cookie   uint64 // names the socket, not the connection: connect(AF_UNSPEC) and a new connect keep it
-	CgroupID uint64 // cgroup2 in which the socket was created; 0 when not reported
-	Mapped   bool   // an AF_INET6 socket that speaks IPv4
+	State     State
+	Inode     uint32 // of the socket in sockfs, as in /proc/PID/fd: "socket:[INODE]"
+	UID       uint32 // of the process that created the socket, which need not be the one that holds it
+	Cookie    uint64 // names the socket, not the connection: connect(AF_UNSPEC) and a new connect keep it
+	CgroupID  uint64 // cgroup2 in which the socket was created; 0 when not reported
+	Interface uint32 // index of the interface to which the socket is bound now (SO_BINDTODEVICE); 0 for none
+	Mapped    bool   // an AF_INET6 socket that speaks IPv4
 }
 
 const (
@@ -98,6 +103,7 @@ const (
 	sizeofReq    = 56 // struct inet_diag_req_v2
 	sizeofMsg    = 72 // struct inet_diag_msg
 	sizeofID     = 48 // struct inet_diag_sockid
+	sizeofAttr   = 4  // struct nlattr
 
 	familyIPv4 = 2
 	familyIPv6 = 10
@@ -107,8 +113,9 @@ const (
 )
 
 // appendSockid appends struct inet_diag_sockid (include/uapi/linux/inet_diag.h).
-// A cookie of 0 asks for any (INET_DIAG_NOCOOKIE).
-func appendSockid(b []byte, t Tuple, cookie uint64) []byte {
+// A cookie of 0 asks for any (INET_DIAG_NOCOOKIE). An interface of 0 asks for a
+// socket that is bound to none, any other also for one that is bound to it.
+func appendSockid(b []byte, t Tuple, index uint32, cookie uint64) []byte {
 	if cookie == 0 {
 		cookie = ^uint64(0)
 	}
@@ -116,7 +123,7 @@ func appendSockid(b []byte, t Tuple, cookie uint64) []byte {
 	b = binary.BigEndian.AppendUint16(b, t.Remote.Port())
 	b = appendAddr(b, t.Local.Addr())
 	b = appendAddr(b, t.Remote.Addr())
-	b = binary.NativeEndian.AppendUint32(b, 0) // any interface
+	b = binary.NativeEndian.AppendUint32(b, index)
 	b = binary.NativeEndian.AppendUint32(b, uint32(cookie))
 	return binary.NativeEndian.AppendUint32(b, uint32(cookie>>32))
 }
@@ -147,18 +154,18 @@ func parseMsg(b []byte) (Socket, error) {
 	s.Mapped = local.Is4In6() || remote.Is4In6()
 	s.Local = netip.AddrPortFrom(local.Unmap(), binary.BigEndian.Uint16(id[0:]))
 	s.Remote = netip.AddrPortFrom(remote.Unmap(), binary.BigEndian.Uint16(id[2:]))
+	s.Interface = binary.NativeEndian.Uint32(id[36:])
 	s.Cookie = uint64(binary.NativeEndian.Uint32(id[40:])) | uint64(binary.NativeEndian.Uint32(id[44:]))<<32
 	s.UID = binary.NativeEndian.Uint32(b[64:])
 	s.Inode = binary.NativeEndian.Uint32(b[68:])
-	for attrs := b[sizeofMsg:]; len(attrs) >= 4; {
-		size := int(binary.NativeEndian.Uint16(attrs))
-		if size < 4 || size > len(attrs) {
-			return Socket{}, fmt.Errorf("inet_diag attribute of %d bytes in the last %d", size, len(attrs))
+	err = attrs(b[sizeofMsg:], func(typ uint16, value []byte) error {
+		if typ == attrCgroupID && len(value) >= 8 {
+			s.CgroupID = binary.NativeEndian.Uint64(value)
 		}
-		if binary.NativeEndian.Uint16(attrs[2:]) == attrCgroupID && size >= 12 {
-			s.CgroupID = binary.NativeEndian.Uint64(attrs[4:])
-		}
-		attrs = attrs[min((size+3)&^3, len(attrs)):]
+		return nil
+	})
+	if err != nil {
+		return Socket{}, err
 	}
 	return s, nil
 }
@@ -173,14 +180,32 @@ func addr(family byte, b []byte) (netip.Addr, error) {
 	return netip.Addr{}, fmt.Errorf("inet_diag_msg of address family %d", family)
 }
 
+// attrs calls each with every netlink attribute in b, in their order. The flags of
+// a type, NLA_F_NESTED and NLA_F_NET_BYTEORDER, are taken off.
+func attrs(b []byte, each func(typ uint16, value []byte) error) error {
+	for len(b) >= sizeofAttr {
+		size := int(binary.NativeEndian.Uint16(b))
+		if size < sizeofAttr || size > len(b) {
+			return fmt.Errorf("netlink attribute of %d bytes in the last %d", size, len(b))
+		}
+		if err := each(binary.NativeEndian.Uint16(b[2:])&0x3fff, b[sizeofAttr:size]); err != nil {
+			return err
+		}
+		b = b[min((size+3)&^3, len(b)):]
+	}
+	return nil
+}
+
 // check compares an answer with the question.
-func check(t Tuple, cookie uint64, s Socket) error {
+func check(t Tuple, cookie uint64, index uint32, s Socket) error {
 	switch {
 	case s.Tuple != t:
 		return fmt.Errorf("%w: asked for %v, got %v in %v", ErrMismatch, t, s.Tuple, s.State)
 	case cookie != 0 && s.Cookie != cookie:
 		return fmt.Errorf("%w: asked for cookie %#x, got %#x", ErrMismatch, cookie, s.Cookie)
-	case !s.State.connected():
+	case s.Interface != 0 && s.Interface != index:
+		return fmt.Errorf("%w: asked for interface %d, got %d", ErrMismatch, index, s.Interface)
+	case !s.State.Connected():
 		return fmt.Errorf("%w: %v is in %v", ErrGone, t, s.State)
 	case s.Inode == 0:
 		return fmt.Errorf("%w: %v is in %v without an inode", ErrGone, t, s.State)

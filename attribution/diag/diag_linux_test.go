@@ -312,7 +312,7 @@ func FuzzNext(f *testing.F) {
 }
 
 func TestSockidLayout(t *testing.T) {
-	b := appendSockid(nil, Tuple{netip.MustParseAddrPort("10.0.3.16:50000"), netip.MustParseAddrPort("169.254.169.254:80")}, 7)
+	b := appendSockid(nil, Tuple{netip.MustParseAddrPort("10.0.3.16:50000"), netip.MustParseAddrPort("169.254.169.254:80")}, 3, 7)
 	if len(b) != sizeofID {
 		t.Fatalf("struct inet_diag_sockid of %d bytes, want %d", len(b), sizeofID)
 	}
