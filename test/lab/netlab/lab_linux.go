@@ -43,6 +43,7 @@ type Lab struct {
 	Instance, Metadata *Namespace
 	Bridged, Routed    *Namespace       // nil unless Options.Containers
 	IMDS               *imdstest.Server // nil with Options.NoIMDS
+	Cgroup             *Cgroup          // of every process that is started in one of the namespaces
 
 	here    bool // Instance is this process's
 	closing sync.Once
@@ -59,6 +60,9 @@ func New(o Options) (*Lab, error) {
 }
 
 func (l *Lab) build(o Options) (err error) {
+	if l.Cgroup, err = newCgroup(); err != nil {
+		return err
+	}
 	if l.here = o.Here; o.Here {
 		l.Instance, err = thisNamespace("instance")
 	} else {
@@ -77,6 +81,9 @@ func (l *Lab) build(o Options) (err error) {
 		if l.Routed, err = newNamespace("routed"); err != nil {
 			return err
 		}
+	}
+	for _, n := range l.namespaces() {
+		n.cgroup = l.Cgroup
 	}
 	if err := l.wire(); err != nil {
 		return err
@@ -135,6 +142,9 @@ func (l *Lab) Close() error {
 		errs = append(errs, openSockets(all))
 		for _, n := range all {
 			errs = append(errs, n.Do(destroyOrphans), n.close())
+		}
+		if l.Cgroup != nil {
+			errs = append(errs, l.Cgroup.close())
 		}
 		l.closed = errors.Join(errs...)
 	})

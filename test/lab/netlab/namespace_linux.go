@@ -18,8 +18,9 @@ import (
 // A Namespace is an anonymous network namespace: it has no name under /run/netns and exists as long as a
 // descriptor, a process or a socket holds it. Its methods may be called from any goroutine; its [Lab] closes it.
 type Namespace struct {
-	name  string
-	inode uint64
+	name   string
+	inode  uint64
+	cgroup *Cgroup // in which its processes begin
 
 	mu     sync.Mutex     // guards handle, also against being closed between its reading and setns
 	handle netns.NsHandle // -1 once closed
@@ -115,6 +116,28 @@ func (n *Namespace) close() error {
 	return nil
 }
 
+// ProcConnector opens a socket of the proc connector in the machine's initial network namespace, as systemd would
+// (ListenNetlink=connector of systemd.socket(5)). It hears nothing yet.
+func ProcConnector() (*os.File, error) {
+	fd := -1
+	err := onThread(func() error {
+		initial, err := netns.GetFromPath("/proc/2/ns/net") // of kthreadd
+		if err != nil {
+			return err
+		}
+		defer initial.Close()
+		if err := netns.Set(initial); err != nil {
+			return err
+		}
+		fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.NETLINK_CONNECTOR)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open a socket of the proc connector: %w", err)
+	}
+	return os.NewFile(uintptr(fd), "proc-connector"), nil
+}
+
 // onThread runs fn, which may change its thread's network namespace, and puts the thread back where it was.
 //
 // The thread is given back rather than thrown away because a child's Pdeathsig fires when the thread that started
@@ -143,8 +166,11 @@ func onThread(fn func() error) error {
 	return err
 }
 
-// Start starts cmd inside the namespace. Waiting for it is the caller's; [Lab.Close] kills it if it is still there.
-func (n *Namespace) Start(cmd *exec.Cmd) error { return n.Do(cmd.Start) }
+// Start starts cmd inside the namespace, in the lab's cgroup. Waiting for it is the caller's; [Lab.Close] kills it if it is still there.
+func (n *Namespace) Start(cmd *exec.Cmd) error {
+	cmd.SysProcAttr = n.cgroup.put(cmd.SysProcAttr)
+	return n.Do(cmd.Start)
+}
 
 // Run starts cmd inside the namespace and waits for it, with the errors of [exec.Cmd.Run].
 func (n *Namespace) Run(cmd *exec.Cmd) error {
