@@ -31,6 +31,7 @@ type Event struct {
 	Connection  Connection
 	Attribution Attribution
 	Subjects    []*Process // the one that decided comes first
+	Roles       []string   // of the subjects: "connector", "holder", "writer", ...
 	Request     Request
 	Response    Response
 	Decision    Decision
@@ -45,6 +46,7 @@ type Kind uint8
 
 const (
 	Asked     Kind = iota // a request to the metadata service
+	Started               // a program was executed, which a rule is about
 	Lifecycle             // the daemon started, its policy or mode changed
 	Integrity             // somebody or something touched what protects the service
 )
@@ -88,6 +90,7 @@ type Connection struct {
 // Attribution is how the subjects were found, or why not.
 type Attribution struct {
 	Level      string // "L0" to "L3"
+	Confidence string // none, low, medium, high
 	Via        string
 	Complete   bool
 	Unawaited  bool   // the client left before the evidence was complete, and enforce mode would have made it wait
@@ -106,6 +109,7 @@ type Process struct {
 	EntityID   string
 	PID        int64
 	Start      time.Time
+	Executed   time.Time // when it became this program; zero if that is not known, or it was forked as it is
 	Executable string
 	Name       string
 	Thread     string
@@ -128,15 +132,21 @@ type Process struct {
 	Cgroup    string
 	Container string
 	Runtime   string
+	Pod       string // UID of the Kubernetes pod
 
+	Unproven     bool // it is not known whether the executable is the host's own file
 	HostVerified bool // the executable is the host's own file
 	RootOwned    bool // and only root can change it
 	Loader       bool // and it is a dynamic loader
 	Deleted      bool
 	Known        bool // Executable could be read at all
 	Earlier      bool // an image that the process has left since it connected
+	Swapped      bool // /proc/PID/exe named another file than the kernel has executed
+	Ended        bool // the process is gone; nothing but the program is known
 
-	Parent *Process
+	Parent    *Process // that forked it, as it was then, where Ancestry says "birth"
+	ParentNow *Process // if another: the one that adopted it
+	Ancestry  string   // how Parent is known: "birth", "snapshot", "present"; "" if it is not
 
 	clean atomic.Pointer[[]string] // Args, redacted
 }
@@ -254,6 +264,7 @@ type State struct {
 	Policy   string // digest
 	Rules    int64
 	Grants   int64
+	Level    string // of attribution
 }
 
 // SeverityNumber gives event.severity as Kibana's alerts have it: 21, 47, 73

@@ -188,6 +188,18 @@ func TestCut(t *testing.T) {
 	}
 }
 
+func TestPod(t *testing.T) {
+	e := denied()
+	if doc := render(t, e)[0]; at(doc, "orchestrator") != nil {
+		t.Errorf("no pod is rendered as %v", at(doc, "orchestrator"))
+	}
+	e.Subjects[0].Pod = "1e597579-417e-482f-bf65-5fe170c3aebd"
+	doc := render(t, e)[0]
+	if at(doc, "orchestrator.resource.type") != "pod" || at(doc, "orchestrator.resource.id") != e.Subjects[0].Pod {
+		t.Errorf("pod is rendered as %v", at(doc, "orchestrator"))
+	}
+}
+
 // ECS names that take one value and those that take several, as the flat schema
 // of 9.5.0 has them; a wrong shape is rejected by some consumers.
 func TestShapes(t *testing.T) {

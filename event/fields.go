@@ -43,6 +43,9 @@ type View struct {
 	Sequence uint64
 	Created  time.Time
 	Decided  string // of an alert: the ID of the decision it belongs to
+	// Adopted makes the present parent stand in the place of the one that forked the
+	// process.
+	Adopted bool
 }
 
 // Field is one row of the schema. Name is dotted, as in ECS; names outside ECS
@@ -53,6 +56,7 @@ type Field struct {
 	Array bool // may have several values
 
 	docs  docs
+	asked bool // only of requests
 	free  bool // text that a process or client chose, and that may carry a secret
 	first bool // only the first of several values is written; ECS wants one
 	get   func(*View) Value
@@ -61,7 +65,7 @@ type Field struct {
 
 // Value reads the field in a document.
 func (f *Field) Value(v *View) Value {
-	if f.docs&(1<<v.Document) == 0 {
+	if f.docs&(1<<v.Document) == 0 || f.asked && v.Kind == Started {
 		return Value{}
 	}
 	return f.get(v)
@@ -180,8 +184,11 @@ func fields() []Field {
 
 	processFields(add, array, "process", func(v *View) *Process { return v.Subject })
 	processFields(add, array, "process.parent", func(v *View) *Process {
-		if v.Subject == nil {
+		switch {
+		case v.Subject == nil:
 			return nil
+		case v.Adopted:
+			return v.Subject.ParentNow
 		}
 		return v.Subject.Parent
 	})
@@ -189,6 +196,15 @@ func fields() []Field {
 	add(onProcess, Keyword, "user.name", func(v *View) Value { return v.of(func(p *Process) Value { return known(p.UserName) }) })
 	add(onProcess, Keyword, "container.id", func(v *View) Value { return v.of(func(p *Process) Value { return known(p.Container) }) })
 	add(onProcess, Keyword, "container.runtime", func(v *View) Value { return v.of(func(p *Process) Value { return known(p.Runtime) }) })
+	add(onProcess, Keyword, "orchestrator.resource.id", func(v *View) Value { return v.of(func(p *Process) Value { return known(p.Pod) }) })
+	add(onProcess, Keyword, "orchestrator.resource.type", func(v *View) Value {
+		return v.of(func(p *Process) Value {
+			if p.Pod == "" {
+				return Value{}
+			}
+			return text("pod")
+		})
+	})
 
 	add(onNetwork, Keyword, "source.address", func(v *View) Value { return text(v.Connection.Source.Addr().String()) })
 	add(onNetwork, IP, "source.ip", func(v *View) Value { return addr(v.Connection.Source.Addr()) })
@@ -234,8 +250,22 @@ func fields() []Field {
 	ownFields(add, array)
 	stateFields(add)
 
+	for i := range all {
+		all[i].asked = ofRequest(all[i].Name)
+	}
 	slices.SortFunc(all, func(a, b Field) int { return slices.Compare(a.parts, b.parts) })
 	return all
+}
+
+// ofRequest reports whether a field says something about a connection or a request.
+func ofRequest(name string) bool {
+	for _, prefix := range []string{"source.", "destination.", "network.", "http.", "url.", "user_agent.", "related.ip", "event.duration",
+		"imdsgate.request.", "imdsgate.response.", "imdsgate.credential.", "imdsgate.attribution.", "imdsgate.verdict", "imdsgate.audit_verdict"} {
+		if strings.HasPrefix(name, prefix) {
+			return true
+		}
+	}
+	return false
 }
 
 type adder func(d docs, t Type, name string, get func(*View) Value) *Field
@@ -328,7 +358,7 @@ func ruleFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 // ownFields are those that ECS has no name for.
 func ownFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 	add(onRequest|onState, Keyword, "imdsgate.mode", func(v *View) Value {
-		if v.Kind == Asked {
+		if v.Kind == Asked || v.Kind == Started {
 			return known(v.Decision.Mode)
 		}
 		return known(v.State.Mode)
@@ -369,7 +399,13 @@ func ownFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 	add(onRequest, Keyword, "imdsgate.credential.access_key_id", func(v *View) Value { return known(v.Response.AccessKeyID) })
 	add(onRequest, Date, "imdsgate.credential.expiration", func(v *View) Value { return date(v.Response.Expiration) })
 
-	add(onRequest, Keyword, "imdsgate.attribution.level", func(v *View) Value { return known(v.Attribution.Level) })
+	add(onRequest|onState, Keyword, "imdsgate.attribution.level", func(v *View) Value {
+		if v.Kind == Asked {
+			return known(v.Attribution.Level)
+		}
+		return known(v.State.Level)
+	})
+	add(onRequest, Keyword, "imdsgate.attribution.confidence", func(v *View) Value { return known(v.Attribution.Confidence) })
 	add(onRequest, Keyword, "imdsgate.attribution.via", func(v *View) Value { return known(v.Attribution.Via) })
 	add(onRequest, Boolean, "imdsgate.attribution.complete", func(v *View) Value { return flag(v.Attribution.Complete) })
 	add(onRequest, Keyword, "imdsgate.attribution.reason", func(v *View) Value { return known(v.Attribution.Reason) })
@@ -382,10 +418,23 @@ func ownFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 	of := func(get func(*Process) Value) func(*View) Value {
 		return func(v *View) Value { return v.of(get) }
 	}
-	add(onProcess, Boolean, "imdsgate.executable.host_verified", of(func(p *Process) Value { return Value{Set: p.Known, Bool: p.HostVerified} }))
-	add(onProcess, Boolean, "imdsgate.executable.root_owned", of(func(p *Process) Value { return Value{Set: p.Known, Bool: p.RootOwned} }))
+	add(onProcess, Boolean, "imdsgate.executable.host_verified", of(func(p *Process) Value { return Value{Set: p.Known && !p.Unproven, Bool: p.HostVerified} }))
+	add(onProcess, Boolean, "imdsgate.executable.root_owned", of(func(p *Process) Value { return Value{Set: p.Known && !p.Unproven, Bool: p.RootOwned} }))
 	add(onProcess, Boolean, "imdsgate.executable.loader", of(func(p *Process) Value { return Value{Set: p.Known, Bool: p.Loader} }))
 	add(onProcess, Boolean, "imdsgate.executable.deleted", of(func(p *Process) Value { return Value{Set: p.Known, Bool: p.Deleted} }))
+	add(onProcess, Boolean, "imdsgate.executable.swapped", of(func(p *Process) Value { return Value{Set: p.Swapped, Bool: true} }))
+	add(onProcess, Boolean, "imdsgate.process.ended", of(func(p *Process) Value { return Value{Set: p.Ended, Bool: true} }))
+	add(onProcess, Keyword, "imdsgate.process.ancestry", of(func(p *Process) Value { return known(p.Ancestry) }))
+	now := func(get func(*Process) Value) func(*View) Value {
+		return of(func(p *Process) Value {
+			if p.ParentNow == nil {
+				return Value{}
+			}
+			return get(p.ParentNow)
+		})
+	}
+	add(onProcess, Long, "imdsgate.process.parent_now.pid", now(func(p *Process) Value { return number(p.PID) }))
+	add(onProcess, Keyword, "imdsgate.process.parent_now.executable", now(func(p *Process) Value { return known(p.Executable) })).free = true
 	add(onProcess, Boolean, "imdsgate.process.earlier_image", of(func(p *Process) Value { return flag(p.Earlier) }))
 	add(onProcess, Keyword, "imdsgate.process.unit", of(func(p *Process) Value { return known(p.Unit) }))
 	add(onProcess, Keyword, "imdsgate.process.user_unit", of(func(p *Process) Value { return known(p.UserUnit) })).free = true
@@ -419,6 +468,7 @@ func ownFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 		}
 		return texts(all...)
 	})
+	array(inDecision, Keyword, "imdsgate.subjects.role", func(v *View) Value { return texts(v.Roles...) })
 	add(inAlert, Keyword, "imdsgate.alert.match", func(v *View) Value {
 		if v.Match.Literal {
 			return text("literal")

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// Views lists the documents that are written for an event: the decision with
+// Views lists the documents that are written for an event: the decision on a request,
 // an alert for each match that raises one, or the one of a state. IDs and
 // sequence numbers are the sink's to give.
 func (e *Event) Views() []View {
@@ -17,7 +17,10 @@ func (e *Event) Views() []View {
 	case Integrity:
 		return []View{{Event: e, Document: IntegrityFinding}}
 	}
-	views := []View{{Event: e, Document: RequestDecision, Subject: e.subject()}}
+	var views []View
+	if e.Kind == Asked {
+		views = append(views, View{Event: e, Document: RequestDecision, Subject: e.subject()})
+	}
 	for i := range e.Decision.Matches {
 		if m := &e.Decision.Matches[i]; m.Alert {
 			views = append(views, View{Event: e, Document: Alert, Subject: m.Subject, Match: m})
@@ -44,7 +47,11 @@ func (v *View) rule() *Rule {
 func (v *View) Timestamp() time.Time {
 	switch v.Document {
 	case ProcessStart:
-		if v.Subject != nil {
+		switch {
+		case v.Subject == nil:
+		case !v.Subject.Executed.IsZero():
+			return v.Subject.Executed
+		default:
 			return v.Subject.Start
 		}
 	case ConnectionAttempt:
@@ -106,7 +113,10 @@ func (v *View) action() string {
 		}
 		return "imds-request-allowed"
 	case Alert:
-		if v.Decision.Verdict == Deny {
+		switch {
+		case v.Kind == Started:
+			return "process-start-detected"
+		case v.Decision.Verdict == Deny:
 			return "imds-credential-access-blocked"
 		}
 		return "imds-credential-access-detected"

@@ -108,6 +108,26 @@ func holds(stages []*stage, about *documents) bool {
 	return len(stages) > 0
 }
 
+// blocks reports whether a rule's conditions hold for a subject as the child of the
+// process that forked it or, if that is another, of the one that has adopted it.
+func (r *rule) blocks(about *documents) bool {
+	if holds(r.blocking, about) {
+		return true
+	}
+	if s := about[event.ProcessStart].Subject; s == nil || s.ParentNow == nil {
+		return false
+	}
+	about.adopt(true)
+	defer about.adopt(false)
+	return holds(r.blocking, about)
+}
+
+func (d *documents) adopt(adopted bool) {
+	for i := range d {
+		d[i].Adopted = adopted
+	}
+}
+
 func (s *stage) holds(about *documents) bool {
 	for _, d := range s.documents {
 		if (d != event.ProcessStart || about[d].Subject != nil) && s.Match(&about[d]) {
@@ -154,7 +174,7 @@ func (p *state) outcome(ev *event.Event) event.Verdict {
 		about := documentsOf(ev, subject)
 		for i, r := range p.rules {
 			verb := "matches"
-			if !holds(r.blocking, about) {
+			if !r.blocks(about) {
 				if !p.memory.latched(i, subject) {
 					continue
 				}
@@ -230,6 +250,9 @@ func (p *Policy) first(ev *event.Event, subject *event.Process) {
 	for i, s := range ev.Subjects {
 		if s == subject {
 			ev.Subjects[0], ev.Subjects[i] = ev.Subjects[i], ev.Subjects[0]
+			if i < len(ev.Roles) {
+				ev.Roles[0], ev.Roles[i] = ev.Roles[i], ev.Roles[0]
+			}
 		}
 	}
 }
@@ -275,6 +298,43 @@ func (e *Engine) Observe(ev *event.Event) {
 		blocked := d.Verdict == event.Deny && match.Bound && match.Action == actionNames[Block]
 		match.Alert = match.Literal || blocked || match.Bound && r.action.AlertOn == Either
 	}
+}
+
+// Concerns reports whether a rule is about a start of a program like this one. Of an
+// event of the kind event.Started it needs the subject, and may be told little of
+// that: what is not known is asked as if it were not there.
+func (e *Engine) Concerns(ev *event.Event) bool {
+	about := documentsOf(ev, ev.Subjects[0])
+	for _, r := range e.Policy().rules {
+		for _, s := range r.literal {
+			if slices.Contains(s.documents, event.ProcessStart) && s.Match(&about[event.ProcessStart]) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// ObserveStart gives the start of a program to the rules as they are written, so that
+// a sequence knows of it before, or without, a request of the same process. It reports
+// whether one raises an alert, and completes the event with it.
+func (e *Engine) ObserveStart(ev *event.Event) (alert bool) {
+	p := e.state.Load()
+	d, subject := &ev.Decision, ev.Subjects[0]
+	d.Mode = e.Mode().String()
+	if !p.memory.isNew(subject) {
+		return false // a request of it was faster
+	}
+	about, start := documentsOf(ev, subject), []event.Document{event.ProcessStart}
+	for i, r := range p.rules {
+		if r.Query.IsSequence() && p.memory.machines[i].observe(about, start) || !r.Query.IsSequence() && r.observed(about, start) {
+			action := r.on(&ev.Request)
+			d.Matches = append(d.Matches, event.Match{Rule: &r.Rule.Rule, Subject: subject, Action: action.String(), Literal: true, Alert: action != Log})
+			alert = alert || action != Log
+		}
+	}
+	p.memory.seen(ev)
+	return alert
 }
 
 func (p *Policy) find(r *event.Rule) *rule {

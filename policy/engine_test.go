@@ -381,6 +381,77 @@ func TestFinal(t *testing.T) {
 }
 
 // The policy may be replaced while requests are judged.
+// A rule about the parent blocks whether the process that forked the caller is meant
+// or the one that has adopted it: neither orphaning nor being adopted helps.
+func TestAdopted(t *testing.T) {
+	rule := filepath.Join(t.TempDir(), "parent.toml")
+	if err := os.WriteFile(rule, []byte(`[rule]
+rule_id = "parent"
+name = "child of a web server"
+type = "eql"
+language = "eql"
+severity = "high"
+query = 'process where process.parent.name == "nginx"'
+`), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	e := NewEngine(compile(t, Config{Mode: Enforce, Rules: RulesConfig{Paths: []string{rule}, WithoutShipped: true}}))
+	for _, c := range []struct {
+		birth, now string
+		want       event.Verdict
+	}{
+		{"nginx", "", event.Deny}, {"nginx", "systemd", event.Deny}, {"bash", "nginx", event.Deny},
+		{"bash", "systemd", event.Allow}, {"bash", "", event.Allow},
+	} {
+		ev := judge(e, asking("/usr/bin/client"+c.birth+c.now, func(_ *event.Event, p *event.Process) {
+			p.Parent.Name = c.birth
+			if c.now != "" {
+				p.ParentNow = &event.Process{PID: 1, Name: c.now, Known: true}
+			}
+		}))
+		if ev.Decision.Verdict != c.want {
+			t.Errorf("forked by %s, now %q: %s (%s)", c.birth, c.now, ev.Decision.Verdict, ev.Decision.Reason)
+		}
+	}
+}
+
+// The start of a program reaches the rules before any request: a rule about processes
+// alone raises its alert then, and a sequence that began with a process which never
+// connects goes on with a sibling of it.
+func TestStarts(t *testing.T) {
+	dir := t.TempDir()
+	for name, query := range map[string]string{
+		"alone":    `process where process.name == "nc"`,
+		"sequence": `sequence by host.id, process.parent.entity_id with maxspan=1s [process where process.name == "curl"] [network where destination.port == 80]`,
+	} {
+		text := "[rule]\nrule_id = \"" + name + "\"\nname = \"" + name + "\"\ntype = \"eql\"\nlanguage = \"eql\"\nseverity = \"high\"\nquery = '" + query + "'\n"
+		if err := os.WriteFile(filepath.Join(dir, name+".toml"), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	e := NewEngine(compile(t, Config{Rules: RulesConfig{Paths: []string{dir}, WithoutShipped: true}}))
+	started := func(name string) *event.Event {
+		ev := asking("/usr/bin/"+name, nil)
+		return &event.Event{Kind: event.Started, Host: ev.Host, Time: base, Subjects: ev.Subjects}
+	}
+	if ev := started("ls"); e.Concerns(ev) {
+		t.Error("no rule is about ls")
+	}
+	ev := started("nc")
+	if !e.Concerns(ev) || !e.ObserveStart(ev) || len(ev.Views()) != 1 {
+		t.Errorf("%+v", ev.Decision)
+	}
+	if e.ObserveStart(started("nc")) {
+		t.Error("the same start raised a second alert")
+	}
+	if ev := started("curl"); !e.Concerns(ev) || e.ObserveStart(ev) {
+		t.Error("the first half of a sequence is no alert")
+	}
+	if ev := judge(e, asking("/usr/bin/sibling", nil)); len(ev.Decision.Matches) != 1 || !ev.Decision.Matches[0].Literal {
+		t.Errorf("a sibling of curl connected: %+v", ev.Decision.Matches)
+	}
+}
+
 func TestReloadWhileJudging(t *testing.T) {
 	few, many := compile(t, Config{Rules: RulesConfig{WithoutShipped: true}}), compile(t, Config{})
 	e := NewEngine(many)

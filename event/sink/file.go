@@ -112,7 +112,10 @@ func (f *File) Record(e *event.Event) {
 
 // urgent reports whether somebody should see an event at once.
 func urgent(e *event.Event) bool {
-	if e.Kind != event.Asked || e.Decision.WouldBe == event.Deny {
+	switch {
+	case e.Kind == event.Started:
+		return false // anybody can start programs as fast as he likes
+	case e.Kind != event.Asked, e.Decision.WouldBe == event.Deny:
 		return true
 	}
 	for i := range e.Decision.Matches {
@@ -185,7 +188,7 @@ func (f *File) write(w *writer, enc *encoder, e *event.Event) {
 	views := e.Views()
 	for i := range views {
 		v := &views[i]
-		if i > 0 {
+		if i > 0 && views[0].Document == event.RequestDecision {
 			v.Decided = views[0].ID
 		}
 		f.note(w.write(enc.encode(v, now)))
