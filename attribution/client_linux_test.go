@@ -16,6 +16,8 @@ import (
 	"testing"
 	"unsafe"
 
+	"github.com/imdsgate/imdsgate/test/lab/labtest"
+	"github.com/imdsgate/imdsgate/test/lab/netlab"
 	"golang.org/x/sys/unix"
 )
 
@@ -31,7 +33,13 @@ func TestMain(m *testing.M) {
 		}
 		return
 	}
-	os.Exit(m.Run())
+	if os.Getenv(netlab.Private) != "" {
+		if out, err := exec.Command("ip", "link", "set", "lo", "up").CombinedOutput(); err != nil {
+			fmt.Fprintf(os.Stderr, "bring up loopback: %v\n%s", err, out)
+			os.Exit(1)
+		}
+	}
+	labtest.Main(m) // in a network namespace whose connections may be tracked
 }
 
 // act connects to args[0], says so on standard output, and stays until standard
@@ -47,6 +55,20 @@ func act(how string, args []string) error {
 		return err
 	}
 	switch how {
+	case "self": // both ends, in a network namespace of its own
+		if out, err := exec.Command("ip", "link", "set", "lo", "up").CombinedOutput(); err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		ln, err := net.Listen("tcp", args[0])
+		if err != nil {
+			return err
+		}
+		c, err := net.Dial("tcp", ln.Addr().String())
+		if err != nil {
+			return err
+		}
+		fmt.Println(c.LocalAddr(), c.RemoteAddr())
+		return connected()
 	case "plain":
 		if _, err := dialRaw(address); err != nil {
 			return err

@@ -1,17 +1,18 @@
 package attribution
 
 import (
-	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
+	"os"
 	"slices"
-	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/imdsgate/imdsgate/attribution/diag"
-	"golang.org/x/sys/unix"
+	"github.com/imdsgate/imdsgate/attribution/procwatch"
 )
 
 const (
@@ -34,6 +35,9 @@ const (
 	// asks again, and lets it change its directory or its user unseen for as
 	// long.
 	freshFor = 50 * time.Millisecond
+	// ancestorFor is that for the parents of those who ask, of whom nobody asks for
+	// more than the program.
+	ancestorFor = time.Second
 	// checkedFor is how long a comparison with the present serves where nobody
 	// is let through because of it. It spares asking the kernel twice for a
 	// connection and a request that came at once, and lets a holder execute
@@ -54,6 +58,19 @@ const (
 // Options says where to look.
 type Options struct {
 	Proc string // where proc(5) is mounted; "" is /proc
+	// Witness is what level 2 rests on. Nil for none, and then NoWitness says why.
+	Witness   Witness
+	NoWitness error
+	// Connector is a socket for procwatch.Options; nil to open one.
+	Connector *os.File
+	// Executed is called for each program that is executed while level 1 is there,
+	// one at a time, with what is known of it without another look: no working
+	// directory, no groups, no cgroup. The function reads all of it, if it still
+	// runs that program. When calls fall behind, some are left out.
+	Executed func(p *Process, whole func() (*Process, bool))
+	// Endpoints are what clients connect to. Their connections that are older than
+	// the Witness are known by that, and attributed without it.
+	Endpoints []netip.AddrPort
 }
 
 // Finder finds the owners of connections. Its methods may be called from any
@@ -61,6 +78,16 @@ type Options struct {
 type Finder struct {
 	host *host
 	diag *diag.Conn
+
+	conntrack *diag.Conntrack // nil where the witness tells the time
+	timed     bool            // it notes times because we told it to
+	witness   Witness
+	older     map[uint64]bool // cookies of sockets that were connected before the witness was there
+	levels    []LevelState
+
+	namespaces namespaces
+	noWitness  atomic.Uint64
+	slow       slow
 
 	urgent, idle chan scanRequest
 	stop         chan struct{}
@@ -73,8 +100,33 @@ type Finder struct {
 }
 
 // New makes a Finder for the network namespace of the calling thread. It needs
-// CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH to see other users' processes.
+// CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH to see other users' processes, and for
+// level 1 CAP_NET_ADMIN, with CAP_SYS_ADMIN outside of the initial network
+// namespace. What a higher level lacks is no error: see Levels.
 func New(o Options) (*Finder, error) {
+	f, err := open(o)
+	if err != nil {
+		return nil, err
+	}
+	f.probe1(o)
+	f.probe2(o)
+	if f.witness != nil && len(o.Endpoints) > 0 {
+		older, err := f.diag.Connected(o.Endpoints)
+		if err != nil {
+			return nil, errors.Join(err, f.Close())
+		}
+		for _, s := range older {
+			if _, err := f.witness.Connectors(s.Tuple, false); errors.Is(err, ErrNoWitness) {
+				f.older[s.Cookie] = true
+			}
+		}
+	}
+	f.begin()
+	return f, nil
+}
+
+// open makes a Finder of level 0, which does not search yet.
+func open(o Options) (*Finder, error) {
 	if o.Proc == "" {
 		o.Proc = "/proc"
 	}
@@ -86,26 +138,145 @@ func New(o Options) (*Finder, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := &Finder{host: h, diag: d, urgent: make(chan scanRequest), idle: make(chan scanRequest), stop: make(chan struct{})}
-	f.wg.Add(1)
-	go f.scanLoop()
+	f := &Finder{host: h, diag: d, older: map[uint64]bool{}, levels: []LevelState{{Level: Level0}},
+		urgent: make(chan scanRequest), idle: make(chan scanRequest), stop: make(chan struct{})}
 	return f, nil
 }
 
+// begin begins to answer searches, when it is known by which means.
+func (f *Finder) begin() {
+	f.wg.Add(1)
+	go f.scanLoop()
+}
+
+// LevelState says whether a level of evidence is there, and if not, why.
+type LevelState struct {
+	Level   Level
+	Missing error // nil if it is there
+}
+
+// Levels are all levels, from the lowest. Each was tried when the Finder was made;
+// none is concluded from a version. Later failures do not change them: they make
+// connections unattributed, and Check an error.
+func (f *Finder) Levels() []LevelState { return f.levels }
+
+// Level is the highest level that is there with all below it.
+func (f *Finder) Level() Level {
+	top := Level0
+	for _, l := range f.levels {
+		if l.Missing != nil {
+			break
+		}
+		top = l.Level
+	}
+	return top
+}
+
+// probe1 opens what level 1 rests on.
+func (f *Finder) probe1(o Options) {
+	told := procwatch.Options{Proc: f.host.proc, Socket: o.Connector}
+	if o.Executed != nil {
+		told.Exec = func(p procwatch.Process, i procwatch.Image) {
+			started := f.host.started(p, i)
+			if p.PID != f.host.self && started.Executable.Inode != 0 {
+				o.Executed(started, func() (*Process, bool) {
+					now, err := f.Process(p.PID)
+					return now, err == nil && now.StartTicks == p.Start && now.Executable.Inode == i.Inode
+				})
+			}
+		}
+	}
+	table, err := procwatch.Open(told)
+	if err == nil {
+		f.host.table = table
+	}
+	f.levels = append(f.levels, LevelState{Level1, err})
+}
+
+// probe2 takes the witness, and without one opens what tells the time of a connection.
+func (f *Finder) probe2(o Options) {
+	if f.witness = o.Witness; f.witness == nil {
+		if err := f.openConntrack(); err != nil && f.levels[Level1].Missing == nil {
+			f.levels[Level1].Missing = fmt.Errorf("when a connection began is not known: %w", err)
+		}
+		missing := o.NoWitness
+		if missing == nil {
+			missing = errors.New("no witness was given")
+		}
+		f.levels = append(f.levels, LevelState{Level2, missing}, LevelState{Level3, errors.New("needs L2")})
+		return
+	}
+	f.host.witness = f.witness
+	f.levels = append(f.levels, LevelState{Level: Level2}, LevelState{Level3, probeLevel3(f.witness, f.host.self)})
+}
+
+func (f *Finder) openConntrack() error {
+	c, err := diag.OpenConntrack()
+	if err != nil {
+		return err
+	}
+	f.conntrack = c
+	if on, err := c.Timestamps(); on && err == nil {
+		return nil
+	}
+	if err := diag.EnableTimestamps(); err != nil {
+		return err
+	}
+	f.timed = true
+	return nil
+}
+
+// Check reports whether every level that is there still is: whether the kernel still
+// tells of forks and execs, and still sees who connects. It takes milliseconds.
+func (f *Finder) Check(ctx context.Context) error {
+	var errs []error
+	if f.host.table != nil {
+		errs = append(errs, f.host.table.Check(ctx))
+	}
+	if f.conntrack != nil {
+		f.conntrack.Look()
+	}
+	f.namespaces.tidy()
+	if f.witness != nil {
+		errs = append(errs, f.witness.Check(ctx))
+	}
+	return errors.Join(errs...)
+}
+
+// History counts what the kernel has told of processes. It is false below level 1.
+func (f *Finder) History() (procwatch.Stats, bool) {
+	if f.host.table == nil {
+		return procwatch.Stats{}, false
+	}
+	return f.host.table.Stats(), true
+}
+
 // Close ends the searches and waits for them. Every Lookup must have been
-// closed before.
+// closed before. The Witness is not closed.
 func (f *Finder) Close() error {
 	close(f.stop)
 	f.wg.Wait()
+	f.namespaces.close()
 	f.host.close()
-	return f.diag.Close()
+	var errs []error
+	if f.host.table != nil {
+		errs = append(errs, f.host.table.Close())
+	}
+	if f.timed {
+		errs = append(errs, diag.DisableTimestamps())
+	}
+	if f.conntrack != nil {
+		errs = append(errs, f.conntrack.Close())
+	}
+	return errors.Join(append(errs, f.diag.Close())...)
 }
 
-// Level is the level of evidence of this host.
-func (f *Finder) Level() Level { return Level0 }
-
-// Stats counts the full searches.
-func (f *Finder) Stats() Stats { return f.scans.read() }
+// Stats counts the full searches, and what the witness has missed.
+func (f *Finder) Stats() Stats {
+	s := f.scans.read()
+	s.NoWitness = f.noWitness.Load()
+	return s
+}
 
 // Direct lists the connections of this namespace whose remote end is one of the
 // endpoints and that lead there. A redirected client sees the endpoint as its
@@ -147,6 +318,23 @@ func (f *Finder) Direct(endpoints, listeners []netip.AddrPort, uid uint32) ([]di
 // Abort resets one connection that Direct listed.
 func (f *Finder) Abort(s diag.Socket) error { return f.diag.Destroy(s) }
 
+// Past are the programs that a process was before the present one, as far as it is
+// known, the newest first. Below level 1 there are none.
+func (f *Finder) Past(p *Process) []*Process {
+	if f.host.table == nil {
+		return nil
+	}
+	rec, ok := f.host.table.Process(p.PID, p.StartTicks)
+	if !ok {
+		return nil
+	}
+	var past []*Process
+	for _, i := range slices.Backward(rec.Images[:len(rec.Images)-1]) {
+		past = append(past, f.host.former(p.PID, p.StartTicks, &i))
+	}
+	return past
+}
+
 // Process reads one process by its pid, for a person who asks about it.
 func (f *Finder) Process(pid int) (*Process, error) {
 	p, st, err := f.host.pin(pid)
@@ -156,405 +344,6 @@ func (f *Finder) Process(pid int) (*Process, error) {
 	defer f.host.unpin(p)
 	proc, _, err := f.host.read(p, st)
 	return proc, err
-}
-
-// Lookup is the search for the owner of one connection, and what it knows so
-// far. Its methods may be called from any goroutine. It holds descriptors until
-// it is closed.
-type Lookup struct {
-	f     *Finder
-	conn  Conn
-	first chan struct{} // closed when the hinted search is over
-	uid   uint32        // of the socket that Find was told of
-	found bool          // it was told of one
-
-	mu      sync.Mutex // guards the following
-	socket  diag.Socket
-	reason  Reason
-	err     error
-	held    []*held
-	earlier []*Process
-	checked time.Time
-	via     string
-	took    time.Duration
-	closed  bool
-}
-
-// held is one holder with its process.
-type held struct {
-	holder
-	pin   *pin
-	image image
-	proc  *Process
-	at    time.Time // when proc was read
-	lost  bool      // does not hold the socket any longer
-}
-
-// Find asks the kernel for the client's socket before it returns, which takes
-// microseconds, and begins the search for its holders. Call it right after
-// accept, and Close the Lookup when the connection ends.
-func (f *Finder) Find(c Conn) *Lookup {
-	l := &Lookup{f: f, conn: c, first: make(chan struct{})}
-	if c.Forwarded {
-		l.reason = Remote
-		close(l.first)
-		return l
-	}
-	begin := time.Now()
-	l.ask(0)
-	if l.reason != Attributed {
-		close(l.first)
-		return l
-	}
-	l.uid, l.found = l.socket.UID, true
-	// A client that asked before is found by one link; everything else takes
-	// longer, and must not hold up the request.
-	if l.guess() {
-		l.took = time.Since(begin)
-		close(l.first)
-		return l
-	}
-	go func() {
-		defer close(l.first)
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		l.hint()
-		l.took = time.Since(begin)
-	}()
-	return l
-}
-
-// UID is the user who created the client's socket, as the kernel told Find. It is
-// false if the kernel told of no such socket. It does not wait.
-func (l *Lookup) UID() (uint32, bool) { return l.uid, l.found }
-
-// guess looks whether a process that held a connection before has this one, at
-// the descriptor that it used then: a client that comes back gets the same number
-// again. It is called before the Lookup is shared.
-func (l *Lookup) guess() bool {
-	for _, r := range l.f.recentHolders() {
-		p, st, err := l.f.host.pin(r.pid)
-		if err != nil {
-			l.f.forgetRecent(r)
-			continue
-		}
-		if l.f.holds(p, r, l.socket.Inode) && l.add(r, p, st) {
-			l.via = "recent"
-			return true
-		}
-		l.f.host.unpin(p)
-	}
-	return false
-}
-
-// ask sets socket, reason and err. It is called before the Lookup is shared,
-// or with l.mu held.
-func (l *Lookup) ask(cookie uint64) {
-	s, err := l.f.diag.Find(diag.Tuple{Local: l.conn.Client, Remote: l.conn.Endpoint}, cookie)
-	switch {
-	case err == nil:
-		l.socket, l.reason, l.err = s, Attributed, nil
-	case errors.Is(err, diag.ErrGone) || cookie != 0 && errors.Is(err, diag.ErrNotFound):
-		l.reason = ClientGone
-	case errors.Is(err, diag.ErrNotFound), errors.Is(err, diag.ErrMismatch):
-		l.reason = NoSocket
-	default:
-		l.reason, l.err = Failed, err
-	}
-}
-
-// Close releases what the Lookup holds. It may be called twice.
-func (l *Lookup) Close() {
-	<-l.first
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.closed {
-		return
-	}
-	l.closed = true
-	for _, h := range l.held {
-		l.f.host.unpin(h.pin)
-	}
-}
-
-// Owner answers with what is known without a search of the whole host: the
-// holders that the hints led to, as they were within the last millisecond. ctx
-// bounds the wait.
-func (l *Lookup) Owner(ctx context.Context) Owner {
-	select {
-	case <-l.first:
-	case <-ctx.Done():
-		return Owner{Reason: Late, Level: Level0, Via: "sock_diag"}
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if time.Since(l.checked) > checkedFor {
-		l.check()
-	}
-	return l.owner(nil, Partial)
-}
-
-// Complete answers after a search of every process that began after this call.
-// One search serves all that wait for it. ctx bounds the wait; what is known by
-// then comes back with the Reason Late. With urgent unset the search is put
-// off a little, and further if need be, so that searches disturb nobody and do
-// not take more than a small part of a core.
-func (l *Lookup) Complete(ctx context.Context, urgent bool) Owner {
-	if !urgent {
-		select {
-		case <-time.After(laterFor):
-		case <-ctx.Done():
-		case <-l.f.stop:
-		}
-	}
-	o := l.Owner(ctx)
-	inode, settled := l.wanted()
-	if o.Reason == Late && !o.Attributed() || settled {
-		return o
-	}
-	begin := time.Now()
-	for try := 1; ; try++ {
-		result := l.f.scan(ctx, inode, urgent)
-		if o, again := l.conclude(ctx, result, begin); !again || try == maxTries {
-			return o
-		}
-	}
-}
-
-// conclude answers with what a search of the host has found. It wants another one
-// if a holder ended before it was read: it may have passed the socket on to a
-// child that the search did not see with it.
-func (l *Lookup) conclude(ctx context.Context, result *scanResult, begin time.Time) (o Owner, again bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if result != nil {
-		if reason := l.merge(ctx, result.holders, "scan"); result.reason == Attributed {
-			result.reason = reason
-		}
-	}
-	l.check()
-	l.took += time.Since(begin)
-	o = l.owner(result, Late)
-	return o, o.Reason == Churn
-}
-
-// wanted is the socket to search for. settled says that no search can change the
-// answer.
-func (l *Lookup) wanted() (inode uint32, settled bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.socket.Inode, l.closed || l.reason != Attributed
-}
-
-// owner renders what is known. It is called with l.mu held; result is nil
-// when no full search was done, for the reason given as without.
-func (l *Lookup) owner(result *scanResult, without Reason) Owner {
-	o := Owner{Level: Level0, Via: "sock_diag", Socket: l.socket, Reason: l.reason, Err: l.err, Took: l.took}
-	holding := 0
-	for _, h := range l.held {
-		if h.lost {
-			o.Subjects = append(o.Subjects, earlier(h.proc))
-			continue
-		}
-		holding++
-		o.Subjects = append(o.Subjects, h.proc)
-	}
-	o.Subjects = append(o.Subjects, l.earlier...)
-	if l.via != "" {
-		o.Via += "," + l.via
-	}
-	if result != nil {
-		o.Unreadable = result.unreadable
-	}
-	switch {
-	case o.Reason != Attributed:
-	case result == nil:
-		o.Reason = without
-	case result.reason != Attributed:
-		o.Reason, o.Err = result.reason, result.err
-	case holding == 0:
-		o.Reason = NoHolder
-	default:
-		o.Complete = true
-	}
-	return o
-}
-
-func earlier(p *Process) *Process {
-	q := *p
-	q.Earlier = true
-	return &q
-}
-
-// hint searches where the holder most likely is: processes that asked before,
-// the socket's cgroup, and the youngest processes.
-func (l *Lookup) hint() {
-	inode := l.socket.Inode
-	for _, r := range l.f.recentHolders() {
-		if h, ok := l.f.probe(r, inode); ok {
-			l.merge(context.Background(), []holder{h}, "recent")
-			return
-		}
-	}
-	s := newSearch(l.f.host, inode)
-	s.first, s.budget = true, hintBudget
-	if members := l.f.host.cgroupMembers(l.socket.CgroupID); members != nil {
-		for _, pid := range members {
-			if !s.process(pid) {
-				break
-			}
-		}
-		if len(s.wanted[inode]) > 0 {
-			l.merge(context.Background(), s.wanted[inode], "cgroup")
-			return
-		}
-	}
-	s.budget = s.seen + hintBudget
-	pids, err := l.f.host.pids(s.dirents)
-	if err != nil {
-		return
-	}
-	for _, pid := range pids {
-		if !s.process(pid) {
-			break
-		}
-	}
-	l.merge(context.Background(), s.wanted[inode], "youngest")
-}
-
-// merge adds holders that are not known yet and reads them. The Reason says why
-// one of them is missing. It is called with l.mu held.
-func (l *Lookup) merge(ctx context.Context, found []holder, via string) Reason {
-	if l.closed {
-		return Late
-	}
-	missing := Attributed
-	for _, f := range found {
-		i := slices.IndexFunc(l.held, func(h *held) bool { return h.pid == f.pid })
-		if i >= 0 {
-			l.held[i].holder, l.held[i].lost = f, false
-			continue
-		}
-		switch {
-		case len(l.held) >= maxHolders && !l.forgetLost():
-			return Crowd
-		case ctx.Err() != nil:
-			return Late
-		}
-		p, st, err := l.f.host.pin(f.pid)
-		if err != nil {
-			missing = Churn
-			continue
-		}
-		if !l.add(f, p, st) {
-			missing = Churn
-			l.f.host.unpin(p)
-			continue
-		}
-		if l.via == "" {
-			l.via = via
-		}
-	}
-	return missing
-}
-
-// forgetLost makes room among the holders. It is called with l.mu held.
-func (l *Lookup) forgetLost() bool {
-	l.held = slices.DeleteFunc(l.held, func(h *held) bool {
-		if !h.lost || len(l.earlier) == maxEarlier {
-			return false
-		}
-		l.earlier = append(l.earlier, earlier(h.proc))
-		l.f.host.unpin(h.pin)
-		return true
-	})
-	return len(l.held) < maxHolders
-}
-
-// add reads one holder. The Lookup has its pin from then on.
-func (l *Lookup) add(f holder, p *pin, st stat) bool {
-	proc, image, err := l.f.host.read(p, st)
-	if err != nil {
-		if !gone(err) && !errors.Is(err, errExecRace) {
-			l.reason, l.err = Failed, err
-		}
-		return false
-	}
-	now := time.Now()
-	l.held = append(l.held, &held{holder: f, pin: p, image: image, proc: proc, at: now})
-	l.checked = now
-	l.f.remember(f)
-	return true
-}
-
-// check compares everything that is known with the present: the socket, the
-// descriptors, the program images. It is called with l.mu held.
-func (l *Lookup) check() {
-	if l.closed || l.reason != Attributed {
-		return
-	}
-	l.checked = time.Now()
-	if l.ask(l.socket.Cookie); l.reason != Attributed {
-		return
-	}
-	for _, h := range l.held {
-		if h.lost {
-			continue
-		}
-		if !l.f.holds(h.pin, h.holder, l.socket.Inode) {
-			h.lost = true
-			continue
-		}
-		st, err := l.f.host.stat(h.pin)
-		if err != nil {
-			h.lost = true
-			continue
-		}
-		l.f.host.identify(h.pin, &st.image)
-		if st.image == h.image && time.Since(h.at) < freshFor {
-			continue
-		}
-		proc, image, err := l.f.host.read(h.pin, st)
-		if err != nil {
-			h.lost = true
-			continue
-		}
-		if image != h.image || !slices.Equal(proc.Args, h.proc.Args) {
-			if len(l.earlier) == maxEarlier {
-				l.reason = ExecRace
-				return
-			}
-			l.earlier = append(l.earlier, earlier(h.proc))
-		}
-		h.proc, h.image, h.at = proc, image, time.Now()
-	}
-}
-
-// holds reports whether a descriptor still refers to the socket.
-func (f *Finder) holds(p *pin, h holder, inode uint32) bool {
-	path := "fd/" + strconv.Itoa(h.fd)
-	if h.tid != h.pid {
-		path = "task/" + strconv.Itoa(h.tid) + "/" + path
-	}
-	var buf, want [64]byte
-	n, err := unix.Readlinkat(p.dir, path, buf[:])
-	if err != nil {
-		return false
-	}
-	text := append(strconv.AppendUint(append(want[:0], "socket:["...), uint64(inode), 10), ']')
-	return bytes.Equal(buf[:n], text)
-}
-
-// probe looks for the socket in the whole table of a process that held one
-// before, if that is not too large.
-func (f *Finder) probe(r holder, inode uint32) (holder, bool) {
-	s := newSearch(f.host, inode)
-	s.first, s.budget = true, hintBudget/4
-	s.process(r.pid)
-	if found := s.wanted[inode]; len(found) > 0 {
-		return found[0], true
-	}
-	return holder{}, false
 }
 
 func (f *Finder) recentHolders() []holder {

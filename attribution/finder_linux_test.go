@@ -1,6 +1,7 @@
 package attribution
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"net"
@@ -288,6 +289,31 @@ func TestCommandLineRewritten(t *testing.T) {
 }
 
 // script runs a Python program as an ordinary user.
+// What a holder was when the connection began is known at level 1 also when nobody
+// looked before it became another program, and so is who had the socket before the
+// holder was born.
+func TestBeforeTheFirstLook(t *testing.T) {
+	f := newLevel(t, Level1, Options{})
+	for text, roles := range map[string][]Role{
+		"os.execv('/bin/sleep', ['sleep', '60'])":                                                 {RoleHolder, RoleHolder},
+		"if os.fork() == 0: os.execv('/bin/sleep', ['sleep', '60'])\ns.close()\ntime.sleep(60)\n": {RoleHolder, RoleHolder, RoleAncestor},
+	} {
+		ln := listen(t, "127.0.0.1:0")
+		c := script(t, ln, text)
+		conn := accept(t, ln)
+		waitFor(t, func() bool {
+			sleeps, _ := exec.Command("pgrep", "-x", "-g", strconv.Itoa(c.Process.Pid), "sleep").Output()
+			return len(sleeps) > 0
+		})
+		o := find(t, f, conn).Complete(within(t), true)
+		slices.Sort(o.Roles)
+		if names := slices.Compact(called(o)); len(names) != 2 || !strings.HasPrefix(names[0], "python3") || names[1] != "sleep" ||
+			!slices.Equal(o.Roles, roles) || !o.Complete || o.Level != Level1 || o.Confidence() != Medium {
+			t.Errorf("%s: %v, %+v", text, names, o)
+		}
+	}
+}
+
 func script(t *testing.T, ln net.Listener, text string) *client {
 	t.Helper()
 	host, port, _ := net.SplitHostPort(ln.Addr().String())
@@ -428,6 +454,49 @@ func TestClientGone(t *testing.T) {
 	}
 }
 
+// A client in another network namespace is found there: by a socket that was opened in
+// it, and by its table where we may not open one.
+func TestOtherNamespace(t *testing.T) {
+	for _, mayEnter := range []bool{true, false} {
+		f := newFinder(t)
+		f.namespaces.closed = !mayEnter
+		for _, address := range []string{"127.0.0.1:0", "[::1]:0"} {
+			cmd := exec.Command(install(t, "inside"), address)
+			cmd.Env = append(os.Environ(), actAs+"=self")
+			cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
+			out, err := cmd.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			in, err := cmd.StdinPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			lines := bufio.NewScanner(out)
+			if !lines.Scan() {
+				t.Fatal("it said nothing")
+			}
+			ends := strings.Fields(lines.Text())
+			l := find(t, f, Conn{Client: netip.MustParseAddrPort(ends[0]), Endpoint: netip.MustParseAddrPort(ends[1]), Forwarded: true})
+			o := l.Complete(within(t), true)
+			if !slices.Equal(pids(o), []int{cmd.Process.Pid}) || !o.Complete {
+				t.Errorf("may enter %v, %s: %+v", mayEnter, address, o)
+			}
+			in.Close()
+			cmd.Wait()
+			if o := l.Owner(within(t)); o.Reason != ClientGone && o.Reason != Remote {
+				t.Errorf("afterwards: %+v", o)
+			}
+		}
+		if mayEnter == (len(f.namespaces.conns) == 0) {
+			t.Errorf("may enter %v, and %d sockets are kept", mayEnter, len(f.namespaces.conns))
+		}
+	}
+}
+
 // A path that another mount namespace shows, and a file that another user
 // namespace may have exchanged, are not the host's.
 func TestNotHostVerified(t *testing.T) {
@@ -454,7 +523,7 @@ func TestNotHostVerified(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if p.Executable.Path != sleep || p.Executable.HostVerified || p.Executable.RootOwned || p.HostMount {
+		if p.Executable.Path != sleep || p.Executable.HostVerified || p.Executable.RootOwned {
 			t.Errorf("%+v", p.Executable)
 		}
 	})
@@ -603,9 +672,39 @@ func TestNoDescriptorsLeft(t *testing.T) {
 func openFinder(t testing.TB) *Finder {
 	t.Helper()
 	labtest.RequireRoot(t) // to read other users' descriptors
-	f, err := New(Options{})
+	f, err := open(Options{})
 	if err != nil {
 		t.Fatal(err)
+	}
+	f.begin()
+	return f
+}
+
+// newLevel makes a Finder of a higher level. Connections over loopback are tracked
+// for it, as they are behind a redirect.
+func newLevel(t testing.TB, level Level, o Options) *Finder {
+	t.Helper()
+	labtest.RequireRoot(t)
+	rule := func(verb string) error {
+		return exec.Command("iptables", "-w", verb, "OUTPUT", "-m", "conntrack", "--ctstate", "NEW").Run()
+	}
+	if err := rule("-A"); err != nil {
+		t.Fatal(err)
+	}
+	f, err := New(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(f.Close(), rule("-D")); err != nil {
+			t.Error(err)
+		}
+		if b, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_timestamp"); err != nil || string(b) != "0\n" {
+			t.Errorf("conntrack still notes times: %q, %v", b, err)
+		}
+	})
+	if got := f.Level(); got != level {
+		t.Fatalf("level %s, want %s: %v", got, level, f.Levels())
 	}
 	return f
 }

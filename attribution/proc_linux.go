@@ -15,6 +15,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/imdsgate/imdsgate/attribution/procwatch"
 	"golang.org/x/sys/unix"
 )
 
@@ -43,12 +44,18 @@ const (
 // goroutine.
 type host struct {
 	proc    string // where proc(5) is mounted
+	cgroups cgroupMounts
 	cgroup2 string // where cgroup2 is mounted, or systemd's hierarchy; "" if neither
 	bootID  string
 	self    int
 	user    string // link text of our own namespaces: "user:[4026531837]"
-	mount   string
 	net     string
+
+	table   *procwatch.Watcher // nil below level 1
+	witness Witness            // nil below level 2
+
+	owned    recent[bool]   // by path of an executable: only root can put another file there
+	cgrouped recent[Cgroup] // by content of /proc/PID/cgroup
 
 	names names
 	kept  atomic.Int64 // bytes of command lines
@@ -88,10 +95,13 @@ func newHost(proc string) (*host, error) {
 		return nil, fmt.Errorf("name this boot: %w", err)
 	}
 	h.bootID = strings.TrimSpace(string(b))
-	for name, dst := range map[string]*string{"user": &h.user, "mnt": &h.mount, "net": &h.net} {
+	for name, dst := range map[string]*string{"user": &h.user, "net": &h.net} {
 		if *dst, err = os.Readlink(filepath.Join(proc, "self/ns", name)); err != nil {
 			return nil, fmt.Errorf("name our own %s namespace: %w", name, err)
 		}
+	}
+	if h.cgroups, err = readCgroupMounts(proc); err != nil {
+		return nil, err
 	}
 	for _, dir := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd"} {
 		var st unix.Statfs_t
@@ -251,28 +261,25 @@ func (p *pin) error(file string, err error) error {
 	return fmt.Errorf("read /proc/%d/%s: %w", p.pid, file, err)
 }
 
-// readAt reads a file below dir into buf, cutting what does not fit.
+// readAt reads a file of /proc/PID below dir into buf, cutting what does not fit. Such
+// a file is made whole for each read(2) (single_open, proc_pid_cmdline_read in fs/proc),
+// so that a second one would only say that there is no more.
 func readAt(dir int, name string, buf []byte) ([]byte, error) {
 	fd, err := unix.Openat(dir, name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer unix.Close(fd)
-	n := 0
-	for n < len(buf) {
-		m, err := unix.Read(fd, buf[n:])
+	for {
+		n, err := unix.Read(fd, buf)
 		if err == unix.EINTR {
 			continue
 		}
 		if err != nil {
 			return nil, err
 		}
-		if m == 0 {
-			break
-		}
-		n += m
+		return buf[:n], nil
 	}
-	return buf[:n], nil
 }
 
 func linkAt(dir int, name string) (string, error) {
@@ -327,7 +334,7 @@ func (h *host) read(p *pin, st stat) (*Process, image, error) {
 		}
 		h.identify(p, &after.image)
 		if after.image == st.image && !st.between() {
-			proc.Parent = h.parent(st.ppid, st.start, maxAncestors)
+			h.lineage(proc, st, maxAncestors)
 			h.mu.Lock()
 			p.last, p.image, p.at, p.same = proc, st.image, time.Now(), true
 			h.mu.Unlock()
@@ -338,8 +345,14 @@ func (h *host) read(p *pin, st stat) (*Process, image, error) {
 	return nil, image{}, p.error("exe", errExecRace)
 }
 
-// identify completes the image of a process with its executable, if it has one.
+// identify completes the image of a process with its executable, if it has one, and
+// with what the kernel has told of it up to now: between two equal images there was
+// no execve.
 func (h *host) identify(p *pin, i *image) {
+	if h.table != nil {
+		h.table.Drain() // what is lost changes the mark, too
+		i.mark, _ = h.table.Mark(p.pid, p.start)
+	}
 	var file unix.Stat_t
 	if unix.Fstatat(p.dir, "exe", &file, 0) == nil {
 		i.device, i.inode = file.Dev, file.Ino
@@ -367,14 +380,14 @@ func (h *host) parent(pid int, childStart uint64, depth int) *Process {
 		last = nil
 	}
 	h.mu.Unlock()
-	if last != nil && (last.Parent == nil) == (st.ppid == 0) && (last.Parent == nil || last.Parent.PID == st.ppid) {
+	if last != nil && last.adoptedBy() == st.ppid {
 		return last
 	}
 	proc, err := h.readImage(p, st)
 	if err != nil {
 		return nil
 	}
-	proc.Parent = h.parent(st.ppid, st.start, depth-1)
+	h.lineage(proc, st, depth-1)
 	h.mu.Lock()
 	p.last, p.image, p.at, p.same = proc, st.image, time.Now(), false
 	h.mu.Unlock()
@@ -409,7 +422,9 @@ func (h *host) readImage(p *pin, st stat) (*Process, error) {
 		}
 	}
 	switch {
-	case errors.Is(err, fs.ErrNotExist): // a kernel thread, or a zombie
+	case errors.Is(err, fs.ErrNotExist) && st.flags&pfKthread != 0:
+	case errors.Is(err, fs.ErrNotExist): // a zombie, or about to be one: nobody to judge
+		return nil, p.error("exe", err)
 	case err != nil:
 		if err := check("exe", err); err != nil {
 			return nil, err
@@ -427,20 +442,19 @@ func (h *host) readImage(p *pin, st stat) (*Process, error) {
 		proc.Executable.Device, proc.Executable.Inode = file.Dev, file.Ino
 		proc.Executable.UID, proc.Executable.GID, proc.Executable.Mode = file.Uid, file.Gid, file.Mode&0o7777
 	}
-	for _, ns := range []struct {
-		name, ours string
-		same       *bool
-	}{{"ns/user", h.user, &proc.HostUser}, {"ns/mnt", h.mount, &proc.HostMount}, {"ns/net", h.net, &proc.HostNet}} {
-		link, err := linkAt(dir, prefix+ns.name)
-		if err := check(ns.name, err); err != nil {
-			return nil, err
-		}
-		*ns.same = err == nil && link == ns.ours
+	namespace, err := linkAt(dir, prefix+"ns/user")
+	if err := check("ns/user", err); err != nil {
+		return nil, err
 	}
+	proc.HostUser = err == nil && namespace == h.user
 	if exe := &proc.Executable; exe.Path != "" {
 		proc.Name = filepath.Base(exe.Path)
-		exe.HostVerified = proc.HostUser && !exe.Deleted && sameFile(exe)
-		exe.RootOwned = exe.HostVerified && rootOwned(exe.Path)
+		if h.executed(p, proc); proc.Swapped {
+			exe.HostVerified = false
+		} else {
+			exe.HostVerified = proc.HostUser && !exe.Deleted && sameFile(exe)
+		}
+		exe.RootOwned = exe.HostVerified && h.owned.get(exe.Path, func() bool { return rootOwned(exe.Path) })
 	}
 
 	buf := make([]byte, usualCmdline)
@@ -475,8 +489,7 @@ func (h *host) readImage(p *pin, st stat) (*Process, error) {
 	if err := check("cgroup", err); err != nil {
 		return nil, err
 	}
-	path := parseCgroup(b)
-	proc.Cgroup = cgroupOf(path, h.rootOwnedCgroup(path))
+	proc.Cgroup = h.cgrouped.get(string(b), func() Cgroup { return h.cgroups.of(b) })
 	return proc, nil
 }
 
@@ -536,25 +549,6 @@ func rootOwned(path string) bool {
 			return true
 		}
 	}
-}
-
-// rootOwnedCgroup counts the leading directories of a cgroup path that belong
-// to root.
-func (h *host) rootOwnedCgroup(cgroupPath string) int {
-	if h.cgroup2 == "" {
-		return 0
-	}
-	n := 0
-	dir := h.cgroup2
-	for _, name := range strings.Split(strings.Trim(cgroupPath, "/"), "/") {
-		dir = filepath.Join(dir, name)
-		var st unix.Stat_t
-		if name == ".." || unix.Lstat(dir, &st) != nil || st.Uid != 0 || st.Mode&0o022 != 0 {
-			break
-		}
-		n++
-	}
-	return n
 }
 
 // names remembers what the account database said, for a minute: os/user reads

@@ -11,6 +11,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/imdsgate/imdsgate/attribution/procwatch"
 )
 
 // ticksPerSecond is USER_HZ, in which /proc/PID/stat counts. It is 100 on
@@ -24,6 +26,7 @@ type Process struct {
 	PID        int
 	StartTicks uint64    // since boot, as in field 22 of /proc/PID/stat
 	Start      time.Time // StartTicks on the wall clock, by way of CLOCK_BOOTTIME
+	Executed   time.Time // when it became this program; zero if nobody saw that, or it was forked as it is
 	EntityID   string    // same for the whole life of the process, never reused
 
 	Executable File
@@ -32,30 +35,64 @@ type Process struct {
 	Args       []string // argv, which the process itself may write
 	WorkingDir string   // which the process itself chooses
 
-	UID, GID  [4]uint32 // real, effective, saved, filesystem
+	UID, GID  [4]uint32 // real, effective, saved, filesystem; of one that has Ended only the effective, or NoID
 	Groups    []uint32
 	UserName  string // of the effective uid; "" when the host does not know it
 	GroupName string // of the effective gid
 
-	Cgroup    Cgroup
-	HostUser  bool // in the user namespace of this daemon
-	HostMount bool // in the mount namespace of this daemon
-	HostNet   bool // in the network namespace of this daemon
-	Session   int  // session id: the pid of the session leader
-	Group     int  // process group id: the pid of the group leader
-	TTY       bool // has a controlling terminal
+	Cgroup   Cgroup
+	HostUser bool // in the user namespace of this daemon
+	Session  int  // session id: the pid of the session leader
+	Group    int  // process group id: the pid of the group leader
+	TTY      bool // has a controlling terminal
 
 	// Denied says that a security module kept the executable, the working
-	// directory or the namespaces from us.
+	// directory or the user namespace from us.
 	Denied bool
 	// Earlier marks an image that the process has left by execve since the
 	// connection was accepted.
 	Earlier bool
 
-	// Parent is the present parent; at level 0 that is the reaper if the one
-	// that forked this process has ended. Nil at the end of the known chain.
-	Parent *Process
+	// Swapped says that /proc/PID/exe named another file than the kernel was seen
+	// to execute (prctl(2), PR_SET_MM_EXE_FILE); Executable is the latter.
+	Swapped bool
+	// Ended says that nothing but the program, its arguments and its parents is
+	// known, from the time when the process lived or ran that program: no user, no
+	// cgroup, no namespaces.
+	Ended bool
+
+	// Parent is the process that forked this one, in the image that it had then,
+	// where Ancestry is Birth or Snapshot. Where it is Present, which is all that
+	// level 0 knows, it is a reaper if the one that forked this process has
+	// ended. Nil at the end of the known chain.
+	Parent   *Process
+	Ancestry Ancestry
+	// ParentNow is the present parent, if that is another process than Parent.
+	ParentNow *Process
 }
+
+// NoID is no user and no group (chown(2) takes it for "none").
+const NoID = ^uint32(0)
+
+// Ancestry is how the parent of a process is known.
+type Ancestry uint8
+
+const (
+	// Unknown: the process was forked while events were lost, or the record of its
+	// parent had to make room.
+	Unknown Ancestry = iota
+	// Present: as /proc says.
+	Present
+	// Snapshot: as /proc said when the daemon started. A process that had been
+	// orphaned by then shows its reaper.
+	Snapshot
+	// Birth: as the kernel said when it forked the process.
+	Birth
+)
+
+var ancestryNames = [...]string{"", "present", "snapshot", "birth"}
+
+func (a Ancestry) String() string { return ancestryNames[a] }
 
 // File is an executable as the kernel runs it.
 type File struct {
@@ -67,6 +104,9 @@ type File struct {
 	Mode    uint32 // permission bits
 	Deleted bool   // no name is left: unlinked, or made by memfd_create
 
+	// Unproven says that it is not known whether this is the host's own file: the
+	// process has ended or is another program now. HostVerified is false then.
+	Unproven bool
 	// HostVerified says that the same path, looked up by us, is the same
 	// device and inode, and that the process is in our user namespace, where
 	// PR_SET_MM_MAP cannot exchange the file (prctl(2)).
@@ -77,6 +117,17 @@ type File struct {
 	// Loader says that the file is a dynamic loader (ld.so(8)), which runs
 	// whatever program it is given as an argument.
 	Loader bool
+}
+
+// adoptedBy is the pid of the present parent, as far as it is known; 0 without one.
+func (p *Process) adoptedBy() int {
+	switch {
+	case p.ParentNow != nil:
+		return p.ParentNow.PID
+	case p.Parent != nil:
+		return p.Parent.PID
+	}
+	return 0
 }
 
 // Ancestors is the chain of parents, nearest first.
@@ -123,7 +174,8 @@ type stat struct {
 type image struct {
 	startCode, startStack, startData, argStart, envStart uint64
 
-	device, inode uint64 // of the executable; not from the stat file
+	device, inode uint64         // of the executable; not from the stat file
+	mark          procwatch.Mark // at level 1
 }
 
 // between reports whether the process was seen in the middle of execve, when

@@ -37,7 +37,7 @@ func TestCgroup(t *testing.T) {
 			Cgroup{Unit: "docker-" + containerID + ".scope", Container: containerID, Runtime: "docker"}},
 		{"/system.slice/evil.service/nginx.service", all, Cgroup{Unit: "evil.service"}},
 		{"/evil/nginx.service", all, Cgroup{}},
-		{"/docker/" + containerID, all, Cgroup{Container: containerID}},
+		{"/docker/" + containerID, all, Cgroup{Container: containerID, Runtime: "docker"}},
 		{"/docker/" + containerID, 0, Cgroup{}},
 		{"/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-containerd-" + containerID + ".scope", all,
 			Cgroup{Unit: "cri-containerd-" + containerID + ".scope", Container: containerID, Runtime: "containerd"}},

@@ -2,8 +2,12 @@ package attribution
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"iter"
+	"maps"
 	"slices"
 	"strconv"
 	"time"
@@ -133,6 +137,36 @@ func (s *search) all() {
 	}
 }
 
+// byKernel lets the kernel go through the descriptors. It reports false if this
+// kernel cannot.
+func (s *search) byKernel(w Witness) bool {
+	if w == nil {
+		return false
+	}
+	inodes := slices.Collect(maps.Keys(s.wanted))
+	ctx, cancel := context.WithTimeout(context.Background(), kernelTakes)
+	defer cancel()
+	found, err := w.Holders(ctx, inodes)
+	switch {
+	case errors.Is(err, errors.ErrUnsupported):
+		return false
+	case err != nil:
+		s.reason, s.err = Failed, err
+	}
+	for inode, all := range found {
+		for _, d := range all {
+			holders := s.wanted[inode]
+			if d.PID != s.h.self && !slices.ContainsFunc(holders, func(h holder) bool { return h.pid == d.PID }) {
+				s.wanted[inode] = append(holders, holder{pid: d.PID, tid: d.TID, fd: d.FD})
+			}
+		}
+	}
+	return true
+}
+
+// kernelTakes is far more than going through millions of descriptors does.
+const kernelTakes = 5 * time.Second
+
 // process searches the table of a process's leader. It reports whether the
 // search goes on.
 func (s *search) process(pid int) bool {
@@ -217,7 +251,14 @@ func (s *search) table(who holder) bool {
 		if n == 0 {
 			return true
 		}
-		for name := range direntNames(s.dirents[:n]) {
+		names := direntNames(s.dirents[:n])
+		if s.first {
+			// What a client opened last is mostly last.
+			all := slices.Collect(names)
+			slices.Reverse(all)
+			names = slices.Values(all)
+		}
+		for name := range names {
 			if name[0] == '.' {
 				continue
 			}
@@ -298,7 +339,7 @@ func (s *search) socket(dir int, name []byte) (inode uint32, errno unix.Errno) {
 
 // direntNames yields the names in a buffer that getdents64(2) filled, each
 // with its terminating NUL.
-func direntNames(b []byte) func(yield func([]byte) bool) {
+func direntNames(b []byte) iter.Seq[[]byte] {
 	const header = 19 // ino, off, reclen, type of struct linux_dirent64
 	return func(yield func([]byte) bool) {
 		for len(b) > header {
@@ -316,7 +357,7 @@ func direntNames(b []byte) func(yield func([]byte) bool) {
 }
 
 // cgroupMembers lists the processes of the cgroup2 directory with this id, as
-// sock_diag reports it for the socket. Nil when the id is the root's, the
+// sock_diag reports it for the socket, the last that came first. Nil when the id is the root's, the
 // directory is gone or cannot be opened.
 func (h *host) cgroupMembers(id uint64) []int {
 	const fileidKernfs = 0xfe // FILEID_KERNFS, include/linux/exportfs.h
@@ -337,7 +378,7 @@ func (h *host) cgroupMembers(id uint64) []int {
 	defer unix.Close(dir)
 	buf := make([]byte, 4096)
 	b, err := readAt(dir, "cgroup.procs", buf)
-	if err != nil || len(b) == len(buf) {
+	if err != nil || len(b) >= len(buf)-len("4194304\n") { // the next pid may not have fitted
 		return nil // so many that a search of them is no hint
 	}
 	var pids []int
@@ -346,5 +387,6 @@ func (h *host) cgroupMembers(id uint64) []int {
 			pids = append(pids, pid)
 		}
 	}
+	slices.Reverse(pids)
 	return pids
 }

@@ -17,6 +17,7 @@ type scanResult struct {
 	unreadable []int
 	reason     Reason // why it is not complete
 	err        error
+	accounted  bool // there was no search: every reference is known
 }
 
 // Stats counts full searches since the start.
@@ -26,6 +27,8 @@ type Stats struct {
 	Last        time.Duration // what the last one took
 	Descriptors int           // and how many it looked at
 	Largest     Table         // among them
+
+	NoWitness uint64 // connections that nobody was seen to make
 }
 
 // Table is the descriptors of one process.
@@ -45,7 +48,7 @@ func (s *scanStats) read() Stats {
 func (s *scanStats) count(done *search, answered int, took time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.last = Stats{s.last.Scans + 1, s.last.Answered + uint64(answered), took, done.seen, done.largest}
+	s.last = Stats{Scans: s.last.Scans + 1, Answered: s.last.Answered + uint64(answered), Last: took, Descriptors: done.seen, Largest: done.largest}
 }
 
 // scan takes part in the next full search. It returns nil when ctx or the
@@ -122,7 +125,9 @@ func (f *Finder) search(waiting []scanRequest) {
 	}
 	begin := time.Now()
 	s := newSearch(f.host, inodes...)
-	s.all()
+	if !s.byKernel(f.witness) {
+		s.all()
+	}
 	for _, r := range waiting {
 		r.reply <- &scanResult{holders: s.wanted[r.inode], unreadable: s.unreadable, reason: s.reason, err: s.err}
 	}

@@ -36,6 +36,9 @@ func (r *rendered) chain(p *attribution.Process) *event.Process {
 	if p.Parent != nil {
 		q.Parent = r.chain(p.Parent)
 	}
+	if p.ParentNow != nil {
+		q.ParentNow = r.chain(p.ParentNow)
+	}
 	if r.known == nil || len(r.known) >= maxRendered {
 		r.known = map[*attribution.Process]*event.Process{}
 	}
@@ -46,15 +49,16 @@ func (r *rendered) chain(p *attribution.Process) *event.Process {
 // observe records who holds the connection.
 func (r *rendered) observe(ev *event.Event, o attribution.Owner) {
 	ev.Attribution = event.Attribution{
-		Level: o.Level.String(), Via: o.Via, Complete: o.Complete, Reason: o.Reason.String(),
+		Level: o.Level.String(), Confidence: o.Confidence().String(), Via: o.Via, Complete: o.Complete, Reason: o.Reason.String(),
 		Cookie: o.Socket.Cookie, Took: o.Took,
 	}
 	for _, pid := range o.Unreadable {
 		ev.Attribution.Unreadable = append(ev.Attribution.Unreadable, int64(pid))
 	}
-	ev.Subjects = nil
-	for _, p := range o.Subjects {
+	ev.Subjects, ev.Roles = nil, nil
+	for i, p := range o.Subjects {
 		ev.Subjects = append(ev.Subjects, r.process(p))
+		ev.Roles = append(ev.Roles, o.Roles[i].String())
 	}
 }
 
@@ -65,15 +69,22 @@ func Process(p *attribution.Process) *event.Process { return new(rendered).proce
 // render leaves the parent out.
 func render(p *attribution.Process) *event.Process {
 	q := &event.Process{
-		EntityID: p.EntityID, PID: int64(p.PID), Start: p.Start,
+		EntityID: p.EntityID, PID: int64(p.PID), Start: p.Start, Executed: p.Executed,
 		Executable: p.Executable.Path, Name: p.Name, Thread: p.Thread, Args: p.Args, CommandLine: strings.Join(p.Args, " "), WorkingDir: p.WorkingDir,
 		TTY: p.TTY, Session: int64(p.Session), Group: int64(p.Group),
 		UserID: id(p.UID[1]), RealUserID: id(p.UID[0]), SavedUserID: id(p.UID[2]), UserName: p.UserName,
 		GroupID: id(p.GID[1]), GroupName: p.GroupName,
 		Unit: p.Cgroup.Unit, UserUnit: p.Cgroup.UserUnit, Cgroup: p.Cgroup.Path,
-		Container: p.Cgroup.Container, Runtime: p.Cgroup.Runtime,
-		HostVerified: p.Executable.HostVerified, RootOwned: p.Executable.RootOwned, Loader: p.Executable.Loader,
+		Container: p.Cgroup.Container, Runtime: p.Cgroup.Runtime, Pod: p.Cgroup.Pod,
+		Unproven: p.Executable.Unproven, HostVerified: p.Executable.HostVerified, RootOwned: p.Executable.RootOwned, Loader: p.Executable.Loader,
 		Deleted: p.Executable.Deleted, Known: p.Executable.Inode != 0, Earlier: p.Earlier,
+		Swapped: p.Swapped, Ended: p.Ended, Ancestry: p.Ancestry.String(),
+	}
+	if p.Ended {
+		q.RealUserID, q.SavedUserID = "", ""
+		if q.UserID == id(attribution.NoID) {
+			q.UserID, q.GroupID = "", ""
+		}
 	}
 	for _, g := range p.Groups {
 		q.SupplementalGroups = append(q.SupplementalGroups, id(g))

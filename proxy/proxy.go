@@ -265,6 +265,19 @@ func (p *Proxy) looped(client *session) bool {
 	return false
 }
 
+// For names the client for whom a connection of ours to the service is, by the near
+// end of that connection. It is false for every other connection.
+func (p *Proxy) For(near netip.AddrPort) (client netip.AddrPort, ok bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for s := range p.sessions() {
+		if s.goesOutFrom(near) {
+			return s.conn.Source, true
+		}
+	}
+	return netip.AddrPort{}, false
+}
+
 func (p *Proxy) stopping() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -48,6 +48,8 @@ type session struct {
 	in  []byte // bytes of the client that were read and not passed on
 	out []byte // an answer on its way
 
+	guarded *event.Event // the request under way, if its answer may yet be withheld
+
 	owed bool   // the client has yet to send its body
 	sent []byte // of in: the request under way, while it may be sent again
 }
@@ -277,11 +279,10 @@ func (s *session) exchange() error {
 			// The whole request has been read, or else it waits for 100 Continue
 			// and gets this instead.
 			s.in = s.in[size:]
-			s.say(imds.AppendRefusal(nil, time.Now()))
-			ev.Response = event.Response{Status: 403, Refused: true}
-			s.finish(ev)
-			s.goodbye(r.expect)
-			return io.EOF
+			return s.refused(ev, r)
+		}
+		if ev.Request.Guarded {
+			s.guarded = ev
 		}
 	}
 	if err := s.reach(s.in[:size]); err != nil {
@@ -294,7 +295,7 @@ func (s *session) exchange() error {
 		// thinks. A client that has its answer may be gone the next moment, so
 		// the answer waits a little for the likely owners to be read; what takes
 		// longer is completed afterwards.
-		if known := s.hint(ev, attributeInA); known && search == likely {
+		if s.hint(ev, attributeInA, search) {
 			s.p.engine.Observe(ev)
 			close(decided)
 		} else if !s.complete(ev, search, func() { close(decided) }) {
@@ -315,8 +316,11 @@ func (s *session) exchange() error {
 		}
 		answer, err = s.relay(r, target.Class == imds.Credentials)
 	}
-	s.sent = nil
+	s.sent, s.guarded = nil, nil
 	release(s.out)
+	if errors.Is(err, errWithheld) {
+		return s.refused(ev, r)
+	}
 	failed := ""
 	switch {
 	case err == nil:
@@ -349,6 +353,15 @@ func (s *session) exchange() error {
 	return err
 }
 
+// refused answers a request that is denied, and ends the connection.
+func (s *session) refused(ev *event.Event, r *request) error {
+	s.say(imds.AppendRefusal(nil, time.Now()))
+	ev.Response = event.Response{Status: 403, Refused: true}
+	s.finish(ev)
+	s.goodbye(r.expect)
+	return io.EOF
+}
+
 // complete decides in the background, and then calls the function. It does nothing
 // and reports false if too many events wait for their evidence already.
 func (s *session) complete(ev *event.Event, how search, then func()) bool {
@@ -368,15 +381,22 @@ func (s *session) complete(ev *event.Event, how search, then func()) bool {
 	return true
 }
 
-// hint judges by the likely owners. It reports whether their search was over in
-// time.
-func (s *session) hint(ev *event.Event, within time.Duration) bool {
+// hint judges by what is known without a search of the host. It reports whether that
+// is all that was wanted.
+func (s *session) hint(ev *event.Event, within time.Duration, how search) (enough bool) {
 	ctx, cancel := context.WithTimeout(context.Background(), within)
 	defer cancel()
-	owner := s.lookup.Owner(ctx)
+	var owner attribution.Owner
+	if how != likely {
+		owner, enough = s.lookup.Accounted(ctx)
+	}
+	if !enough {
+		owner = s.lookup.Owner(ctx)
+		enough = how == likely && owner.Reason != attribution.Late
+	}
 	s.p.rendered.observe(ev, owner)
 	s.p.engine.Judge(ev)
-	return owner.Reason != attribution.Late
+	return enough
 }
 
 // search says how far decide looks for owners.
@@ -388,18 +408,22 @@ const (
 	wholeLater               // likewise, when that disturbs nobody and if the client stays so long
 )
 
-// decide finds out who asks and what policy says.
+// decide finds out who asks and what policy says, and tells the rules.
 func (s *session) decide(ev *event.Event, within time.Duration, how search) {
+	s.judge(ev, within, how)
+	s.p.engine.Observe(ev)
+}
+
+// judge finds out who asks and what policy says.
+func (s *session) judge(ev *event.Event, within time.Duration, how search) {
 	ctx, cancel := context.WithTimeout(context.Background(), within)
 	defer cancel()
-	s.hint(ev, within)
-	if how != likely && !s.p.engine.Final(ev) {
+	if !s.hint(ev, within, how) && how != likely && !s.p.engine.Final(ev) {
 		owner := s.lookup.Complete(ctx, how == whole)
 		s.p.rendered.observe(ev, owner)
 		ev.Attribution.Unawaited = how == wholeLater && owner.Attributed() && owner.Reason == attribution.ClientGone
 		s.p.engine.Judge(ev)
 	}
-	s.p.engine.Observe(ev)
 }
 
 // answered completes the record of a request that was passed on.

@@ -210,6 +210,9 @@ func (s *session) relay(r *request, credentials bool) (a answer, err error) {
 		switch {
 		case err != nil:
 			a.close, s.owed = true, false
+			if s.withheld() {
+				return a, errWithheld
+			}
 			return a, s.opaque(&a, have)
 		case head == nil:
 			if have == len(s.out) {
@@ -245,8 +248,30 @@ func (s *session) relay(r *request, credentials bool) (a answer, err error) {
 		// connection cannot be used any more.
 		a.status, a.close = head.status, head.close || s.owed
 		s.owed = false
+		if s.withheld() {
+			return a, errWithheld
+		}
 		return a, s.relayBody(&a, head, have, credentials)
 	}
+}
+
+// errWithheld says that whoever asked is not whoever would get the answer.
+var errWithheld = errors.New("the answer is withheld")
+
+// withheld judges a guarded request again before the first byte of its answer leaves, if
+// the connection has changed hands or programs since.
+func (s *session) withheld() bool {
+	if s.guarded == nil || !s.lookup.Changed() {
+		return false
+	}
+	ev, before := s.guarded, *s.guarded
+	s.judge(ev, AttributeIn, whole)
+	if ev.Decision.Verdict == event.Deny {
+		s.p.engine.Observe(ev)
+		return true
+	}
+	*ev = before // what the rules saw when they observed it
+	return false
 }
 
 // relayBody passes on the head that is in s.out, and the body behind it.

@@ -10,8 +10,12 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"strconv"
+	"strings"
 
 	"github.com/goccy/go-yaml"
+	"github.com/goccy/go-yaml/lexer"
+	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/control"
 	"github.com/imdsgate/imdsgate/event/sink"
 	"github.com/imdsgate/imdsgate/iptables"
@@ -30,9 +34,43 @@ type Config struct {
 	policy.Config `yaml:",inline"`
 	Redirect      iptables.Config `yaml:"redirect"`
 	Events        sink.Options    `yaml:"events"`
+	Attribution   Attribution     `yaml:"attribution"`
 	Control       Control         `yaml:"control"`
 	Limits        Limits          `yaml:"limits"`
 	Log           Log             `yaml:"log"`
+}
+
+// Attribution is how much must be known of clients.
+type Attribution struct {
+	// RequireLevel is the level without which the daemon does not start in enforce
+	// mode. Without it, enforce mode works with what the host can give.
+	RequireLevel attribution.Level `yaml:"require_level"`
+	// Uncovered says what becomes of connections to the service from network
+	// namespaces that have an interface of their own, so that they do not pass
+	// through the redirect. It is about enforce mode; in audit mode they are
+	// reported.
+	Uncovered Uncovered `yaml:"uncovered"`
+}
+
+// Uncovered is what becomes of connections that do not pass through the redirect.
+type Uncovered uint8
+
+const (
+	Deny Uncovered = iota
+	Report
+)
+
+// UnmarshalText reads "deny" or "report".
+func (u *Uncovered) UnmarshalText(text []byte) error {
+	switch string(text) {
+	case "deny":
+		*u = Deny
+	case "report":
+		*u = Report
+	default:
+		return fmt.Errorf("unknown value %q; there are deny and report", text)
+	}
+	return nil
 }
 
 // Control is where operators ask.
@@ -94,9 +132,23 @@ func decode(src []byte, c *Config) (err error) {
 	case errors.Is(err, io.EOF):
 		return nil
 	case err != nil:
-		return located{err}
+		return located{point(src, err)}
 	}
 	return nil
+}
+
+// point gives an error of one of our own types its place, which the library does not
+// tell: the first value that the error quotes.
+func point(src []byte, err error) error {
+	if known := yaml.Error(nil); errors.As(err, &known) {
+		return err
+	}
+	for _, t := range lexer.Tokenize(string(src)) {
+		if t.Value != "" && strings.Contains(err.Error(), strconv.Quote(t.Value)) {
+			return &yaml.SyntaxError{Message: err.Error(), Token: t}
+		}
+	}
+	return fmt.Errorf(" %w", err)
 }
 
 // located prints an error of the YAML library with its line and caret, and

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/policy"
 )
 
@@ -58,6 +59,7 @@ redirect:
   override_conntrack: true
   forwarded_addrs: [169.254.213.81, "fd69:6d64:7367::81"]
 events: {path: /tmp/x, max_size: 1000, keep: 3, queue: 10}
+attribution: {require_level: L2, uncovered: report}
 control: {socket: /tmp/s, group: wheel}
 limits: {connections: 100}
 log: {level: debug}
@@ -72,7 +74,8 @@ log: {level: debug}
 	g := c.Grants[0]
 	if c.Mode != policy.Enforce || c.Posture != policy.Strict || c.Redirect.HostPort != 251 || !c.Redirect.OverrideForeign ||
 		c.Redirect.ForwardedAddrs[0].String() != "169.254.213.81" || c.Events.Keep != 3 || c.Limits.Connections != 100 ||
-		g.Expires.Format("2006-01-02") != "2027-01-01" || g.Unit != "app.service" || c.Control.Group != "wheel" {
+		g.Expires.Format("2006-01-02") != "2027-01-01" || g.Unit != "app.service" || c.Control.Group != "wheel" ||
+		c.Attribution.RequireLevel != attribution.Level2 || c.Attribution.Uncovered != Report {
 		t.Errorf("%+v", c)
 	}
 	if a := c.Rules.Actions["5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a01"]; *a.Action != policy.Alert || a.Classes["user-data"] != policy.Block || a.AlertOn != policy.Either {
@@ -89,8 +92,10 @@ func TestErrors(t *testing.T) {
 		{"unknown key", "mode: audit\nmdoe: enforce\n", []string{"config.yaml:", "[2:1]", "mdoe", "^"}},
 		{"unknown key below", "rules:\n  path: [x]\n", []string{"[2:3]", "path", "^"}},
 		{"repeated key", "mode: audit\nmode: enforce\n", []string{"[2:1]", "mode", "^"}},
-		{"unknown mode", "mode: block\n", []string{"block", "audit, enforce, off"}},
+		{"unknown mode", "mode: block\n", []string{"config.yaml:[1:7]", "block", "audit, enforce, off", "^"}},
 		{"wrong type", "limits: {connections: many}\n", []string{"[1:", "^"}},
+		{"unknown level", "attribution: {require_level: L4}\n", []string{"config.yaml:[1:", "L4", "L0, L1, L2, L3", "^"}},
+		{"unknown value", "attribution: {uncovered: allow}\n", []string{"config.yaml:[1:", "allow", "deny and report", "^"}},
 		{"not YAML", "mode: [\n", []string{"config.yaml:", "^"}},
 		{"what the YAML library panics at", "grants: !00 00", []string{"config.yaml", "tag"}},
 		{"a wrong date", "grants: [{name: a, expires: tomorrow}]\n", []string{"tomorrow", "2006-01-02"}},

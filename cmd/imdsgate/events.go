@@ -69,6 +69,11 @@ type document struct {
 		} `json:"response"`
 	} `json:"http"`
 	Imdsgate struct {
+		Subjects struct {
+			PID        []int    `json:"pid"`
+			Executable []string `json:"executable"`
+			Role       []string `json:"role"`
+		} `json:"subjects"`
 		Credential struct {
 			AccessKeyID string `json:"access_key_id"`
 		} `json:"credential"`
@@ -91,6 +96,14 @@ func printEvent(w io.Writer, line []byte) error {
 	}
 	if p := d.Process; p != nil && p.Parent.Executable != "" {
 		fmt.Fprintf(&b, "; parent %s", p.Parent.Executable)
+	}
+	// Who else is judged; what this one was before is in the document.
+	if p, all := d.Process, d.Imdsgate.Subjects; p != nil && len(all.Executable) == len(all.PID) && len(all.Role) == len(all.PID) {
+		for i, pid := range all.PID {
+			if pid != p.PID {
+				fmt.Fprintf(&b, "; %s %s (pid %d)", all.Role[i], all.Executable[i], pid)
+			}
+		}
 	}
 	if d.HTTP.Response.Status != 0 {
 		fmt.Fprintf(&b, "; %d", d.HTTP.Response.Status)

@@ -21,7 +21,12 @@ it, and what would become of its requests in enforce mode.
 
 A rule's conditions are marked: + holds, - does not, ~ does not, and would not
 keep the rule from blocking, because the process can bring it about itself.`,
-		Args: cobra.NoArgs,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return fmt.Errorf("what is %q? A process is given as in imdsgate explain --pid 4711", args[0])
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			client, err := o.client()
 			if err != nil {
@@ -44,15 +49,11 @@ keep the rule from blocking, because the process can bring it about itself.`,
 
 func printExplanation(w io.Writer, e report.Explanation) error {
 	p := &printer{w: w}
-	s := e.Subject
-	p.line("%s (pid %d), user %s", s.Executable, s.PID, s.User)
-	p.line("  command line       %s", s.CommandLine)
-	p.line("  working directory  %s", s.WorkingDir)
-	p.line("  unit               %s", unit(s))
-	p.line("  executable         %s", file(s))
-	for _, a := range e.Ancestors {
-		p.line("  parent             %s (pid %d)", a.Executable, a.PID)
+	p.subject(e.Subject, e.Ancestors)
+	for _, was := range e.Past {
+		p.line("  was before         %s: %s", image(was), was.CommandLine)
 	}
+	p.line("  evidence           level %s", e.Level)
 	p.line("\nrules")
 	for _, r := range e.Rules {
 		mark := "does not match"
@@ -89,6 +90,43 @@ func printExplanation(w io.Writer, e report.Explanation) error {
 	return p.err
 }
 
+// subject prints one process and where it comes from.
+func (p *printer) subject(s report.Subject, ancestors []report.Subject) {
+	p.line("%s (pid %d), user %s", program(s), s.PID, s.User)
+	p.line("  command line       %s", s.CommandLine)
+	if !s.Ended {
+		p.line("  working directory  %s", s.WorkingDir)
+		p.line("  unit               %s", unit(s))
+		p.line("  executable         %s", file(s))
+	}
+	how := map[string]string{"birth": "forked by", "snapshot": "parent at startup", "present": "parent"}[s.Ancestry]
+	if how == "" {
+		p.line("  forked by          not known: events were lost, or its record had to make room")
+		how = "then"
+	}
+	for _, a := range ancestors {
+		p.line("  %-18s %s (pid %d)", how, program(a), a.PID)
+		how = "then"
+	}
+	if s.ParentNow != nil {
+		p.line("  %-18s %s (pid %d)", "parent now", program(*s.ParentNow), s.ParentNow.PID)
+	}
+}
+
+func program(s report.Subject) string {
+	if s.Ended {
+		return image(s) + ", ended or another program now"
+	}
+	return image(s)
+}
+
+func image(s report.Subject) string {
+	if s.Executable == "" {
+		return "a program that could not be read"
+	}
+	return s.Executable
+}
+
 func unit(s report.Subject) string {
 	switch {
 	case s.Unit != "":
@@ -101,6 +139,8 @@ func unit(s report.Subject) string {
 
 func file(s report.Subject) string {
 	switch {
+	case s.Swapped:
+		return "exchanged: /proc/PID/exe names another file than the kernel has executed"
 	case s.Loader:
 		return "a dynamic loader"
 	case s.RootOwned:

@@ -20,14 +20,14 @@ func TestOffline(t *testing.T) {
 	events := filepath.Join(dir, "events.ndjson")
 	const lines = `{"@timestamp":"2026-11-25T16:54:31.404Z","message":"denied GET /x for curl (pid 7, uid 0) by rule R","event":{"kind":"event","reason":"rule \"R\" matches"},"process":{"pid":7,"executable":"/usr/bin/curl","parent":{"executable":"/usr/bin/bash"}},"http":{"response":{"status_code":403}}}
 {"@timestamp":"2026-11-25T16:54:31.404Z","message":"R","event":{"kind":"alert"},"process":{"pid":7,"executable":"/usr/bin/curl","parent":{"executable":"/usr/bin/bash"}}}
-{"@timestamp":"2026-11-25T16:54:32.000Z","message":"allowed GET /c for app (pid 8, uid 5)","event":{"kind":"event","reason":"granted by app"},"process":{"pid":8,"executable":"/opt/app"},"http":{"response":{"status_code":200}},"imdsgate":{"credential":{"access_key_id":"ASIAEXAMPLEFAKE00001"}}}
+{"@timestamp":"2026-11-25T16:54:32.000Z","message":"allowed GET /c for app (pid 8, uid 5)","event":{"kind":"event","reason":"granted by app"},"process":{"pid":8,"executable":"/opt/app"},"http":{"response":{"status_code":200}},"imdsgate":{"credential":{"access_key_id":"ASIAEXAMPLEFAKE00001"},"subjects":{"pid":[8,9,8],"executable":["/opt/app","/bin/cat","/bin/sh"],"role":["connector","holder","connector"]}}}
 `
 	if err := os.WriteFile(events, []byte(lines), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	const want = `2026-11-25T16:54:31.404Z  denied GET /x for curl (pid 7, uid 0) by rule R; parent /usr/bin/bash; 403
 2026-11-25T16:54:31.404Z  ALERT R; /usr/bin/curl (pid 7); parent /usr/bin/bash
-2026-11-25T16:54:32.000Z  allowed GET /c for app (pid 8, uid 5); 200; got ASIAEXAMPLEFAKE00001; granted by app
+2026-11-25T16:54:32.000Z  allowed GET /c for app (pid 8, uid 5); holder /bin/cat (pid 9); 200; got ASIAEXAMPLEFAKE00001; granted by app
 `
 	if got, code := imdsgate("events", events); code != 0 || got != want {
 		t.Errorf("%d\n%s", code, got)
@@ -49,6 +49,8 @@ func TestOffline(t *testing.T) {
 		{[]string{"--config", filepath.Join(dir, "none"), "status"}, 78, "none"},
 		{[]string{"stauts"}, 2, "status"},
 		{[]string{"explain"}, 2, `"pid" not set`},
+		{[]string{"explain", "4711"}, 2, "explain --pid 4711"},
+		{[]string{"whois"}, 2, "whois LOCAL:PORT"},
 		{[]string{"events", "a", "b"}, 2, "accepts at most 1"},
 	} {
 		if got, code := imdsgate(c.args...); code != c.code || !strings.Contains(got, c.says) {

@@ -59,7 +59,15 @@ does not, or not all of it; 3 the daemon is not running.`,
 }
 
 func protected(s report.Status) bool {
-	return s.Redirect.Installed && len(s.Redirect.Differences) == 0 && len(s.Redirect.Locks) == 0
+	return s.Redirect.Installed && len(s.Redirect.Differences) == 0 && len(s.Redirect.Locks) == 0 &&
+		s.Attribution.Broken == "" && s.Attribution.Level >= s.Attribution.Required
+}
+
+// gives is what a level adds to the ones below.
+var gives = map[string]string{
+	"L1": "who forked whom, what a process was before",
+	"L2": "who called connect",
+	"L3": "who else has written, what the kernel has executed",
 }
 
 func printStatus(w io.Writer, s report.Status) error {
@@ -69,7 +77,7 @@ func printStatus(w io.Writer, s report.Status) error {
 	case !s.Redirect.Installed:
 		row("protection", "NONE: metadata traffic does not go through the daemon")
 	case !protected(s):
-		row("protection", "INCOMPLETE in %s mode: see redirect", s.Mode)
+		row("protection", "INCOMPLETE in %s mode: see redirect and attribution", s.Mode)
 	case s.Mode == "enforce":
 		row("protection", "on: requests are attributed, judged and blocked")
 	default:
@@ -93,13 +101,48 @@ func printStatus(w io.Writer, s report.Status) error {
 		row("", "%s", n)
 	}
 	a := s.Attribution
-	row("attribution", "level %s, %d full searches, the last of %d descriptors in %v", a.Level, a.Scans, a.Descriptors, a.LastScan.Round(time.Microsecond))
+	last := "by the kernel"
+	if a.Descriptors > 0 {
+		last = fmt.Sprintf("of %d descriptors", a.Descriptors)
+	}
+	row("attribution", "level %s, %d full searches, the last %s in %v", a.Level, a.Scans, last, a.LastScan.Round(time.Microsecond))
 	if a.Slow() {
 		row("", "! a search may take %v: in enforce mode requests for credentials are refused when it is not over by then; process %d has %d of the descriptors",
 			a.Budget, a.Largest.PID, a.Largest.Descriptors)
 	}
+	if a.Broken != "" {
+		row("", "! the kernel no longer tells what level %s needs, so that clients are unattributed: %s", a.Level, a.Broken)
+	}
+	if a.Level < a.Required {
+		row("", "! level %s is required for enforce mode", a.Required)
+	}
+	if w := a.Witness; w != nil {
+		row("", "%d of %d sockets have a witness", w.Sockets, w.MaxSockets)
+		if n := w.Full + w.OverShare + w.Ambiguous; n > 0 {
+			row("", "! %d sockets were connected without one: for want of room %d, because their user had more than a quarter of it %d, because another had the same addresses and ports %d",
+				n, w.Full, w.OverShare, w.Ambiguous)
+		}
+		if w.Missing > 0 {
+			row("", "! %d connections came that nobody was seen to make: unattributed", w.Missing)
+		}
+		if w.Namespaces > 0 {
+			row("", "! %d connections from network namespaces that had no room: not checked for ways past the redirect", w.Namespaces)
+		}
+		if w.StillBound > 0 {
+			row("", "! %d clients are bound to a network device and get no answer: only root's can be unbound (CAP_NET_RAW)", w.StillBound)
+		}
+		if w.Lost > 0 {
+			row("", "! %d executions, clones or writes were not kept for want of room", w.Lost)
+		}
+	}
+	if h := a.History; h != nil && h.Lost > 0 {
+		row("", "! %d process events were lost; the table was read anew %d times", h.Lost, h.Rebuilds)
+	}
+	if h := a.History; h != nil && h.Refused+h.Unjudged > 0 {
+		row("", "! %d processes had no room in the table, %d executions were not shown to the rules", h.Refused, h.Unjudged)
+	}
 	for _, m := range a.Missing {
-		row("", "no %s: %s", m.Level, m.Reason)
+		row("", "no %s (%s): %s", m.Level, gives[m.Level], m.Reason)
 	}
 	r := s.Requests
 	row("requests", "%d (%d connections, %d open): %d denied, %d would be denied", r.Requests, r.Connections, r.Open, r.Denied, r.WouldDeny)

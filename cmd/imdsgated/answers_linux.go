@@ -2,12 +2,16 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
+	"net/netip"
 	"os"
 	"strconv"
 	"strings"
 	"time"
 
+	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/cmd/report"
 	"github.com/imdsgate/imdsgate/control"
 	"github.com/imdsgate/imdsgate/event"
@@ -22,6 +26,7 @@ func (d *daemon) routes() map[string]control.Route {
 	return map[string]control.Route{
 		"status":  {Answer: d.status},
 		"explain": {Answer: d.explain},
+		"whois":   {Answer: d.whois},
 		"events":  {Stream: d.events},
 		"reload": {Change: true, Answer: func(ctx context.Context, _ control.Question) (any, error) {
 			return struct{}{}, d.reload(ctx)
@@ -31,14 +36,11 @@ func (d *daemon) routes() map[string]control.Route {
 
 func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 	p := d.engine.Policy()
-	stats := d.finder.Stats()
 	s := report.Status{
 		Version: version, PID: os.Getpid(), Since: d.since, Mode: d.engine.Mode().String(),
-		Policy: report.Policy{Posture: p.Posture.String(), Digest: p.Digest},
-		Attribution: report.Attribution{Level: d.finder.Level().String(), Scans: stats.Scans, LastScan: stats.Last,
-			Descriptors: stats.Descriptors, Largest: report.Table(stats.Largest), Budget: proxy.AttributeIn,
-			Missing: []report.Missing{{Level: "L1 to L3", Reason: "not in this version"}}},
-		Events: report.Events{Path: d.spool.Path(), Stats: d.spool.Stats()},
+		Policy:      report.Policy{Posture: p.Posture.String(), Digest: p.Digest},
+		Attribution: d.attributionStatus(),
+		Events:      report.Events{Path: d.spool.Path(), Stats: d.spool.Stats()},
 	}
 	for _, r := range p.Rules() {
 		rule := report.Rule{ID: r.ID, Name: r.Name, Version: r.Version, File: r.File}
@@ -119,7 +121,7 @@ func (d *daemon) events(ctx context.Context, q control.Question, line func([]byt
 	if v := q.Args.Get("last"); v != "" {
 		n, err := strconv.Atoi(v)
 		if err != nil || n < 0 {
-			return fmt.Errorf("%w: last=%s is not a number of events", control.ErrBadQuestion, v)
+			return fmt.Errorf("%w: %q is not a number of events", control.ErrBadQuestion, v)
 		}
 		last = n
 	}
@@ -130,9 +132,12 @@ func (d *daemon) events(ctx context.Context, q control.Question, line func([]byt
 func (d *daemon) explain(_ context.Context, q control.Question) (any, error) {
 	pid, err := strconv.Atoi(q.Args.Get("pid"))
 	if err != nil || pid <= 0 {
-		return nil, fmt.Errorf("%w: pid=%s is not the number of a process", control.ErrBadQuestion, q.Args.Get("pid"))
+		return nil, fmt.Errorf("%w: %q is not the number of a process", control.ErrBadQuestion, q.Args.Get("pid"))
 	}
 	found, err := d.finder.Process(pid)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: there is no process %d", control.ErrBadQuestion, pid)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%w: process %d cannot be read: %w", control.ErrBadQuestion, pid, err)
 	}
@@ -146,15 +151,86 @@ func (d *daemon) explain(_ context.Context, q control.Question) (any, error) {
 			Request:     event.Request{Method: "GET", Class: class.String(), Guarded: imds.Target{Class: class}.Guarded(), Token: true},
 		})
 	}
-	e := report.Explanation{Subject: subject(p), Mode: d.engine.Mode().String()}
-	for a := p.Parent; a != nil; a = a.Parent {
-		e.Ancestors = append(e.Ancestors, subject(a))
+	e := report.Explanation{Level: d.finder.Level().String(), Subject: subject(p), Ancestors: ancestors(p), Mode: d.engine.Mode().String()}
+	for _, was := range d.finder.Past(found) {
+		e.Past = append(e.Past, subject(proxy.Process(was)))
 	}
 	e.Rules, e.Grants, e.Verdicts = d.engine.Explain(requests)
 	return e, nil
 }
 
+// whois attributes one connection, for a person.
+func (d *daemon) whois(ctx context.Context, q control.Question) (any, error) {
+	client, err := netip.ParseAddrPort(q.Args.Get("client"))
+	if err != nil {
+		return nil, fmt.Errorf("%w: %q is not an address with a port", control.ErrBadQuestion, q.Args.Get("client"))
+	}
+	client = netip.AddrPortFrom(client.Addr().Unmap(), client.Port())
+	if d.proxy != nil {
+		if asker, ours := d.proxy.For(client); ours {
+			return nil, fmt.Errorf("%w: %v is our own connection to the service, for the client %v: ask for that", control.ErrBadQuestion, client, asker)
+		}
+	}
+	ctx, cancel := context.WithTimeout(ctx, whoisTakes)
+	defer cancel()
+	var none error
+	for _, endpoint := range d.endpoints {
+		if endpoint.Addr().Is4() != client.Addr().Is4() {
+			continue
+		}
+		for _, forwarded := range []bool{false, true} {
+			l := d.finder.Find(attribution.Conn{Client: client, Endpoint: endpoint, Forwarded: forwarded})
+			o := l.Complete(ctx, true)
+			l.Close()
+			if o.Socket.Inode == 0 {
+				none = fmt.Errorf("%w: no connection from %v to the metadata service", control.ErrBadQuestion, client)
+				if o.Err != nil {
+					none = fmt.Errorf("find the connection from %v: %w", client, o.Err)
+				}
+				continue
+			}
+			w := report.Whois{
+				Client: client.String(), Endpoint: endpoint.String(), Forwarded: forwarded, Level: o.Level.String(),
+				Confidence: o.Confidence().String(), Via: o.Via, Complete: o.Complete, Reason: o.Reason.String(), Took: o.Took,
+				Inode: o.Socket.Inode, Cookie: o.Socket.Cookie,
+			}
+			if o.Err != nil {
+				w.Error = o.Err.Error()
+			}
+			for i, found := range o.Subjects {
+				p := proxy.Process(found)
+				w.Subjects = append(w.Subjects, report.Holder{Role: o.Roles[i].String(), Subject: subject(p), Ancestors: ancestors(p)})
+			}
+			return w, nil
+		}
+	}
+	if none == nil {
+		none = fmt.Errorf("%w: the service has no endpoint for clients like %v", control.ErrBadQuestion, client)
+	}
+	return nil, none
+}
+
+// whoisTakes bounds the wait of a person for a search of the host.
+const whoisTakes = 5 * time.Second
+
+func ancestors(p *event.Process) []report.Subject {
+	var all []report.Subject
+	for a := p.Parent; a != nil; a = a.Parent {
+		all = append(all, subject(a))
+	}
+	return all
+}
+
 func subject(p *event.Process) report.Subject {
+	s := described(p)
+	if p.ParentNow != nil {
+		now := described(p.ParentNow)
+		s.ParentNow = &now
+	}
+	return s
+}
+
+func described(p *event.Process) report.Subject {
 	name := p.UserName
 	if name == "" {
 		name = p.UserID
@@ -163,5 +239,6 @@ func subject(p *event.Process) report.Subject {
 		PID: p.PID, EntityID: p.EntityID, Start: p.Start, Executable: p.Executable, Name: p.Name,
 		CommandLine: strings.Join(event.RedactArgs(p.Args), " "), WorkingDir: p.WorkingDir, User: name, Unit: p.Unit, UserUnit: p.UserUnit,
 		Cgroup: p.Cgroup, Container: p.Container, HostVerified: p.HostVerified, RootOwned: p.RootOwned, Loader: p.Loader,
+		Swapped: p.Swapped, Ended: p.Ended, Earlier: p.Earlier, Ancestry: p.Ancestry,
 	}
 }

@@ -20,6 +20,7 @@ import (
 	"github.com/coreos/go-systemd/v22/activation"
 	sd "github.com/coreos/go-systemd/v22/daemon"
 	"github.com/imdsgate/imdsgate/attribution"
+	"github.com/imdsgate/imdsgate/attribution/witness"
 	"github.com/imdsgate/imdsgate/cmd/config"
 	"github.com/imdsgate/imdsgate/control"
 	"github.com/imdsgate/imdsgate/event"
@@ -37,17 +38,22 @@ type daemon struct {
 	mode *policy.Mode // of the command line
 	log  zerolog.Logger
 
-	since    time.Time
-	host     *event.Host
-	spool    *sink.File
-	finder   *attribution.Finder
-	engine   *policy.Engine
-	redirect *iptables.Redirect
-	proxy    *proxy.Proxy
+	since     time.Time
+	host      *event.Host
+	spool     *sink.File
+	finder    *attribution.Finder
+	witness   *witness.Witness // nil below level 2
+	required  attribution.Level
+	endpoints []netip.AddrPort
+	engine    *policy.Engine
+	redirect  *iptables.Redirect
+	proxy     *proxy.Proxy
 
 	mu      sync.Mutex // guards the following
 	failure string     // why the redirect is not installed
 	repairs uint64
+	broken  error // what the last check of attribution found
+	level   string
 
 	reloading sync.Mutex
 }
@@ -59,9 +65,9 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	if os.Geteuid() == 0 {
 		return fmt.Errorf("run as a user of our own, whose sockets the redirect can tell from root's: %w; packaging/systemd/imdsgated.service shows how, and which capabilities it needs", fs.ErrPermission)
 	}
-	inherited, err := activation.Listeners()
+	inherited, connector, err := activated()
 	if err != nil {
-		return fmt.Errorf("take over the ports from systemd: %w", err)
+		return err
 	}
 	if err := checkCapabilities(len(inherited) > 0); err != nil {
 		return err
@@ -77,11 +83,19 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	}
 	defer func() { err = errors.Join(err, d.spool.Close()) }()
 
-	if d.finder, err = attribution.New(attribution.Options{}); err != nil {
-		return fmt.Errorf("attribution cannot start: %w", err)
-	}
-	defer func() { err = errors.Join(err, d.finder.Close()) }()
+	rules := c.Redirect.WithDefaults()
+	rules.UID = uint32(os.Geteuid())
+	rules.Cgroup = ownCgroup()
+	rules.Enforce = p.Mode == policy.Enforce
+	rules.SocketActivated = len(inherited) > 0
+	d.endpoints = rules.Endpoints
+
 	d.engine = policy.NewEngine(p)
+	closeAttribution, err := d.openAttribution(c.Attribution, rules, connector)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, closeAttribution()) }()
 
 	listening, err := control.Listen(c.Control.Socket, d.controlGroup(c))
 	if err != nil {
@@ -90,11 +104,6 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	answering := control.Serve(listening, d.routes())
 	defer func() { err = errors.Join(err, answering.Close()) }()
 
-	rules := c.Redirect.WithDefaults()
-	rules.UID = uint32(os.Geteuid())
-	rules.Cgroup = ownCgroup()
-	rules.Enforce = p.Mode == policy.Enforce
-	rules.SocketActivated = len(inherited) > 0
 	if d.redirect, err = iptables.Open(ctx, rules); err != nil {
 		return err
 	}
@@ -124,17 +133,39 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	background.Go(func() { d.watch(ctx) })
+	background.Go(func() { d.checkAttribution(ctx) })
 	background.Go(func() { d.reloadOnHangup(ctx) })
 
 	sd.SdNotify(false, sd.SdNotifyReady)
 	d.log.Info().Str("version", version).Stringer("mode", p.Mode).Int("rules", len(p.Rules())).Int("grants", len(p.Grants())).
-		Str("level", d.finder.Level().String()).Str("events", c.Events.Path).Msg("serving")
+		Stringer("attribution", d.finder.Level()).Str("events", c.Events.Path).Msg("serving")
 	if d.engine.Mode() == policy.Enforce && d.engine.Policy().Posture != policy.Strict {
 		d.log.Warn().Msg("a program that no rule matches gets what it asks for; in posture strict only one with a grant does")
 	}
 	<-ctx.Done()
 	sd.SdNotify(false, sd.SdNotifyStopping)
 	return nil
+}
+
+// connectorName is FileDescriptorName= of a socket of the proc connector.
+const connectorName = "proc-connector"
+
+// activated takes over what systemd holds for us: the ports, and a socket that hears
+// the proc connector (sd_listen_fds_with_names(3)).
+func activated() (listeners []net.Listener, connector *os.File, err error) {
+	for _, file := range activation.Files(true) {
+		if file.Name() == connectorName {
+			connector = file
+			continue
+		}
+		ln, err := net.FileListener(file)
+		file.Close()
+		if err != nil {
+			return nil, nil, fmt.Errorf("take over the port %s from systemd: %w", file.Name(), err)
+		}
+		listeners = append(listeners, ln)
+	}
+	return listeners, connector, nil
 }
 
 // checkCapabilities names the capabilities that we lack (capabilities(7)), so
@@ -431,7 +462,7 @@ func (d *daemon) state(action, kind, message string, failure error) {
 	p := d.engine.Policy()
 	ev := &event.Event{Kind: event.Lifecycle, Host: d.host, Time: time.Now(), State: event.State{
 		Action: action, Type: kind, Message: message, Mode: d.engine.Mode().String(), Policy: p.Digest,
-		Rules: int64(len(p.Rules())), Grants: int64(len(p.Grants())),
+		Rules: int64(len(p.Rules())), Grants: int64(len(p.Grants())), Level: d.levelNow(),
 	}}
 	if failure != nil {
 		ev.State.Failed, ev.State.Reason = true, failure.Error()
@@ -442,7 +473,7 @@ func (d *daemon) state(action, kind, message string, failure error) {
 // integrity records that what protects the service is not as it should be.
 func (d *daemon) integrity(action, message string, failure error) {
 	ev := &event.Event{Kind: event.Integrity, Host: d.host, Time: time.Now(), State: event.State{
-		Action: action, Type: "change", Message: message, Mode: d.engine.Mode().String(),
+		Action: action, Type: "change", Message: message, Mode: d.engine.Mode().String(), Level: d.levelNow(),
 	}}
 	if failure != nil {
 		ev.State.Failed, ev.State.Reason = true, failure.Error()

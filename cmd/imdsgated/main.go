@@ -78,6 +78,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "imdsgated: the configuration is refused:\n%v\n", err)
 		return exitConfig
 	}
+	level, err := zerolog.ParseLevel(c.Log.Level)
+	if err != nil {
+		fmt.Fprintf(stderr, "imdsgated: log.level: unknown level %q; there are debug, info, warn, error\n", c.Log.Level)
+		return exitConfig
+	}
 	if *check {
 		for _, w := range warnings(p) {
 			fmt.Fprintln(stdout, "warning:", w)
@@ -85,18 +90,16 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stdout, "%d rules, %d grants, mode %s\n", len(p.Rules()), len(p.Grants()), p.Mode)
 		return 0
 	}
-	level, err := zerolog.ParseLevel(c.Log.Level)
-	if err != nil {
-		fmt.Fprintf(stderr, "imdsgated: log.level: unknown level %q; there are debug, info, warn, error\n", c.Log.Level)
-		return exitConfig
-	}
 	d.log = zerolog.New(stderr).Level(level).With().Timestamp().Logger()
 	for _, w := range warnings(p) {
 		d.log.Warn().Msg(w)
 	}
 	if err := d.run(ctx, c, p); err != nil {
 		d.log.Error().Err(err).Msg("stopped")
-		if errors.Is(err, fs.ErrPermission) {
+		switch {
+		case errors.Is(err, errLevel):
+			return exitConfig
+		case errors.Is(err, fs.ErrPermission):
 			return exitNoPerm
 		}
 		return exitFailed

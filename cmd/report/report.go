@@ -55,6 +55,11 @@ type Redirect struct {
 // Attribution is what can be known about clients on this host.
 type Attribution struct {
 	Level    string        `json:"level"`
+	Required string        `json:"require_level,omitempty"`
+	Hooks    []Hook        `json:"hooks,omitempty"`
+	Broken   string        `json:"broken,omitempty"` // what the last check found
+	History  *History      `json:"process_events,omitempty"`
+	Witness  *Witness      `json:"witness,omitempty"`
 	Missing  []Missing     `json:"missing,omitempty"`
 	Scans    uint64        `json:"full_searches"`
 	LastScan time.Duration `json:"last_full_search_ns"`
@@ -74,6 +79,45 @@ type Table struct {
 // Slow reports whether requests that need a full search are refused for want of
 // time.
 func (a Attribution) Slow() bool { return a.LastScan > a.Budget }
+
+// Hook is one program in the kernel.
+type Hook struct {
+	Name    string `json:"name"`
+	Missing string `json:"missing,omitempty"` // why; "" if it is attached
+}
+
+// Witness is what the programs in the kernel have counted.
+type Witness struct {
+	Connects   uint64 `json:"connects"`
+	Sockets    uint64 `json:"sockets"` // that have a witness now
+	MaxSockets uint64 `json:"max_sockets"`
+	// Sockets that have none: no room, their user has more than a quarter of the room,
+	// another with the same addresses and ports.
+	Full      uint64 `json:"full"`
+	OverShare uint64 `json:"over_share"`
+	Ambiguous uint64 `json:"ambiguous"`
+	// Namespaces are connects from network namespaces that had no room, so that nobody
+	// can tell whether they came through the redirect.
+	Namespaces uint64 `json:"namespaces"`
+	// StillBound are those that are bound to a device and could not be unbound.
+	StillBound uint64 `json:"still_bound"`
+	// Lost are executions, clones, writes and sightings that were not kept.
+	Lost uint64 `json:"lost"`
+	// Missing are connections that came here and that nobody was seen to make.
+	Missing uint64 `json:"missing"`
+}
+
+// History is what the proc connector has told.
+type History struct {
+	Forks     uint64 `json:"forks"`
+	Execs     uint64 `json:"execs"`
+	Exits     uint64 `json:"exits"`
+	Lost      uint64 `json:"lost"`
+	Rebuilds  uint64 `json:"rebuilds"`
+	Processes int    `json:"processes"`
+	Refused   uint64 `json:"refused"`  // processes for which the table had no room
+	Unjudged  uint64 `json:"unjudged"` // executions that the rules were not told of, as too many waited
+}
 
 // Missing is a level that this host does not have, and why.
 type Missing struct {
@@ -111,7 +155,9 @@ type Process struct {
 
 // Explanation is what `imdsgate explain` shows.
 type Explanation struct {
+	Level     string                  `json:"level"`
 	Subject   Subject                 `json:"process"`
+	Past      []Subject               `json:"earlier_programs,omitempty"`
 	Ancestors []Subject               `json:"ancestors"`
 	Rules     []policy.RuleFinding    `json:"rules"`
 	Grants    []policy.GrantFinding   `json:"grants"`
@@ -136,4 +182,33 @@ type Subject struct {
 	HostVerified bool      `json:"host_verified"`
 	RootOwned    bool      `json:"root_owned"`
 	Loader       bool      `json:"loader"`
+	Swapped      bool      `json:"swapped,omitempty"`
+	Ended        bool      `json:"ended,omitempty"`
+	Earlier      bool      `json:"earlier_image,omitempty"`
+	Ancestry     string    `json:"ancestry,omitempty"`
+	ParentNow    *Subject  `json:"parent_now,omitempty"`
+}
+
+// Whois is what `imdsgate whois` shows: who has one connection.
+type Whois struct {
+	Client     string        `json:"client"`
+	Endpoint   string        `json:"endpoint"`
+	Forwarded  bool          `json:"forwarded"`
+	Level      string        `json:"level"`
+	Confidence string        `json:"confidence"`
+	Via        string        `json:"via"`
+	Complete   bool          `json:"complete"`
+	Reason     string        `json:"reason,omitempty"`
+	Error      string        `json:"error,omitempty"`
+	Took       time.Duration `json:"took_ns"`
+	Inode      uint32        `json:"inode"`
+	Cookie     uint64        `json:"cookie"`
+	Subjects   []Holder      `json:"subjects"`
+}
+
+// Holder is one subject of a connection.
+type Holder struct {
+	Role string `json:"role"`
+	Subject
+	Ancestors []Subject `json:"ancestors"`
 }

@@ -272,7 +272,11 @@ func (c *client) turns(k kind, s *script, n int, arrived func(), start <-chan st
 func (t *target) drive(k kind, s *script, clients, n int, begin func()) (load, error) {
 	var all load
 	var errs []error
-	var mu sync.Mutex // guards all and errs
+	var mu sync.Mutex                            // guards all and errs
+	if err := t.lab.Cgroup.Enter(); err != nil { // or the daemon in there would not see who connects
+		return all, err
+	}
+	defer t.lab.Cgroup.Leave()
 	var ready, done sync.WaitGroup
 	start := make(chan struct{})
 	ready.Add(clients)

@@ -156,6 +156,10 @@ const readyIn = 5 * time.Second
 // ready waits until the target answers. The first of them is the service itself, of which the others must give the
 // same answers.
 func (r *rig) ready(t *target) error {
+	if err := t.lab.Cgroup.Enter(); err != nil {
+		return err
+	}
+	defer t.lab.Cgroup.Leave()
 	for end := time.Now().Add(readyIn); ; time.Sleep(10 * time.Millisecond) {
 		err := t.lab.Instance.Do(func() (err error) {
 			c := newClient()

@@ -103,7 +103,7 @@ func TestAuditByDefault(t *testing.T) {
 		t.Errorf("%v", d)
 	}
 	out, code := h.imdsgate("status")
-	if code != 0 || !strings.Contains(out, "watching") || !strings.Contains(out, "level L0") {
+	if code != 0 || !strings.Contains(out, "watching") || !strings.Contains(out, "level L3") {
 		t.Errorf("%d\n%s", code, out)
 	}
 }
@@ -236,12 +236,14 @@ func TestContainers(t *testing.T) {
 	if got := h.curl(client{}, "/latest/api/token", put...); got != "200" {
 		t.Errorf("the host itself: %s", got)
 	}
-	d, err := h.Await("a container", func(d gate.Document) bool { return d.At("imdsgate.attribution.reason") == "remote" })
-	if err != nil {
-		t.Fatal(err)
-	}
-	if d.At("source.ip") == "172.31.0.10" {
-		t.Errorf("%v", d)
+	for _, source := range []string{"172.17.0.2", "172.31.0.77", "fd00:ec2:17::2", "fd00:ec2:1::77"} {
+		d, err := h.Await("a container", func(d gate.Document) bool { return d.At("source.ip") == source })
+		if err != nil {
+			t.Fatal(err)
+		}
+		if d.At("process.name") != "curl" || d.At("imdsgate.attribution.confidence") != "medium" {
+			t.Errorf("%s: process %v, attribution %v", source, d.At("process.name"), d.At("imdsgate.attribution"))
+		}
 	}
 }
 
@@ -290,7 +292,7 @@ func TestForeignLock(t *testing.T) {
 func TestFlushIsRepaired(t *testing.T) {
 	t.Parallel()
 	h := start(t, netlab.Options{}, "mode: enforce\n")
-	before := h.rules("iptables-save")
+	before := h.output("iptables-save")
 	h.Instance.Do(func() error { return exec.Command("iptables", "-t", "nat", "-F").Run() })
 	h.Instance.Do(func() error { return exec.Command("iptables", "-F").Run() })
 	if _, err := h.Await("the repair", func(d gate.Document) bool {
@@ -302,7 +304,7 @@ func TestFlushIsRepaired(t *testing.T) {
 	if err != nil || !s.Redirect.Installed || s.Redirect.Repairs == 0 {
 		t.Errorf("%+v, %v", s.Redirect, err)
 	}
-	if after := h.rules("iptables-save"); strings.Count(after, "IMDSGATE") != strings.Count(before, "IMDSGATE") {
+	if after := h.output("iptables-save"); strings.Count(after, "IMDSGATE") != strings.Count(before, "IMDSGATE") {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
 	}
 	if got := h.curl(client{uid: ordinaryUser}, role); got != "403" {
@@ -342,7 +344,7 @@ func TestKilledInEnforce(t *testing.T) {
 		t.Error(out)
 	}
 	for _, tool := range []string{"iptables-save", "ip6tables-save"} {
-		if left := h.rules(tool); strings.Contains(left, "IMDSGATE") {
+		if left := h.output(tool); strings.Contains(left, "IMDSGATE") {
 			t.Errorf("%s:\n%s", tool, left)
 		}
 	}
@@ -374,7 +376,7 @@ func TestStopped(t *testing.T) {
 		if code := h.Stop(); code != 0 {
 			t.Errorf("%s: exit %d\n%s", mode, code, h.Log())
 		}
-		if got := strings.Contains(h.rules("iptables-save"), "IMDSGATE"); got != stays {
+		if got := strings.Contains(h.output("iptables-save"), "IMDSGATE"); got != stays {
 			t.Errorf("%s: the redirect is there: %v", mode, got)
 		}
 	}
@@ -554,7 +556,7 @@ func TestStartRefused(t *testing.T) {
 					t.Errorf("does not say %q:\n%s", want, d.Log())
 				}
 			}
-			if left := h.rules("iptables-save"); strings.Contains(left, "IMDSGATE") {
+			if left := h.output("iptables-save"); strings.Contains(left, "IMDSGATE") {
 				t.Errorf("left behind:\n%s", left)
 			}
 		})
@@ -752,7 +754,7 @@ func TestRedirectVerbs(t *testing.T) {
 		command := strings.Join(append([]string{h.gate.Command, "--config", config, "redirect"}, args...), " ")
 		return h.run(client{args: []string{"unshare", "-m", "sh", "-c", "mount --bind " + passwd + " /etc/passwd && exec " + command}})
 	}
-	before := h.rules("iptables-nft-save")
+	before := h.output("iptables-nft-save")
 	if out, code := redirect("verify"); code != 1 || !strings.Contains(out, "IMDSGATE") {
 		t.Errorf("before: %d, %s", code, out)
 	}
@@ -760,7 +762,7 @@ func TestRedirectVerbs(t *testing.T) {
 	if code != 0 || !strings.Contains(printed, "--uid-owner 61080") || !strings.Contains(printed, "169.254.169.254") || !strings.Contains(printed, "fd00:ec2::254") {
 		t.Errorf("%d, %s", code, printed)
 	}
-	if now := h.rules("iptables-nft-save"); strings.Contains(now, "IMDSGATE") {
+	if now := h.output("iptables-nft-save"); strings.Contains(now, "IMDSGATE") {
 		t.Errorf("print has changed something:\n%s", now)
 	}
 	for range 2 {
@@ -792,7 +794,7 @@ func TestRedirectVerbs(t *testing.T) {
 	if out, code := redirect("remove"); code != 0 || out != "removed" {
 		t.Errorf("remove: %d, %s", code, out)
 	}
-	if now := h.rules("iptables-nft-save"); strings.Contains(now, "IMDSGATE") || strings.Count(now, "-A ") != strings.Count(before, "-A ") {
+	if now := h.output("iptables-nft-save"); strings.Contains(now, "IMDSGATE") || strings.Count(now, "-A ") != strings.Count(before, "-A ") {
 		t.Errorf("left:\n%s", now)
 	}
 	if got := h.curl(client{uid: ordinaryUser}, instanceID); got != "200" && got != "401" {
@@ -827,14 +829,14 @@ func TestLegacyBackend(t *testing.T) {
 	if s, err := h.Status(); err != nil || s.Redirect.Backend != "legacy" || !s.Redirect.Installed {
 		t.Errorf("%+v, %v", s.Redirect, err)
 	}
-	if nft := h.rules("iptables-nft-save"); strings.Contains(nft, "IMDSGATE") {
+	if nft := h.output("iptables-nft-save"); strings.Contains(nft, "IMDSGATE") {
 		t.Errorf("in the other back end:\n%s", nft)
 	}
 	h.Kill()
 	if out, code := h.imdsgate("redirect", "remove"); code != 0 || out != "removed" {
 		t.Errorf("%d, %s", code, out)
 	}
-	if left := h.rules("iptables-legacy-save"); strings.Contains(left, "IMDSGATE") {
+	if left := h.output("iptables-legacy-save"); strings.Contains(left, "IMDSGATE") {
 		t.Errorf("left:\n%s", left)
 	}
 }

@@ -95,7 +95,12 @@ func prepare(t testing.TB, o netlab.Options) *host {
 
 func (h *host) start(config string, args ...string) {
 	h.t.Helper()
-	d, err := gate.Start(h.Lab, h.gate, gate.Settings{Config: config, Args: args})
+	h.startWith(gate.Settings{Config: config, Args: args})
+}
+
+func (h *host) startWith(s gate.Settings) {
+	h.t.Helper()
+	d, err := gate.Start(h.Lab, h.gate, s)
 	if d != nil {
 		h.t.Cleanup(func() { d.Close() })
 	}
@@ -217,11 +222,12 @@ func grant(executable string, uid int) string {
 	return fmt.Sprintf("grants:\n- name: app\n  executable: %s\n  user: %q\n  owner: tests\n  reason: it is the legitimate one\n", executable, fmt.Sprint(uid))
 }
 
-func (h *host) rules(tool string) string {
+// output runs a tool in the instance.
+func (h *host) output(tool string, args ...string) string {
 	h.t.Helper()
 	var out []byte
 	err := h.Instance.Do(func() (err error) {
-		out, err = exec.Command(tool).Output()
+		out, err = exec.Command(tool, args...).Output()
 		return err
 	})
 	if err != nil {

@@ -12,23 +12,46 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
 
+	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/cmd/report"
 	"github.com/imdsgate/imdsgate/control"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
-	"golang.org/x/sys/unix"
 )
 
 // UID is the daemon's own user. No account has it.
 const UID = 61080
 
 // capabilities are those of packaging/systemd/imdsgated.service, and the one by
-// which it opens the ports that imdsgated.socket opens there.
-var capabilities = []uintptr{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW, unix.CAP_SYS_PTRACE, unix.CAP_DAC_READ_SEARCH, unix.CAP_NET_BIND_SERVICE}
+// which it opens the ports that imdsgated.socket opens there. Levels 2 and 3 of
+// attribution need one more each, and level 1 a socket of the initial network
+// namespace, where the lab's daemon is not.
+var capabilities = map[attribution.Level]string{
+	attribution.Level0: "+net_admin,+net_raw,+sys_ptrace,+dac_read_search,+net_bind_service",
+	attribution.Level2: ",+bpf",
+	attribution.Level3: ",+perfmon",
+}
+
+// privileged runs a program as the daemon's user with some capabilities, in a
+// cgroup namespace of its own: the lab's cgroup is the root of all that it sees.
+const privileged = `caps=$1 uid=$2; shift 2
+mount -t cgroup2 none /sys/fs/cgroup
+export LISTEN_PID=$$
+exec setpriv --reuid=$uid --regid=$uid --clear-groups --inh-caps=-all,$caps --ambient-caps=-all,$caps --pdeathsig=KILL -- "$@"`
+
+func command(lacks attribution.Level, program string, args ...string) *exec.Cmd {
+	caps := ""
+	for level := attribution.Level0; level <= attribution.Level3 && (lacks == 0 || level < lacks); level++ {
+		caps += capabilities[level]
+	}
+	return exec.Command("unshare", append([]string{"--mount", "--cgroup", "--propagation=private", "--", "sh", "-ec", privileged, "sh",
+		caps, strconv.Itoa(UID), program}, args...)...)
+}
 
 // Binaries are the two programs.
 type Binaries struct{ Daemon, Command string }
@@ -71,6 +94,9 @@ type Settings struct {
 	Dir string
 	// Env is added to the environment.
 	Env []string
+	// Lacks is the lowest level of attribution for which it lacks a capability;
+	// zero for none.
+	Lacks attribution.Level
 }
 
 // Start starts a daemon in the instance of a lab and waits until it serves. When
@@ -96,12 +122,16 @@ func Start(lab *netlab.Lab, b Binaries, s Settings) (*Daemon, error) {
 	if err := d.Write(s.Config); err != nil {
 		return nil, err
 	}
-	d.cmd = exec.Command(b.Daemon, append([]string{"--config", d.Config}, s.Args...)...)
+	d.cmd = command(s.Lacks, b.Daemon, append([]string{"--config", d.Config}, s.Args...)...)
 	d.cmd.Env = append(os.Environ(), s.Env...)
-	d.cmd.SysProcAttr = &syscall.SysProcAttr{
-		Credential:  &syscall.Credential{Uid: UID, Gid: UID},
-		AmbientCaps: capabilities,
-		Pdeathsig:   syscall.SIGKILL,
+	if s.Lacks != attribution.Level1 {
+		connector, err := netlab.ProcConnector()
+		if err != nil {
+			return nil, err
+		}
+		defer connector.Close()
+		d.cmd.ExtraFiles = append(d.cmd.ExtraFiles, connector)
+		d.cmd.Env = append(d.cmd.Env, "LISTEN_FDS=1", "LISTEN_FDNAMES="+connector.Name())
 	}
 	stderr, err := d.cmd.StderrPipe()
 	if err != nil {

@@ -4,6 +4,7 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -13,7 +14,7 @@ import (
 
 func main() {
 	ways := map[string]func([]string) error{
-		"bind": bind, "mark": mark, "direct": direct, "multipath": multipath, "flight": flight, "inherit": inherit,
+		"ask": ask, "hold": hold, "bind": bind, "mark": mark, "direct": direct, "multipath": multipath, "flight": flight, "inherit": inherit,
 	}
 	way := ways[os.Args[1]]
 	if way == nil {
@@ -24,6 +25,34 @@ func main() {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
+}
+
+// ask asks as an honest program does.
+func ask(args []string) error {
+	fd, err := connect(0)
+	if err != nil {
+		return err
+	}
+	if _, err := syscall.Write(fd, request(args[0])); err != nil {
+		return err
+	}
+	return show(fd)
+}
+
+// hold connects, says from where, and stays until its input ends.
+func hold([]string) error {
+	fd, err := connect(0)
+	if err != nil {
+		return err
+	}
+	name, err := syscall.Getsockname(fd)
+	if err != nil {
+		return err
+	}
+	local := name.(*syscall.SockaddrInet4)
+	fmt.Println(net.JoinHostPort(net.IP(local.Addr[:]).String(), fmt.Sprint(local.Port)))
+	_, err = io.Copy(io.Discard, os.Stdin)
+	return err
 }
 
 // bind tries to take the daemon's ports and answer in its place.

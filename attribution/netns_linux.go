@@ -1,0 +1,269 @@
+package attribution
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/imdsgate/imdsgate/attribution/diag"
+	"golang.org/x/sys/unix"
+)
+
+var (
+	// errRemote says that no process of this host has the client's end.
+	errRemote = errors.New("no process of another network namespace has this connection")
+	// errAmbiguous says that sockets of several network namespaces have the tuple.
+	errAmbiguous = errors.New("several network namespaces have this connection")
+)
+
+// namespaces remembers one process of each network namespace, for a moment: finding
+// them takes a link to be read for every process of the host. It also keeps sockets
+// that answer for other namespaces, where we may open them. The zero value is ready.
+type namespaces struct {
+	mu    sync.Mutex // guards the following
+	pids  map[string]int
+	since time.Time
+
+	conns  map[uint64]*netnsConn // by the inode of the namespace
+	closed bool                  // to us: setns(2) is not permitted
+}
+
+type netnsConn struct {
+	*diag.Conn
+	used time.Time
+}
+
+const (
+	// freshNamespaces is how long the list of namespaces serves, and staleNamespaces how
+	// long if a connection is in none of them. Longer makes a client in a container
+	// that was just started unattributed; shorter spends more on a flood of connections.
+	freshNamespaces = 250 * time.Millisecond
+	staleNamespaces = 10 * time.Millisecond
+	// maxNetnsConns bounds the sockets that are kept, and idleNetnsConn how long one is
+	// that nobody asks: it keeps its namespace from being taken apart.
+	maxNetnsConns = 64
+	idleNetnsConn = time.Minute
+)
+
+// conn is a socket that answers exactly for the namespace of a process, without its
+// table being read. Without CAP_SYS_ADMIN there is none.
+func (n *namespaces) conn(h *host, pid int) (*diag.Conn, bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.closed {
+		return nil, false
+	}
+	ns, err := unix.Open(filepath.Join(h.proc, strconv.Itoa(pid), "ns/net"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, false
+	}
+	defer unix.Close(ns)
+	var st unix.Stat_t
+	if unix.Fstat(ns, &st) != nil {
+		return nil, false
+	}
+	if c := n.conns[st.Ino]; c != nil {
+		c.used = time.Now()
+		return c.Conn, true
+	}
+	c, err := diag.OpenIn(ns)
+	if err != nil {
+		n.closed = denied(err)
+		return nil, false
+	}
+	n.forget(maxNetnsConns - 1)
+	if n.conns == nil {
+		n.conns = map[uint64]*netnsConn{}
+	}
+	n.conns[st.Ino] = &netnsConn{c, time.Now()}
+	return c, true
+}
+
+// forget closes the sockets that are idle, and so many others that at most keep are
+// left. It is called with n.mu held.
+func (n *namespaces) forget(keep int) {
+	for inode, c := range n.conns {
+		if time.Since(c.used) > idleNetnsConn || len(n.conns) > keep {
+			c.Close()
+			delete(n.conns, inode)
+		}
+	}
+}
+
+// tidy closes the sockets that are idle.
+func (n *namespaces) tidy() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.forget(maxNetnsConns)
+}
+
+func (n *namespaces) close() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.forget(0)
+}
+
+// others are all network namespaces but ours, with a process in each, as they were so
+// long ago at most.
+func (n *namespaces) others(h *host, age time.Duration) (map[string]int, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if time.Since(n.since) < age {
+		return n.pids, nil
+	}
+	pids, err := h.pids(make([]byte, 32<<10))
+	if err != nil {
+		return nil, err
+	}
+	n.pids = map[string]int{}
+	for _, pid := range pids {
+		link, err := linkAt(unix.AT_FDCWD, filepath.Join(h.proc, strconv.Itoa(pid), "ns/net"))
+		if err == nil && link != h.net {
+			n.pids[link] = pid
+		}
+	}
+	n.since = time.Now()
+	return n.pids, nil
+}
+
+// elsewhere finds a client's socket in another network namespace: in that of the
+// process which was seen to connect it or, at levels without a witness, in all there
+// are. It reads the namespace's table, as long as its connections are many.
+func (l *Lookup) elsewhere(t diag.Tuple) (diag.Socket, error) {
+	var found []diag.Socket
+	var err error
+	switch {
+	case len(l.connectors) > 0:
+		candidates := map[string]int{}
+		for _, c := range l.connectors {
+			candidates[strconv.FormatUint(c.NetnsCookie, 10)] = c.PID
+		}
+		found, err = l.f.connections(candidates, t)
+	case l.f.witness != nil:
+		return diag.Socket{}, errRemote
+	default:
+		for _, age := range []time.Duration{freshNamespaces, staleNamespaces} {
+			candidates, listErr := l.f.namespaces.others(l.f.host, age)
+			if listErr != nil {
+				return diag.Socket{}, listErr
+			}
+			if found, err = l.f.connections(candidates, t); len(found) > 0 || err != nil {
+				break
+			}
+		}
+	}
+	switch {
+	case err != nil:
+		return diag.Socket{}, err
+	case len(found) > 1 && len(l.connectors) > 0:
+		found[0].Cookie = l.connectors[0].SocketCookie
+		return found[0], errAmbiguous
+	case len(found) > 1:
+		return found[0], errAmbiguous
+	case len(found) == 1 && len(l.connectors) == 1:
+		found[0].Cookie = l.connectors[0].SocketCookie
+		return found[0], nil
+	case len(found) == 1:
+		return found[0], nil
+	case len(l.connectors) > 0:
+		return diag.Socket{}, diag.ErrGone
+	}
+	return diag.Socket{}, errRemote
+}
+
+// connections finds the sockets with a tuple in the namespaces of some processes.
+func (f *Finder) connections(candidates map[string]int, t diag.Tuple) (found []diag.Socket, err error) {
+	for _, pid := range candidates {
+		var s diag.Socket
+		if c, ok := f.namespaces.conn(f.host, pid); ok {
+			s, err = c.Find(t, 0)
+		} else {
+			s, err = f.host.connection(pid, t)
+		}
+		switch {
+		case err == nil:
+			found = append(found, s)
+		case !errors.Is(err, diag.ErrNotFound) && !errors.Is(err, diag.ErrMismatch) && !errors.Is(err, diag.ErrGone) && !gone(err):
+			return nil, err
+		}
+	}
+	return found, nil
+}
+
+// connection reads the tables of a process's network namespace for one socket
+// (proc_pid_net(5)).
+func (h *host) connection(pid int, t diag.Tuple) (diag.Socket, error) {
+	files := []string{"net/tcp6"}
+	if t.Local.Addr().Is4() {
+		files = []string{"net/tcp", "net/tcp6"} // the second has sockets that speak IPv4 through IPv6
+	}
+	for i, name := range files {
+		file, err := os.Open(filepath.Join(h.proc, strconv.Itoa(pid), name))
+		if err != nil {
+			return diag.Socket{}, err
+		}
+		mapped := i == 1
+		s, err := connectionIn(file, t, mapped)
+		file.Close()
+		if !errors.Is(err, diag.ErrNotFound) {
+			return s, err
+		}
+	}
+	return diag.Socket{}, diag.ErrNotFound
+}
+
+// connectionIn finds the line of a socket. Lines that are about others are not
+// parsed, since whoever lives in the namespace can make many.
+func connectionIn(r io.Reader, t diag.Tuple, mapped bool) (diag.Socket, error) {
+	wanted := []byte(" " + hexAddr(t.Local, mapped) + " " + hexAddr(t.Remote, mapped) + " ")
+	lines := bufio.NewScanner(r)
+	for lines.Scan() {
+		if !bytes.Contains(lines.Bytes(), wanted) {
+			continue
+		}
+		fields := strings.Fields(lines.Text())
+		if len(fields) < 10 {
+			return diag.Socket{}, errors.New("not the format of /proc/net/tcp")
+		}
+		state, err1 := strconv.ParseUint(fields[3], 16, 8)
+		uid, err2 := strconv.ParseUint(fields[7], 10, 32)
+		inode, err3 := strconv.ParseUint(fields[9], 10, 32)
+		if err := errors.Join(err1, err2, err3); err != nil {
+			return diag.Socket{}, fmt.Errorf("not the format of /proc/net/tcp: %w", err)
+		}
+		if inode == 0 || !diag.State(state).Connected() {
+			return diag.Socket{}, diag.ErrGone
+		}
+		return diag.Socket{Tuple: t, State: diag.State(state), Inode: uint32(inode), UID: uint32(uid), Mapped: mapped}, nil
+	}
+	if err := lines.Err(); err != nil {
+		return diag.Socket{}, err
+	}
+	return diag.Socket{}, diag.ErrNotFound
+}
+
+// hexAddr writes an address as the kernel does there: as numbers of 32 bits, in the
+// byte order of the machine (net/ipv4/tcp_ipv4.c, get_tcp4_sock).
+func hexAddr(a netip.AddrPort, mapped bool) string {
+	b := a.Addr().AsSlice()
+	if mapped {
+		all := a.Addr().As16()
+		b = all[:]
+	}
+	var text strings.Builder
+	for ; len(b) > 0; b = b[4:] {
+		fmt.Fprintf(&text, "%08X", binary.NativeEndian.Uint32(b))
+	}
+	fmt.Fprintf(&text, ":%04X", a.Port())
+	return text.String()
+}

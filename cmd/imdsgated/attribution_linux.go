@@ -1,0 +1,219 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/imdsgate/imdsgate/attribution"
+	"github.com/imdsgate/imdsgate/attribution/witness"
+	"github.com/imdsgate/imdsgate/cmd/config"
+	"github.com/imdsgate/imdsgate/cmd/report"
+	"github.com/imdsgate/imdsgate/event"
+	"github.com/imdsgate/imdsgate/iptables"
+	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/proxy"
+)
+
+const (
+	// checkEvery is how long a hook can have been gone before it is known, while nobody
+	// connects whom it would have seen. More often costs some ten packets on loopback
+	// each time.
+	checkEvery = 30 * time.Second
+	// doubtEvery is how long it takes if somebody connects: he is unattributed, and a
+	// reason to look.
+	doubtEvery = time.Second
+)
+
+// errLevel says that this host cannot give the evidence that enforce mode needs.
+var errLevel = errors.New("the level of attribution that enforce mode requires is not there")
+
+// openAttribution starts what finds the owners of connections, at the highest level
+// that this host has. The function that it returns ends it.
+func (d *daemon) openAttribution(c config.Attribution, rules iptables.Config, connector *os.File) (func() error, error) {
+	d.required = c.RequireLevel
+	enforce := d.engine.Mode() == policy.Enforce
+	o := attribution.Options{Endpoints: rules.Endpoints, Connector: connector, Executed: d.executed}
+	d.witness, o.NoWitness = witness.Open(witness.Options{
+		Endpoints: rules.Endpoints, Mark: rules.Mark, Deny: enforce, DenyUncovered: c.Uncovered == config.Deny, Report: d.sighted,
+	})
+	if o.NoWitness == nil {
+		o.Witness = d.witness
+	} else {
+		d.witness = nil
+	}
+	closeWitness := func() error {
+		if d.witness == nil {
+			return nil
+		}
+		return d.witness.Close()
+	}
+	var err error
+	if d.finder, err = attribution.New(o); err != nil {
+		return nil, errors.Join(fmt.Errorf("attribution cannot start: %w", err), closeWitness())
+	}
+	d.mu.Lock()
+	d.level = d.finder.Level().String()
+	d.mu.Unlock()
+	closeAll := func() error { return errors.Join(d.finder.Close(), closeWitness()) }
+	for _, l := range d.finder.Levels() {
+		if l.Missing != nil {
+			d.log.Warn().Stringer("attribution", l.Level).Err(l.Missing).Msg("a level of attribution is not there")
+		}
+	}
+	if d.finder.Level() < c.RequireLevel {
+		err := d.tooLow()
+		if enforce {
+			return nil, errors.Join(err, closeAll())
+		}
+		d.log.Warn().Err(err).Msg("in enforce mode the daemon would not start")
+	}
+	return closeAll, nil
+}
+
+// levelNow is "" until attribution is open: the kernel may have told of something by
+// then.
+func (d *daemon) levelNow() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.level
+}
+
+func (d *daemon) tooLow() error {
+	err := fmt.Errorf("%w: attribution.require_level is %s and this host has %s", errLevel, d.required, d.finder.Level())
+	for _, l := range d.finder.Levels() {
+		if l.Missing != nil {
+			return fmt.Errorf("%w; %s: %w", err, l.Level, l.Missing)
+		}
+	}
+	return err
+}
+
+// sighted records what the kernel saw that should not be.
+func (d *daemon) sighted(s witness.Sighting) {
+	name := s.Connector.Comm // it may have ended by now
+	if exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", s.Connector.PID)); err == nil {
+		name = exe
+	}
+	who := fmt.Sprintf("%s (pid %d, uid %d)", name, s.Connector.PID, s.Connector.UID)
+	became := "it was not refused"
+	if s.Refused {
+		became = "it was refused"
+	}
+	switch s.Kind {
+	case witness.Marked:
+		d.integrity("imds-mark-forged", fmt.Sprintf("%s connected to %v with the mark of the daemon; %s", who, s.Connector.Tuple.Remote, became), nil)
+	case witness.Uncovered:
+		d.integrity("uncovered-imds-connection", fmt.Sprintf("%s connected to %v from a network namespace whose traffic does not pass through here; %s",
+			who, s.Connector.Tuple.Remote, became), nil)
+	}
+}
+
+// executed gives a program that somebody has started to the rules. Most are none of
+// their business, and cost no more than that question.
+func (d *daemon) executed(p *attribution.Process, whole func() (*attribution.Process, bool)) {
+	ev := &event.Event{Kind: event.Started, Host: d.host, Time: p.Executed, Subjects: []*event.Process{proxy.Process(p)}}
+	if !d.engine.Concerns(ev) {
+		return
+	}
+	if now, ok := whole(); ok {
+		ev.Subjects[0] = proxy.Process(now)
+	}
+	if d.engine.ObserveStart(ev) {
+		d.spool.Record(ev)
+	}
+}
+
+// checkAttribution makes sure that what the levels rest on still works.
+func (d *daemon) checkAttribution(ctx context.Context) {
+	every := time.NewTicker(doubtEvery)
+	defer every.Stop()
+	var doubts uint64
+	last := time.Now()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-every.C:
+		}
+		if now := d.finder.Stats().NoWitness; now == doubts && time.Since(last) < checkEvery {
+			continue
+		} else {
+			doubts, last = now, time.Now()
+		}
+		err := d.check(ctx)
+		if err != nil && d.witness != nil && ctx.Err() == nil {
+			names, againErr := d.witness.Reattach()
+			if len(names) > 0 {
+				d.log.Warn().Strs("hooks", names).Msg("somebody has detached BPF programs, and they are attached again")
+				d.integrity("bpf-program-detached", "somebody has detached "+strings.Join(names, ", ")+"; attached again", err)
+			}
+			if err = d.check(ctx); err != nil {
+				err = errors.Join(err, againErr)
+			}
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		d.mu.Lock()
+		was := d.broken
+		d.broken = err
+		d.mu.Unlock()
+		switch {
+		case err != nil && was == nil:
+			d.log.Error().Err(err).Msg("attribution does not work any more")
+			d.integrity("attribution-broken", "the kernel no longer tells what attribution needs, so that clients are unattributed", err)
+		case err == nil && was != nil:
+			d.integrity("attribution-restored", "attribution works again", nil)
+		}
+	}
+}
+
+func (d *daemon) check(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, checkEvery/2)
+	defer cancel()
+	return d.finder.Check(ctx)
+}
+
+// attributionStatus is what `imdsgate status` shows.
+func (d *daemon) attributionStatus() report.Attribution {
+	stats := d.finder.Stats()
+	a := report.Attribution{
+		Level: d.finder.Level().String(), Scans: stats.Scans, LastScan: stats.Last,
+		Descriptors: stats.Descriptors, Largest: report.Table(stats.Largest), Budget: proxy.AttributeIn,
+	}
+	if d.required > attribution.Level0 {
+		a.Required = d.required.String()
+	}
+	for _, l := range d.finder.Levels() {
+		if l.Missing != nil {
+			a.Missing = append(a.Missing, report.Missing{Level: l.Level.String(), Reason: l.Missing.Error()})
+		}
+	}
+	if d.witness != nil {
+		for _, h := range d.witness.Hooks() {
+			hook := report.Hook{Name: h.Name}
+			if h.Err != nil {
+				hook.Missing = h.Err.Error()
+			}
+			a.Hooks = append(a.Hooks, hook)
+		}
+		w := d.witness.Stats()
+		a.Witness = &report.Witness{
+			Connects: w.Connects, Sockets: w.Live, MaxSockets: w.MaxSockets, Full: w.Full, OverShare: w.OverShare, Ambiguous: w.Ambiguous, Namespaces: w.Namespaces,
+			StillBound: w.StillBound, Lost: w.LostExecs + w.LostCreators + w.LostWriters + w.Dropped, Missing: stats.NoWitness,
+		}
+	}
+	if h, ok := d.finder.History(); ok {
+		a.History = &report.History{Forks: h.Forks, Execs: h.Execs, Exits: h.Exits, Lost: h.Lost, Rebuilds: h.Rebuilds, Processes: h.Processes, Refused: h.Refused, Unjudged: h.Unsent}
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.broken != nil {
+		a.Broken = d.broken.Error()
+	}
+	return a
+}
