@@ -2,6 +2,7 @@
 # make test     installs what is missing, and runs every check
 # make build    builds bin/imdsgated and bin/imdsgate
 # make bench    compares with the direct path, haproxy and nginx
+# make bench-attribution  times the naming of a connection's owner, beside ss and lsof
 # make install  onto this host, make uninstall takes it off again
 
 GO := ./test/go.sh
@@ -14,7 +15,7 @@ export PATH := $(CURDIR)/bin/toolchain:$(PATH)
 DESTDIR :=
 PREFIX := /usr
 
-.PHONY: build demo test bench deps lint unit race fuzz install uninstall clean
+.PHONY: build demo test bench bench-attribution deps lint unit race fuzz install uninstall clean
 
 build: bin/toolchain/go
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/imdsgated ./cmd/imdsgate
@@ -33,6 +34,9 @@ demo: deps build
 
 bench: deps build
 	go run ./test/bench
+
+bench-attribution: deps bin/toolchain/go
+	go run ./test/bench attribution
 
 test: deps build lint unit race fuzz
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -46,6 +47,15 @@ func describe(sleeping int) (machine, error) {
 	}
 	m.Kernel = unix.ByteSliceToString(u.Release[:])
 	return m, nil
+}
+
+// String is the first line of a report.
+func (m machine) String() string {
+	beside := ""
+	if m.Processes > 0 {
+		beside = fmt.Sprintf(", %d sleeping processes", m.Processes)
+	}
+	return fmt.Sprintf("%s, %d cores%s; Linux %s, %s", m.CPU, m.Cores, beside, m.Kernel, m.Go)
 }
 
 // busySeconds is how long all CPUs together have worked since the machine was started, in ticks of 10 ms.
@@ -178,18 +188,20 @@ func (t tree) memory() (int64, error) {
 // because a parent has a descriptor of each, and a client with thousands would be measured.
 type sleepers struct {
 	cmd *exec.Cmd
-	end io.Closer
+	end io.WriteCloser
+	out io.Reader
+	n   int
 }
 
 // descriptors of each sleeper: a small service's.
 const descriptors = 20
 
 func startSleepers(n int) (*sleepers, error) {
-	s := &sleepers{cmd: exec.Command("/proc/self/exe", "sleepers", strconv.Itoa(n))}
+	s := &sleepers{cmd: exec.Command("/proc/self/exe", "sleepers")}
 	s.cmd.Stderr = os.Stderr
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
-	out, err := s.cmd.StdoutPipe()
-	if err != nil {
+	var err error
+	if s.out, err = s.cmd.StdoutPipe(); err != nil {
 		return nil, err
 	}
 	if s.end, err = s.cmd.StdinPipe(); err != nil {
@@ -198,10 +210,26 @@ func startSleepers(n int) (*sleepers, error) {
 	if err := s.cmd.Start(); err != nil {
 		return nil, err
 	}
-	if _, err := out.Read(make([]byte, 1)); err != nil {
-		return nil, errors.Join(fmt.Errorf("start %d sleeping processes: %w", n, err), s.close())
+	if err := s.grow(n); err != nil {
+		return nil, errors.Join(err, s.close())
 	}
 	return s, nil
+}
+
+// grow starts more of them, until there are n.
+func (s *sleepers) grow(n int) error {
+	if n <= s.n {
+		return nil
+	}
+	_, err := fmt.Fprintln(s.end, n-s.n)
+	if err == nil {
+		_, err = io.ReadFull(s.out, make([]byte, len(asleep)))
+	}
+	if err != nil {
+		return fmt.Errorf("start %d sleeping processes: %w", n-s.n, err)
+	}
+	s.n = n
+	return nil
 }
 
 func (s *sleepers) close() error {
@@ -209,8 +237,11 @@ func (s *sleepers) close() error {
 	return s.cmd.Wait()
 }
 
-// sleep is the child. It ends with its standard input, and its own children with it.
-func sleep(n int, in io.Reader) error {
+// asleep is what the child says when it has started as many as it was told.
+const asleep = "asleep\n"
+
+// sleep is the child. It is told numbers, ends with its standard input, and its own children with it.
+func sleep(in io.Reader) error {
 	signal.Ignore(unix.SIGINT) // of a terminal, which is for the parent
 	null, err := os.Open(os.DevNull)
 	if err != nil {
@@ -225,18 +256,24 @@ func sleep(n int, in io.Reader) error {
 			cmd.Wait()
 		}
 	}()
-	for range n {
-		cmd := exec.Command("sleep", strconv.Itoa(int(2*maxRun.Seconds())))
-		for range descriptors - 3 {
-			cmd.ExtraFiles = append(cmd.ExtraFiles, null)
-		}
-		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
-		if err := cmd.Start(); err != nil {
+	lines := bufio.NewScanner(in)
+	for lines.Scan() {
+		n, err := strconv.Atoi(lines.Text())
+		if err != nil {
 			return err
 		}
-		all = append(all, cmd)
+		for range n {
+			cmd := exec.Command("sleep", strconv.Itoa(int(2*maxRun.Seconds())))
+			for range descriptors - 3 {
+				cmd.ExtraFiles = append(cmd.ExtraFiles, null)
+			}
+			cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
+			if err := cmd.Start(); err != nil {
+				return err
+			}
+			all = append(all, cmd)
+		}
+		fmt.Print(asleep)
 	}
-	fmt.Println("asleep")
-	_, err = io.Copy(io.Discard, in)
-	return err
+	return lines.Err()
 }

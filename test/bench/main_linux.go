@@ -32,6 +32,7 @@ import (
 )
 
 const help = `usage: bench [options]
+       bench attribution [options]      measures attribution alone; see bench attribution --help
 
 Measures requests to a stand-in for the metadata service: sent directly, and redirected through haproxy, nginx and
 imdsgate, in audit and in enforce mode, with attribution, the shipped rules and the event log. Prints tables in
@@ -78,15 +79,20 @@ func run(args []string) error {
 		role, args = args[0], args[1:]
 	}
 	switch role {
-	case "upstream", "sleepers": // as startUpstream and startSleepers ask for
+	case "upstream": // as startUpstream asks for
 		n, err := strconv.Atoi(strings.Join(args, " "))
-		switch {
-		case err != nil:
+		if err != nil {
 			return err
-		case role == "upstream":
-			return serveUpstream(n, os.Stdin)
 		}
-		return sleep(n, os.Stdin)
+		return serveUpstream(n, os.Stdin)
+	case "sleepers": // as startSleepers does
+		return sleep(os.Stdin)
+	case "asker": // as startAsker does
+		return beAsked(os.Stdin)
+	case "spawner": // as spawn does
+		return beSpawner(args)
+	case "attribution":
+		return attributionMain(args)
 	case "measure", "":
 	default:
 		return fmt.Errorf("unexpected argument %q: see --help", role)

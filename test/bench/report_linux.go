@@ -175,11 +175,7 @@ func (t *targetResult) complete(base, peer *targetResult) {
 
 // markdown prints the tables.
 func (r *report) markdown(w io.Writer) {
-	beside := ""
-	if r.Machine.Processes > 0 {
-		beside = fmt.Sprintf(", %d sleeping processes", r.Machine.Processes)
-	}
-	fmt.Fprintf(w, "%s, %d cores%s; Linux %s, %s", r.Machine.CPU, r.Machine.Cores, beside, r.Machine.Kernel, r.Machine.Go)
+	fmt.Fprint(w, r.Machine)
 	for _, p := range r.Peers {
 		fmt.Fprintf(w, ", %s", p)
 	}
