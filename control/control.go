@@ -20,6 +20,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 )
 
@@ -171,5 +172,6 @@ type failure struct {
 func fail(w http.ResponseWriter, status int, err error) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	json.NewEncoder(w).Encode(failure{err.Error()})
+	// Whose fault it is travels as the status.
+	json.NewEncoder(w).Encode(failure{strings.TrimPrefix(err.Error(), ErrBadQuestion.Error()+": ")})
 }
