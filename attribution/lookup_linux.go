@@ -414,13 +414,14 @@ func (l *Lookup) merge(ctx context.Context, found []holder, via string) Reason {
 			return Late
 		}
 		p, st, err := l.f.host.pin(f.pid)
-		if err != nil {
-			missing = Churn
-			continue
-		}
-		if !l.add(&subject{holder: f, pin: p}, st) {
-			missing = Churn
+		read := err == nil && l.add(&subject{holder: f, pin: p}, st)
+		if err == nil && !read {
 			l.f.host.unpin(p)
+		}
+		if !read {
+			if !l.worker(f.pid) {
+				missing = Churn
+			}
 			continue
 		}
 		l.by(via)

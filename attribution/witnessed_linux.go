@@ -184,6 +184,22 @@ func (l *Lookup) forked(rec procwatch.Process, a Actor) (*Process, bool) {
 	return &p, true
 }
 
+// worker adds a holder that has ended before it was read, if it was no more than a fork
+// of a subject, as servers have that make a process for each job.
+func (l *Lookup) worker(pid int) bool {
+	t := l.f.host.table
+	if t == nil {
+		return false
+	}
+	t.Drain()
+	rec, ok := t.Process(pid, 0)
+	if !ok {
+		return false
+	}
+	p, ok := l.forked(rec, Actor{PID: pid})
+	return ok && l.keep(RoleHolder, p)
+}
+
 // sameProgram reports whether a process that has ended and executed nothing was the
 // program that a subject is. The one that is its parent need not have forked it
 // (clone(2), CLONE_PARENT): it was the program of whoever did.
