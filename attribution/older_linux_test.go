@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/imdsgate/imdsgate/attribution/diag"
+	"github.com/imdsgate/imdsgate/test/lab/labtest"
 )
 
 // blind is a witness that came after everything.
@@ -30,6 +31,7 @@ func (blind) Holders(context.Context, []uint32) (map[uint32][]Descriptor, error)
 // A connection that is older than the witness, as one in the backlog of the listeners
 // after a restart, is attributed without it and allows nothing: when it began is not known.
 func TestOlderThanWitness(t *testing.T) {
+	labtest.RequireRoot(t)
 	ln, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -47,7 +49,7 @@ func TestOlderThanWitness(t *testing.T) {
 	}
 	defer f.Close()
 	if f.Level() < Level1 {
-		t.Skip(f.Levels())
+		t.Fatal(f.Levels())
 	}
 	l := f.Find(Conn{Client: c.LocalAddr().(*net.TCPAddr).AddrPort(), Endpoint: endpoint})
 	defer l.Close()

@@ -185,10 +185,11 @@ func (l *Lookup) forked(rec procwatch.Process, a Actor) (*Process, bool) {
 }
 
 // worker adds a holder that has ended before it was read, if it was no more than a fork
-// of a subject, as servers have that make a process for each job.
+// of a subject, as servers have that make a process for each job. Only at level 3 is
+// that known: below it, somebody may have made another one's child of it.
 func (l *Lookup) worker(pid int) bool {
 	t := l.f.host.table
-	if t == nil {
+	if l.level < Level3 || len(l.connectors) == 0 {
 		return false
 	}
 	t.Drain()

@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/imdsgate/imdsgate/test/lab/labtest"
 	"golang.org/x/sys/unix"
 )
 
@@ -538,9 +539,7 @@ func TestClosed(t *testing.T) {
 
 // Where the program runs decides whether it works, and what it says if not.
 func TestWhere(t *testing.T) {
-	if os.Getuid() != 0 {
-		t.Skip("needs root: namespaces and capabilities")
-	}
+	labtest.RequireRoot(t)
 	const works = "forks true, execs true, netns unchanged true"
 	self := program(t, "where")
 	os.Chmod(filepath.Dir(self), 0o755)

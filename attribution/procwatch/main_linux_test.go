@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/imdsgate/imdsgate/test/lab/labtest"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 )
@@ -190,9 +191,7 @@ func program(t *testing.T, name string) string {
 
 func open(t testing.TB, o Options) *Watcher {
 	t.Helper()
-	if os.Getuid() != 0 {
-		t.Skip("needs root: the proc connector, and other users' /proc")
-	}
+	labtest.RequireRoot(t) // for other users' /proc
 	w, err := Open(o)
 	if err != nil {
 		t.Fatal(err)

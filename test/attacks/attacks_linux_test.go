@@ -333,6 +333,7 @@ var table = []row{
 	{name: "unit-manager", does: "the same below one's own service manager", act: func(s *scene) (string, error) {
 		return root("unit", "manager", s.byUnit, fmt.Sprint(user))(s)
 	}, want: all(caught), because: "no grant covers"},
+	{name: "heir", does: "take the connection of a granted program, then its life and its pid, and ask (clone3 with set_tid, root)", act: root("heir", fmt.Sprint(user)), times: 5, want: all(caught)},
 	{name: "pid-reuse", does: "take the pid of a granted program that has just asked (clone3 with set_tid, root)", act: root("pid", fmt.Sprint(user)), times: 10, want: all(caught)},
 
 	// Sockets.

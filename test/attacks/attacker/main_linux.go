@@ -41,7 +41,7 @@ var ways = map[string]func([]string) error{
 	// flood_linux.go
 	"storm": storm, "connects": connects, "hoard": hoard, "descriptors": descriptors,
 	// root_linux.go
-	"mixed": mixed, "pid": pid, "unit": unit, "entered": entered,
+	"mixed": mixed, "pid": pid, "heir": heir, "on": on, "unit": unit, "entered": entered,
 }
 
 func main() {

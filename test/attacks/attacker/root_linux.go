@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"errors"
 	"fmt"
 	"os"
@@ -76,6 +77,71 @@ func pid(args []string) error {
 		return err
 	}
 	return ask.Wait(first.Process.Pid)
+}
+
+// heir asks on the connection of a program with a grant, which has ended, in a process
+// that has got its number, and has executed as often.
+func heir(args []string) error {
+	uid, err := strconv.Atoi(args[0])
+	if err != nil {
+		return err
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	owner := exec.Command(granted(), "keep", os.Getenv(ask.Name)+"-before")
+	owner.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
+	out, err := owner.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if _, err := owner.StdinPipe(); err != nil { // it ends with its input
+		return err
+	}
+	if err := owner.Start(); err != nil {
+		return err
+	}
+	defer owner.Process.Kill()
+	var theirs string
+	for lines := bufio.NewScanner(out); theirs == ""; {
+		if !lines.Scan() {
+			return errors.New("the program with a grant keeps no connection")
+		}
+		if said, ok := strings.CutPrefix(lines.Text(), "keeps "); ok {
+			theirs, _, _ = strings.Cut(said, " ")
+		}
+	}
+	taken, err := steal([]string{strconv.Itoa(owner.Process.Pid), theirs})
+	if err != nil {
+		return err
+	}
+	fd, err := unix.Dup(taken) // without close-on-exec
+	if err != nil {
+		return err
+	}
+	unix.Close(taken)
+	owner.Process.Kill()
+	owner.Wait()
+	again, err := ask.Execute(self, "on", strconv.Itoa(fd))
+	if err != nil {
+		return err
+	}
+	if err := ask.ForkAs(owner.Process.Pid, append(ask.Become(uid), again)...); err != nil {
+		return err
+	}
+	unix.Close(fd)
+	return ask.Wait(owner.Process.Pid)
+}
+
+// on asks on a connection that it was born with.
+func on(args []string) error {
+	fd, err := strconv.Atoi(args[0])
+	if err != nil {
+		return err
+	}
+	try(fd)
+	return nil
 }
 
 // unit runs a program that has a grant by unit in a cgroup with the name of the
