@@ -235,8 +235,38 @@ func (l *Lookup) Complete(ctx context.Context, urgent bool) Owner {
 	begin := time.Now()
 	for try := 1; ; try++ {
 		result := l.f.scan(ctx, inode, urgent)
-		if o, again := l.conclude(ctx, result, begin); !again || try == maxTries {
+		o, again := l.conclude(ctx, result, begin)
+		if !again || try == maxTries {
+			if l.unseen && o.Reason == EvidenceLost {
+				return l.afterCalls(ctx, o)
+			}
 			return o
+		}
+	}
+}
+
+const (
+	// callFor is how long a thread may be in a system call and run: which one it is the
+	// kernel does not tell, and so it counts as somebody else's reference. Too low, and
+	// on a busy machine clients that nobody sees write (MPTCP) are refused; higher lets
+	// those wait longer that somebody else has.
+	callFor = 100 * time.Millisecond
+	// callEvery is how often it is looked whether the call has ended.
+	callEvery = 2 * time.Millisecond
+)
+
+// afterCalls waits until every reference to the socket is known, or answers o.
+func (l *Lookup) afterCalls(ctx context.Context, o Owner) Owner {
+	ctx, cancel := context.WithTimeout(ctx, callFor)
+	defer cancel()
+	for {
+		select {
+		case <-time.After(callEvery):
+		case <-ctx.Done():
+			return o
+		}
+		if known, ok := l.Accounted(ctx); ok {
+			return known
 		}
 	}
 }

@@ -17,7 +17,7 @@ type scanResult struct {
 	unreadable []int
 	reason     Reason // why it is not complete
 	err        error
-	accounted  bool // there was no search: every reference is known
+	accounted  bool // every reference is known
 }
 
 // Stats counts full searches since the start.

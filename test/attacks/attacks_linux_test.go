@@ -360,7 +360,7 @@ var table = []row{
 		want: by(or(served, refused), or(served, unattributed), or(served, unattributed), or(served, unattributed))},
 	{name: "honest-daemon", does: "an orphan of it asks", act: own("orphan"), honest: true, times: 3, want: all(served)},
 	{name: "honest-thread", does: "a thread of it with a descriptor table of its own asks", act: own("thread"), honest: true, want: all(served)},
-	{name: "honest-multipath", does: "over MPTCP", act: own("ask", "-mptcp"), honest: true, want: all(served)},
+	{name: "honest-multipath", does: "over MPTCP", act: own("ask", "-mptcp"), honest: true, times: 20, want: all(served)},
 	{name: "honest-mapped", does: "by an IPv6 socket to the IPv4 address", act: own("ask", "-mapped"), honest: true, want: all(served)},
 	{name: "honest-ipv6", does: "to the IPv6 address", act: own("ask", "-ipv6"), honest: true, want: all(served)},
 	{name: "honest-container", does: "from a container, with the host's files", act: bridged(func(s *scene) string { return s.granted }, "ask"), honest: true, times: 3, want: all(served)},
