@@ -45,6 +45,7 @@ type Conn struct {
 	Client    netip.AddrPort // peer address of the accepted socket
 	Endpoint  netip.AddrPort // original destination, before the redirect
 	Forwarded bool           // the client is in another network namespace, or on another host
+	Arrived   bool           // it came through the redirect, and is not only asked about
 }
 
 // Level is how much of the evidence a host can give.

@@ -46,9 +46,9 @@ type Witness interface {
 	// Check makes a connection of its own and must find its witness, in each hook
 	// that can be tried so. It takes milliseconds.
 	Check(ctx context.Context) error
-	// Covered tells the witness that a connection from this network namespace came
-	// through the redirect.
-	Covered(netnsCookie uint64)
+	// Arrived tells the witness that a connection from another network namespace came
+	// through the redirect, and what Connectors answered for it.
+	Arrived(t diag.Tuple, connectors []Connector)
 }
 
 // ErrBusy says that others are being asked about.

@@ -33,18 +33,18 @@ func (l *Lookup) witnessed() {
 		return
 	}
 	l.level = l.f.Level()
-	found, err := w.Connectors(diag.Tuple{Local: l.conn.Client, Remote: l.conn.Endpoint}, l.conn.Forwarded)
-	switch {
-	case err == nil:
-		l.connectors = found
-		for _, c := range found {
-			l.began = max(l.began, c.At)
-			if l.conn.Forwarded && len(found) == 1 {
-				w.Covered(c.NetnsCookie) // of several, nobody knows which
-			}
-		}
-	case !errors.Is(err, ErrNoWitness):
+	tuple := diag.Tuple{Local: l.conn.Client, Remote: l.conn.Endpoint}
+	found, err := w.Connectors(tuple, l.conn.Forwarded)
+	if err != nil && !errors.Is(err, ErrNoWitness) {
 		l.reason, l.err = Failed, err
+		return
+	}
+	if l.conn.Forwarded && l.conn.Arrived {
+		w.Arrived(tuple, found)
+	}
+	l.connectors = found
+	for _, c := range found {
+		l.began = max(l.began, c.At)
 	}
 }
 

@@ -101,6 +101,8 @@ func (s *session) run() {
 		s.refuse("not redirected from an endpoint of the metadata service")
 		return
 	}
+	s.lookup = s.p.finder.Find(attribution.Conn{Client: s.conn.Source, Endpoint: dst, Forwarded: s.forwarded, Arrived: true})
+	defer s.release()
 	if s.forwarded {
 		if err := s.forwardable(); err != nil {
 			stats.NotForwardable.Add(1)
@@ -112,8 +114,6 @@ func (s *session) run() {
 		// and a client's own TTL is his to choose.
 		s.minTTL = 2
 	}
-	s.lookup = s.p.finder.Find(attribution.Conn{Client: s.conn.Source, Endpoint: dst, Forwarded: s.forwarded})
-	defer s.release()
 	if s.p.looped(s) {
 		s.reset()
 		return

@@ -53,12 +53,12 @@ func TestDetached(t *testing.T) {
 	if o := round(300 * time.Millisecond); o.named == 0 {
 		t.Fatalf("before: %+v", o)
 	}
-	var now unix.Timespec
-	unix.ClockGettime(unix.CLOCK_MONOTONIC, &now)
-	detached = time.Duration(now.Nano())
 	if n := detach(t); n != 4 {
 		t.Fatalf("%d links of this cgroup were detached", n)
 	}
+	var now unix.Timespec
+	unix.ClockGettime(unix.CLOCK_MONOTONIC, &now)
+	detached = time.Duration(now.Nano())
 	round(100 * time.Millisecond) // what was seen before
 	if o := round(300 * time.Millisecond); o.named != 0 || o.none == 0 {
 		t.Errorf("detached: %+v", o)

@@ -3,6 +3,7 @@ package witness
 import (
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -14,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/imdsgate/imdsgate/attribution"
+	"github.com/imdsgate/imdsgate/attribution/diag"
 )
 
 // Kind says what is remarkable about a connect.
@@ -46,7 +48,7 @@ type Sighting struct {
 }
 
 const (
-	// arrival is how long a connection may take from established to Covered. Too low,
+	// arrival is how long a connection may take from established to Arrived. Too low,
 	// and a busy proxy makes a covered namespace look uncovered, which refuses it where
 	// that is asked for; higher lets that much more pass before it is refused.
 	arrival = 200 * time.Millisecond
@@ -64,15 +66,22 @@ type watch struct {
 	reader *ringbuf.Reader
 	done   chan struct{}
 
-	mu        sync.Mutex // guards the following, and writes of the map of coverage
-	covered   map[uint64]time.Duration
-	uncovered map[uint64]time.Duration
-	waiting   map[uint64]waiting
+	mu         sync.Mutex    // guards the following, and writes of the map of coverage
+	redirected time.Duration // when the redirect was there; CLOCK_MONOTONIC, as all times here
+	covered    map[uint64]time.Duration
+	uncovered  map[uint64]stray
+	waiting    map[uint64]stray
+
+	// Connections that had ended when they arrived: their establishment may not have
+	// been read yet. By tuples without a namespace; the older ones are dropped every
+	// arrival.
+	ended, endedBefore map[tuple]time.Duration
+	turned             time.Duration
 }
 
-// waiting is an established connection that has not arrived at the proxy.
-type waiting struct {
-	until  time.Duration // CLOCK_MONOTONIC, as all times here
+// stray is an established connection that has not arrived at the proxy.
+type stray struct {
+	since  time.Duration // it was read, or its namespace is uncovered
 	record record
 }
 
@@ -83,7 +92,8 @@ func startWatch(w *Witness) (*watch, error) {
 	}
 	v := &watch{
 		w: w, reader: reader, done: make(chan struct{}),
-		covered: map[uint64]time.Duration{}, uncovered: map[uint64]time.Duration{}, waiting: map[uint64]waiting{},
+		redirected: never, covered: map[uint64]time.Duration{}, uncovered: map[uint64]stray{}, waiting: map[uint64]stray{},
+		ended: map[tuple]time.Duration{},
 	}
 	go v.run()
 	return v, nil
@@ -123,12 +133,12 @@ func (v *watch) overdue(now, next time.Duration) time.Duration {
 	var late []record
 	v.mu.Lock()
 	for netns, wait := range v.waiting {
-		if wait.until > now {
-			next = min(next, wait.until)
+		if until := wait.since + arrival; until > now {
+			next = min(next, until)
 			continue
 		}
 		delete(v.waiting, netns)
-		v.uncovered[netns] = now
+		v.uncovered[netns] = stray{now, wait.record}
 		v.put(netns, coverage{uncovered: 1})
 		late = append(late, wait.record)
 	}
@@ -146,13 +156,25 @@ func (v *watch) event(r record) {
 	case r.flags&flagUncovered != 0:
 		v.report(Uncovered, &r)
 	default:
-		v.mu.Lock()
-		_, asked := v.waiting[r.key.netns]
-		if !asked && v.covered[r.key.netns] < time.Duration(r.at) && len(v.waiting) < maxNamespaces {
-			v.waiting[r.key.netns] = waiting{monotonic() + arrival, r}
-		}
-		v.mu.Unlock()
+		v.established(r)
 	}
+}
+
+// established begins to wait for a connection.
+func (v *watch) established(r record) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	netns, at := r.key.netns, time.Duration(r.at)
+	if _, asked := v.waiting[netns]; asked || v.covered[netns] >= at || at < v.redirected || len(v.waiting) >= maxNamespaces {
+		return
+	}
+	now, key := monotonic(), r.key
+	key.netns = 0
+	if max(v.ended[key], v.endedBefore[key]) >= at {
+		v.cover(netns, now)
+		return
+	}
+	v.waiting[netns] = stray{now, r}
 }
 
 func (v *watch) report(kind Kind, r *record) {
@@ -169,9 +191,9 @@ func (v *watch) put(netns uint64, c coverage) {
 		return
 	}
 	oldest, at := uint64(0), time.Duration(-1)
-	for netns, since := range v.uncovered {
-		if at < 0 || since < at {
-			oldest, at = netns, since
+	for netns, a := range v.uncovered {
+		if at < 0 || a.since < at {
+			oldest, at = netns, a.since
 		}
 	}
 	if at >= 0 {
@@ -198,18 +220,28 @@ func (v *watch) passing(found []attribution.Connector) []attribution.Connector {
 	return passing
 }
 
-// Covered implements attribution.Witness. It takes 0.1 µs, and a system call twice
+// Arrived implements attribution.Witness. It takes 0.1 µs, and a system call twice
 // a minute.
-func (w *Witness) Covered(netns uint64) {
+func (w *Witness) Arrived(t diag.Tuple, connectors []attribution.Connector) {
 	w.mu.RLock()
 	defer w.mu.RUnlock()
-	if w.closed || netns == w.plan.netns {
+	if w.closed {
 		return
 	}
 	v := w.watch
 	now := monotonic()
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	switch len(connectors) {
+	case 0:
+		v.ending(tupleOf(0, t), now)
+	case 1: // of several, nobody knows which
+		v.cover(connectors[0].NetnsCookie, now)
+	}
+}
+
+// cover notes that what a namespace connects to arrives. It is called with v.mu held.
+func (v *watch) cover(netns uint64, now time.Duration) {
 	_, uncovered := v.uncovered[netns]
 	_, waiting := v.waiting[netns]
 	if last, ok := v.covered[netns]; ok && !uncovered && !waiting && now-last < coveredFor/2 {
@@ -219,6 +251,45 @@ func (w *Witness) Covered(netns uint64) {
 	delete(v.waiting, netns)
 	v.covered[netns] = now
 	v.put(netns, coverage{until: uint64(now + coveredFor)})
+}
+
+// ending takes a connection that ended before it could be asked who made it: a port
+// that is only tried. It is called with v.mu held.
+func (v *watch) ending(key tuple, now time.Duration) {
+	for _, strays := range []map[uint64]stray{v.waiting, v.uncovered} {
+		for netns, a := range strays {
+			if a.record.key.netns = 0; a.record.key == key {
+				v.cover(netns, now)
+				return
+			}
+		}
+	}
+	if now-v.turned > arrival {
+		v.ended, v.endedBefore, v.turned = map[tuple]time.Duration{}, v.ended, now
+	}
+	v.ended[key] = now
+}
+
+// SetRedirected tells whether the redirect is there; after Open it is not. While it is
+// not, no namespace is uncovered. What passed by it until now is forgotten.
+func (w *Witness) SetRedirected(is bool) {
+	w.mu.RLock()
+	defer w.mu.RUnlock()
+	if w.closed {
+		return
+	}
+	v := w.watch
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.redirected = never
+	if is {
+		v.redirected = monotonic()
+	}
+	clear(v.waiting)
+	for netns := range v.uncovered {
+		delete(v.uncovered, netns)
+		_ = w.maps["coverage"].Delete(netns)
+	}
 }
 
 // tidy drops namespaces that have not been heard of. One that is known to be uncovered
@@ -268,7 +339,7 @@ func (n *namespaceList) list(w *Witness) ([]uint64, error) {
 }
 
 // tidy keeps those that are uncovered: a refused connect needs its entry to be reported.
-func (n *namespaceList) tidy(w *Witness, now time.Duration, keep map[uint64]time.Duration) {
+func (n *namespaceList) tidy(w *Witness, now time.Duration, keep map[uint64]stray) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	var idle, uids []uint64
@@ -310,6 +381,9 @@ var began = func() (m struct {
 	m.clock = time.Duration(ts.Nano())
 	return m
 }()
+
+// never is later than every time of that clock.
+const never = time.Duration(math.MaxInt64)
 
 // monotonic is the clock of bpf_ktime_get_ns. It is never behind it, so that what the
 // programs saw is not taken for later than what came after.

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/attribution/witness"
 )
 
@@ -64,8 +65,8 @@ func BenchmarkLookups(b *testing.B) {
 	b.Run("Holders", func(b *testing.B) {
 		quantiles(b, func() { _, err := w.Holders(b.Context(), []uint32{inode}); check(err) })
 	})
-	b.Run("Covered", func(b *testing.B) {
-		quantiles(b, func() { w.Covered(4711) })
+	b.Run("Arrived", func(b *testing.B) {
+		quantiles(b, func() { w.Arrived(tuple, []attribution.Connector{got}) })
 	})
 	b.Run("Check", func(b *testing.B) {
 		quantiles(b, func() { check(w.Check(b.Context())) })

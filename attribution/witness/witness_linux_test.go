@@ -520,9 +520,12 @@ func TestMarkedLate(t *testing.T) {
 func TestUncovered(t *testing.T) {
 	sightings := make(chan witness.Sighting, 16)
 	w := open(t, witness.Options{Deny: true, DenyUncovered: true, Report: func(s witness.Sighting) { sightings <- s }})
+	early := elsewhere(t, "elsewhere") // nothing leads here yet
+	early.numbers()
+	w.SetRedirected(true)
 	covered, direct := elsewhere(t, "elsewhere"), elsewhere(t, "elsewhere")
-	first := one(t, w, from(covered.numbers()[0]), true)
-	w.Covered(first.NetnsCookie)
+	tuple := from(covered.numbers()[0])
+	w.Arrived(tuple, []attribution.Connector{one(t, w, tuple, true)})
 	port := direct.numbers()[0]
 	s := <-sightings
 	if s.Kind != witness.Uncovered || s.Refused || s.Connector.PID != direct.pid() || s.Connector.Tuple != from(port) {
@@ -547,11 +550,70 @@ func TestUncovered(t *testing.T) {
 	direct.tell()
 	direct.numbers()
 	w.SetDeny(true)
-	w.Covered(s.Connector.NetnsCookie)
-	direct.tell()
-	direct.numbers()
+	refused := func(want bool) {
+		t.Helper()
+		direct.tell()
+		if got := direct.line(); (got == unix.EPERM.Error()) != want {
+			t.Errorf("%s, refused should be %t", got, want)
+		}
+	}
+	w.Arrived(from(port-1), nil) // somebody else's
+	refused(true)
+	w.Arrived(from(port), nil) // late, and it had ended
+	refused(false)
+	w.Arrived(from(port), []attribution.Connector{s.Connector})
+	refused(false)
 	select {
 	case s := <-sightings:
+		t.Errorf("one too many: %+v", s)
+	case <-time.After(400 * time.Millisecond):
+	}
+}
+
+// What passed by the redirect while it was not there is forgotten.
+func TestRedirectedAgain(t *testing.T) {
+	sightings := make(chan witness.Sighting, 16)
+	w := open(t, witness.Options{Deny: true, DenyUncovered: true, Report: func(s witness.Sighting) { sightings <- s }})
+	w.SetRedirected(true)
+	direct := elsewhere(t, "elsewhere")
+	direct.numbers()
+	<-sightings
+	direct.tell()
+	if got := direct.line(); got != unix.EPERM.Error() {
+		t.Fatal(got)
+	}
+	<-sightings
+	elsewhere(t, "elsewhere").numbers() // and is waited for
+	w.SetRedirected(true)
+	time.Sleep(time.Second) // for which a namespace is not asked about again
+	direct.tell()
+	port := direct.numbers()[0]
+	if s := <-sightings; s.Refused || s.Connector.Tuple != from(port) {
+		t.Errorf("%+v", s)
+	}
+	if len(sightings) > 0 {
+		t.Errorf("one too many: %+v", <-sightings)
+	}
+}
+
+// A connection may have ended and arrived before its establishment is read.
+func TestArrivedBeforeRead(t *testing.T) {
+	reading, stop := make(chan witness.Sighting), make(chan struct{})
+	w := open(t, witness.Options{Report: func(s witness.Sighting) { reading <- s; <-stop }})
+	w.SetRedirected(true)
+	direct := elsewhere(t, "elsewhere")
+	direct.numbers()
+	<-reading // and nothing more is read
+	absent := elsewhere(t, "elsewhere")
+	w.Arrived(from(absent.numbers()[0]-1), nil)
+	probing := elsewhere(t, "elsewhere")
+	w.Arrived(from(probing.numbers()[0]), nil)
+	close(stop)
+	if s := <-reading; s.Connector.PID != absent.pid() {
+		t.Errorf("%+v", s)
+	}
+	select {
+	case s := <-reading:
 		t.Errorf("one too many: %+v", s)
 	case <-time.After(400 * time.Millisecond):
 	}
@@ -632,7 +694,8 @@ func TestClose(t *testing.T) {
 			for range 1000 {
 				w.Connectors(from(1), true)
 				w.Stats()
-				w.Covered(7)
+				w.Arrived(from(1), []attribution.Connector{{NetnsCookie: 7}})
+				w.SetRedirected(true)
 				w.Executed(1)
 				w.Holding(t.Context(), os.Getpid(), 1)
 			}

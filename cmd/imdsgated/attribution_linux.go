@@ -92,6 +92,13 @@ func (d *daemon) tooLow() error {
 	return err
 }
 
+// redirected tells the witness whether what connects to the service comes here.
+func (d *daemon) redirected(is bool) {
+	if d.witness != nil {
+		d.witness.SetRedirected(is)
+	}
+}
+
 // sighted records what the kernel saw that should not be.
 func (d *daemon) sighted(s witness.Sighting) {
 	name := s.Connector.Comm // it may have ended by now

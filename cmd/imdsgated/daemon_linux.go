@@ -343,6 +343,7 @@ func (d *daemon) install(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("install the redirect: %w", err)
 	}
+	d.redirected(true)
 	for _, w := range report.Warnings {
 		d.log.Warn().Msg(w)
 	}
@@ -367,6 +368,7 @@ func (d *daemon) notTaken(report iptables.Report) {
 func (d *daemon) stop() {
 	mode := d.engine.Mode()
 	if mode == policy.Audit {
+		d.redirected(false)
 		if _, err := iptables.Remove(context.Background()); err != nil {
 			d.log.Error().Err(err).Msg("the redirect could not be removed")
 		}
@@ -392,6 +394,7 @@ func (d *daemon) watch(ctx context.Context) {
 		defer d.mu.Unlock()
 		if drift.Repaired {
 			d.repairs++
+			d.redirected(true)
 		}
 		d.failure = ""
 		if drift.Err != nil {

@@ -229,3 +229,36 @@ func TestUncoveredNamespace(t *testing.T) {
 		}
 	}
 }
+
+// A container that only looks whether the port is open, and is gone before anybody can
+// see who it was, does not lose its way to the service.
+func TestProbingContainer(t *testing.T) {
+	t.Parallel()
+	h := start(t, netlab.Options{Containers: true}, "mode: enforce\n")
+	for _, ns := range []*netlab.Namespace{h.Bridged, h.Routed} {
+		out, _ := h.run(client{in: ns, args: []string{"/usr/bin/python3", "-c", `
+import socket, struct
+for i in range(30):
+    s = socket.create_connection(("169.254.169.254", 80))
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    s.close()
+print("probed")
+`}})
+		if out != "probed" {
+			t.Fatalf("%s: %s", ns, out)
+		}
+		time.Sleep(500 * time.Millisecond) // more than a connection may take to arrive
+		if got := h.curl(client{in: ns, uid: ordinaryUser}, instanceID); got != "200" {
+			t.Errorf("%s: %s", ns, got)
+		}
+	}
+	docs, err := h.Documents()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range docs {
+		if d.At("event.action") == "uncovered-imds-connection" {
+			t.Errorf("%v", d.At("message"))
+		}
+	}
+}
