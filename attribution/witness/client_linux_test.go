@@ -615,6 +615,37 @@ var clients = map[string]func(args []string) error{
 		wait()
 		return nil
 	},
+	// As many descriptors as it may have, in several tables.
+	"crowd": func([]string) error {
+		var limit unix.Rlimit
+		if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+			return err
+		}
+		limit.Cur = limit.Max
+		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+			return err
+		}
+		n := 0
+		for ; n < 1_000_000; n++ {
+			if _, err := unix.Dup(0); err != nil {
+				break
+			}
+		}
+		for range 4_000_000 / n {
+			done := make(chan error)
+			go func() {
+				runtime.LockOSThread()
+				done <- unix.Unshare(unix.CLONE_FILES)
+				select {}
+			}()
+			if err := <-done; err != nil {
+				return err
+			}
+		}
+		fmt.Println(n)
+		wait()
+		return nil
+	},
 	"measure": func(args []string) error { return measure(args[0]) },
 	"privileges": func(args []string) error {
 		w, err := witness.Open(witness.Options{Endpoints: endpoints, Cgroup: args[0]})

@@ -55,11 +55,13 @@ func (g *guard) close() error {
 // the one that forgets sockets, those that the witness knows may be gone, and their
 // names others': then all are forgotten.
 func (w *Witness) Reattach() (names []string, err error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
+	w.mu.RLock()
+	defer w.mu.RUnlock()
 	if w.closed {
 		return nil, errClosed
 	}
+	w.attaching.Lock()
+	defer w.attaching.Unlock()
 	var errs []error
 	forget := false
 	for _, g := range w.guards {

@@ -5,6 +5,8 @@ import (
 	"net"
 	"os"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -86,6 +88,44 @@ func TestDetached(t *testing.T) {
 	}
 	round(100 * time.Millisecond) // the last ones
 	ln.Close()
+}
+
+// Whoever keeps millions of descriptors makes a search long. Nobody waits for it who only
+// asks who connected, not even while the programs are looked after.
+func TestReattachBesideSearch(t *testing.T) {
+	w := open(t, witness.Options{})
+	start(t, "crowd").numbers()
+	ln := serve(t, endpoint4)
+	start(t, "plain4")
+	_, tuple := accept(t, ln)
+	for range 10 { // on a busy machine the search may be over before we run again
+		var searched, reattached atomic.Bool
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			if _, err := w.Holders(t.Context(), []uint32{1}); err != nil {
+				t.Error(err)
+			}
+			searched.Store(true)
+		})
+		time.Sleep(10 * time.Millisecond)
+		wg.Go(func() {
+			if _, err := w.Reattach(); err != nil {
+				t.Error(err)
+			}
+			reattached.Store(true)
+		})
+		time.Sleep(10 * time.Millisecond)
+		_, err := w.Connectors(tuple, false)
+		inTime := reattached.Load() && !searched.Load()
+		wg.Wait()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if inTime {
+			return
+		}
+	}
+	t.Error("answers wait for a search")
 }
 
 // detach does as `bpftool link detach` to every link of the tests' cgroup.

@@ -87,7 +87,6 @@ type Witness struct {
 
 	maps   map[string]*ebpf.Map
 	cgroup *os.File
-	guards []*guard
 	links  []link.Link
 	pages  [2][]byte // memory of these two
 	shared *shared
@@ -102,8 +101,11 @@ type Witness struct {
 	// why a method is not supported
 	noExec, noFork, noWriter, noHolders, noHolding error
 
-	mu     sync.RWMutex // held for reading by what uses descriptors, for writing by Close
+	mu     sync.RWMutex // held for reading by what uses descriptors, for writing by Close alone
 	closed bool
+
+	attaching sync.Mutex // guards the links of the guards
+	guards    []*guard
 }
 
 // Open attaches to the kernel and convinces itself that it works. An error says
