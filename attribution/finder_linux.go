@@ -88,6 +88,7 @@ type Finder struct {
 	namespaces namespaces
 	noWitness  atomic.Uint64
 	slow       slow
+	turns      *turns
 
 	urgent, idle chan scanRequest
 	stop         chan struct{}
@@ -138,7 +139,7 @@ func open(o Options) (*Finder, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := &Finder{host: h, diag: d, older: map[uint64]bool{}, levels: []LevelState{{Level: Level0}},
+	f := &Finder{host: h, diag: d, older: map[uint64]bool{}, turns: newTurns(), levels: []LevelState{{Level: Level0}},
 		urgent: make(chan scanRequest), idle: make(chan scanRequest), stop: make(chan struct{})}
 	return f, nil
 }

@@ -336,13 +336,37 @@ func (s *slow) add(uid uint32) {
 	s.users[uid] = time.Now()
 }
 
+// perUser is how many of the processes that are asked about at the same time may be one
+// user's. It is less than the witness has room for, so that who makes it take long
+// leaves room to others, until he is known to be slow.
+const perUser = 2
+
+// turns are places for perUser processes of each user. Users whose numbers differ by a
+// multiple of it share theirs.
+type turns [256]chan struct{}
+
+func newTurns() *turns {
+	var t turns
+	for i := range t {
+		t[i] = make(chan struct{}, perUser)
+	}
+	return &t
+}
+
 // holding asks the kernel what a connector has of its socket, unless that takes long.
 func (f *Finder) holding(ctx context.Context, c Connector, inode uint32) (Holding, bool) {
+	ctx, cancel := context.WithTimeout(ctx, holdingIn)
+	defer cancel()
+	turn := f.turns[c.UID%uint32(len(f.turns))]
+	select {
+	case turn <- struct{}{}:
+		defer func() { <-turn }()
+	case <-ctx.Done():
+		return Holding{}, false
+	}
 	if f.slow.has(c.UID) {
 		return Holding{}, false
 	}
-	ctx, cancel := context.WithTimeout(ctx, holdingIn)
-	defer cancel()
 	begin := time.Now()
 	h, err := f.witness.Holding(ctx, c.PID, inode)
 	if time.Since(begin) > holdingIn && !errors.Is(err, ErrBusy) {
