@@ -119,20 +119,29 @@ func readable(fd int) error {
 	}
 }
 
+// served connects and asks once. It says so and gives a negative descriptor if the
+// answer is a refusal.
+func served(name string) (fd int, err error) {
+	if fd, err = (ask.Client{}).Connect(); err != nil {
+		return -1, err
+	}
+	switch a := ask.Exchange(fd, ask.Request(name)); {
+	case a.Status == 403:
+		fmt.Println("refused")
+		return -1, nil
+	case !a.Secret:
+		return -1, fmt.Errorf("its own first request: %s", a)
+	}
+	return fd, nil
+}
+
 // keep has a connection, asks once, and then again under the names that it is
 // given on standard input: "ask NAME", or "write NAME" without reading the
 // answer.
 func keep(args []string) error {
-	var c ask.Client
-	fd, err := c.Connect()
-	if err != nil {
+	fd, err := served(args[0])
+	if err != nil || fd < 0 {
 		return err
-	}
-	if a := ask.Exchange(fd, ask.Request(args[0])); a.Status == 403 {
-		fmt.Println("refused")
-		return nil
-	} else if !a.Secret {
-		return fmt.Errorf("its own first request: %s", a)
 	}
 	port, err := ask.Port(fd)
 	if err != nil {
@@ -318,16 +327,9 @@ func reap(args []string) error {
 // keepAndStart has a connection, asks once, and starts a program that it tells the
 // descriptor.
 func keepAndStart(args []string) error {
-	var c ask.Client
-	fd, err := c.Connect()
-	if err != nil {
+	fd, err := served(args[0])
+	if err != nil || fd < 0 {
 		return err
-	}
-	if a := ask.Exchange(fd, ask.Request(args[0])); a.Status == 403 {
-		fmt.Println("refused")
-		return nil
-	} else if !a.Secret {
-		return fmt.Errorf("its own first request: %s", a)
 	}
 	cmd := exec.Command(args[1], append(args[2:], strconv.Itoa(fd))...)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
