@@ -7,10 +7,9 @@
 //
 // Not tried: what needs a service manager (systemd-run, cron, docker run), ptrace
 // and writing to the memory or the files of a granted program, all of which are
-// undetected at every level and documented so; hidepid, which the daemon never
-// notices, because it has CAP_SYS_PTRACE; and busybox, which is a file with many
-// names to a rule and one program to a grant. Statically linked programs need no
-// row: the attacker's and the granted one are.
+// undetected at every level and documented so. A /proc that hides processes
+// (hidepid) is what the daemon of TestLevels in test/e2e has. Statically linked
+// programs need no row: the attacker's and the granted one are.
 package attacks
 
 import (
@@ -311,6 +310,8 @@ var table = []row{
 	notHostsOwn(row{name: "deleted", does: "run a file that is gone", act: evil("deleted"), want: all(caught)}),
 	{name: "loader", does: "have the dynamic loader run a granted program", act: withCurl(func(s *scene) (string, error) { return evil("loader", s.curl)(s) }),
 		want: all(caught), because: "not the host's own"},
+	{name: "applet", does: "run the wget of busybox under the name of a granted program", act: evil("applet"),
+		want: all(caught), because: "busybox (pid"},
 	{name: "shebang", does: "a script with a grant whose interpreter is the attacker's", act: func(s *scene) (string, error) { return result(s.start(user, s.script)) },
 		want: all(caught), because: "no grant covers"},
 	{name: "argv", does: "arguments with newlines, and one of 128 KiB", act: evil("argv"), want: all(caught)},

@@ -19,7 +19,7 @@ import (
 )
 
 // Every level says what it is, what the next one lacks, and by which evidence a
-// client was found.
+// client was found, also with a /proc that hides the processes of others.
 func TestLevels(t *testing.T) {
 	t.Parallel()
 	for level, want := range map[attribution.Level]struct{ lacks, confidence, via, role string }{
@@ -36,7 +36,7 @@ func TestLevels(t *testing.T) {
 			if level == attribution.Level3 {
 				lacks = 0
 			}
-			h.startWith(gate.Settings{Config: "mode: enforce\n" + grant(granted, ordinaryUser), Lacks: lacks})
+			h.startWith(gate.Settings{Config: "mode: enforce\n" + grant(granted, ordinaryUser), Lacks: lacks, HideProcesses: true})
 			out, _ := h.run(client{uid: ordinaryUser, args: []string{granted, "ask", h.token()}})
 			if !strings.Contains(out, "200 OK") {
 				t.Fatalf("the granted client got %s", out)

