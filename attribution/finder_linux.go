@@ -36,8 +36,9 @@ const (
 	// long.
 	freshFor = 50 * time.Millisecond
 	// ancestorFor is that for the parents of those who ask, of whom nobody asks for
-	// more than the program.
-	ancestorFor = time.Second
+	// more than the program; it is the same program for as long as no execve was seen.
+	// Shorter, and most clients wait until three or four parents are read anew.
+	ancestorFor = time.Minute
 	// checkedFor is how long a comparison with the present serves where nobody
 	// is let through because of it. It spares asking the kernel twice for a
 	// connection and a request that came at once, and lets a holder execute

@@ -9,10 +9,13 @@ import (
 	"runtime"
 	"runtime/debug"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/prometheus/procfs"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/attribution/diag"
@@ -336,6 +339,8 @@ func (s *stage) owners(ctx context.Context, o attributionOptions, rep *attributi
 	}
 	rep.goal(fmt.Sprintf("the witness alone, growth of p50 from %d to %d processes", o.sizes[0], o.sizes[len(o.sizes)-1]),
 		max(1, .2*float64(found[cell{alone, "newest"}][0].at(.5))/1e3), growth, "%.2f µs")
+	files := float64(found[cell{"L3, " + bare, anew[0]}][0].at(.5)) / 1e3
+	rep.goal("new client at L3, complete, as a multiple of reading its files", 2, worst(.5, anew, "L3, "+first)/files, "%.1fx")
 	rep.goal("new client at L3, complete, p50", 150, worst(.5, anew, "L3, "+first), "%.0f µs")
 	rep.goal("new client at L3, complete, p99", 500, worst(.99, anew, "L3, "+first), "%.0f µs")
 	rep.goal("new client at L3 whose parents are known, p50", 150, worst(.5, anew, "L3, "+sibling), "%.0f µs")
@@ -350,13 +355,15 @@ const (
 	sibling = "first, parents known" // read for another client's, within 50 ms
 	second  = "second, within 50 ms"
 	third   = "third, later"
+	// The measure of the first: nobody reads a process with less.
+	bare = "no more than to read its files"
 )
 
-// freshOrder is what two new clients do.
+// freshOrder is what three new clients do.
 var freshOrder = []struct {
 	what   string
 	client int
-}{{first, 0}, {sibling, 1}, {second, 0}, {third, 0}}
+}{{first, 0}, {sibling, 1}, {second, 0}, {third, 0}, {bare, 2}}
 
 // notFresh is more than what was read of a process serves again.
 const notFresh = 60 * time.Millisecond
@@ -370,7 +377,7 @@ func (s *stage) fresh(ctx context.Context, rep *attributionReport, n int, note f
 	}
 	took := map[string]times{}
 	one := func() (err error) {
-		var clients [2]*asker
+		var clients [3]*asker
 		defer func() {
 			for _, a := range clients {
 				if a != nil {
@@ -384,20 +391,23 @@ func (s *stage) fresh(ctx context.Context, rep *attributionReport, n int, note f
 			}
 		}
 		for _, turn := range freshOrder {
-			if turn.what == first || turn.what == third {
+			if turn.what == first || turn.what == third || turn.what == bare {
 				time.Sleep(notFresh)
 			}
 			a := clients[turn.client]
 			err := s.asks(a, func(c accepted) error {
 				var err error
 				from := time.Now()
-				if s.finder.Level() == attribution.Level3 {
+				switch {
+				case turn.what == bare:
+					err = readFiles(a.cmd.Process.Pid)
+				case s.finder.Level() == attribution.Level3:
 					var more bool
 					more, err = s.references(a, c.who)
 					if more {
 						searched++
 					}
-				} else {
+				default:
 					err = s.byOwner(a, c.who)
 				}
 				took[turn.what] = append(took[turn.what], time.Since(from))
@@ -423,6 +433,51 @@ func (s *stage) fresh(ctx context.Context, rep *attributionReport, n int, note f
 		}
 	}
 	return searched, nil
+}
+
+// readFiles makes the system calls by which a process is read so that it cannot be another one meanwhile, and nothing
+// else.
+func readFiles(pid int) error {
+	dir, err := unix.Open("/proc/"+strconv.Itoa(pid), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(dir)
+	var buf [4096]byte
+	var st unix.Stat_t
+	var errs [9]error
+	read := func(name string) error {
+		fd, err := unix.Openat(dir, name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		_, err = unix.Read(fd, buf[:])
+		return err
+	}
+	stat, err := unix.Openat(dir, "stat", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(stat)
+	image := func() (err error) {
+		if _, err = unix.Pread(stat, buf[:], 0); err != nil {
+			return err
+		}
+		return unix.Fstatat(dir, "exe", &st, 0)
+	}
+	errs[0] = image()
+	var n int
+	n, errs[1] = unix.Readlinkat(dir, "exe", buf[:])
+	errs[2] = unix.Stat(string(buf[:max(n, 0)]), &st)
+	for i, name := range []string{"ns/user", "cwd"} {
+		_, errs[3+i] = unix.Readlinkat(dir, name, buf[:])
+	}
+	for i, name := range []string{"cmdline", "status", "cgroup"} {
+		errs[5+i] = read(name)
+	}
+	errs[8] = image()
+	return errors.Join(errs[:]...)
 }
 
 // knownForLong asks about one connection again and again, for a profile.
