@@ -387,28 +387,31 @@ func earlier(p *Process) *Process {
 	return &q
 }
 
-// hint searches where the holder most likely is: processes that asked before,
-// the socket's cgroup, and the youngest processes.
+// hint searches where the holder most likely is: the socket's cgroup, first those
+// there that asked before, and the youngest processes.
 func (l *Lookup) hint() {
 	inode := l.socket.Inode
+	members := l.f.host.cgroupMembers(l.socket.CgroupID)
 	for _, r := range l.f.recentHolders() {
+		if members != nil && !slices.Contains(members, r.pid) {
+			continue
+		}
 		if h, ok := l.f.probe(r, inode); ok {
 			l.merge(context.Background(), []holder{h}, "recent")
 			return
 		}
+		members = slices.DeleteFunc(members, func(pid int) bool { return pid == r.pid })
 	}
 	s := newSearch(l.f.host, inode)
 	s.first, s.budget = true, hintBudget
-	if members := l.f.host.cgroupMembers(l.socket.CgroupID); members != nil {
-		for _, pid := range members {
-			if !s.process(pid) {
-				break
-			}
+	for _, pid := range members {
+		if !s.process(pid) {
+			break
 		}
-		if len(s.wanted[inode]) > 0 {
-			l.merge(context.Background(), s.wanted[inode], "cgroup")
-			return
-		}
+	}
+	if len(s.wanted[inode]) > 0 {
+		l.merge(context.Background(), s.wanted[inode], "cgroup")
+		return
 	}
 	s.budget = s.seen + hintBudget
 	pids, err := l.f.host.pids(s.dirents)
