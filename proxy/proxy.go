@@ -155,7 +155,7 @@ func (p *Proxy) Serve(ln net.Listener, forwarded bool) error {
 				return nil
 			}
 			if exhausted(err) {
-				time.Sleep(5 * time.Millisecond) // until some connection has ended
+				time.Sleep(exhaustedFor)
 				continue
 			}
 			return fmt.Errorf("accept on %v: %w", ln.Addr(), err)
@@ -172,8 +172,11 @@ func (p *Proxy) Serve(ln net.Listener, forwarded bool) error {
 	}
 }
 
-// exhausted reports whether accept failed for want of something that
-// connections give back when they end.
+// exhaustedFor is how long it waits before it tries again what exhausted is about.
+const exhaustedFor = 5 * time.Millisecond
+
+// exhausted reports whether something failed for want of what connections give back
+// when they end.
 func exhausted(err error) bool {
 	for _, e := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.ECONNABORTED} {
 		if errors.Is(err, e) {
@@ -190,7 +193,7 @@ func (p *Proxy) Open() int {
 	return len(p.local.sessions) + len(p.forwarded.sessions)
 }
 
-// Shutdown stops accepting, lets answers that are under way be passed on, and
+// Shutdown stops accepting, lets requests that have come be answered, and
 // closes the rest when ctx is done or after five seconds. It returns when
 // everything has ended.
 func (p *Proxy) Shutdown(ctx context.Context) error {
@@ -201,34 +204,40 @@ func (p *Proxy) Shutdown(ctx context.Context) error {
 	for _, ln := range p.listeners {
 		ln.Close()
 	}
-	for s := range p.sessions() {
-		if !s.busy.Load() {
-			s.abort()
-		}
-	}
 	p.mu.Unlock()
 	done := make(chan struct{})
 	go func() {
 		p.wg.Wait()
 		close(done)
 	}()
-	select {
-	case <-done:
-		return nil
-	case <-ctx.Done():
+	for {
+		p.abort((*session).unused)
+		select {
+		case <-done:
+			return nil
+		case <-ctx.Done():
+			left := p.abort(func(*session) bool { return true })
+			<-done
+			if left > 0 {
+				return fmt.Errorf("closed %d connections whose answer had not come", left)
+			}
+			return nil
+		case <-time.After(grace / 5):
+		}
 	}
+}
+
+// abort ends some of the connections, and counts them.
+func (p *Proxy) abort(which func(*session) bool) (n int) {
 	p.mu.Lock()
-	left := 0
+	defer p.mu.Unlock()
 	for s := range p.sessions() {
-		s.abort()
-		left++
+		if which(s) {
+			s.abort()
+			n++
+		}
 	}
-	p.mu.Unlock()
-	<-done
-	if left > 0 {
-		return fmt.Errorf("closed %d connections whose answer had not come", left)
-	}
-	return nil
+	return n
 }
 
 // sessions yields those that have a slot. It is called with p.mu held.

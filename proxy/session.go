@@ -52,6 +52,8 @@ type session struct {
 
 	owed bool   // the client has yet to send its body
 	sent []byte // of in: the request under way, while it may be sent again
+
+	resent bool // it was, because the service had ended the connection
 }
 
 // buffers hold a request, for as long as the connection lives, or an answer
@@ -145,8 +147,18 @@ func (s *session) ownedBy() owner {
 	return owner{known: known, uid: uid}
 }
 
-// connect begins a connection upstream.
+// connect begins a connection upstream. Where descriptors have run out it waits a
+// little for some: the client has a connection, and nobody to tell it why it ends.
 func (s *session) connect() error {
+	for begin := time.Now(); ; time.Sleep(exhaustedFor) {
+		err := s.dial()
+		if err == nil || !exhausted(err) || time.Since(begin) > firstSlice {
+			return err
+		}
+	}
+}
+
+func (s *session) dial() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.aborted {
@@ -181,6 +193,11 @@ func (s *session) abort() {
 	if s.up != nil {
 		s.up.Close()
 	}
+}
+
+// unused reports whether nothing of a request has come for a while.
+func (s *session) unused() bool {
+	return !s.busy.Load() && time.Since(start)-time.Duration(s.idle.Load()) > grace && look(s.client) != ready
 }
 
 // ended reports whether abort did it.
@@ -305,7 +322,7 @@ func (s *session) exchange() error {
 	}
 	s.out = hold()
 	answer, err := s.relay(r, target.Class == imds.Credentials)
-	for try := 1; err != nil && s.lost(&answer); try++ {
+	for try := 1; err != nil && answer.lost; try++ {
 		if try < maxLoops {
 			err = s.reach(s.sent)
 		}
@@ -316,7 +333,7 @@ func (s *session) exchange() error {
 		}
 		answer, err = s.relay(r, target.Class == imds.Credentials)
 	}
-	s.sent, s.guarded = nil, nil
+	s.sent, s.guarded, s.resent = nil, nil, false
 	release(s.out)
 	if errors.Is(err, errWithheld) {
 		return s.refused(ev, r)
@@ -447,17 +464,22 @@ func (s *session) finish(ev *event.Event) {
 	s.p.options.Record(ev)
 }
 
-// upstreamFailed passes on that the service cannot be reached.
+// upstreamFailed records a request that could not be sent, and ends the client's
+// connection as the service would have.
 func (s *session) upstreamFailed(ev *event.Event, err error, decided bool) error {
-	if errors.Is(err, errClient) || s.ended() {
-		return err
+	ev.Response.Failed = "the service cannot be reached"
+	switch {
+	case s.ended():
+		ev.Response.Failed = "the proxy closed the connection"
+	case errors.Is(err, errClient):
+		ev.Response.Failed = "the client left before it was sent"
+	default:
+		s.p.stats.UpstreamFailed.Add(1)
 	}
-	s.p.stats.UpstreamFailed.Add(1)
 	s.reset()
 	if !decided {
 		s.decide(ev, attributeInA, likely)
 	}
-	ev.Response.Failed = "the service cannot be reached"
 	s.finish(ev)
 	return err
 }
