@@ -4,11 +4,13 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"net"
 	"net/netip"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
 )
@@ -123,6 +125,45 @@ func (s *site) upstreamCloses(imds netip.AddrPort) {
 	}
 	if where := hanging(); len(where) > 0 {
 		s.Errorf("%d closed upstream connections hang, the first in %s", len(where), where[0])
+	}
+}
+
+// TestSamePort has the service reset connections of the daemon, and clients come with their ports, also from the other
+// side: the tracker remembers both for ten seconds, and must not take one for the other.
+func TestSamePort(t *testing.T) {
+	forBackends(t, func(s *site, b Backend) {
+		imds, daemon := endpoint[IPv4], client{uid: uid, mark: defaultMark}
+		r := s.open(Config{UID: uid, Backend: b})
+		s.daemon(r)
+		s.install(r)
+		for range 5 {
+			d, greeting := s.dial(s.lab.Instance, daemon, imds)
+			s.expect("the daemon", greeting, "metadata")
+			io.WriteString(d, "reset\n")
+			s.expect("the service's goodbye", d.hear(), "ECONNRESET")
+			port := d.LocalAddr().(*net.TCPAddr).Port
+			d.Close()
+			s.expect("a client with the daemon's port", s.ask(s.lab.Instance, client{prepare: from(port)}, imds), "host "+imds.String())
+		}
+		for range 5 {
+			c, greeting := s.dial(s.lab.Instance, client{}, imds)
+			s.expect("a client", greeting, "host "+imds.String())
+			io.WriteString(c, "reset\n")
+			s.expect("the daemon's goodbye", c.hear(), "ECONNRESET")
+			port := c.LocalAddr().(*net.TCPAddr).Port
+			c.Close()
+			s.expect("the daemon with a client's port", s.ask(s.lab.Instance, client{uid: uid, mark: defaultMark, prepare: from(port)}, imds), "metadata")
+		}
+	})
+}
+
+// from has a socket connect from a port.
+func from(port int) func(fd int) error {
+	return func(fd int) error {
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+			return err
+		}
+		return unix.Bind(fd, &unix.SockaddrInet4{Port: port})
 	}
 }
 
