@@ -44,8 +44,9 @@ type Options struct {
 	// MaxConns bounds the connections that are served at once, 4096 if 0. A
 	// quarter of them is for forwarded clients, and the rest for the host's own.
 	// When one more comes, the user (or the forwarded address) who has the most
-	// loses one: the one that has been idle longest, as a server may close any
-	// idle connection, or else the oldest. Lower makes it more likely that one
+	// loses one, from the cgroup with the most: the one that has been idle longest,
+	// as a server may close any idle connection, or else the oldest. Root, and who
+	// has a grant, lose none as long as they have no more than an eighth together. Lower makes it more likely that one
 	// who needs many loses one in use, higher takes more memory.
 	MaxConns int
 	// Forwardable says whether the host would have forwarded a connection from

@@ -25,11 +25,13 @@ type session struct {
 	forwarded bool
 	accepted  time.Time
 	busy      atomic.Bool  // a request has begun
+	spared    atomic.Bool  // root's, or of one who has a grant
 	idle      atomic.Int64 // since when it is not busy, in nanoseconds of the monotonic clock
 
 	// Proxy.mu guards the following.
-	owner    owner
-	held     *int // by that owner, with this one
+	of       part
+	held     *int // by its owner, with this one
+	part     *int // from its cgroup
 	arriving bool // has a place among those without a slot
 
 	mu      sync.Mutex // guards aborted, and up where it is set and for other goroutines
@@ -139,12 +141,13 @@ func (s *session) run() {
 	}
 }
 
-func (s *session) ownedBy() owner {
+func (s *session) ownedBy() part {
 	if s.forwarded {
-		return forwardedOwner(s.conn.Source.Addr())
+		return part{owner: forwardedOwner(s.conn.Source.Addr())}
 	}
 	uid, known := s.lookup.UID()
-	return owner{known: known, uid: uid}
+	s.spared.Store(known && uid == 0)
+	return part{owner{known: known, uid: uid}, s.lookup.CgroupID()}
 }
 
 // connect begins a connection upstream. Where descriptors have run out it waits a
@@ -411,9 +414,18 @@ func (s *session) hint(ev *event.Event, within time.Duration, how search) (enoug
 		owner = s.lookup.Owner(ctx)
 		enough = how == likely && owner.Reason != attribution.Late
 	}
-	s.p.rendered.observe(ev, owner)
-	s.p.engine.Judge(ev)
+	s.verdict(ev, owner, false)
 	return enough
+}
+
+// verdict judges by what is known of the owner.
+func (s *session) verdict(ev *event.Event, owner attribution.Owner, unawaited bool) {
+	s.p.rendered.observe(ev, owner)
+	ev.Attribution.Unawaited = unawaited
+	s.p.engine.Judge(ev)
+	if ev.Decision.Grant != "" {
+		s.spared.Store(true)
+	}
 }
 
 // search says how far decide looks for owners.
@@ -437,9 +449,7 @@ func (s *session) judge(ev *event.Event, within time.Duration, how search) {
 	defer cancel()
 	if !s.hint(ev, within, how) && how != likely && !s.p.engine.Final(ev) {
 		owner := s.lookup.Complete(ctx, how == whole)
-		s.p.rendered.observe(ev, owner)
-		ev.Attribution.Unawaited = how == wholeLater && owner.Attributed() && owner.Reason == attribution.ClientGone
-		s.p.engine.Judge(ev)
+		s.verdict(ev, owner, how == wholeLater && owner.Attributed() && owner.Reason == attribution.ClientGone)
 	}
 }
 
