@@ -19,6 +19,7 @@ require (
 	github.com/vishvananda/netns v0.0.5 // the lab's network namespaces
 	go.uber.org/goleak v1.3.0 // tests: goroutines that were left behind
 	golang.org/x/sys v0.50.0 // system calls
+	golang.org/x/time v0.15.0 // requests a second of one caller
 )
 
 require (

@@ -16,6 +16,7 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -28,6 +29,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"golang.org/x/time/rate"
 
 	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/event"
@@ -49,6 +52,11 @@ type Options struct {
 	// has a grant, lose none as long as they have no more than an eighth together. Lower makes it more likely that one
 	// who needs many loses one in use, higher takes more memory.
 	MaxConns int
+	// Rate bounds the requests a second of one caller, after as many at once as
+	// Burst says, twice as many if 0: more wait a little, and get 503 in enforce mode.
+	// 0 sets no bounds. Lower than what an SDK asks in a row, which is some ten, makes
+	// it wait.
+	Rate, Burst int
 	// Forwardable says whether the host would have forwarded a connection from
 	// this client in another network namespace. Nil is never.
 	Forwardable func(client, endpoint netip.AddrPort) error
@@ -89,6 +97,7 @@ type Proxy struct {
 	// there is none have the evidence of the moment.
 	evidence chan struct{}
 
+	pace     pace
 	rendered rendered
 	stats    Stats
 }
@@ -100,6 +109,10 @@ type Stats struct {
 	// Evicted counts connections that were closed because their owner had the most
 	// when another came.
 	Evicted atomic.Uint64
+
+	// Throttled counts requests of callers who ask more often than Options.Rate
+	// allows, and for whom it would have taken too long to wait.
+	Throttled atomic.Uint64
 
 	// Looped counts our own connections that came back to us instead of reaching the
 	// service.
@@ -113,7 +126,8 @@ func New(o Options, finder *attribution.Finder, engine *policy.Engine) *Proxy {
 	}
 	forwarded := max(o.MaxConns/4, 1)
 	return &Proxy{options: o, finder: finder, engine: engine, uid: uint32(os.Geteuid()), silence: idleTimeout,
-		local: newSlots(o.MaxConns - forwarded), forwarded: newSlots(forwarded), evidence: make(chan struct{}, o.MaxConns)}
+		local: newSlots(o.MaxConns - forwarded), forwarded: newSlots(forwarded), evidence: make(chan struct{}, o.MaxConns),
+		pace: pace{each: rate.Limit(o.Rate), burst: cmp.Or(o.Burst, 2*o.Rate)}}
 }
 
 // Stats is live.

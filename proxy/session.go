@@ -36,7 +36,7 @@ type session struct {
 
 	mu      sync.Mutex // guards aborted, and up where it is set and for other goroutines
 	aborted bool
-	up      *upstream
+	up      *upstream   // nil while there is none
 	looped  atomic.Bool // up came back to us
 
 	conn    event.Connection
@@ -125,14 +125,22 @@ func (s *session) run() {
 	if !s.p.admit(s, s.ownedBy()) {
 		return
 	}
-	if err := s.connect(); err != nil {
-		if !errors.Is(err, errClient) {
-			stats.UpstreamFailed.Add(1)
-			s.reset()
+	// While the client's request is on its way, so is the connection for it: but for a
+	// caller who asks too often, who may not get to use it.
+	if !s.p.pace.full(s.of) {
+		if err := s.connect(); err != nil {
+			if !errors.Is(err, errClient) {
+				stats.UpstreamFailed.Add(1)
+				s.reset()
+			}
+			return
 		}
-		return
 	}
-	defer func() { s.up.Close() }()
+	defer func() {
+		if s.up != nil {
+			s.up.Close()
+		}
+	}()
 
 	for s.exchange() == nil && !s.p.stopping() {
 		s.count++
@@ -291,6 +299,7 @@ func (s *session) exchange() error {
 			search = wholeLater
 		}
 	}
+	paced := s.paced()
 	decided := make(chan struct{})
 	if enforce {
 		s.decide(ev, AttributeIn, search)
@@ -300,6 +309,10 @@ func (s *session) exchange() error {
 			// and gets this instead.
 			s.in = s.in[size:]
 			return s.refused(ev, r)
+		}
+		if !paced {
+			s.in = s.in[size:]
+			return s.throttled(ev, r)
 		}
 		if ev.Request.Guarded {
 			s.guarded = ev
@@ -377,6 +390,16 @@ func (s *session) exchange() error {
 func (s *session) refused(ev *event.Event, r *request) error {
 	s.say(imds.AppendRefusal(nil, time.Now()))
 	ev.Response = event.Response{Status: 403, Refused: true}
+	s.finish(ev)
+	s.goodbye(r.expect)
+	return io.EOF
+}
+
+// throttled answers a request for which the caller has asked too often, as the service
+// does, and ends the connection.
+func (s *session) throttled(ev *event.Event, r *request) error {
+	s.say(imds.AppendUnavailable(nil, time.Now()))
+	ev.Response = event.Response{Status: 503, Refused: true, Failed: "the caller asks more often than limits.requests_per_second allows"}
 	s.finish(ev)
 	s.goodbye(r.expect)
 	return io.EOF

@@ -68,7 +68,7 @@ func (s *session) read() (*request, error) {
 				return nil, malformed("head not sent within %v", headTimeout)
 			case time.Now().After(deadline):
 				return nil, err
-			case begun:
+			case begun, s.up == nil:
 			default:
 				// The service may have ended the connection, or say something that
 				// nobody asked for.
@@ -147,6 +147,9 @@ func (s *session) passBody() error {
 // redial replaces a connection that the service has ended since it was made, or since
 // its last answer. The client cannot know yet, and nothing of its request was sent.
 func (s *session) redial() error {
+	if s.up == nil {
+		return s.connect()
+	}
 	if !s.looped.Swap(false) {
 		if s.owed {
 			return nil

@@ -137,6 +137,7 @@ type Requests struct {
 	NotForwardable uint64 `json:"not_forwardable"`
 	UpstreamFailed uint64 `json:"upstream_failed"`
 	Evicted        uint64 `json:"evicted"`
+	Throttled      uint64 `json:"throttled"`
 	Looped         uint64 `json:"looped"`
 }
 
