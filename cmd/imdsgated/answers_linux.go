@@ -61,6 +61,10 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 			Evicted: n.Evicted.Load(), Throttled: n.Throttled.Load(), Looped: n.Looped.Load(),
 		}
 	}
+	var err error
+	if s.Requests.LinkLocalExceeded, err = allowanceExceeded("ena", "linklocal_allowance_exceeded"); err != nil {
+		d.log.Warn().Err(err).Msg("packets that the network interfaces dropped are not known")
+	}
 	if d.redirect != nil {
 		s.Redirect = d.redirectStatus(ctx)
 	}

@@ -138,7 +138,10 @@ type Requests struct {
 	UpstreamFailed uint64 `json:"upstream_failed"`
 	Evicted        uint64 `json:"evicted"`
 	Throttled      uint64 `json:"throttled"`
-	Looped         uint64 `json:"looped"`
+	// LinkLocalExceeded is how many packets to link-local services the instance's network
+	// interfaces have dropped since they came up; nil where no driver counts them.
+	LinkLocalExceeded *uint64 `json:"linklocal_allowance_exceeded,omitempty"`
+	Looped            uint64  `json:"looped"`
 }
 
 // Events is where they go.
