@@ -269,7 +269,8 @@ func (p *Proxy) sessions() iter.Seq[*session] {
 }
 
 // looped reports whether a client is one of our own connections to the service, and
-// tells the session that it belongs to. When our side resets a redirected
+// tells the session that it belongs to, which happens where the kernel does not keep
+// them apart from clients' (iptables.Coverage.Zone). When our side resets a redirected
 // connection, conntrack keeps where it led for some ten seconds, and a connection
 // of ours that happens to have the same port is led there, too, whatever its mark
 // (the entry is reused, so that no rule is asked; nf_conntrack_proto_tcp.c).
