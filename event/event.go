@@ -33,6 +33,7 @@ type Event struct {
 	Subjects    []*Process // the one that decided comes first
 	Roles       []string   // of the subjects: "connector", "holder", "writer", ...
 	Request     Request
+	Token       Token // of the request, where Request.Token says that there is one
 	Response    Response
 	Decision    Decision
 	Duration    time.Duration // from accept or the end of the previous answer, until the answer was passed on

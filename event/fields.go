@@ -248,6 +248,7 @@ func fields() []Field {
 		})
 	})
 	ownFields(add, array)
+	tokenFields(add)
 	stateFields(add)
 
 	for i := range all {
@@ -260,7 +261,7 @@ func fields() []Field {
 // ofRequest reports whether a field says something about a connection or a request.
 func ofRequest(name string) bool {
 	for _, prefix := range []string{"source.", "destination.", "network.", "http.", "url.", "user_agent.", "related.ip", "event.duration",
-		"imdsgate.request.", "imdsgate.response.", "imdsgate.credential.", "imdsgate.attribution.", "imdsgate.verdict", "imdsgate.audit_verdict"} {
+		"imdsgate.request.", "imdsgate.response.", "imdsgate.credential.", "imdsgate.token.", "imdsgate.attribution.", "imdsgate.verdict", "imdsgate.audit_verdict"} {
 		if strings.HasPrefix(name, prefix) {
 			return true
 		}
@@ -477,6 +478,50 @@ func ownFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 	})
 	add(inAlert, Keyword, "imdsgate.alert.action", func(v *View) Value { return text(v.Match.Action) })
 	array(inAlert, Keyword, "imdsgate.alert.correlated_event_ids", func(v *View) Value { return texts(v.Decided) })
+}
+
+// tokenFields are about the session token that a request carries, as far as it is
+// known who got it.
+func tokenFields(add adder) {
+	add(onRequest, Keyword, "imdsgate.token.state", func(v *View) Value {
+		issuer, _, _ := v.Token.closest(v.Subject)
+		switch {
+		case !v.Request.Token:
+			return Value{}
+		case issuer == nil:
+			return text("unknown")
+		case v.Token.Foreign(v.Subject):
+			return text("foreign")
+		}
+		return text("own")
+	})
+	// The narrowest scope in which it is the process's own, whatever the policy's is.
+	add(onRequest, Keyword, "imdsgate.token.scope", func(v *View) Value {
+		switch issuer, scope, tied := v.Token.closest(v.Subject); {
+		case issuer == nil:
+			return Value{}
+		case !tied:
+			return text("none")
+		default:
+			return text(scope.String())
+		}
+	})
+	add(onRequest, Date, "imdsgate.token.issued", func(v *View) Value { return date(v.Token.Issued) })
+	add(onRequest, Date, "imdsgate.token.expires", func(v *View) Value { return date(v.Token.Expires) })
+	of := func(get func(*Issuer) Value) func(*View) Value {
+		return func(v *View) Value {
+			if issuer, _, _ := v.Token.closest(v.Subject); issuer != nil {
+				return get(issuer)
+			}
+			return Value{}
+		}
+	}
+	add(onRequest, Keyword, "imdsgate.token.issuer.entity_id", of(func(i *Issuer) Value { return known(i.EntityID) }))
+	add(onRequest, Long, "imdsgate.token.issuer.pid", of(func(i *Issuer) Value { return number(i.PID) }))
+	add(onRequest, Keyword, "imdsgate.token.issuer.executable", of(func(i *Issuer) Value { return known(i.Executable) })).free = true
+	add(onRequest, Keyword, "imdsgate.token.issuer.user.id", of(func(i *Issuer) Value { return known(i.UserID) }))
+	add(onRequest, Keyword, "imdsgate.token.issuer.user.name", of(func(i *Issuer) Value { return known(i.UserName) }))
+	add(onRequest, Keyword, "imdsgate.token.issuer.unit", of(func(i *Issuer) Value { return known(i.Unit) })).free = true
 }
 
 func stateFields(add adder) {
