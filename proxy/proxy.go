@@ -99,6 +99,7 @@ type Proxy struct {
 
 	pace     pace
 	rendered rendered
+	tokens   *tokens
 	stats    Stats
 }
 
@@ -127,7 +128,7 @@ func New(o Options, finder *attribution.Finder, engine *policy.Engine) *Proxy {
 	forwarded := max(o.MaxConns/4, 1)
 	return &Proxy{options: o, finder: finder, engine: engine, uid: uint32(os.Geteuid()), silence: idleTimeout,
 		local: newSlots(o.MaxConns - forwarded), forwarded: newSlots(forwarded), evidence: make(chan struct{}, o.MaxConns),
-		pace: pace{each: rate.Limit(o.Rate), burst: cmp.Or(o.Burst, 2*o.Rate)}}
+		pace: pace{each: rate.Limit(o.Rate), burst: cmp.Or(o.Burst, 2*o.Rate)}, tokens: newTokens()}
 }
 
 // Stats is live.

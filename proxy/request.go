@@ -39,7 +39,14 @@ type request struct {
 	token   bool // X-aws-ec2-metadata-token
 	relayed bool // X-Forwarded-For and its kin
 	odd     bool // spelled as no client spells it
+
+	bearer span // in the head: the value of X-aws-ec2-metadata-token
 }
+
+// span is a part of what was read, which may be moved before it is used.
+type span struct{ from, to int }
+
+func (s span) of(b []byte) []byte { return b[s.from:s.to] }
 
 // emptyBody is the only body that a request may have. s3fs sends it, in a token
 // PUT; every other way of writing a body, an empty one too, is one that readers
@@ -226,6 +233,9 @@ func (h *head) field(line []byte) error {
 			return err
 		}
 		h.token = true
+		_, raw, _ := bytes.Cut(line, []byte(":"))
+		h.bearer.to = h.at - len("\r\n") - len(raw) + len(bytes.TrimRight(raw, " \t"))
+		h.bearer.from = h.bearer.to - len(value)
 	case is(name, "x-aws-ec2-metadata-token-ttl-seconds"):
 		if err := once(&h.seen.ttl, name); err != nil {
 			return err

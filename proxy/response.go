@@ -9,10 +9,6 @@ import (
 // own are under 1 KiB.
 const maxResponseHead = 64 << 10
 
-// maxIssued bounds what is kept of an answer to find the key in it that is handed
-// out. Credentials take 1.5 KiB.
-const maxIssued = 16 << 10
-
 // untilEOF is the length of a body that ends with the connection.
 const untilEOF = -2
 
@@ -23,6 +19,7 @@ type response struct {
 	headSize int   // bytes, with the empty line
 	length   int64 // of the body; -1 for chunked, untilEOF
 	close    bool  // the server will close after it
+	ttl      int64 // of the token that it hands out or was asked with, in seconds; 0 if it does not say
 }
 
 // errOpaque says that an answer cannot be read as HTTP/1. It is passed on all
@@ -80,6 +77,10 @@ func parseResponse(b []byte, method string) (*response, error) {
 			if !chunked {
 				r.length, lengths = untilEOF, 2
 			}
+		case is(name, "x-aws-ec2-metadata-token-ttl-seconds"):
+			if n, err := parseLength(value); err == nil {
+				r.ttl = n
+			}
 		case is(name, "connection"):
 			for option := range bytes.SplitSeq(value, []byte(",")) {
 				switch option = bytes.Trim(option, " \t"); {
@@ -129,6 +130,9 @@ type body struct {
 	broken  bool // the framing makes no sense; the body lasts until EOF
 	line    []byte
 	last    bool // the last chunk: its trailers follow
+
+	kept []byte // the content without its framing, up to the capacity; never moved, so that no copy stays
+	cut  bool   // there was more
 }
 
 func newBody(length int64) body {
@@ -147,14 +151,17 @@ func (d *body) take(b []byte) int {
 	for n < len(b) && !d.ended {
 		switch {
 		case d.broken || d.left == untilEOF:
+			d.keep(b[n:])
 			return len(b)
 		case !d.chunked:
 			m := int(min(d.left, int64(len(b)-n)))
+			d.keep(b[n : n+m])
 			n += m
 			d.left -= int64(m)
 			d.ended = d.left == 0
 		case d.left > 0: // data of a chunk
 			m := int(min(d.left, int64(len(b)-n)))
+			d.keep(b[n : n+m])
 			n += m
 			if d.left -= int64(m); d.left == 0 {
 				d.left = -3 // its CRLF
@@ -173,6 +180,12 @@ func (d *body) take(b []byte) int {
 		}
 	}
 	return n
+}
+
+func (d *body) keep(content []byte) {
+	n := copy(d.kept[len(d.kept):cap(d.kept)], content)
+	d.kept = d.kept[:len(d.kept)+n]
+	d.cut = d.cut || n < len(content)
 }
 
 func (d *body) endOfLine() {

@@ -234,13 +234,13 @@ func (r *rig) recorded(n int) []*event.Event {
 }
 
 var (
-	tokens    = regexp.MustCompile(`[A-Za-z0-9_-]{54}==`)
+	anyToken  = regexp.MustCompile(`[A-Za-z0-9_-]{54}==`)
 	countdown = regexp.MustCompile(`(Token-Ttl-Seconds: )\d+`)
 )
 
 // masked is an answer without what differs from one to the next.
 func masked(s string) string {
-	return countdown.ReplaceAllString(tokens.ReplaceAllString(s, "TOKEN"), "${1}N")
+	return countdown.ReplaceAllString(anyToken.ReplaceAllString(s, "TOKEN"), "${1}N")
 }
 
 var fixed = time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC)

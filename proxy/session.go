@@ -271,6 +271,7 @@ func (s *session) exchange() error {
 		return err
 	}
 	size := r.headSize
+	token := s.p.tokens.find(r.bearer.of(s.in))
 	target, err := imds.Classify(s.conn.Destination.Addr(), r.target)
 	r.expect = r.expect && len(s.in) == size // or else the client did not wait
 	if err == nil && r.chunked && !r.expect {
@@ -290,6 +291,7 @@ func (s *session) exchange() error {
 	}
 	ev := s.event(begin)
 	asked(ev, r, target, size)
+	ev.Token = token
 	ev.Connection.First = s.count == 0
 
 	enforce := s.p.engine.Mode() == policy.Enforce
@@ -337,7 +339,7 @@ func (s *session) exchange() error {
 		}
 	}
 	s.out = hold()
-	answer, err := s.relay(r, target.Class == imds.Credentials)
+	answer, err := s.relay(r, target.Class)
 	for try := 1; err != nil && answer.lost; try++ {
 		if try < maxLoops {
 			err = s.reach(s.sent)
@@ -347,7 +349,7 @@ func (s *session) exchange() error {
 			s.reset()
 			break
 		}
-		answer, err = s.relay(r, target.Class == imds.Credentials)
+		answer, err = s.relay(r, target.Class)
 	}
 	s.sent, s.guarded, s.resent = nil, nil, false
 	release(s.out)
@@ -480,6 +482,7 @@ func (s *session) judge(ev *event.Event, within time.Duration, how search) {
 func (s *session) answered(ev *event.Event, a answer, failed string) {
 	ev.Response = event.Response{Status: int64(a.status), Bytes: a.bytes, AccessKeyID: a.issued.AccessKeyID, Expiration: a.issued.Expiration}
 	ev.Response.Failed = failed
+	s.p.remember(s.of.owner, ev, a)
 	ev.Duration = a.end.Sub(ev.Time)
 	s.finish(ev)
 }

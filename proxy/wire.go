@@ -236,14 +236,14 @@ type answer struct {
 	bytes  int64
 	close  bool // the service ends the connection with it
 	lost   bool // there was none, and the request may be sent again
-	issued imds.Issued
+	issued issued
 	end    time.Time
 }
 
-// relay passes the answer to a request on, interim answers included. With
-// credentials it reads which key is handed out. The error is io.EOF when the
-// connection ended where the answer did.
-func (s *session) relay(r *request, credentials bool) (a answer, err error) {
+// relay passes the answer to a request on, interim answers included, and reads what
+// is handed out with it. The error is io.EOF when the connection ended where the
+// answer did.
+func (s *session) relay(r *request, class imds.Class) (a answer, err error) {
 	defer func() { a.end = time.Now() }()
 	s.owed = r.expect
 	have := 0 // bytes in s.out that were not passed on
@@ -293,7 +293,7 @@ func (s *session) relay(r *request, credentials bool) (a answer, err error) {
 		if s.withheld() {
 			return a, errWithheld
 		}
-		return a, s.relayBody(&a, head, have, credentials)
+		return a, s.relayBody(&a, head, have, hands(r, class, head))
 	}
 }
 
@@ -317,21 +317,11 @@ func (s *session) withheld() bool {
 }
 
 // relayBody passes on the head that is in s.out, and the body behind it.
-func (s *session) relayBody(a *answer, head *response, have int, credentials bool) error {
+func (s *session) relayBody(a *answer, head *response, have int, what handout) error {
 	b := newBody(head.length)
+	b.kept = what.room(head)
+	defer func() { a.issued = s.p.issued(what, head, &b) }()
 	n := head.headSize + b.take(s.out[head.headSize:have])
-	var seen []byte
-	if credentials && head.status == 200 {
-		size := int64(maxIssued)
-		if head.length >= 0 {
-			size = min(size, head.length)
-		}
-		seen = append(make([]byte, 0, size), s.out[head.headSize:n]...) // never moved, so that no copy stays
-		defer func() {
-			a.issued, _ = imds.ParseIssued(seen)
-			clear(seen)
-		}()
-	}
 	if err := s.send(a, s.out[:n]); err != nil {
 		return err
 	}
@@ -341,9 +331,6 @@ func (s *session) relayBody(a *answer, head *response, have int, credentials boo
 	for !b.ended {
 		n, err := s.receive(s.out)
 		m := b.take(s.out[:n])
-		if len(seen)+m <= cap(seen) {
-			seen = append(seen, s.out[:m]...)
-		}
 		if sendErr := s.send(a, s.out[:m]); sendErr != nil {
 			return sendErr
 		}
