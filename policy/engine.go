@@ -164,6 +164,7 @@ func (e *Engine) Judge(ev *event.Event) {
 // class's default.
 func (p *state) outcome(ev *event.Event) event.Verdict {
 	d, q := &ev.Decision, &ev.Request
+	ev.Token.Scope = p.tokenScope
 	if q.Malformed != "" {
 		d.Reason = q.Malformed
 		return event.Deny
@@ -224,7 +225,7 @@ func (p *state) outcome(ev *event.Event) event.Verdict {
 func (e *Engine) Final(ev *event.Event) bool {
 	p := e.Policy()
 	return ev.Decision.WouldBe == event.Deny && ev.Decision.Rule != nil && slices.ContainsFunc(ev.Subjects, func(subject *event.Process) bool {
-		_, ok := p.granted(subject, ev.Request.Class, ev.Time)
+		_, ok := p.granted(subject, ev)
 		return !ok
 	})
 }
@@ -236,7 +237,7 @@ func (p *Policy) allGranted(ev *event.Event) (name string, ok bool) {
 	}
 	var names []string
 	for _, subject := range ev.Subjects {
-		name, ok := p.granted(subject, ev.Request.Class, ev.Time)
+		name, ok := p.granted(subject, ev)
 		if !ok {
 			return "", false
 		}

@@ -1,10 +1,6 @@
 package policy
 
-import (
-	"time"
-
-	"github.com/imdsgate/imdsgate/event"
-)
+import "github.com/imdsgate/imdsgate/event"
 
 // RuleFinding is what one rule says of a process.
 type RuleFinding struct {
@@ -66,7 +62,7 @@ func (e *Engine) Explain(requests []*event.Event) (rules []RuleFinding, grants [
 		rules = append(rules, f)
 	}
 	for i := range p.grants {
-		ok, missed := p.grants[i].allows(requests[0].Subjects[0], requests[0].Request.Class, time.Now())
+		ok, missed := p.grants[i].allows(requests[0].Subjects[0], requests[0])
 		grants = append(grants, GrantFinding{p.grants[i].Name, ok, missed})
 	}
 	for _, ev := range requests {

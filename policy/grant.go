@@ -25,9 +25,12 @@ type Grant struct {
 	ExecutableOnly bool `yaml:"executable_only"`
 	// Classes of requests that it is for; empty for all.
 	Classes []string `yaml:"classes"`
-	Owner   string   `yaml:"owner"`
-	Reason  string   `yaml:"reason"`
-	Expires Date     `yaml:"expires"`
+	// OwnToken leaves out requests with a session token that was issued to somebody
+	// else: what the executable is made to ask by one who brings a token of his own.
+	OwnToken bool   `yaml:"own_token"`
+	Owner    string `yaml:"owner"`
+	Reason   string `yaml:"reason"`
+	Expires  Date   `yaml:"expires"`
 }
 
 // Date is a day, written 2006-01-02. The zero Date is never.
@@ -78,9 +81,9 @@ func (g *Grant) check(classes []string) error {
 	return nil
 }
 
-// allows reports whether the grant covers this process, and if not what keeps it
-// from doing so.
-func (g *Grant) allows(p *event.Process, class string, now time.Time) (ok bool, missed string) {
+// allows reports whether the grant covers what this process asks for, and if not what
+// keeps it from doing so.
+func (g *Grant) allows(p *event.Process, ev *event.Event) (ok bool, missed string) {
 	switch {
 	case p.Executable != g.Executable:
 		return false, "executable"
@@ -96,9 +99,11 @@ func (g *Grant) allows(p *event.Process, class string, now time.Time) (ok bool, 
 		return false, "unit " + strconv.Quote(p.Unit)
 	case g.User != "" && !g.user(p):
 		return false, "user " + strconv.Quote(p.UserName)
-	case len(g.Classes) > 0 && !slices.Contains(g.Classes, class):
-		return false, "class " + class
-	case g.Expires.over(now):
+	case len(g.Classes) > 0 && !slices.Contains(g.Classes, ev.Request.Class):
+		return false, "class " + ev.Request.Class
+	case g.OwnToken && ev.Token.Foreign(p):
+		return false, "the session token of another process"
+	case g.Expires.over(ev.Time):
 		return false, "expired on " + g.Expires.Format(time.DateOnly)
 	}
 	return true, ""

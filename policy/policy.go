@@ -21,7 +21,6 @@ import (
 	"maps"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy/eql"
@@ -30,10 +29,11 @@ import (
 // Config is the policy as an operator writes it. The zero value is the policy
 // of an installation that nobody has configured.
 type Config struct {
-	Mode    Mode        `yaml:"mode"`
-	Posture Posture     `yaml:"posture"`
-	Rules   RulesConfig `yaml:"rules"`
-	Grants  []Grant     `yaml:"grants"`
+	Mode    Mode         `yaml:"mode"`
+	Posture Posture      `yaml:"posture"`
+	Rules   RulesConfig  `yaml:"rules"`
+	Tokens  TokensConfig `yaml:"tokens"`
+	Grants  []Grant      `yaml:"grants"`
 }
 
 // RulesConfig says which rules there are and what follows from them.
@@ -67,8 +67,9 @@ type Policy struct {
 	Posture Posture
 	Digest  string // of all that was configured, to compare hosts
 
-	rules  []*rule
-	grants []Grant
+	rules      []*rule
+	grants     []Grant
+	tokenScope event.TokenScope
 }
 
 // rule is a detection with what follows from it.
@@ -88,13 +89,15 @@ var shipped embed.FS
 // the names of the classes that requests can have. All errors come together, as
 // far as they can be found in one go.
 func Compile(c Config, classes []string) (*Policy, error) {
-	p := &Policy{Mode: c.Mode, Posture: c.Posture, grants: c.Grants}
+	p := &Policy{Mode: c.Mode, Posture: c.Posture, grants: c.Grants, tokenScope: c.Tokens.Scope}
 	var errs []error
 	var loaded []*Rule
 	if !c.Rules.WithoutShipped {
 		rules, err := ParseRules(shipped, "rules")
 		loaded, errs = append(loaded, rules...), append(errs, err)
 	}
+	loaded, err := c.Tokens.rules(loaded)
+	errs = append(errs, err)
 	rules, err := ParseRules(host{}, c.Rules.Paths...)
 	loaded, errs = append(loaded, rules...), append(errs, err)
 
@@ -132,7 +135,10 @@ func Compile(c Config, classes []string) (*Policy, error) {
 		names[g.Name] = true
 		fmt.Fprintf(digest, "%+v\n", *g)
 	}
-	fmt.Fprintln(digest, c.Posture)
+	fmt.Fprintln(digest, c.Posture, c.Tokens.Scope)
+	if c.Tokens.Action != nil {
+		fmt.Fprintln(digest, *c.Tokens.Action)
+	}
 	p.Digest = "sha256:" + hex.EncodeToString(digest.Sum(nil))
 	return p, errors.Join(errs...)
 }
@@ -181,10 +187,10 @@ func (r *rule) on(q *event.Request) Action {
 	return action
 }
 
-// granted finds the grant that covers a process.
-func (p *Policy) granted(subject *event.Process, class string, now time.Time) (name string, ok bool) {
+// granted finds the grant that covers what a process asks for.
+func (p *Policy) granted(subject *event.Process, ev *event.Event) (name string, ok bool) {
 	for i := range p.grants {
-		if ok, _ := p.grants[i].allows(subject, class, now); ok {
+		if ok, _ := p.grants[i].allows(subject, ev); ok {
 			return p.grants[i].Name, true
 		}
 	}
