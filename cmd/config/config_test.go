@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/imdsgate/imdsgate/attribution"
+	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy"
 )
 
@@ -42,11 +43,13 @@ rules:
       classes: {inventory: log, user-data: block}
       honour_exclusions: true
       alert_on: either
+tokens: {scope: parent, action: block}
 grants:
   - name: app
     executable: /opt/app/bin/app
     unit: app.service
     user: app
+    own_token: true
     classes: [credentials]
     owner: platform
     reason: signs its requests
@@ -78,6 +81,9 @@ log: {level: debug}
 		c.Attribution.RequireLevel != attribution.Level2 || c.Attribution.Uncovered != Report {
 		t.Errorf("%+v", c)
 	}
+	if c.Tokens.Scope != event.ScopeParent || *c.Tokens.Action != policy.TokenBlock || !g.OwnToken {
+		t.Errorf("%+v", c.Tokens)
+	}
 	if a := c.Rules.Actions["5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a01"]; *a.Action != policy.Alert || a.Classes["user-data"] != policy.Block || a.AlertOn != policy.Either {
 		t.Errorf("%+v", a)
 	}
@@ -96,6 +102,9 @@ func TestErrors(t *testing.T) {
 		{"wrong type", "limits: {connections: many}\n", []string{"[1:", "^"}},
 		{"unknown level", "attribution: {require_level: L4}\n", []string{"config.yaml:[1:", "L4", "L0, L1, L2, L3", "^"}},
 		{"unknown value", "attribution: {uncovered: allow}\n", []string{"config.yaml:[1:", "allow", "deny and report", "^"}},
+		{"unknown scope", "tokens:\n  scope: host\n", []string{"config.yaml:[2:10]", "host", "unit, parent, process", "^"}},
+		{"unknown action on tokens", "tokens: {action: deny}\n", []string{"config.yaml:[1:18]", "deny", "off, alert, block", "^"}},
+		{"unknown key of tokens", "tokens: {scopes: unit}\n", []string{"[1:10]", "scopes", "^"}},
 		{"not YAML", "mode: [\n", []string{"config.yaml:", "^"}},
 		{"what the YAML library panics at", "grants: !00 00", []string{"config.yaml", "tag"}},
 		{"a wrong date", "grants: [{name: a, expires: tomorrow}]\n", []string{"tomorrow", "2006-01-02"}},
