@@ -51,6 +51,7 @@ func (h handout) room(head *response) []byte {
 // issued is what may be known of what an answer has handed out.
 type issued struct {
 	imds.Issued
+	part  bool // of a document, in which the id is not
 	token tokenSum
 	lives time.Duration // of the token; 0 if there is none
 }
@@ -70,7 +71,12 @@ func (p *Proxy) issued(what handout, head *response, b *body) (i issued) {
 			}
 		}
 	case credentials:
-		i.Issued, _ = imds.ParseIssued(b.kept)
+		var ok bool
+		if i.Issued, ok = imds.ParseIssued(b.kept); !ok {
+			// Half of a document has the key, too, if it is the right half.
+			i.Issued, ok = imds.FindIssued(b.kept)
+		}
+		i.part = !ok && head.status == 206
 	}
 	return i
 }
@@ -79,5 +85,8 @@ func (p *Proxy) issued(what handout, head *response, b *body) (i issued) {
 func (p *Proxy) remember(o owner, ev *event.Event, a answer) {
 	if a.issued.lives > 0 {
 		p.tokens.issued(o, a.issued.token, ev, a.end, a.issued.lives)
+	}
+	if a.issued.AccessKeyID != "" || a.issued.part && ev.Request.Class == imds.Credentials.String() {
+		p.ledger.add(o, ev, a.end)
 	}
 }

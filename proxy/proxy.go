@@ -100,6 +100,7 @@ type Proxy struct {
 	pace     pace
 	rendered rendered
 	tokens   *tokens
+	ledger   *ledger
 	stats    Stats
 }
 
@@ -128,11 +129,15 @@ func New(o Options, finder *attribution.Finder, engine *policy.Engine) *Proxy {
 	forwarded := max(o.MaxConns/4, 1)
 	return &Proxy{options: o, finder: finder, engine: engine, uid: uint32(os.Geteuid()), silence: idleTimeout,
 		local: newSlots(o.MaxConns - forwarded), forwarded: newSlots(forwarded), evidence: make(chan struct{}, o.MaxConns),
-		pace: pace{each: rate.Limit(o.Rate), burst: cmp.Or(o.Burst, 2*o.Rate)}, tokens: newTokens()}
+		pace: pace{each: rate.Limit(o.Rate), burst: cmp.Or(o.Burst, 2*o.Rate)}, tokens: newTokens(), ledger: newLedger()}
 }
 
 // Stats is live.
 func (p *Proxy) Stats() *Stats { return &p.stats }
+
+// Tokens says of how many session tokens it is known whose they are, and how many
+// others were forgotten before they had expired.
+func (p *Proxy) Tokens() (known int, forgotten uint64) { return p.tokens.count() }
 
 // Listen opens a listener for redirected connections. Multipath TCP, which
 // net.Listen speaks by default, is off: SO_ORIGINAL_DST fails on it.

@@ -6,6 +6,7 @@
 package imds
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -506,12 +507,40 @@ func ParseIssued(body []byte) (issued Issued, ok bool) {
 	if err := json.Unmarshal(body, &doc); err != nil || doc.AccessKeyID == "" {
 		return Issued{}, false
 	}
-	// The key id is 16 to 128 word characters (IAM API Reference, AccessKey):
-	// nothing else of the body may get out by this door.
-	if len(doc.AccessKeyID) > 128 || strings.IndexFunc(doc.AccessKeyID, notWord) >= 0 {
+	if !keyID(doc.AccessKeyID) {
 		return Issued{}, false
 	}
 	return Issued{doc.AccessKeyID, doc.Expiration}, true
+}
+
+// FindIssued reads what there is of the same document in a part of it: what came
+// before a connection broke, or what was asked for with a Range.
+func FindIssued(part []byte) (issued Issued, ok bool) {
+	id := member(part, `"AccessKeyId"`)
+	if !keyID(id) {
+		return Issued{}, false
+	}
+	end, _ := time.Parse(time.RFC3339, member(part, `"Expiration"`)) // or it is in another part
+	return Issued{id, end}, true
+}
+
+// member is the text that follows a name; "" if its end is not there.
+func member(part []byte, name string) string {
+	_, rest, _ := bytes.Cut(part, []byte(name))
+	rest, isName := bytes.CutPrefix(bytes.TrimLeft(rest, " \t\r\n"), []byte(":"))
+	rest, isText := bytes.CutPrefix(bytes.TrimLeft(rest, " \t\r\n"), []byte(`"`))
+	text, _, ended := bytes.Cut(rest, []byte(`"`))
+	if !isName || !isText || !ended {
+		return ""
+	}
+	return string(text)
+}
+
+// keyID reports whether a text may be the id of a key: 16 to 128 word characters
+// (IAM API Reference, AccessKey), or fewer in a mock. Nothing else of a document may
+// get out by this door.
+func keyID(s string) bool {
+	return s != "" && len(s) <= 128 && strings.IndexFunc(s, notWord) < 0
 }
 
 func notWord(r rune) bool {

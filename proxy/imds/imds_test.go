@@ -215,12 +215,36 @@ func TestParseIssued(t *testing.T) {
 	}
 }
 
+// Of a part of the document no more is taken for the id than the id.
+func TestFindIssued(t *testing.T) {
+	const doc = "{\n  \"Code\" : \"Success\",\n  \"AccessKeyId\" : \"ASIAEXAMPLEFAKE00001\",\n  \"SecretAccessKey\" : \"fakesecretfakesecretfakesecretfakesecret\",\n" +
+		"  \"Token\" : \"fake\",\n  \"Expiration\" : \"2026-11-25T18:00:00Z\"\n}"
+	for from := range len(doc) {
+		for to := from; to <= len(doc); to++ {
+			part := doc[from:to]
+			whole := strings.Contains(part, `"AccessKeyId" : "ASIAEXAMPLEFAKE00001"`)
+			end := whole && strings.Contains(part, `"Expiration" : "2026-11-25T18:00:00Z"`)
+			got, ok := imds.FindIssued([]byte(part))
+			if ok != whole || ok && got.AccessKeyID != "ASIAEXAMPLEFAKE00001" || !ok && got != (imds.Issued{}) || end == got.Expiration.IsZero() {
+				t.Fatalf("%q: %+v, %v", part, got, ok)
+			}
+		}
+	}
+	for _, bad := range []string{`"AccessKeyId": 12, "x": "y"`, `"AccessKeyId" "x"`, `"AccessKeyId":"a b"`, `"AccessKeyId":"` + strings.Repeat("A", 200) + `"`, `"AccessKeyId":""`} {
+		if got, ok := imds.FindIssued([]byte(bad)); ok {
+			t.Errorf("%q: %+v", bad, got)
+		}
+	}
+}
+
 func FuzzParseIssued(f *testing.F) {
 	f.Add([]byte(`{"AccessKeyId":"ASIAEXAMPLEFAKE00001","SecretAccessKey":"fake","Expiration":"2026-11-25T18:00:00Z"}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		got, ok := imds.ParseIssued(b)
-		if ok && (got.AccessKeyID == "" || strings.ContainsAny(got.AccessKeyID, " \n\"{}:")) {
-			t.Errorf("%q from %q", got.AccessKeyID, b)
+		for _, parse := range []func([]byte) (imds.Issued, bool){imds.ParseIssued, imds.FindIssued} {
+			got, ok := parse(b)
+			if ok && (got.AccessKeyID == "" || strings.ContainsAny(got.AccessKeyID, " \n\"{}:")) {
+				t.Errorf("%q from %q", got.AccessKeyID, b)
+			}
 		}
 	})
 }
