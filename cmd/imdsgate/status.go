@@ -159,6 +159,7 @@ func printStatus(w io.Writer, s report.Status) error {
 	if n := r.LinkLocalExceeded; n != nil && *n > 0 {
 		row("", "! %d packets to the metadata service, DNS and NTP dropped by the network interfaces: more than 1,024 a second", *n)
 	}
+	row("tokens", "whose %d are is known; %d were forgotten for want of room", r.Tokens, r.Forgotten)
 	row("events", "%s: %d written, %d dropped, %d lost", s.Events.Path, s.Events.Written, s.Events.Dropped, s.Events.Failed)
 	if s.Events.Error != "" {
 		row("", "! %s", s.Events.Error)

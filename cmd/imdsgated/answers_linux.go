@@ -24,10 +24,11 @@ import (
 // routes are what an operator may ask for.
 func (d *daemon) routes() map[string]control.Route {
 	return map[string]control.Route{
-		"status":  {Answer: d.status},
-		"explain": {Answer: d.explain},
-		"whois":   {Answer: d.whois},
-		"events":  {Stream: d.events},
+		"status":      {Answer: d.status},
+		"explain":     {Answer: d.explain},
+		"whois":       {Answer: d.whois},
+		"events":      {Stream: d.events},
+		"credentials": {Answer: d.credentials},
 		"reload": {Change: true, Answer: func(ctx context.Context, _ control.Question) (any, error) {
 			return struct{}{}, d.reload(ctx)
 		}},
@@ -60,6 +61,7 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 			NotForwardable: n.NotForwardable.Load(), UpstreamFailed: n.UpstreamFailed.Load(),
 			Evicted: n.Evicted.Load(), Throttled: n.Throttled.Load(), Looped: n.Looped.Load(),
 		}
+		s.Requests.Tokens, s.Requests.Forgotten = d.proxy.Tokens()
 	}
 	var err error
 	if s.Requests.LinkLocalExceeded, err = allowanceExceeded("ena", "linklocal_allowance_exceeded"); err != nil {
@@ -130,6 +132,33 @@ func (d *daemon) events(ctx context.Context, q control.Question, line func([]byt
 		last = n
 	}
 	return sink.Tail(ctx, d.spool.Path(), last, q.Args.Get("follow") == "true", line)
+}
+
+// credentials tells which keys were handed out, or to whom the one that is named was.
+func (d *daemon) credentials(_ context.Context, q control.Question) (any, error) {
+	c := report.Credentials{Since: d.since, Issued: []report.Issuance{}}
+	if d.proxy == nil {
+		return c, nil
+	}
+	lines, forgotten := d.proxy.Issued(q.Args.Get("key"))
+	c.Forgotten = forgotten
+	for _, l := range lines {
+		i := report.Issuance{
+			AccessKeyID: l.AccessKeyID, First: l.First, Last: l.Last, Count: l.Count, Source: l.Source.String(), To: []report.Recipient{},
+			Mode: l.Decision.Mode, Verdict: l.Decision.Verdict.String(), WouldBe: l.Decision.WouldBe.String(), Grant: l.Decision.Grant, Reason: l.Decision.Reason,
+		}
+		if !l.Expiration.IsZero() {
+			i.Expiration = &l.Expiration
+		}
+		if r := l.Decision.Rule; r != nil {
+			i.Rule, i.RuleID = r.Name, r.ID
+		}
+		for _, r := range l.To {
+			i.To = append(i.To, report.Recipient(r))
+		}
+		c.Issued = append(c.Issued, i)
+	}
+	return c, nil
 }
 
 // explain judges the requests that a process could make.

@@ -142,6 +142,10 @@ type Requests struct {
 	// interfaces have dropped since they came up; nil where no driver counts them.
 	LinkLocalExceeded *uint64 `json:"linklocal_allowance_exceeded,omitempty"`
 	Looped            uint64  `json:"looped"`
+	// Tokens are the session tokens of which it is known whose they are; Forgotten were
+	// those that made room for others before they had expired.
+	Tokens    int    `json:"tokens"`
+	Forgotten uint64 `json:"tokens_forgotten"`
 }
 
 // Events is where they go.
@@ -215,4 +219,42 @@ type Holder struct {
 	Role string `json:"role"`
 	Subject
 	Ancestors []Subject `json:"ancestors"`
+}
+
+// Credentials is what `imdsgate credentials` shows: which keys were handed out to
+// whom, the latest first.
+type Credentials struct {
+	Since     time.Time  `json:"since"`     // what was handed out before is not known
+	Forgotten uint64     `json:"forgotten"` // that had not expired
+	Issued    []Issuance `json:"issued"`
+}
+
+// Issuance is one key that one program got, perhaps several times.
+type Issuance struct {
+	// AccessKeyID is empty where a part of the document was handed out in which it is
+	// not.
+	AccessKeyID string      `json:"access_key_id,omitempty"`
+	Expiration  *time.Time  `json:"expiration,omitempty"`
+	First       time.Time   `json:"first"`
+	Last        time.Time   `json:"last"`
+	Count       uint64      `json:"count"`
+	Source      string      `json:"source_ip"`
+	To          []Recipient `json:"processes"` // none if nobody is known
+	Mode        string      `json:"mode"`
+	Verdict     string      `json:"verdict"`
+	WouldBe     string      `json:"audit_verdict"`
+	Rule        string      `json:"rule,omitempty"`
+	RuleID      string      `json:"rule_id,omitempty"`
+	Grant       string      `json:"grant,omitempty"`
+	Reason      string      `json:"reason,omitempty"`
+}
+
+// Recipient is a process that had a part in the connection.
+type Recipient struct {
+	Role       string `json:"role"`
+	EntityID   string `json:"entity_id"`
+	PID        int64  `json:"pid"`
+	Executable string `json:"executable"`
+	User       string `json:"user"`
+	Unit       string `json:"unit"`
 }
