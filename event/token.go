@@ -69,8 +69,8 @@ const (
 	// maxLineage is how many parents are looked at. Fewer, and a worker far below the
 	// process that asked is a stranger to it; more, and each token takes more memory.
 	maxLineage = 16
-	// near is how many of its parents an issuer may share with another process: one
-	// for siblings, two where a shell has asked in a pipe or a subshell.
+	// near is how many generations up two processes may have their common parent: one
+	// for siblings, two where a shell runs one of them in a pipe or a subshell.
 	near = 2
 )
 
@@ -128,7 +128,7 @@ func (i *Issuer) relative(p *Process) bool {
 		return true
 	}
 	for a, n := p.Parent, 0; a != nil && related(a) && n < maxLineage; a, n = a.Parent, n+1 {
-		if a.EntityID == i.EntityID || kin && a.EntityID == close[0] || kin && n == 0 && slices.Contains(close, a.EntityID) {
+		if a.EntityID == i.EntityID || kin && a.EntityID == close[0] || kin && n < near && slices.Contains(close, a.EntityID) {
 			return true
 		}
 	}

@@ -39,6 +39,8 @@ func TestToken(t *testing.T) {
 		{"two commands of a script", chain("1000", "", "curl1", "script", "init"), chain("1000", "", "curl2", "script", "init"), "parent"},
 		{"a command in a pipe, and one without", chain("1000", "", "curl1", "subshell", "script", "init"), chain("1000", "", "curl2", "script", "init"), "parent"},
 		{"a command, and one in a pipe", chain("1000", "", "curl1", "script", "init"), chain("1000", "", "curl2", "subshell", "script", "init"), "parent"},
+		{"both in subshells", chain("1000", "", "curl1", "subshell1", "script", "init"), chain("1000", "", "curl2", "subshell2", "script", "init"), "parent"},
+		{"a command, and one far below the script", chain("1000", "", "curl1", "script", "init"), chain("1000", "", "a", "b", "c", "d", "script", "init"), "parent"},
 		{"a program whose child asked", chain("1000", "", "curl1", "script", "init"), chain("1000", "", "script", "init"), "parent"},
 		{"a service and another process of its unit", app, chain("1000", "app.service", "timer", "init"), "unit"},
 		{"another service", app, chain("1000", "other.service", "other", "init"), "none"},
