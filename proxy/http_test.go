@@ -149,12 +149,20 @@ func TestResponseEnd(t *testing.T) {
 				t.Fatalf("%s: %+v, %v", c.name, head, err)
 			}
 			b := newBody(head.length)
+			b.kept = make([]byte, 0, 16)
 			taken := head.headSize
 			for taken < len(whole) && !b.ended {
 				taken += b.take(whole[taken:min(taken+piece, len(whole))])
 			}
 			if taken != len(c.answer) || b.ended == (head.length == untilEOF) {
 				t.Errorf("%s in pieces of %d: ends at %d, ended %v; want %d", c.name, piece, taken, b.ended, len(c.answer))
+			}
+			want := ""
+			if strings.Contains(c.answer, "hello") {
+				want = "hello"
+			}
+			if string(b.kept) != want || b.cut {
+				t.Errorf("%s in pieces of %d: kept %q, want %q", c.name, piece, b.kept, want)
 			}
 		}
 	}
@@ -174,8 +182,11 @@ func FuzzResponse(f *testing.F) {
 			return
 		}
 		// The same bytes in one piece and in several end at the same place.
+		var kept []byte
 		ends := func(piece int) (int, bool) {
 			d := newBody(head.length)
+			d.kept = make([]byte, 0, len(b))
+			defer func() { kept = d.kept }()
 			at := head.headSize
 			for at < len(b) && !d.ended {
 				n := d.take(b[at:min(at+piece, len(b))])
@@ -199,6 +210,10 @@ func FuzzResponse(f *testing.F) {
 		body, err := io.ReadAll(resp.Body)
 		if err == nil && head.length >= 0 && int64(len(body)) != head.length {
 			t.Errorf("%q: a body of %d bytes, net/http reads %d", b, head.length, len(body))
+		}
+		// net/http takes no chunks from HTTP/1.0.
+		if err == nil && (head.length == -1) == (resp.TransferEncoding != nil) && !bytes.Equal(body, kept) {
+			t.Errorf("%q: kept %q, net/http reads %q", b, kept, body)
 		}
 	})
 }

@@ -37,7 +37,7 @@ type Recipient struct {
 const (
 	// maxIssuances bounds the ledger: one line for each program that got a key. Lower,
 	// and who starts many programs that may have credentials pushes his own first one
-	// out sooner; higher takes more memory, half a kilobyte for each.
+	// out sooner; higher takes more memory, 700 bytes for each.
 	maxIssuances = 4 << 10
 	// maxLedgerText bounds what a process can make us keep by a long name.
 	maxLedgerText = 256

@@ -22,7 +22,8 @@ const (
 	minToken, maxToken = 16, 256
 	// maxTokens bounds the tokens that are remembered. Lower, and one that a program
 	// uses for hours is forgotten, and then unknown, when many are issued; higher, and
-	// a flood of them takes more memory, half a kilobyte each.
+	// a flood of them takes more memory: half a kilobyte each, or twice that of a
+	// process with many parents.
 	maxTokens = 16 << 10
 	// maxTokenAge is how long the service lets a token live, at most.
 	maxTokenAge = 6 * time.Hour
@@ -111,7 +112,8 @@ func trailing(b []byte) int {
 	return 0
 }
 
-// find says what is known of the token in a request.
+// find says what is known of the token in a request, also of one that is over, which
+// the service refuses: who uses it is of interest all the same.
 func (t *tokens) find(token []byte) event.Token {
 	sum, ok := t.sum(token)
 	if !ok {
