@@ -18,7 +18,8 @@ type rendered struct {
 	known map[*attribution.Process]*event.Process
 }
 
-// maxRendered bounds what is remembered; a process takes one to two kilobytes.
+// maxRendered bounds what is remembered; a process takes one to two kilobytes, and as
+// much again with what documents say of it.
 const maxRendered = 256
 
 func (r *rendered) process(p *attribution.Process) *event.Process {
