@@ -61,8 +61,8 @@ func agree(t *testing.T, b []byte) {
 }
 
 func TestRequestDifferential(t *testing.T) {
-	for _, r := range riddles {
-		agree(t, []byte(r.send))
+	for _, c := range evasions {
+		agree(t, []byte(c.send))
 	}
 	for _, s := range []string{
 		"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
@@ -89,22 +89,59 @@ func TestRequestInPieces(t *testing.T) {
 	if r, err := parseRequest(whole); err != nil || r.headSize != len(whole) {
 		t.Errorf("%+v, %v", r, err)
 	}
-	for _, riddle := range riddles {
-		for n := range len(riddle.send) {
-			if r, err := parseRequest([]byte(riddle.send[:n])); r != nil && err != nil {
-				t.Errorf("%s, %d bytes: both %+v and %v", riddle.name, n, r, err)
+	for _, c := range evasions {
+		for n := range len(c.send) {
+			if r, err := parseRequest([]byte(c.send[:n])); r != nil && err != nil {
+				t.Errorf("%s, %d bytes: both %+v and %v", c.name, n, r, err)
 			}
 		}
 	}
 }
 
+// An error is short, and says nothing that a field has for a value.
+func TestMalformedIsShort(t *testing.T) {
+	long, secret := strings.Repeat("X", maxHead-200), "c2VjcmV0"
+	for _, fields := range []string{
+		long + ": " + secret + "\x01", "Host: " + secret + "\r\nHost: " + secret, "Content-Length: " + secret, "Content-Length" + strings.Repeat("_", 10000) + ": 0",
+		"X-aws-ec2-metadata-token: " + secret + "\r\n " + secret, "Transfer-Encoding: " + secret, "Expect: " + secret, secret + " " + long,
+	} {
+		_, err := parseRequest([]byte("GET / HTTP/1.1\r\n" + fields + "\r\n\r\n"))
+		if err == nil || len(err.Error()) > 150 || strings.Contains(err.Error(), secret) {
+			t.Errorf("%.60q: %.200v", fields, err)
+		}
+	}
+}
+
+// What can be read of no request.
+func TestBeginning(t *testing.T) {
+	for _, c := range []struct{ send, method, target, agent string }{
+		{"GET /a HTTP/1.1\r\nUser-Agent: x\r\nno colon\r\nUser-Agent: y\r\n\r\n", "GET", "/a", "x"},
+		{"GET /a HTTP/1.1\r\nUser-Agent: x\r\n\r\nUser-Agent: body\r\n", "GET", "/a", "x"},
+		{"GET /a HTTP/1.1\nUser-Agent: x\n\n", "GET", "/a", ""},
+		{"GET http://user:pass@evil/ HTTP/1.1\r\nUser-Agent: x\r\n\r\n", "GET", "http://user:pass@evil/", ""},
+		{"CONNECT evil:80 HTTP/1.1\r\n\r\n", "CONNECT", "evil:80", ""},
+		{"GET /a HTTP/1.2\r\n\r\n", "GET", "/a", ""},
+		{"GET /a", "", "", ""},
+		{"\x16\x03\x01 a b\r\n\r\n", "", "", ""},
+		{"GET /" + strings.Repeat("a", maxTarget) + " HTTP/1.1\r\n\r\n", "GET", "", ""},
+	} {
+		r := beginning([]byte(c.send))
+		if r.method != c.method || r.target != c.target || r.userAgent != c.agent {
+			t.Errorf("%.60q: %.200q", c.send, []string{r.method, r.target, r.userAgent})
+		}
+	}
+}
+
 func FuzzRequest(f *testing.F) {
-	for _, r := range riddles {
-		f.Add([]byte(r.send))
+	for _, c := range evasions {
+		f.Add([]byte(c.send))
 	}
 	f.Add([]byte("PUT /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		agree(t, b)
+		if r := beginning(b); len(r.target) > maxTarget {
+			t.Errorf("%q: the target begins with %d bytes", b, len(r.target))
+		}
 		r, err := parseRequest(b)
 		if err != nil && !errors.Is(err, errMalformed) {
 			t.Errorf("%q: %v", b, err)
