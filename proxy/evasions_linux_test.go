@@ -143,6 +143,7 @@ var evasions = []struct {
 	{28, "TRACE", "TRACE " + ami + " HTTP/1.1\r\n" + host + "\r\n", "405", all, "inventory v1 evasive", "evasive"},
 	{28, "OPTIONS of nothing", "OPTIONS * HTTP/1.1\r\n" + host + "\r\n", "400", "", "malformed OPTIONS", "malformed"},
 	{28, "OPTIONS of the token", "OPTIONS /latest/api/token HTTP/1.1\r\n" + host + "\r\n", "200", all, "token v2", ""},
+	{28, "HEAD of a secret", "HEAD " + role + " HTTP/1.1\r\n" + host + "\r\n", "403", "", "credentials v1", "v1"},
 	{29, "small letters", "get " + ami + " HTTP/1.1\r\n" + host + "\r\n", "405", all, "inventory v1 evasive", "evasive"},
 	{29, "a method of no one", "FOO " + ami + " HTTP/1.1\r\n" + host + "\r\n", "405", all, "inventory v1 evasive", "evasive"},
 	{29, "POST for a secret", "POST " + role + " HTTP/1.1\r\n" + host + v2 + "Content-Length: 0\r\n\r\n", "403", "", "credentials v2 evasive", "disguised"},

@@ -178,6 +178,15 @@ func TestResponseEnd(t *testing.T) {
 		{"until the end", "HTTP/1.1 200 OK\r\n\r\nhello", "", "GET", true},
 		{"two lengths", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello", "", "GET", true},
 		{"no reason phrase", "HTTP/1.1 204\r\n\r\n", "x", "GET", false},
+		{"bare LF", "HTTP/1.1 200 OK\nContent-Length: 5\n\nhello", "x", "GET", false},
+		{"bare LF, and then not", "HTTP/1.1 200 OK\nContent-Length: 5\r\n\r\nhello", "x", "GET", false},
+		{"bare LF, at last", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\nhello", "x", "GET", false},
+		{"the same length twice", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 5\r\n\r\nhello", "x", "GET", false},
+		{"the same length twice in one", "HTTP/1.1 200 OK\r\nContent-Length: 5, 5\r\n\r\nhello", "x", "GET", false},
+		{"two lengths in one", "HTTP/1.1 200 OK\r\nContent-Length: 5,6\r\n\r\nhello", "", "GET", true},
+		{"no length in one", "HTTP/1.1 200 OK\r\nContent-Length: 5,\r\n\r\nhello", "", "GET", true},
+		{"close and keep", "HTTP/1.1 200 OK\r\nConnection: close, keep-alive\r\nContent-Length: 5\r\n\r\nhello", "", "GET", true},
+		{"close and keep, in two", "HTTP/1.0 200 OK\r\nConnection: close\r\nConnection: keep-alive\r\nContent-Length: 5\r\n\r\nhello", "", "GET", true},
 	} {
 		whole := []byte(c.answer + c.behind)
 		for piece := 1; piece <= len(whole); piece++ {

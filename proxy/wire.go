@@ -66,7 +66,13 @@ func (s *session) read() (*request, error) {
 				return nil, malformed("head not sent within %v", headTimeout)
 			case time.Now().After(deadline):
 				return nil, err
-			case !begun && s.count > 0 && look(s.up.file) != quiet:
+			case !begun && s.count > 0:
+				switch look(s.up.file) {
+				case quiet:
+					continue
+				case reset:
+					s.reset()
+				}
 				// The service has ended the kept connection, or says something
 				// that nobody asked for.
 				return nil, io.EOF
