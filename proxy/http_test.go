@@ -230,6 +230,7 @@ var answers = []struct {
 	{"close", "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 5\r\n\r\nhello", "", "GET", true},
 	{"HTTP/1.0", "HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello", "", "GET", true},
 	{"HTTP/1.0, kept", "HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 5\r\n\r\nhello", "x", "GET", false},
+	{"HTTP/1.0, chunked", "HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: keep-alive\r\n\r\n0\r\n\r\nhello", "", "GET", true},
 	{"until the end", "HTTP/1.1 200 OK\r\n\r\nhello", "", "GET", true},
 	{"two lengths", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello", "", "GET", true},
 	{"no reason phrase", "HTTP/1.1 204\r\n\r\n", "x", "GET", false},

@@ -76,7 +76,7 @@ func parseResponse(b []byte, method string) (*response, error) {
 			lengths++
 			r.length = n
 		case is(name, "transfer-encoding"):
-			chunked = is(value, "chunked")
+			chunked = is(value, "chunked") && version == '1' // HTTP/1.0 has no chunks (RFC 9112 section 6.1)
 			if !chunked {
 				r.length, lengths = untilEOF, 2
 			}
