@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/proxy/imds"
 )
 
@@ -182,6 +183,25 @@ func TestBeginning(t *testing.T) {
 		r := beginning([]byte(c.send))
 		if r.method != c.method || r.target != c.target || r.userAgent != c.agent {
 			t.Errorf("%.60q: %.200q", c.send, []string{r.method, r.target, r.userAgent})
+		}
+	}
+}
+
+// The record of no request says what it was, and no secret.
+func TestMalformedIsRedacted(t *testing.T) {
+	token := "AQAEA" + strings.Repeat("x", 49) + "=="
+	for _, send := range []string{
+		"GET http://user:" + token + "@169.254.169.254/latest/?x=" + token + " HTTP/1.1\r\n\r\n",
+		"GET /latest/" + token + " HTTP/1.1\r\nUser-Agent: x " + token + "\r\nHost: " + token + "\r\nno colon\r\n\r\n",
+		"GET /latest/ HTTP/1.1\r\n" + strings.TrimRight(token, "=") + ": \x01\r\n\r\n",
+		"GET /latest/ HTTP/1.1\r\nX-aws-ec2-metadata-token: " + token + "\r\nX-aws-ec2-metadata-token: " + token + "\r\n\r\n",
+	} {
+		_, err := parseRequest([]byte(send))
+		ev := &event.Event{Host: &event.Host{}, Request: readable(beginning([]byte(send)))}
+		ev.Request.Malformed = err.Error()
+		line := string(ev.Views()[0].AppendJSON(nil))
+		if strings.Contains(line, token[:20]) || !strings.Contains(line, "/latest/") {
+			t.Errorf("%q: %s", send, line)
 		}
 	}
 }
