@@ -3,6 +3,7 @@
 # make build    builds bin/imdsgated and bin/imdsgate
 # make bench    compares with the direct path, haproxy and nginx
 # make bench-attribution  times the naming of a connection's owner, beside ss and lsof
+# make test-load  thousands of clients for two minutes, while the service fails
 # make install  onto this host, make uninstall takes it off again
 
 GO := ./test/go.sh
@@ -15,7 +16,7 @@ export PATH := $(CURDIR)/bin/toolchain:$(PATH)
 DESTDIR :=
 PREFIX := /usr
 
-.PHONY: build demo test bench bench-attribution deps lint unit race fuzz install uninstall clean
+.PHONY: build demo test test-load bench bench-attribution deps lint unit race fuzz install uninstall clean
 
 build: bin/toolchain/go
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/imdsgated ./cmd/imdsgate
@@ -60,6 +61,9 @@ race: bin/toolchain/go
 # Every parser, a few seconds each; go test -fuzz takes one target at a time.
 fuzz: bin/toolchain/go
 	./test/fuzz.sh 5s
+
+test-load: deps bin/toolchain/go
+	go test -count=1 -v ./test/load -args -for 2m -idle 10000
 
 install:
 	./packaging/install.sh '$(DESTDIR)' '$(PREFIX)'

@@ -14,11 +14,13 @@ require (
 	github.com/pelletier/go-toml/v2 v2.4.3 // rule files
 	github.com/prometheus/procfs v0.23.0 // what the daemon uses; tests: a second reader of /proc
 	github.com/rs/zerolog v1.35.1 // the operator's own log
+	github.com/safchain/ethtool v0.7.0 // counters of network drivers
 	github.com/spf13/cobra v1.10.2 // the verbs of imdsgate, help and completion
 	github.com/vishvananda/netlink v1.3.1 // links, routes and notifications of the kernel
 	github.com/vishvananda/netns v0.0.5 // the lab's network namespaces
 	go.uber.org/goleak v1.3.0 // tests: goroutines that were left behind
 	golang.org/x/sys v0.50.0 // system calls
+	golang.org/x/time v0.15.0 // requests a second of one caller
 )
 
 require (

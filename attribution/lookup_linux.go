@@ -21,6 +21,7 @@ type Lookup struct {
 	conn  Conn
 	first chan struct{} // closed when the hinted search is over
 	uid   uint32        // of the socket that Find was told of
+	group uint64        // its cgroup
 	found bool          // it was told of one
 
 	mu         sync.Mutex // guards the following
@@ -79,7 +80,7 @@ func (f *Finder) Find(c Conn) *Lookup {
 	begin := time.Now()
 	l.witnessed()
 	if l.ask(); l.reason == Attributed {
-		l.uid, l.found = l.socket.UID, true
+		l.uid, l.group, l.found = l.socket.UID, l.socket.CgroupID, true
 		l.identified()
 	}
 	if l.reason != Attributed {
@@ -106,6 +107,10 @@ func (f *Finder) Find(c Conn) *Lookup {
 // UID is the user who created the client's socket, as the kernel told Find. It is
 // false if the kernel told of no such socket. It does not wait.
 func (l *Lookup) UID() (uint32, bool) { return l.uid, l.found }
+
+// CgroupID is the cgroup2 in which the client's socket was made, 0 if the kernel told
+// Find of none. It does not wait.
+func (l *Lookup) CgroupID() uint64 { return l.group }
 
 // guess looks whether a process that held a connection before has this one, at
 // the descriptor that it used then: a client that comes back gets the same number

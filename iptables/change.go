@@ -51,7 +51,8 @@ type section struct {
 type stage uint8
 
 const (
-	stageInput stage = iota // filter INPUT
+	stageRaw   stage = iota
+	stageInput       // filter INPUT
 	stageNAT
 	stageGuard // filter OUTPUT and FORWARD
 	stageOther // tables in which only another version of us could have rules
@@ -59,6 +60,8 @@ const (
 
 func stageOf(table, chain string) stage {
 	switch {
+	case table == "raw":
+		return stageRaw
 	case table == "nat":
 		return stageNAT
 	case table != "filter":

@@ -42,6 +42,13 @@ import (
 // they would be refused and every upstream connection would hang in LAST-ACK (measured), so the filter guard also
 // lets pass what has the mark and no socket. That opens nothing: such a packet cannot start a connection past nat.
 //
+// They have a zone of the connection tracker of their own for the way out (nf_ct_zone_id; iptables-extensions(8), CT).
+// An entry stays for ten seconds when the other end has reset its connection, and a new connection with the same
+// addresses and ports takes it over, with its destination (tcp_in_window and nf_conntrack_tcp_packet in
+// nf_conntrack_proto_tcp.c): a client with the port of one of ours that the service had reset went past the redirect
+// (measured), and any user can make that happen where we pass on what cannot be read. The other way round, one of
+// ours with the port of a client that was reset was led to ourselves.
+//
 // What still reaches filter OUTPUT or FORWARD for an endpoint came past the redirect: connections older than it,
 // packets that are not tracked, forged marks. The guard answers those with a reset, or counts them in audit.
 //
@@ -84,6 +91,7 @@ type Jump struct {
 type Coverage struct {
 	IPv4, IPv6 Hooks
 	CgroupID   uint64 // inode number of the directory of Config.Cgroup
+	Zone       bool   // the kernel can keep our connections apart from clients'
 }
 
 // Hooks are the ways to the endpoints of one family.
@@ -97,7 +105,7 @@ type Hooks struct {
 }
 
 // FullCoverage takes every hook.
-var FullCoverage = Coverage{IPv4: Hooks{Host: true, Forwarded: true}, IPv6: Hooks{Host: true, Forwarded: true}}
+var FullCoverage = Coverage{IPv4: Hooks{Host: true, Forwarded: true}, IPv6: Hooks{Host: true, Forwarded: true}, Zone: true}
 
 func (c Coverage) of(f Family) Hooks {
 	if f == IPv6 {
@@ -111,7 +119,7 @@ func (c Config) Plan(on Coverage) Plan {
 	c = c.WithDefaults()
 	p := Plan{}
 	for _, f := range Families {
-		p.Families = append(p.Families, c.familyPlan(f, on.of(f), on.CgroupID))
+		p.Families = append(p.Families, c.familyPlan(f, on.of(f), on))
 		if len(c.endpoints(f)) > 0 {
 			p.Link = append(p.Link, c.forwarded(f)...)
 		}
@@ -130,6 +138,7 @@ const (
 	syn     = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN"
 	refuse  = "-p tcp -j REJECT --reject-with tcp-reset"
 	pass    = "-j RETURN"
+	zone    = "-j CT --zone-orig 254"
 	outputs = own + "-OUTPUT"
 	arrives = own + "-PREROUTING"
 	forward = own + "-FORWARD"
@@ -137,7 +146,7 @@ const (
 	admits  = own + "-ADMIT"
 )
 
-func (c Config) familyPlan(f Family, on Hooks, cgroupID uint64) FamilyPlan {
+func (c Config) familyPlan(f Family, on Hooks, host Coverage) FamilyPlan {
 	p := FamilyPlan{Family: f}
 	endpoints := c.endpoints(f)
 	if len(endpoints) == 0 {
@@ -148,7 +157,7 @@ func (c Config) familyPlan(f Family, on Hooks, cgroupID uint64) FamilyPlan {
 
 	ours := fmt.Sprintf("-m mark --mark %#x -m owner --uid-owner %d", c.Mark, c.UID)
 	if c.Cgroup != "" {
-		ours += fmt.Sprintf(` -m cgroup --path "%s" -m comment --comment "cgroup %d"`, c.Cgroup, cgroupID)
+		ours += fmt.Sprintf(` -m cgroup --path "%s" -m comment --comment "cgroup %d"`, c.Cgroup, host.CgroupID)
 	}
 	oursPass := pass
 	if c.OverrideForeign {
@@ -164,14 +173,18 @@ func (c Config) familyPlan(f Family, on Hooks, cgroupID uint64) FamilyPlan {
 			"-m conntrack --ctstate DNAT --ctorigdst %s --ctorigdstport %d -j ACCEPT", e.Addr(), e.Port()))
 	}
 
+	unowned := fmt.Sprintf("-m mark --mark %#x -m owner ! --socket-exists", c.Mark)
 	p.chain("filter", inputs, append(redirected[:len(redirected):len(redirected)], refuse)...)
+	if on.Host && host.Zone {
+		p.chain("raw", outputs, ours+" "+zone, unowned+" "+zone)
+	}
 	if on.Host {
 		p.chain("nat", outputs,
 			ours+" "+oursPass,
 			fmt.Sprintf("%s -j REDIRECT --to-ports %d", syn, hostListener.Port()))
 		p.chain("filter", outputs,
 			ours+" "+oursPass,
-			fmt.Sprintf("-m mark --mark %#x -m owner ! --socket-exists %s", c.Mark, oursPass),
+			unowned+" "+oursPass,
 			guard)
 	}
 	if on.Host && on.Admit {
@@ -186,6 +199,9 @@ func (c Config) familyPlan(f Family, on Hooks, cgroupID uint64) FamilyPlan {
 		p.jump("filter", "INPUT", to(l), inputs)
 	}
 	for _, e := range endpoints {
+		if on.Host && host.Zone {
+			p.jump("raw", "OUTPUT", to(e), outputs)
+		}
 		if on.Host {
 			p.jump("nat", "OUTPUT", to(e), outputs)
 			p.jump("filter", "OUTPUT", to(e), outputs)

@@ -35,7 +35,7 @@ func TestPlan(t *testing.T) {
 	admit.IPv4.Admit = true
 	for name, p := range map[string]Plan{
 		"audit":            Config{UID: 990}.Plan(FullCoverage),
-		"enforce":          Config{UID: 990, Enforce: true, Cgroup: "system.slice/imdsgated.service"}.Plan(Coverage{IPv4: FullCoverage.IPv4, IPv6: FullCoverage.IPv6, CgroupID: 4711}),
+		"enforce":          Config{UID: 990, Enforce: true, Cgroup: "system.slice/imdsgated.service"}.Plan(Coverage{IPv4: FullCoverage.IPv4, IPv6: FullCoverage.IPv6, CgroupID: 4711, Zone: true}),
 		"override-foreign": Config{UID: 990, OverrideForeign: true}.Plan(admit),
 		"host-hook-locked": Config{UID: 990}.Plan(Coverage{IPv4: Hooks{Forwarded: true}, IPv6: Hooks{Forwarded: true}}),
 		"other-endpoints": Config{UID: 990, HostPort: 900, ForwardedPort: 901, Mark: 1, Endpoints: []netip.AddrPort{

@@ -41,8 +41,9 @@ type Redirect struct {
 	use    *tools
 	route  *netlink.Handle
 
-	mu      sync.Mutex            // guards broken
+	mu      sync.Mutex            // guards the following
 	broken  error                 // why there are no IPv6 rules; see ipv6Skipped
+	noZone  error                 // why our connections have no zone of the tracker
 	foreign atomic.Pointer[rules] // as last read
 }
 
@@ -157,7 +158,7 @@ func (r *Redirect) survey(ctx context.Context) (*survey, error) {
 	}
 	r.foreign.Store(&foreign)
 
-	on := Coverage{}
+	on := Coverage{Zone: r.noZone == nil}
 	for _, f := range families {
 		hooks, err := r.hooks(f, foreign, &s.report)
 		if err != nil {
@@ -181,6 +182,12 @@ func (r *Redirect) survey(ctx context.Context) (*survey, error) {
 	if r.broken != nil {
 		s.report.Warnings = append(s.report.Warnings, fmt.Sprintf(
 			"there is no IPv6 redirect (%v): when somebody switches IPv6 on, the metadata service is reached past the daemon", r.broken))
+	}
+
+	if r.noZone != nil {
+		s.report.Warnings = append(s.report.Warnings, fmt.Sprintf(
+			"the connection tracker does not keep the daemon's connections apart from clients' (%v): for ten seconds after the service has reset one, "+
+				"a client with the same port is not redirected; have the kernel's module xt_CT", r.noZone))
 	}
 
 	if on, err := readInt("/proc/sys/net/ipv4/conf/all/accept_source_route"); err == nil && on != 0 {
@@ -338,6 +345,16 @@ func (r *Redirect) install(ctx context.Context) (Report, error) {
 		return s.report, err
 	}
 	undo, err := r.apply(ctx, s)
+	if err != nil && r.noZone == nil && ctx.Err() == nil { // a kernel may be without xt_CT
+		r.noZone = err
+		if without, surveyErr := r.survey(ctx); surveyErr == nil {
+			s = without
+			undo, err = r.apply(ctx, s)
+		}
+		if err != nil {
+			r.noZone = nil // that was not it
+		}
+	}
 	if err != nil {
 		return s.report, err
 	}

@@ -53,7 +53,7 @@ var endpoint = [...]netip.AddrPort{
 }
 
 // A site is an instance with the metadata service behind it, and two containers. The service says "metadata" to
-// who connects and then echoes, until it hears "bye"; the listeners of a daemon, once they are there, say "host" or "forwarded" and the
+// who connects and then echoes, until it hears "bye" or "reset"; the listeners of a daemon, once they are there, say "host" or "forwarded" and the
 // original destination.
 type site struct {
 	*testing.T
@@ -185,8 +185,12 @@ func (s *site) serve(ns *netlab.Namespace, at netip.AddrPort, name string) {
 					greeting += " " + originalDestination(conn.(*net.TCPConn))
 				}
 				fmt.Fprintln(conn, greeting)
-				for lines := bufio.NewScanner(conn); lines.Scan() && lines.Text() != "bye"; {
+				lines := bufio.NewScanner(conn)
+				for lines.Scan() && lines.Text() != "bye" && lines.Text() != "reset" {
 					fmt.Fprintln(conn, lines.Text())
+				}
+				if lines.Text() == "reset" {
+					conn.(*net.TCPConn).SetLinger(0)
 				}
 				conn.Close()
 			})

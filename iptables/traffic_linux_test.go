@@ -4,11 +4,13 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"net"
 	"net/netip"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
 )
@@ -126,6 +128,45 @@ func (s *site) upstreamCloses(imds netip.AddrPort) {
 	}
 }
 
+// TestSamePort has the service reset connections of the daemon, and clients come with their ports, also from the other
+// side: the tracker remembers both for ten seconds, and must not take one for the other.
+func TestSamePort(t *testing.T) {
+	forBackends(t, func(s *site, b Backend) {
+		imds, daemon := endpoint[IPv4], client{uid: uid, mark: defaultMark}
+		r := s.open(Config{UID: uid, Backend: b})
+		s.daemon(r)
+		s.install(r)
+		for range 5 {
+			d, greeting := s.dial(s.lab.Instance, daemon, imds)
+			s.expect("the daemon", greeting, "metadata")
+			io.WriteString(d, "reset\n")
+			s.expect("the service's goodbye", d.hear(), "ECONNRESET")
+			port := d.LocalAddr().(*net.TCPAddr).Port
+			d.Close()
+			s.expect("a client with the daemon's port", s.ask(s.lab.Instance, client{prepare: from(port)}, imds), "host "+imds.String())
+		}
+		for range 5 {
+			c, greeting := s.dial(s.lab.Instance, client{}, imds)
+			s.expect("a client", greeting, "host "+imds.String())
+			io.WriteString(c, "reset\n")
+			s.expect("the daemon's goodbye", c.hear(), "ECONNRESET")
+			port := c.LocalAddr().(*net.TCPAddr).Port
+			c.Close()
+			s.expect("the daemon with a client's port", s.ask(s.lab.Instance, client{uid: uid, mark: defaultMark, prepare: from(port)}, imds), "metadata")
+		}
+	})
+}
+
+// from has a socket connect from a port.
+func from(port int) func(fd int) error {
+	return func(fd int) error {
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+			return err
+		}
+		return unix.Bind(fd, &unix.SockaddrInet4{Port: port})
+	}
+}
+
 // TestInputDrop is a host as the CIS benchmarks want it: the redirected packets of containers come in by no interface
 // that it lets in.
 func TestInputDrop(t *testing.T) {
@@ -181,18 +222,80 @@ func TestFirewalldIPv6(t *testing.T) {
 	s.expect("bridged container", s.ask(s.lab.Bridged, client{}, endpoint[IPv6]), "forwarded [fd00:ec2::254]:80")
 }
 
-// TestOnlyTheEndpoint sends packets that are nearly metadata traffic.
+// TestOnlyTheEndpoint sends packets that are nearly metadata traffic, and those of the other services that an instance
+// has at link-local addresses (EC2 User Guide, "Link-local addresses"): nothing of them is touched, unless it is
+// configured as an endpoint.
 func TestOnlyTheEndpoint(t *testing.T) {
 	s := newSite(t)
-	router := netip.MustParseAddrPort("172.31.0.1:80")
-	other := netip.AddrPortFrom(endpoint[IPv4].Addr(), 8080)
-	s.serve(s.lab.Metadata, router, "metadata")
-	s.serve(s.lab.Metadata, other, "metadata")
+	var others []netip.AddrPort
+	for _, a := range []string{
+		"172.31.0.1:80", "169.254.169.254:8080",
+		"169.254.170.2:80",                       // credentials of ECS tasks
+		"169.254.170.23:80", "[fd00:ec2::23]:80", // and of EKS pods
+		"169.254.169.253:53", "[fd00:ec2::253]:53", // DNS
+		"169.254.169.123:123", "[fd00:ec2::123]:123", // NTP
+		"169.254.169.250:1688", // KMS
+	} {
+		to := netip.MustParseAddrPort(a)
+		if a := to.Addr(); a.IsLinkLocalUnicast() && a != endpoint[IPv4].Addr() || a.Is6() { // the lab has the others
+			s.shIn(s.lab.Metadata, fmt.Sprintf("ip addr add %s/%d dev ec2 nodad", to.Addr(), to.Addr().BitLen()))
+			s.sh(fmt.Sprintf("ip route add %s/%d dev eth0", to.Addr(), to.Addr().BitLen()))
+		}
+		s.serve(s.lab.Metadata, to, "metadata")
+		others = append(others, to)
+	}
+	datagrams := s.echo(s.lab.Metadata, "169.254.169.254:80", "169.254.169.253:53", "169.254.169.123:123", "[fd00:ec2::253]:53")
 	r := s.open(Config{UID: uid, Enforce: true})
 	s.daemon(r)
 	s.install(r)
 	for _, ns := range []*netlab.Namespace{s.lab.Instance, s.lab.Bridged} {
-		s.expect(ns.String()+" to another address", s.ask(ns, client{}, router), "metadata")
-		s.expect(ns.String()+" to another port", s.ask(ns, client{}, other), "metadata")
+		for _, to := range others {
+			s.expect(fmt.Sprintf("%s to %s", ns, to), s.ask(ns, client{}, to), "metadata")
+		}
+		for _, to := range datagrams {
+			c, err := ns.Dial(t.Context(), new(net.Dialer), "udp", to)
+			if err != nil {
+				t.Fatal(err)
+			}
+			b := make([]byte, 8)
+			c.SetDeadline(time.Now().Add(2 * time.Second))
+			io.WriteString(c, "ping")
+			n, err := c.Read(b)
+			s.expect(fmt.Sprintf("%s to %s, a datagram", ns, to), fmt.Sprint(string(b[:n]), err), "ping<nil>")
+			c.Close()
+		}
 	}
+	listed := netip.MustParseAddrPort("169.254.170.2:80")
+	r = s.open(Config{UID: uid, Enforce: true, Endpoints: []netip.AddrPort{endpoint[IPv4], listed}})
+	s.install(r)
+	s.expect("one that is configured", s.ask(s.lab.Instance, client{}, listed), "host "+listed.String())
+	s.expect("and from a container", s.ask(s.lab.Bridged, client{}, listed), "forwarded "+listed.String())
+}
+
+// echo answers datagrams until the test ends.
+func (s *site) echo(ns *netlab.Namespace, at ...string) []string {
+	s.Helper()
+	for _, a := range at {
+		var conn net.PacketConn
+		if err := ns.Do(func() (err error) {
+			conn, err = net.ListenPacket("udp", a)
+			return err
+		}); err != nil {
+			s.Fatal(err)
+		}
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			b := make([]byte, 64)
+			for {
+				n, from, err := conn.ReadFrom(b)
+				if err != nil {
+					return
+				}
+				conn.WriteTo(b[:n], from)
+			}
+		}()
+		s.Cleanup(func() { conn.Close(); <-done })
+	}
+	return at
 }

@@ -172,7 +172,8 @@ func TestBeginning(t *testing.T) {
 	for _, c := range []struct{ send, method, target, agent string }{
 		{"GET /a HTTP/1.1\r\nUser-Agent: x\r\nno colon\r\nUser-Agent: y\r\n\r\n", "GET", "/a", "x"},
 		{"GET /a HTTP/1.1\r\nUser-Agent: x\r\n\r\nUser-Agent: body\r\n", "GET", "/a", "x"},
-		{"GET /a HTTP/1.1\nUser-Agent: x\n\n", "GET", "/a", ""},
+		{"GET /a HTTP/1.1\r\nUser-Agent: x\nUser-Agent: y\r\n\r\n", "GET", "/a", ""},
+		{"GET /a HTTP/1.1\r\nUser-Agent: ha", "GET", "/a", ""},
 		{"GET http://user:pass@evil/ HTTP/1.1\r\nUser-Agent: x\r\n\r\n", "GET", "http://user:pass@evil/", ""},
 		{"CONNECT evil:80 HTTP/1.1\r\n\r\n", "CONNECT", "evil:80", ""},
 		{"GET /a HTTP/1.2\r\n\r\n", "GET", "/a", ""},

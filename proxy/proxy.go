@@ -16,6 +16,7 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -28,6 +29,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"golang.org/x/time/rate"
 
 	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/event"
@@ -44,10 +47,16 @@ type Options struct {
 	// MaxConns bounds the connections that are served at once, 4096 if 0. A
 	// quarter of them is for forwarded clients, and the rest for the host's own.
 	// When one more comes, the user (or the forwarded address) who has the most
-	// loses one: the one that has been idle longest, as a server may close any
-	// idle connection, or else the oldest. Lower makes it more likely that one
+	// loses one, from the cgroup with the most: the one that has been idle longest,
+	// as a server may close any idle connection, or else the oldest. Root, and who
+	// has a grant, lose none as long as they have no more than an eighth together. Lower makes it more likely that one
 	// who needs many loses one in use, higher takes more memory.
 	MaxConns int
+	// Rate bounds the requests a second of one caller, after as many at once as
+	// Burst says, twice as many if 0: more wait a little, and get 503 in enforce mode.
+	// 0 sets no bounds. Lower than what an SDK asks in a row, which is some ten, makes
+	// it wait.
+	Rate, Burst int
 	// Forwardable says whether the host would have forwarded a connection from
 	// this client in another network namespace. Nil is never.
 	Forwardable func(client, endpoint netip.AddrPort) error
@@ -88,6 +97,7 @@ type Proxy struct {
 	// there is none have the evidence of the moment.
 	evidence chan struct{}
 
+	pace     pace
 	rendered rendered
 	stats    Stats
 }
@@ -99,6 +109,10 @@ type Stats struct {
 	// Evicted counts connections that were closed because their owner had the most
 	// when another came.
 	Evicted atomic.Uint64
+
+	// Throttled counts requests of callers who ask more often than Options.Rate
+	// allows, and for whom it would have taken too long to wait.
+	Throttled atomic.Uint64
 
 	// Looped counts our own connections that came back to us instead of reaching the
 	// service.
@@ -112,7 +126,8 @@ func New(o Options, finder *attribution.Finder, engine *policy.Engine) *Proxy {
 	}
 	forwarded := max(o.MaxConns/4, 1)
 	return &Proxy{options: o, finder: finder, engine: engine, uid: uint32(os.Geteuid()), silence: idleTimeout,
-		local: newSlots(o.MaxConns - forwarded), forwarded: newSlots(forwarded), evidence: make(chan struct{}, o.MaxConns)}
+		local: newSlots(o.MaxConns - forwarded), forwarded: newSlots(forwarded), evidence: make(chan struct{}, o.MaxConns),
+		pace: pace{each: rate.Limit(o.Rate), burst: cmp.Or(o.Burst, 2*o.Rate)}}
 }
 
 // Stats is live.
@@ -155,7 +170,7 @@ func (p *Proxy) Serve(ln net.Listener, forwarded bool) error {
 				return nil
 			}
 			if exhausted(err) {
-				time.Sleep(5 * time.Millisecond) // until some connection has ended
+				time.Sleep(exhaustedFor)
 				continue
 			}
 			return fmt.Errorf("accept on %v: %w", ln.Addr(), err)
@@ -172,8 +187,11 @@ func (p *Proxy) Serve(ln net.Listener, forwarded bool) error {
 	}
 }
 
-// exhausted reports whether accept failed for want of something that
-// connections give back when they end.
+// exhaustedFor is how long it waits before it tries again what exhausted is about.
+const exhaustedFor = 5 * time.Millisecond
+
+// exhausted reports whether something failed for want of what connections give back
+// when they end.
 func exhausted(err error) bool {
 	for _, e := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.ECONNABORTED} {
 		if errors.Is(err, e) {
@@ -190,7 +208,7 @@ func (p *Proxy) Open() int {
 	return len(p.local.sessions) + len(p.forwarded.sessions)
 }
 
-// Shutdown stops accepting, lets answers that are under way be passed on, and
+// Shutdown stops accepting, lets requests that have come be answered, and
 // closes the rest when ctx is done or after five seconds. It returns when
 // everything has ended.
 func (p *Proxy) Shutdown(ctx context.Context) error {
@@ -201,34 +219,40 @@ func (p *Proxy) Shutdown(ctx context.Context) error {
 	for _, ln := range p.listeners {
 		ln.Close()
 	}
-	for s := range p.sessions() {
-		if !s.busy.Load() {
-			s.abort()
-		}
-	}
 	p.mu.Unlock()
 	done := make(chan struct{})
 	go func() {
 		p.wg.Wait()
 		close(done)
 	}()
-	select {
-	case <-done:
-		return nil
-	case <-ctx.Done():
+	for {
+		p.abort((*session).unused)
+		select {
+		case <-done:
+			return nil
+		case <-ctx.Done():
+			left := p.abort(func(*session) bool { return true })
+			<-done
+			if left > 0 {
+				return fmt.Errorf("closed %d connections whose answer had not come", left)
+			}
+			return nil
+		case <-time.After(grace / 5):
+		}
 	}
+}
+
+// abort ends some of the connections, and counts them.
+func (p *Proxy) abort(which func(*session) bool) (n int) {
 	p.mu.Lock()
-	left := 0
+	defer p.mu.Unlock()
 	for s := range p.sessions() {
-		s.abort()
-		left++
+		if which(s) {
+			s.abort()
+			n++
+		}
 	}
-	p.mu.Unlock()
-	<-done
-	if left > 0 {
-		return fmt.Errorf("closed %d connections whose answer had not come", left)
-	}
-	return nil
+	return n
 }
 
 // sessions yields those that have a slot. It is called with p.mu held.
@@ -245,7 +269,8 @@ func (p *Proxy) sessions() iter.Seq[*session] {
 }
 
 // looped reports whether a client is one of our own connections to the service, and
-// tells the session that it belongs to. When our side resets a redirected
+// tells the session that it belongs to, which happens where the kernel does not keep
+// them apart from clients' (iptables.Coverage.Zone). When our side resets a redirected
 // connection, conntrack keeps where it led for some ten seconds, and a connection
 // of ours that happens to have the same port is led there, too, whatever its mark
 // (the entry is reused, so that no rule is asked; nf_conntrack_proto_tcp.c).

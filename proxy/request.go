@@ -62,53 +62,74 @@ func parseBody(b []byte) (whole bool, err error) {
 // thing (RFC 9112, without what it lets a recipient be lenient about): lines
 // end in CRLF, one space between the parts of the request line, no space
 // around a field name, no continued lines, one length.
-func parseRequest(b []byte) (*request, error) {
-	end := bytes.Index(b, []byte("\r\n\r\n"))
-	if end < 0 {
-		if len(b) >= maxHead {
+func parseRequest(b []byte) (*request, error) { return new(head).read(b) }
+
+// head is a request head that is read line by line, as it comes: nobody waits for
+// the end of what is no request, and a line is looked at once. The zero value is
+// ready.
+type head struct {
+	request
+	at    int // the lines before it were read
+	lines int
+	seen  struct{ host, length, encoding, token, ttl, expect bool }
+}
+
+// read goes on with a head that is at the front of b, as parseRequest.
+func (h *head) read(b []byte) (*request, error) {
+	for {
+		n := bytes.IndexByte(b[h.at:], '\n')
+		if n < 0 {
+			return nil, h.partial(b)
+		}
+		line, ok := bytes.CutSuffix(b[h.at:h.at+n], []byte("\r"))
+		if !ok {
+			return nil, malformed("line without CR")
+		}
+		if h.at += n + 1; h.at > maxHead {
 			return nil, malformed("head of more than %d bytes", maxHead)
 		}
-		return nil, partial(b)
+		var err error
+		switch h.lines++; {
+		case h.lines == 1:
+			err = h.requestLine(line)
+		case len(line) > 0 && h.lines > maxFields+1:
+			err = malformed("more than %d fields", maxFields)
+		case len(line) > 0:
+			err = h.field(line)
+		default:
+			h.headSize = h.at
+			if err = h.whole(); err == nil {
+				return &h.request, nil
+			}
+		}
+		if err != nil {
+			return nil, err
+		}
 	}
-	if end+4 > maxHead {
-		return nil, malformed("head of %d bytes, more than %d", end+4, maxHead)
-	}
-	r := &request{headSize: end + 4}
-	line, rest, _ := bytes.Cut(b[:end+2], []byte("\r\n"))
-	if err := r.requestLine(line); err != nil {
-		return nil, err
-	}
-	if err := r.fields(rest); err != nil {
-		return nil, err
-	}
-	return r, nil
 }
 
 // beginning reads of what is no request as much as can be read: the request line,
-// and the fields before the first that is none.
+// and the fields before the first line that is none.
 func beginning(b []byte) *request {
-	r := &request{}
-	line, rest, _ := bytes.Cut(b[:min(len(b), maxHead)], []byte("\n"))
-	if r.requestLine(bytes.TrimSuffix(line, []byte("\r"))) == nil {
-		rest, _, _ = bytes.Cut(rest, []byte("\r\n\r\n"))
-		r.fields(rest)
-	}
-	return r
+	h := new(head)
+	h.read(b)
+	return &h.request
 }
 
-// partial refuses an incomplete head that can no longer become a good one, so
-// that nobody waits for the end of what is no request.
-func partial(b []byte) error {
-	line, _, whole := bytes.Cut(b, []byte("\n"))
-	if whole && !bytes.HasSuffix(line, []byte("\r")) {
-		return malformed("line without CR")
+// partial refuses a last line, without its end, that can no longer become a good one.
+func (h *head) partial(b []byte) error {
+	if len(b) >= maxHead {
+		return malformed("head of more than %d bytes", maxHead)
 	}
-	for i, c := range line {
-		if c == '\r' && (i != len(line)-1) || c < ' ' && c != '\r' || c >= 0x7f {
+	if h.lines > 0 {
+		return nil
+	}
+	for i, c := range b {
+		if c == '\r' && i != len(b)-1 || c < ' ' && c != '\r' || c >= 0x7f {
 			return malformed("byte %#02x in the request line", c)
 		}
 	}
-	if len(line) > maxTarget+64 {
+	if len(b) > maxTarget+64 {
 		return malformed("request line of more than %d bytes", maxTarget)
 	}
 	return nil
@@ -153,9 +174,8 @@ func (r *request) requestLine(line []byte) error {
 	return nil
 }
 
-// fields reads the header, each line of which ends in CRLF.
-func (r *request) fields(b []byte) error {
-	var seen struct{ host, length, encoding, token, ttl, expect bool }
+// field reads one line of the header.
+func (h *head) field(line []byte) error {
 	once := func(flag *bool, name []byte) error {
 		if *flag {
 			return malformed("%.64s twice", bytes.ToLower(name))
@@ -163,89 +183,85 @@ func (r *request) fields(b []byte) error {
 		*flag = true
 		return nil
 	}
-	for n := 0; len(b) > 0; n++ {
-		if n == maxFields {
-			return malformed("more than %d fields", maxFields)
-		}
-		line, rest, _ := bytes.Cut(b, []byte("\r\n"))
-		b = rest
-		name, value, ok := bytes.Cut(line, []byte(":"))
-		if !ok || len(name) == 0 || !isToken(name) {
-			return malformed("field name")
-		}
-		for _, c := range value {
-			if c < ' ' && c != '\t' || c == 0x7f {
-				return malformed("byte %#02x in the field %.64s", c, bytes.ToLower(name))
-			}
-		}
-		value = bytes.Trim(value, " \t")
-		switch {
-		case is(name, "host"):
-			if err := once(&seen.host, name); err != nil {
-				return err
-			}
-			if len(value) > 255 || bytes.ContainsAny(value, " \t,/@\\") {
-				return malformed("host")
-			}
-			r.host = string(value)
-		case is(name, "content-length"):
-			if err := once(&seen.length, name); err != nil {
-				return err
-			}
-			if string(value) != "0" {
-				return malformed("content-length other than 0")
-			}
-		case is(name, "transfer-encoding"):
-			if err := once(&seen.encoding, name); err != nil {
-				return err
-			}
-			if !is(value, "chunked") || r.minor == 0 {
-				return malformed("transfer-encoding")
-			}
-			r.chunked = true
-		case is(name, "connection"):
-			if err := r.connection(value); err != nil {
-				return err
-			}
-		case is(name, "expect"):
-			if err := once(&seen.expect, name); err != nil {
-				return err
-			}
-			if !is(value, "100-continue") || r.minor == 0 {
-				return malformed("expect")
-			}
-			r.expect = true
-		case is(name, "upgrade"), is(name, "http2-settings"):
-			return malformed("upgrade")
-		case is(name, "x-aws-ec2-metadata-token"):
-			if err := once(&seen.token, name); err != nil {
-				return err
-			}
-			r.token = len(value) > 0 // what forges requests may be able to add an empty one
-		case is(name, "x-aws-ec2-metadata-token-ttl-seconds"):
-			if err := once(&seen.ttl, name); err != nil {
-				return err
-			}
-		case is(name, "x-forwarded-for"), is(name, "forwarded"), is(name, "x-forwarded-host"), is(name, "via"):
-			r.relayed = true
-		case is(name, "user-agent"):
-			r.userAgent = string(value)
-		case is(name, "x-http-method-override"), is(name, "x-original-url"), is(name, "x-rewrite-url"):
-			r.odd = true // nobody knows of IMDS that it honours these
-		case bytes.IndexByte(name, '_') >= 0:
-			if err := r.kin(name); err != nil {
-				return err
-			}
+	name, value, ok := bytes.Cut(line, []byte(":"))
+	if !ok || len(name) == 0 || !isToken(name) {
+		return malformed("field name")
+	}
+	for _, c := range value {
+		if c < ' ' && c != '\t' || c == 0x7f {
+			return malformed("byte %#02x in the field %.64s", c, bytes.ToLower(name))
 		}
 	}
-	r.close = r.close || r.minor == 0 && !r.keep
+	value = bytes.Trim(value, " \t")
 	switch {
-	case seen.length && seen.encoding:
-		return malformed("content-length and transfer-encoding")
-	case r.chunked && (r.method == "GET" || r.method == "HEAD"):
-		return malformed("%s with a body", r.method)
+	case is(name, "host"):
+		if err := once(&h.seen.host, name); err != nil {
+			return err
+		}
+		if len(value) > 255 || bytes.ContainsAny(value, " \t,/@\\") {
+			return malformed("host")
+		}
+		h.host = string(value)
+	case is(name, "content-length"):
+		if err := once(&h.seen.length, name); err != nil {
+			return err
+		}
+		if string(value) != "0" {
+			return malformed("content-length other than 0")
+		}
+	case is(name, "transfer-encoding"):
+		if err := once(&h.seen.encoding, name); err != nil {
+			return err
+		}
+		if !is(value, "chunked") || h.minor == 0 {
+			return malformed("transfer-encoding")
+		}
+		h.chunked = true
+	case is(name, "connection"):
+		if err := h.connection(value); err != nil {
+			return err
+		}
+	case is(name, "expect"):
+		if err := once(&h.seen.expect, name); err != nil {
+			return err
+		}
+		if !is(value, "100-continue") || h.minor == 0 {
+			return malformed("expect")
+		}
+		h.expect = true
+	case is(name, "upgrade"), is(name, "http2-settings"):
+		return malformed("upgrade")
+	case is(name, "x-aws-ec2-metadata-token"):
+		if err := once(&h.seen.token, name); err != nil {
+			return err
+		}
+		h.token = len(value) > 0 // what forges requests may be able to add an empty one
+	case is(name, "x-aws-ec2-metadata-token-ttl-seconds"):
+		if err := once(&h.seen.ttl, name); err != nil {
+			return err
+		}
+	case is(name, "x-forwarded-for"), is(name, "forwarded"), is(name, "x-forwarded-host"), is(name, "via"):
+		h.relayed = true
+	case is(name, "user-agent"):
+		h.userAgent = string(value)
+	case is(name, "x-http-method-override"), is(name, "x-original-url"), is(name, "x-rewrite-url"):
+		h.odd = true // nobody knows of IMDS that it honours these
+	case bytes.IndexByte(name, '_') >= 0:
+		return h.kin(name)
 	}
-	r.expect = r.expect && r.chunked // or else there is nothing to wait for
+	return nil
+}
+
+// whole judges a head that is all there.
+func (h *head) whole() error {
+	switch {
+	case h.seen.length && h.seen.encoding:
+		return malformed("content-length and transfer-encoding")
+	case h.chunked && (h.method == "GET" || h.method == "HEAD"):
+		return malformed("%s with a body", h.method)
+	}
+	h.close = h.close || h.minor == 0 && !h.keep
+	h.expect = h.expect && h.chunked // or else there is nothing to wait for
 	return nil
 }
 

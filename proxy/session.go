@@ -25,16 +25,18 @@ type session struct {
 	forwarded bool
 	accepted  time.Time
 	busy      atomic.Bool  // a request has begun
+	spared    atomic.Bool  // root's, or of one who has a grant
 	idle      atomic.Int64 // since when it is not busy, in nanoseconds of the monotonic clock
 
 	// Proxy.mu guards the following.
-	owner    owner
-	held     *int // by that owner, with this one
+	of       part
+	held     *int // by its owner, with this one
+	part     *int // from its cgroup
 	arriving bool // has a place among those without a slot
 
 	mu      sync.Mutex // guards aborted, and up where it is set and for other goroutines
 	aborted bool
-	up      *upstream
+	up      *upstream   // nil while there is none
 	looped  atomic.Bool // up came back to us
 
 	conn    event.Connection
@@ -53,6 +55,8 @@ type session struct {
 
 	owed bool   // the client has yet to send its body
 	sent []byte // of in: the request under way, while it may be sent again
+
+	resent bool // it was, because the service had ended the connection
 }
 
 // buffers hold a request, for as long as the connection lives, or an answer
@@ -122,14 +126,22 @@ func (s *session) run() {
 	if !s.p.admit(s, s.ownedBy()) {
 		return
 	}
-	if err := s.connect(); err != nil {
-		if !errors.Is(err, errClient) {
-			stats.UpstreamFailed.Add(1)
-			s.reset()
+	// While the client's request is on its way, so is the connection for it: but for a
+	// caller who asks too often, who may not get to use it.
+	if !s.p.pace.full(s.of) {
+		if err := s.connect(); err != nil {
+			if !errors.Is(err, errClient) {
+				stats.UpstreamFailed.Add(1)
+				s.reset()
+			}
+			return
 		}
-		return
 	}
-	defer func() { s.up.Close() }()
+	defer func() {
+		if s.up != nil {
+			s.up.Close()
+		}
+	}()
 
 	for s.exchange() == nil && !s.p.stopping() {
 		s.count++
@@ -138,16 +150,27 @@ func (s *session) run() {
 	}
 }
 
-func (s *session) ownedBy() owner {
+func (s *session) ownedBy() part {
 	if s.forwarded {
-		return forwardedOwner(s.conn.Source.Addr())
+		return part{owner: forwardedOwner(s.conn.Source.Addr())}
 	}
 	uid, known := s.lookup.UID()
-	return owner{known: known, uid: uid}
+	s.spared.Store(known && uid == 0)
+	return part{owner{known: known, uid: uid}, s.lookup.CgroupID()}
 }
 
-// connect begins a connection upstream.
+// connect begins a connection upstream. Where descriptors have run out it waits a
+// little for some: the client has a connection, and nobody to tell it why it ends.
 func (s *session) connect() error {
+	for begin := time.Now(); ; time.Sleep(exhaustedFor) {
+		err := s.dial()
+		if err == nil || !exhausted(err) || time.Since(begin) > firstSlice {
+			return err
+		}
+	}
+}
+
+func (s *session) dial() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.aborted {
@@ -182,6 +205,11 @@ func (s *session) abort() {
 	if s.up != nil {
 		s.up.Close()
 	}
+}
+
+// unused reports whether nothing of a request has come for a while.
+func (s *session) unused() bool {
+	return !s.busy.Load() && time.Since(start)-time.Duration(s.idle.Load()) > grace && look(s.client) != ready
 }
 
 // ended reports whether abort did it.
@@ -273,6 +301,7 @@ func (s *session) exchange() error {
 			search = wholeLater
 		}
 	}
+	paced := s.paced()
 	decided := make(chan struct{})
 	if enforce {
 		s.decide(ev, AttributeIn, search)
@@ -282,6 +311,10 @@ func (s *session) exchange() error {
 			// and gets this instead.
 			s.in = s.in[size:]
 			return s.refused(ev, r)
+		}
+		if !paced {
+			s.in = s.in[size:]
+			return s.throttled(ev, r)
 		}
 		if ev.Request.Guarded {
 			s.guarded = ev
@@ -307,7 +340,7 @@ func (s *session) exchange() error {
 	}
 	s.out = hold()
 	answer, err := s.relay(r, target.Class == imds.Credentials)
-	for try := 1; err != nil && s.lost(&answer); try++ {
+	for try := 1; err != nil && answer.lost; try++ {
 		if try < maxLoops {
 			err = s.reach(s.sent)
 		}
@@ -318,7 +351,7 @@ func (s *session) exchange() error {
 		}
 		answer, err = s.relay(r, target.Class == imds.Credentials)
 	}
-	s.sent, s.guarded = nil, nil
+	s.sent, s.guarded, s.resent = nil, nil, false
 	release(s.out)
 	if errors.Is(err, errWithheld) {
 		return s.refused(ev, r)
@@ -364,6 +397,16 @@ func (s *session) refused(ev *event.Event, r *request) error {
 	return io.EOF
 }
 
+// throttled answers a request for which the caller has asked too often, as the service
+// does, and ends the connection.
+func (s *session) throttled(ev *event.Event, r *request) error {
+	s.say(imds.AppendUnavailable(nil, time.Now()))
+	ev.Response = event.Response{Status: 503, Refused: true, Failed: "the caller asks more often than limits.requests_per_second allows"}
+	s.finish(ev)
+	s.goodbye(r.expect)
+	return io.EOF
+}
+
 // complete decides in the background, and then calls the function. It does nothing
 // and reports false if too many events wait for their evidence already.
 func (s *session) complete(ev *event.Event, how search, then func()) bool {
@@ -396,9 +439,18 @@ func (s *session) hint(ev *event.Event, within time.Duration, how search) (enoug
 		owner = s.lookup.Owner(ctx)
 		enough = how == likely && owner.Reason != attribution.Late
 	}
-	s.p.rendered.observe(ev, owner)
-	s.p.engine.Judge(ev)
+	s.verdict(ev, owner, false)
 	return enough
+}
+
+// verdict judges by what is known of the owner.
+func (s *session) verdict(ev *event.Event, owner attribution.Owner, unawaited bool) {
+	s.p.rendered.observe(ev, owner)
+	ev.Attribution.Unawaited = unawaited
+	s.p.engine.Judge(ev)
+	if ev.Decision.Grant != "" {
+		s.spared.Store(true)
+	}
 }
 
 // search says how far decide looks for owners.
@@ -422,9 +474,7 @@ func (s *session) judge(ev *event.Event, within time.Duration, how search) {
 	defer cancel()
 	if !s.hint(ev, within, how) && how != likely && !s.p.engine.Final(ev) {
 		owner := s.lookup.Complete(ctx, how == whole)
-		s.p.rendered.observe(ev, owner)
-		ev.Attribution.Unawaited = how == wholeLater && owner.Attributed() && owner.Reason == attribution.ClientGone
-		s.p.engine.Judge(ev)
+		s.verdict(ev, owner, how == wholeLater && owner.Attributed() && owner.Reason == attribution.ClientGone)
 	}
 }
 
@@ -449,17 +499,22 @@ func (s *session) finish(ev *event.Event) {
 	s.p.options.Record(ev)
 }
 
-// upstreamFailed passes on that the service cannot be reached.
+// upstreamFailed records a request that could not be sent, and ends the client's
+// connection as the service would have.
 func (s *session) upstreamFailed(ev *event.Event, err error, decided bool) error {
-	if errors.Is(err, errClient) || s.ended() {
-		return err
+	ev.Response.Failed = "the service cannot be reached"
+	switch {
+	case s.ended():
+		ev.Response.Failed = "the proxy closed the connection"
+	case errors.Is(err, errClient):
+		ev.Response.Failed = "the client left before it was sent"
+	default:
+		s.p.stats.UpstreamFailed.Add(1)
 	}
-	s.p.stats.UpstreamFailed.Add(1)
 	s.reset()
 	if !decided {
 		s.decide(ev, attributeInA, likely)
 	}
-	ev.Response.Failed = "the service cannot be reached"
 	s.finish(ev)
 	return err
 }

@@ -1,16 +1,27 @@
 package proxy
 
 import (
+	"cmp"
+	"math"
 	"net/netip"
 	"time"
+
+	"github.com/imdsgate/imdsgate/policy"
 )
 
 // Any user of the host may open connections and keep them busy for as long as he
 // likes: half a head, an answer that he does not read. So connections are counted
 // for the owners of their clients, and when there is no room it is made at the
 // cost of the owner who has the most, whatever that connection is doing: who
-// hoards connections takes them from himself. Clients of other network namespaces
-// have slots of their own, so that neither side can take the other's.
+// hoards connections takes them from himself. Of his cgroups the one with the most
+// loses: a unit that hoards takes them from itself. That comes second, because a
+// user may make as many cgroups as he likes where some are delegated to him. Clients
+// of other network namespaces have slots of their own, so that neither side can take
+// the other's.
+//
+// A part of the slots is not taken from root and from who has a grant, however many
+// they have. In audit mode, where nothing may break, a connection for which there is
+// no room waits for a moment before another loses its place in the middle.
 
 // owner is who a connection is counted for: the user who made the client's
 // socket, or the address of a client in another network namespace. The zero value
@@ -28,12 +39,26 @@ func forwardedOwner(client netip.Addr) owner {
 	return owner{known: true, peer: client}
 }
 
+// roomFor is how long it waits: requests take milliseconds.
+const roomFor = 100 * time.Millisecond
+
+// reserve is the part of the slots that is not taken from root and from who has a grant.
+const reserve = 8
+
+// part is what an owner has in one cgroup.
+type part struct {
+	owner
+	cgroup uint64
+}
+
 // slots are the connections of one kind that are served at once. Proxy.mu guards
 // all but arriving.
 type slots struct {
 	limit    int
 	sessions map[*session]struct{}
 	held     map[owner]*int // how many of the sessions each owner has
+	parts    map[part]*int  // and from each cgroup
+	left     chan struct{}  // told when there is room, with place for one
 
 	// arriving has a place for each connection that has no slot: it was accepted
 	// and its owner is not known yet, or it was told to end and has not yet. Both
@@ -52,19 +77,25 @@ const maxArriving = 256
 const grace = 50 * time.Millisecond
 
 func newSlots(limit int) *slots {
-	return &slots{limit: max(limit, 1), sessions: map[*session]struct{}{}, held: map[owner]*int{},
-		arriving: make(chan struct{}, maxArriving)}
+	return &slots{limit: max(limit, 1), sessions: map[*session]struct{}{}, held: map[owner]*int{}, parts: map[part]*int{},
+		left: make(chan struct{}, 1), arriving: make(chan struct{}, maxArriving)}
 }
 
-func (h *slots) add(s *session, o owner) {
-	n := h.held[o]
+func (h *slots) add(s *session, of part) {
+	s.of = of
+	s.held, s.part = count(h.held, of.owner), count(h.parts, of)
+	h.sessions[s] = struct{}{}
+}
+
+// count counts one more.
+func count[K comparable](m map[K]*int, k K) *int {
+	n := m[k]
 	if n == nil {
 		n = new(int)
-		h.held[o] = n
+		m[k] = n
 	}
 	*n++
-	s.owner, s.held = o, n
-	h.sessions[s] = struct{}{}
+	return n
 }
 
 func (h *slots) remove(s *session) {
@@ -73,49 +104,58 @@ func (h *slots) remove(s *session) {
 	}
 	delete(h.sessions, s)
 	if *s.held--; *s.held == 0 {
-		delete(h.held, s.owner)
+		delete(h.held, s.of.owner)
+	}
+	if *s.part--; *s.part == 0 {
+		delete(h.parts, s.of)
+	}
+	select {
+	case h.left <- struct{}{}:
+	default:
 	}
 }
 
-// last is the session that must go first: of the owner with the most, the one that
-// has been idle longest, or else the oldest.
+// last is the session that must go first: of the owner with the most, from the cgroup
+// with the most, the one that has been idle longest, or else the oldest.
 func (h *slots) last() *session {
-	most := 0
-	for _, n := range h.held {
-		most = max(most, *n)
+	spared := 0
+	for s := range h.sessions {
+		if s.spared.Load() {
+			spared++
+		}
 	}
-	var oldest, idle *session
+	sparing := spared <= h.limit/reserve
+	var last *session
+	var lastIdle int64 // since when; math.MaxInt64 if it is not
 	before := int64(time.Since(start) - grace)
 	for s := range h.sessions {
-		if *s.held < most {
+		if sparing && s.spared.Load() {
 			continue
 		}
-		if oldest == nil || s.accepted.Before(oldest.accepted) {
-			oldest = s
+		idle := s.idle.Load()
+		if s.busy.Load() || idle >= before {
+			idle = math.MaxInt64
 		}
-		if since := s.idle.Load(); !s.busy.Load() && since < before {
-			before, idle = since, s
+		if last == nil || cmp.Or(
+			cmp.Compare(*s.held, *last.held), cmp.Compare(*s.part, *last.part), cmp.Compare(lastIdle, idle), last.accepted.Compare(s.accepted),
+		) > 0 {
+			last, lastIdle = s, idle
 		}
 	}
-	if idle != nil {
-		return idle
-	}
-	return oldest
+	return last
 }
 
 // admit gives a session a slot, if need be another's. It reports whether it got
 // one.
-func (p *Proxy) admit(s *session, o owner) bool {
+func (p *Proxy) admit(s *session, of part) bool {
 	h := s.slots
-	p.mu.Lock()
-	if p.closing {
-		p.mu.Unlock()
+	if !p.lockWithRoom(h) {
 		return false
 	}
-	h.add(s, o)
+	h.add(s, of)
 	var last *session
 	if len(h.sessions) > h.limit {
-		last = h.last()
+		last = cmp.Or(h.last(), s)
 		h.remove(last)
 		last.arriving = true // in the place of s, if it is not s
 		p.stats.Evicted.Add(1)
@@ -131,6 +171,34 @@ func (p *Proxy) admit(s *session, o owner) bool {
 		last.abort()
 	}
 	return true
+}
+
+// lockWithRoom locks mu when there is room, or nothing better than to make some. It
+// reports false, and does not lock, if the end has come.
+func (p *Proxy) lockWithRoom(h *slots) bool {
+	var timer <-chan time.Time
+	for waits := p.engine.Mode() != policy.Enforce; ; {
+		p.mu.Lock()
+		if p.closing {
+			p.mu.Unlock()
+			return false
+		}
+		if !waits || len(h.sessions) < h.limit {
+			return true
+		}
+		if last := h.last(); last != nil && !last.busy.Load() {
+			return true
+		}
+		p.mu.Unlock()
+		if timer == nil {
+			timer = time.After(roomFor)
+		}
+		select {
+		case <-h.left:
+		case <-timer:
+			waits = false
+		}
+	}
 }
 
 // leave gives back what a session has that is over.

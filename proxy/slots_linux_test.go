@@ -182,6 +182,108 @@ func TestMoreClientsThanSlots(t *testing.T) {
 	}
 }
 
+// Of the user with the most, the cgroup with the most loses; of that, what is idle, and
+// for longest.
+func TestLast(t *testing.T) {
+	h := newSlots(64)
+	n := 0
+	add := func(uid uint32, cgroup uint64, busy bool) *session {
+		n++
+		s := &session{accepted: start.Add(time.Duration(n)), slots: h}
+		s.busy.Store(busy)
+		s.idle.Store(int64(n) - int64(time.Hour))
+		h.add(s, part{owner{known: true, uid: uid}, cgroup})
+		return s
+	}
+	one, other := uint64(1), uint64(2)
+	for range 4 {
+		add(bystander, one, false)
+	}
+	var want []*session
+	busy := []*session{add(hoarder, other, true), add(hoarder, other, true)}
+	for range 3 {
+		want = append(want, add(hoarder, other, false))
+	}
+	want = append(want, busy...)
+	add(hoarder, one, false)
+	for i, w := range want[:2] { // 6 of the hoarder's, then 5
+		got := h.last()
+		if got != w {
+			t.Fatalf("%d: %+v, want %+v", i, got, w)
+		}
+		h.remove(got)
+	}
+	add(hoarder, other, true)
+	if got := h.last(); got != want[2] {
+		t.Errorf("%+v, want the idle one of the larger cgroup", got)
+	}
+}
+
+// A part of the slots is not taken from root, though nobody has more.
+func TestReserve(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{IMDS: hoarded()}, conns: 64})
+	for _, mine := range []int{r.proxy.local.limit / reserve, r.proxy.local.limit/reserve + 1} {
+		before := r.proxy.Stats().Evicted.Load()
+		var kept []*net.TCPConn
+		for range mine {
+			c := r.dial(false)
+			r.served("root", c, keep)
+			kept = append(kept, c)
+		}
+		time.Sleep(2 * grace) // they are idle, and what comes is not
+		var others []*net.TCPConn
+		for i := range r.proxy.local.limit {
+			c := r.dialAs(hoarder + i%12)
+			c.Write([]byte(ignored))
+			others = append(others, c)
+		}
+		r.full(r.proxy.local)
+		lost := 0
+		for _, c := range kept {
+			if _, end := talk(t, c, "", 100*time.Millisecond); end != "open" {
+				lost++
+			}
+			c.Close()
+		}
+		if evicted := r.proxy.Stats().Evicted.Load() - before; lost > 0 != (mine > r.proxy.local.limit/reserve) || evicted == 0 {
+			t.Errorf("root lost %d of %d, of %d that were evicted", lost, mine, evicted)
+		}
+		for _, c := range others {
+			c.Close()
+		}
+		r.settled()
+	}
+}
+
+// In audit mode a connection waits for room before another is broken off for it.
+func TestRoomIsAwaited(t *testing.T) {
+	awaited := false
+	for try := 0; try < 10 && !awaited; try++ { // a busy machine may take longer than is waited
+		t.Run("", func(t *testing.T) {
+			cfg := emulator()
+			cfg.Fault = func(*imdstest.Request) imdstest.Fault { return imdstest.Fault{Delay: roomFor / 2} }
+			r := newRig(t, setting{lab: netlab.Options{IMDS: cfg}, conns: 16})
+			var all []*net.TCPConn
+			for range r.proxy.local.limit + 4 {
+				c := r.dial(false)
+				c.Write([]byte(ask))
+				all = append(all, c)
+			}
+			answered := 0
+			for _, c := range all {
+				if got, end := talk(t, c, "", 5*time.Second); strings.HasPrefix(got, "HTTP/1.1 200 ") && end == "FIN" {
+					answered++
+				}
+			}
+			awaited = answered == len(all) && r.proxy.Stats().Evicted.Load() == 0
+			t.Logf("%d of %d answered, %d evicted", answered, len(all), r.proxy.Stats().Evicted.Load())
+		})
+	}
+	if !awaited {
+		t.Error("somebody was broken off each time")
+	}
+}
+
 // Containers and the host have slots of their own, and containers each other's
 // only as far as they leave some.
 func TestForwardedHoarders(t *testing.T) {
@@ -272,7 +374,7 @@ func BenchmarkLast(b *testing.B) {
 	for range 3072 {
 		s := &session{accepted: time.Now()}
 		s.busy.Store(true)
-		h.add(s, owner{known: true, uid: hoarder})
+		h.add(s, part{owner: owner{known: true, uid: hoarder}})
 	}
 	b.ReportAllocs()
 	for b.Loop() {

@@ -5,6 +5,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/imdsgate/imdsgate/event"
@@ -43,9 +44,10 @@ func (s *session) read() (*request, error) {
 	var wait patience
 	deadline := time.Now().Add(s.p.silence)
 	begun := false
+	head := new(head)
 	for {
 		if len(s.in) > 0 {
-			r, err := parseRequest(s.in)
+			r, err := head.read(s.in)
 			if r != nil || err != nil {
 				s.busy.Store(true)
 				return r, err
@@ -66,16 +68,17 @@ func (s *session) read() (*request, error) {
 				return nil, malformed("head not sent within %v", headTimeout)
 			case time.Now().After(deadline):
 				return nil, err
-			case !begun && s.count > 0:
-				switch look(s.up.file) {
-				case quiet:
-					continue
-				case reset:
+			case begun, s.up == nil:
+			default:
+				// The service may have ended the connection, or say something that
+				// nobody asked for.
+				switch st := look(s.up.file); {
+				case st == reset:
 					s.reset()
+					return nil, errClient
+				case st == ended, st == ready && s.count > 0:
+					return nil, io.EOF
 				}
-				// The service has ended the kept connection, or says something
-				// that nobody asked for.
-				return nil, io.EOF
 			}
 		}
 	}
@@ -141,11 +144,20 @@ func (s *session) passBody() error {
 	return nil
 }
 
-// redial replaces a kept connection that the service has ended since its last
-// answer. The client cannot know yet, and nothing of its request was sent.
+// redial replaces a connection that the service has ended since it was made, or since
+// its last answer. The client cannot know yet, and nothing of its request was sent.
 func (s *session) redial() error {
-	if !s.looped.Swap(false) && (s.count == 0 || s.owed || look(s.up.file) == quiet) {
-		return nil
+	if s.up == nil {
+		return s.connect()
+	}
+	if !s.looped.Swap(false) {
+		if s.owed {
+			return nil
+		}
+		// One that is refused, or that speaks first, is the client's to see.
+		if st := look(s.up.file); st == quiet || st != ended && s.count == 0 {
+			return nil
+		}
 	}
 	s.up.Close()
 	return s.connect()
@@ -157,27 +169,42 @@ func (s *session) redial() error {
 const maxLoops = 8
 
 // reach sends bytes of the client upstream, on another connection if ours came back
-// to us.
+// to us, or was ended by the service at that moment.
 func (s *session) reach(b []byte) error {
 	for try := 1; ; try++ {
 		err := s.redial()
 		if err == nil {
 			err = s.forward(b)
 		}
-		if err == nil || try == maxLoops || !s.looped.Load() {
+		if err == nil || try == maxLoops || !s.looped.Load() && !s.stale(err) {
 			return err
 		}
 	}
 }
 
-// lost reports whether a request has met ourselves instead of the service, so that
-// it may be sent again: as it was judged, and so only while nothing more was read.
-func (s *session) lost(a *answer) bool { return a.bytes == 0 && s.sent != nil && s.looped.Load() }
+// lost reports whether a request has met ourselves instead of the service, or a kept
+// connection that the service was about to end, so that it may be sent again: as it
+// was judged, and so only while nothing more was read.
+func (s *session) lost(have int, err error) bool {
+	return have == 0 && s.sent != nil && (s.looped.Load() || s.stale(err))
+}
+
+// stale reports once for each request whether it failed because the service had ended
+// a kept connection already, as it may at any moment (RFC 9112 section 9.3.1). The
+// client would try again, and so do we: a second time would be more than it does.
+func (s *session) stale(err error) bool {
+	if s.count == 0 || s.resent || !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+		return false
+	}
+	s.resent = true
+	return true
+}
 
 // forward sends bytes of the client upstream, waiting for the connection to be
 // made.
 func (s *session) forward(b []byte) error {
 	var wait patience
+	var halfClosed time.Time
 	for {
 		s.up.SetWriteDeadline(wait.next())
 		n, err := s.up.Write(b)
@@ -187,10 +214,18 @@ func (s *session) forward(b []byte) error {
 			return nil
 		case !errors.Is(err, os.ErrDeadlineExceeded):
 			return err
-		case look(s.client) == reset || look(s.client) == ended:
-			return errClient
 		case time.Since(wait.begin) > s.p.silence:
 			return errSilent
+		}
+		switch look(s.client) {
+		case reset:
+			return errClient
+		case ended: // it may only have said that it sends no more
+			if halfClosed.IsZero() {
+				halfClosed = time.Now()
+			} else if time.Since(halfClosed) > headTimeout {
+				return errClient
+			}
 		}
 	}
 }
@@ -200,6 +235,7 @@ type answer struct {
 	status int
 	bytes  int64
 	close  bool // the service ends the connection with it
+	lost   bool // there was none, and the request may be sent again
 	issued imds.Issued
 	end    time.Time
 }
@@ -345,7 +381,7 @@ func (s *session) opaque(a *answer, have int) error {
 // broken ends the client's connection at the byte and in the way in which the
 // service ended its own.
 func (s *session) broken(a *answer, have int, err error) {
-	if s.lost(a) {
+	if a.lost = a.bytes == 0 && s.lost(have, err); a.lost {
 		return
 	}
 	if have > 0 {

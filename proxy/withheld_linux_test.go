@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy"
 	"github.com/imdsgate/imdsgate/proxy/imds/imdstest"
@@ -44,13 +45,25 @@ query = 'process where process.name == "cat"'
 		}
 		return string(out)
 	}
-	if got := ask("while read -r line <&3; do echo \"$line\"; done"); !strings.Contains(got, "AccessKeyId") {
+	asked := 0
+	last := func(then string) (string, *event.Event) {
+		t.Helper()
+		for {
+			got := ask(then)
+			asked++
+			ev := r.recorded(asked)[asked-1]
+			if ev.Attribution.Reason != attribution.Late.String() || asked == 10 { // a busy machine has no time to search
+				return got, ev
+			}
+		}
+	}
+	if got, _ := last("while read -r line <&3; do echo \"$line\"; done"); !strings.Contains(got, "AccessKeyId") {
 		t.Errorf("the one who stays got %.60q", got)
 	}
-	if got := ask("exec cat <&3"); !strings.HasPrefix(got, "HTTP/1.1 403") || strings.Contains(got, "AccessKeyId") {
+	got, ev := last("exec cat <&3")
+	if !strings.HasPrefix(got, "HTTP/1.1 403") || strings.Contains(got, "AccessKeyId") {
 		t.Errorf("the one who changed got %.60q", got)
 	}
-	ev := r.recorded(2)[1]
 	if ev.Decision.Verdict != event.Deny || !ev.Response.Refused || ev.Decision.Rule == nil || ev.Decision.Rule.ID != "cat" || ev.Response.AccessKeyID != "" {
 		t.Errorf("%+v, %+v", ev.Decision, ev.Response)
 	}

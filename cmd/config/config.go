@@ -84,6 +84,10 @@ type Limits struct {
 	// Connections are served at once, a quarter of them for forwarded clients.
 	// When there is no room, who has the most loses one of his.
 	Connections int `yaml:"connections"`
+	// RequestsPerSecond bounds those of one caller, after Burst at once: a user, a
+	// cgroup of root's, an address of another network namespace. 0 sets no bounds.
+	RequestsPerSecond uint16 `yaml:"requests_per_second"`
+	Burst             uint16 `yaml:"burst"` // twice as many if 0
 }
 
 // Log is the operator's own log, on standard error.

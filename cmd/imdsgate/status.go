@@ -153,6 +153,12 @@ func printStatus(w io.Writer, s report.Status) error {
 	if r.Evicted+r.Looped > 0 {
 		row("", "%d closed because their user had the most when there was no room, %d of our own that came back to us", r.Evicted, r.Looped)
 	}
+	if r.Throttled > 0 {
+		row("", "%d of callers who ask more often than limits.requests_per_second allows", r.Throttled)
+	}
+	if n := r.LinkLocalExceeded; n != nil && *n > 0 {
+		row("", "! %d packets to the metadata service, DNS and NTP dropped by the network interfaces: more than 1,024 a second", *n)
+	}
 	row("events", "%s: %d written, %d dropped, %d lost", s.Events.Path, s.Events.Written, s.Events.Dropped, s.Events.Failed)
 	if s.Events.Error != "" {
 		row("", "! %s", s.Events.Error)

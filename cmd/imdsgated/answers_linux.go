@@ -58,8 +58,12 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 			Open: d.proxy.Open(), Connections: n.Connections.Load(), Requests: n.Requests.Load(), Denied: n.Denied.Load(),
 			WouldDeny: n.WouldDeny.Load(), Malformed: n.Malformed.Load(), NotRedirected: n.NotRedirected.Load(),
 			NotForwardable: n.NotForwardable.Load(), UpstreamFailed: n.UpstreamFailed.Load(),
-			Evicted: n.Evicted.Load(), Looped: n.Looped.Load(),
+			Evicted: n.Evicted.Load(), Throttled: n.Throttled.Load(), Looped: n.Looped.Load(),
 		}
+	}
+	var err error
+	if s.Requests.LinkLocalExceeded, err = allowanceExceeded("ena", "linklocal_allowance_exceeded"); err != nil {
+		d.log.Warn().Err(err).Msg("packets that the network interfaces dropped are not known")
 	}
 	if d.redirect != nil {
 		s.Redirect = d.redirectStatus(ctx)

@@ -111,9 +111,13 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 
 	d.proxy = proxy.New(proxy.Options{
 		Endpoints: rules.Endpoints, Mark: rules.Mark, MaxConns: c.Limits.Connections, Host: d.host,
+		Rate: int(c.Limits.RequestsPerSecond), Burst: int(c.Limits.Burst),
 		Forwardable: d.forwardable, Record: d.spool.Record,
 	}, d.finder, d.engine)
-	serving, err := d.listen(ctx, rules, inherited)
+	told := ctx // to end
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	serving, err := d.listen(ctx, fail, rules, inherited)
 	if err != nil {
 		return err
 	}
@@ -130,8 +134,7 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	}
 	var background sync.WaitGroup
 	defer background.Wait()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+	defer fail(nil)
 	background.Go(func() { d.watch(ctx) })
 	background.Go(func() { d.checkAttribution(ctx) })
 	background.Go(func() { d.reloadOnHangup(ctx) })
@@ -144,6 +147,9 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	}
 	<-ctx.Done()
 	sd.SdNotify(false, sd.SdNotifyStopping)
+	if told.Err() == nil {
+		return context.Cause(ctx)
+	}
 	return nil
 }
 
@@ -239,8 +245,9 @@ func ownCgroup() string {
 	return ""
 }
 
-// listen serves the ports: those that systemd holds for us, or our own.
-func (d *daemon) listen(ctx context.Context, rules iptables.Config, inherited []net.Listener) (*sync.WaitGroup, error) {
+// listen serves the ports: those that systemd holds for us, or our own. fail is told
+// when one cannot be served any more: the redirect would lead to nothing.
+func (d *daemon) listen(ctx context.Context, fail context.CancelCauseFunc, rules iptables.Config, inherited []net.Listener) (*sync.WaitGroup, error) {
 	listeners := inherited
 	if len(inherited) == 0 {
 		if err := d.redirect.EnsureLink(); err != nil {
@@ -267,7 +274,7 @@ func (d *daemon) listen(ctx context.Context, rules iptables.Config, inherited []
 		serving.Go(func() {
 			addr := ln.Addr().(*net.TCPAddr).AddrPort()
 			if err := d.proxy.Serve(ln, !addr.Addr().Unmap().IsLoopback()); err != nil {
-				d.log.Error().Err(err).Msg("a port is not served any more")
+				fail(fmt.Errorf("serve a port: %w", err))
 			}
 		})
 	}

@@ -137,7 +137,11 @@ type Requests struct {
 	NotForwardable uint64 `json:"not_forwardable"`
 	UpstreamFailed uint64 `json:"upstream_failed"`
 	Evicted        uint64 `json:"evicted"`
-	Looped         uint64 `json:"looped"`
+	Throttled      uint64 `json:"throttled"`
+	// LinkLocalExceeded is how many packets to link-local services the instance's network
+	// interfaces have dropped since they came up; nil where no driver counts them.
+	LinkLocalExceeded *uint64 `json:"linklocal_allowance_exceeded,omitempty"`
+	Looped            uint64  `json:"looped"`
 }
 
 // Events is where they go.

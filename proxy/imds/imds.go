@@ -545,6 +545,13 @@ func AppendBadRequest(b []byte, now time.Time) []byte {
 	return appendAnswer(b, "400 Bad Request", now)
 }
 
+// AppendUnavailable appends the answer to a caller who asks too often. It is the
+// service's own to an instance that does (EC2 User Guide, "Query throttling"), after
+// which clients wait before they try again.
+func AppendUnavailable(b []byte, now time.Time) []byte {
+	return appendAnswer(b, "503 Service Unavailable", now)
+}
+
 func appendAnswer(b []byte, status string, now time.Time) []byte {
 	b = append(b, "HTTP/1.1 "...)
 	b = append(b, status...)

@@ -1,0 +1,96 @@
+package proxy
+
+import (
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"github.com/imdsgate/imdsgate/policy"
+)
+
+// pace bounds the requests of one caller that reach the service, which shares 1,024
+// packets a second with DNS and NTP (AWS, "Amazon DNS quotas") and throttles the whole
+// instance when there are too many. A caller is a user; of root, each cgroup, since
+// a user may make as many as he likes where some are delegated to him; and of another
+// network namespace an address. The zero value sets no bounds.
+type pace struct {
+	each  rate.Limit // requests a second; 0 for no bounds
+	burst int
+
+	mu      sync.Mutex // guards callers
+	callers map[part]*rate.Limiter
+}
+
+const (
+	// heldFor is how long a request waits for its turn. Clients wait for a second at
+	// least; longer, and one that gives up has asked in vain.
+	heldFor = 500 * time.Millisecond
+	// maxCallers bounds those that are remembered. One that is forgotten may send a
+	// burst more.
+	maxCallers = 4096
+)
+
+func caller(of part) part {
+	if of.uid != 0 || !of.known {
+		of.cgroup = 0
+	}
+	return of
+}
+
+// hold says how long a request has to wait, and whether that is too long. What is too
+// long takes no place from those that come after it.
+func (p *pace) hold(of part) (wait time.Duration, long bool) {
+	if p.each == 0 {
+		return 0, false
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	turn := p.of(of).Reserve()
+	if wait = turn.Delay(); wait > heldFor {
+		turn.Cancel()
+		return 0, true
+	}
+	return wait, false
+}
+
+// full says whether a request that came now would wait too long.
+func (p *pace) full(of part) bool {
+	if p.each == 0 {
+		return false
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.of(of).Tokens() < 1-float64(p.each)*heldFor.Seconds()
+}
+
+// of is called with p.mu held.
+func (p *pace) of(of part) *rate.Limiter {
+	of = caller(of)
+	l := p.callers[of]
+	if l == nil {
+		if len(p.callers) >= maxCallers || p.callers == nil {
+			p.callers = map[part]*rate.Limiter{}
+		}
+		l = rate.NewLimiter(p.each, p.burst)
+		p.callers[of] = l
+	}
+	return l
+}
+
+// paced waits for the turn of a request. It reports false if the caller asks so often
+// that it would take too long; in audit mode, where nothing may break, it does not.
+func (s *session) paced() bool {
+	wait, long := s.p.pace.hold(s.of)
+	if long {
+		s.p.stats.Throttled.Add(1)
+		if s.p.engine.Mode() == policy.Enforce {
+			return false
+		}
+		wait = heldFor
+	}
+	if wait > 0 {
+		time.Sleep(wait)
+	}
+	return true
+}

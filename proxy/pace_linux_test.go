@@ -1,0 +1,83 @@
+package proxy
+
+import (
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/test/lab/netlab"
+)
+
+// A caller who asks without end waits for his turns, and is told to come later where
+// that takes too long; nobody else waits.
+func TestPaced(t *testing.T) {
+	const rate, many = 20, 80 // and twice the rate at once
+	for _, mode := range []policy.Mode{policy.Audit, policy.Enforce} {
+		t.Run(mode.String(), func(t *testing.T) {
+			r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}, policy: policy.Config{Mode: mode}, rate: rate})
+			var all sync.WaitGroup
+			answers := make(chan string, many)
+			for range many {
+				c := r.dialAs(hoarder)
+				all.Go(func() {
+					got, end := talk(t, c, ask, 5*time.Second)
+					status, _, _ := strings.Cut(got, "\r\n")
+					answers <- status + " " + end
+				})
+			}
+			r.served("another user", r.dialAs(bystander), ask)
+			all.Wait()
+			close(answers)
+			count := map[string]int{}
+			for a := range answers {
+				count[a]++
+			}
+			ok, later := count["HTTP/1.1 200 OK FIN"], count["HTTP/1.1 503 Service Unavailable FIN"]
+			// Who waits half a second gets ten turns more; a busy machine sends for longer.
+			wrong := ok != many || r.proxy.Stats().Throttled.Load() == 0
+			if mode == policy.Enforce {
+				wrong = ok < 2*rate || later == 0 || ok+later != many
+			}
+			if wrong {
+				t.Errorf("%v", count)
+			}
+			throttled := 0
+			for _, ev := range r.recorded(many + 1) {
+				if ev.Response.Status == 503 && ev.Response.Refused && strings.Contains(ev.Response.Failed, "requests_per_second") {
+					throttled++
+				}
+			}
+			// Connections that came before the first was too many have theirs already.
+			if seen := len(r.received()); throttled != later || mode == policy.Enforce && seen == many+1 {
+				t.Errorf("%d of %d are recorded, and the service saw %d connections", throttled, later, seen)
+			}
+		})
+	}
+}
+
+// Callers are told apart, and those that have been quiet are forgotten.
+func TestCallers(t *testing.T) {
+	of := func(uid uint32, cgroup uint64) part { return part{owner{known: true, uid: uid}, cgroup} }
+	if caller(of(0, 1)) == caller(of(0, 2)) || caller(of(1, 1)) != caller(of(1, 2)) || caller(of(1, 1)) == caller(of(2, 1)) {
+		t.Error("a caller is taken for another")
+	}
+	p := pace{each: 1, burst: 1}
+	for uid := range uint32(2*maxCallers + 1) {
+		if wait, long := p.hold(of(uid, 0)); wait > 0 || long {
+			t.Fatalf("user %d waits %v, %t", uid, wait, long)
+		}
+	}
+	if len(p.callers) > maxCallers {
+		t.Errorf("%d are remembered", len(p.callers))
+	}
+}
+
+func BenchmarkHold(b *testing.B) {
+	p := pace{each: 1e9, burst: 1e9}
+	b.ReportAllocs()
+	for b.Loop() {
+		p.hold(part{owner: owner{known: true, uid: hoarder}})
+	}
+}

@@ -1,0 +1,237 @@
+package proxy
+
+import (
+	"bufio"
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/test/lab/netlab"
+)
+
+// service stands in for the metadata service where a test says when it ends its
+// connections.
+type service struct {
+	mu   sync.Mutex // guards seen
+	seen []string   // "CONNECTION METHOD PATH"
+}
+
+// serve lets play deal with each connection, whose number it is told.
+func serve(t *testing.T, r *rig, play func(n int, c *net.TCPConn, ask func() error)) *service {
+	t.Helper()
+	ln, err := r.lab.Metadata.Listen(t.Context(), nil, "tcp", "169.254.169.254:80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := new(service)
+	var open sync.WaitGroup
+	open.Go(func() {
+		for n := 1; ; n++ {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			open.Go(func() {
+				defer c.Close()
+				in := bufio.NewReader(c)
+				play(n, c.(*net.TCPConn), func() error {
+					r, err := http.ReadRequest(in)
+					if err == nil {
+						s.mu.Lock()
+						s.seen = append(s.seen, string(rune('0'+n))+" "+r.Method+" "+r.URL.Path)
+						s.mu.Unlock()
+					}
+					return err
+				})
+			})
+		}
+	})
+	t.Cleanup(func() {
+		ln.Close()
+		r.proxy.Shutdown(context.Background())
+		open.Wait()
+	})
+	return s
+}
+
+func (s *service) saw() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return strings.Join(s.seen, ", ")
+}
+
+const (
+	askA = "GET /latest/meta-data/ami-id HTTP/1.1\r\n" + host + "\r\n"
+	askB = "GET /latest/meta-data/instance-id HTTP/1.1\r\n" + host + "\r\n"
+	kept = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+)
+
+// The service may end a kept connection at any moment, also when a request is on its
+// way: that is sent again, once, if not a byte of an answer has come.
+func TestUpstreamEndsWhileAsked(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		end  func(n int, c *net.TCPConn) // instead of an answer to B
+		got  string
+		end2 string
+		saw  string
+	}{
+		{"FIN", func(n int, c *net.TCPConn) {
+			if n > 1 {
+				io.WriteString(c, kept)
+			}
+		}, kept + kept, "FIN", "1 GET /latest/meta-data/ami-id, 1 GET /latest/meta-data/instance-id, 2 GET /latest/meta-data/instance-id"},
+		{"RST", func(n int, c *net.TCPConn) {
+			if n > 1 {
+				io.WriteString(c, kept)
+				return
+			}
+			c.SetLinger(0)
+		}, kept + kept, "FIN", "1 GET /latest/meta-data/ami-id, 1 GET /latest/meta-data/instance-id, 2 GET /latest/meta-data/instance-id"},
+		{"FIN twice", func(int, *net.TCPConn) {},
+			kept, "FIN", "1 GET /latest/meta-data/ami-id, 1 GET /latest/meta-data/instance-id, 2 GET /latest/meta-data/instance-id"},
+		{"in its answer", func(_ int, c *net.TCPConn) { io.WriteString(c, "HTTP/1.1 2") },
+			kept + "HTTP/1.1 2", "FIN", "1 GET /latest/meta-data/ami-id, 1 GET /latest/meta-data/instance-id"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r := newRig(t, setting{lab: netlab.Options{NoIMDS: true}})
+			s := serve(t, r, func(n int, conn *net.TCPConn, ask func() error) {
+				if n == 1 {
+					if ask() != nil {
+						return
+					}
+					io.WriteString(conn, kept)
+				}
+				if ask() == nil {
+					c.end(n, conn)
+				}
+			})
+			conn := r.dial(false)
+			if _, err := conn.Write([]byte(askA)); err != nil {
+				t.Fatal(err)
+			}
+			first := make([]byte, len(kept))
+			if _, err := io.ReadFull(conn, first); err != nil {
+				t.Fatal(err)
+			}
+			got, end := talk(t, conn, askB, 5*time.Second)
+			if got = string(first) + got; got != c.got || end != c.end2 || s.saw() != c.saw {
+				t.Errorf("%q, %s, and the service saw %s", got, end, s.saw())
+			}
+			r.recorded(2)
+		})
+	}
+}
+
+// What the service does to a connection on which nothing was asked yet is the
+// client's to see, unless it asks before it can.
+func TestUpstreamEndsUnasked(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{NoIMDS: true}})
+	ended := make(chan struct{}, 8)
+	s := serve(t, r, func(n int, c *net.TCPConn, ask func() error) {
+		switch n {
+		case 1, 3: // FIN
+		case 2:
+			c.SetLinger(0)
+		default:
+			if ask() == nil {
+				io.WriteString(c, kept)
+			}
+		}
+		c.Close()
+		ended <- struct{}{}
+	})
+	for _, want := range []string{"FIN", "RST"} {
+		if got, end := talk(t, r.dial(false), "", 5*time.Second); got != "" || end != want {
+			t.Errorf("%q, %s, want %s", got, end, want)
+		}
+		<-ended
+	}
+	conn := r.dial(false)
+	<-ended
+	time.Sleep(50 * time.Millisecond) // until it is known here; a client is told later
+	if got, end := talk(t, conn, askA, 5*time.Second); got != kept || end != "FIN" || s.saw() != "4 GET /latest/meta-data/ami-id" {
+		t.Errorf("%q, %s, and the service saw %s", got, end, s.saw())
+	}
+}
+
+// A packet that is lost on the way to the service makes a client wait that has said
+// that it sends no more, and is recorded when it does not.
+func TestLostOnTheWay(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}})
+	lose := []string{"OUTPUT", "-d", "169.254.169.254", "-p", "tcp", "--syn", "-m", "mark", "--mark", "0x7fff0815", "-j", "DROP"}
+	run(t, "iptables", append([]string{"-I"}, lose...)...)
+	waits, leaves := r.dial(false), r.dial(false)
+	for _, c := range []*net.TCPConn{waits, leaves} {
+		if _, err := c.Write([]byte("GET /latest/meta-data/instance-id HTTP/1.0\r\n\r\n")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	waits.CloseWrite()
+	leaves.SetLinger(0)
+	leaves.Close()
+	if ev := r.recorded(1)[0]; ev.Response.Failed != "the client left before it was sent" || ev.Request.Path == "" {
+		t.Errorf("%+v, %+v", ev.Request, ev.Response)
+	}
+	run(t, "iptables", append([]string{"-D"}, lose...)...)
+	waits.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if got, err := io.ReadAll(waits); !strings.Contains(string(got), " 200 OK\r\n") || err != nil {
+		t.Errorf("%q, %v", got, err)
+	}
+	if ev := r.recorded(2)[1]; ev.Response.Status != 200 {
+		t.Errorf("%+v", ev.Response)
+	}
+}
+
+// Nobody waits for the end of a head that cannot become a request.
+func TestUnfinishedHead(t *testing.T) {
+	r := newRig(t, setting{policy: policy.Config{Mode: policy.Enforce}, lab: netlab.Options{IMDS: emulator()}})
+	for _, send := range []string{
+		"GET / HTTP/1.1\r\nHost: x\n\n", "GET / HTTP/1.1\r\nHost: x\n", "GET / HTTP/1.1\r\nHost: x\r\n\n",
+		"GET / HTTP/1.1\r\nHost: x\r\n folded\r\n", "GET / HTTP/1.1\r\nBad Header\r\n", "GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\n",
+		"GET /\r\n", "SSH-2.0-x\r\n", "\x16\x03\x01",
+	} {
+		if got, end := talk(t, r.dial(false), send, headTimeout/2); !strings.HasPrefix(got, "HTTP/1.1 400 ") || end != "FIN" {
+			t.Errorf("%q: %q, %s", send, got, end)
+		}
+	}
+	if seen := strings.Join(r.received(), ""); seen != "" {
+		t.Errorf("the service saw %q", seen)
+	}
+}
+
+// A client that has connected a moment before the end, and means to ask, is answered.
+func TestShutdownAnswers(t *testing.T) {
+	answered := false
+	for try := 0; try < 20 && !answered; try++ { // on a busy machine the moment may pass
+		t.Run("", func(t *testing.T) {
+			r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}})
+			idle, young := r.dial(false), r.dial(false)
+			for r.proxy.Open() < 2 {
+				time.Sleep(time.Millisecond)
+			}
+			done := make(chan error)
+			go func() { done <- r.proxy.Shutdown(context.Background()) }()
+			for !r.proxy.stopping() {
+				time.Sleep(time.Millisecond)
+			}
+			got, end := talk(t, young, askB, 5*time.Second)
+			answered = strings.Contains(got, " 200 OK\r\n") && end == "FIN"
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+			if got, end := talk(t, idle, "", 5*time.Second); got != "" || end != "FIN" {
+				t.Errorf("idle: %q, %s", got, end)
+			}
+		})
+	}
+	if !answered {
+		t.Error("no client was answered")
+	}
+}
