@@ -64,7 +64,8 @@ const (
 	IntegrityFinding
 )
 
-// Host is what does not change while the daemon runs.
+// Host is what does not change while the daemon runs. It must not be changed once it
+// is in a document.
 type Host struct {
 	ID           string // /etc/machine-id
 	Name         string
@@ -77,6 +78,8 @@ type Host struct {
 	AgentID      string
 	Version      string // of imdsgate
 	Namespace    string // of the data streams; "" is "default"
+
+	written atomic.Pointer[[]written]
 }
 
 // Connection is the client's connection before any redirect.
@@ -105,7 +108,8 @@ type Attribution struct {
 // known, the evidence to allow something to somebody.
 func (a *Attribution) Sufficient() bool { return a.Complete || a.Unawaited }
 
-// Process is one process in one image, as attribution saw it.
+// Process is one process in one image, as attribution saw it. It must not be changed
+// once rules or documents have it.
 type Process struct {
 	EntityID   string
 	PID        int64
@@ -149,7 +153,8 @@ type Process struct {
 	ParentNow *Process // if another: the one that adopted it
 	Ancestry  string   // how Parent is known: "birth", "snapshot", "present"; "" if it is not
 
-	clean atomic.Pointer[[]string] // Args, redacted
+	clean   atomic.Pointer[[]string] // Args, redacted
+	written atomic.Pointer[[]written]
 }
 
 // redactedArgs are the arguments as documents have them. They are redacted once,
@@ -229,7 +234,7 @@ type Match struct {
 	Alert   bool   // an alert is raised for it
 }
 
-// Rule is what an event says of a rule.
+// Rule is what an event says of a rule. It must not be changed once it is in a document.
 type Rule struct {
 	ID        string
 	Name      string
@@ -239,6 +244,8 @@ type Rule struct {
 	RiskScore int64
 	Reference string
 	Threat    []Threat
+
+	written atomic.Pointer[[]written]
 }
 
 // Threat is one tactic with its techniques, of the framework that the rule

@@ -44,7 +44,7 @@ type View struct {
 	Created  time.Time
 	Decided  string // of an alert: the ID of the decision it belongs to
 	// Adopted makes the present parent stand in the place of the one that forked the
-	// process.
+	// process. It is for rules: what is written has both.
 	Adopted bool
 }
 
@@ -61,6 +61,7 @@ type Field struct {
 	first bool // only the first of several values is written; ECS wants one
 	get   func(*View) Value
 	parts []string
+	key   string // the last part, as JSON has it before a value
 }
 
 // Value reads the field in a document.
@@ -253,6 +254,7 @@ func fields() []Field {
 
 	for i := range all {
 		all[i].asked = ofRequest(all[i].Name)
+		all[i].key = string(append(appendString(nil, all[i].parts[len(all[i].parts)-1]), ':'))
 	}
 	slices.SortFunc(all, func(a, b Field) int { return slices.Compare(a.parts, b.parts) })
 	return all

@@ -19,47 +19,64 @@ const (
 // Text that a process or a client chose is redacted and cut. It never fails:
 // whatever is in the event, the line parses.
 func (v *View) AppendJSON(b []byte) []byte {
-	var stack []string // the objects that are open
-	cut := false
 	b = append(b, '{')
-	first := true
-	for i := range Fields {
-		f := &Fields[i]
-		value := f.Value(v)
-		if !value.Set {
-			continue
-		}
-		objects := f.parts[:len(f.parts)-1]
-		same := 0
-		for same < len(stack) && same < len(objects) && stack[same] == objects[same] {
-			same++
-		}
-		for len(stack) > same {
-			b = append(b, '}')
-			stack = stack[:len(stack)-1]
-		}
-		if !first && b[len(b)-1] != '{' {
-			b = append(b, ',')
-		}
-		first = false
-		for _, name := range objects[same:] {
-			b = appendString(b, name)
-			b = append(b, ':', '{')
-			stack = append(stack, name)
-		}
-		b = appendString(b, f.parts[len(f.parts)-1])
-		b = append(b, ':')
-		var short bool
-		b, short = f.append(b, value)
-		cut = cut || short
-	}
-	for range stack {
-		b = append(b, '}')
-	}
+	b, cut := v.appendRows(b, rows, 0)
 	if cut {
 		b = append(b, `,"labels":{"imdsgate_truncated":"true"}`...)
 	}
 	return append(b, '}')
+}
+
+// appendRows appends rows that are in one object, of so many that are open. cut says
+// that a value was cut.
+func (v *View) appendRows(b []byte, rows []row, depth int) (_ []byte, cut bool) {
+	start := len(b)
+	open := make([]string, 0, 8) // the objects below that one that are open
+	for i := range rows {
+		r := &rows[i]
+		if r.docs&(1<<v.Document) == 0 {
+			continue
+		}
+		var value Value
+		var whole written
+		if r.field != nil {
+			value = r.field.Value(v)
+		} else if all := r.of(v); all != nil {
+			whole = (*all)[r.ordinal]
+		}
+		if !value.Set && len(whole.json) == 0 {
+			continue
+		}
+		objects := r.path[depth:]
+		same := 0
+		for same < len(open) && same < len(objects) && open[same] == objects[same] {
+			same++
+		}
+		for len(open) > same {
+			b = append(b, '}')
+			open = open[:len(open)-1]
+		}
+		if len(b) > start && b[len(b)-1] != '{' {
+			b = append(b, ',')
+		}
+		for _, name := range objects[same:] {
+			b = appendString(b, name)
+			b = append(b, ':', '{')
+			open = append(open, name)
+		}
+		short := whole.cut
+		if r.field == nil {
+			b = append(b, whole.json...)
+		} else {
+			b = append(b, r.field.key...)
+			b, short = r.field.append(b, value)
+		}
+		cut = cut || short
+	}
+	for range open {
+		b = append(b, '}')
+	}
+	return b, cut
 }
 
 // append renders one value. short says that something was cut.

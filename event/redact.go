@@ -70,7 +70,7 @@ var secrets = []struct {
 	{words: []string{"-token ", "_token ", "ntoken ", "-token: ", "_token: ", "ecret ", "t-string ", "pass ", "passwd ", "password ", "passphrase ", "key "},
 		form: following(`(?:[-_]token:|(?:^|[\s"'(\x00])--?(?:[\w-]*[-_])?(?:pass(?:word|wd|phrase)?|(?:session)?token` +
 			`|api[-_]?key|secret(?:-string|[-_]?(?:access[-_]?)?key)?))`)},
-	{words: []string{"aws_secret_access_key", "aws_session_token"}, also: "set",
+	{words: []string{"s_secret_access_key", "s_session_token"}, also: "set", // every SDK says "aws" in its user agent
 		form: following(`\bset(?:env|x)?[\s\x00](?:[^;&|]*?[\s\x00])?[\w.-]*aws_(?:secret_access_key|session_token)`)},
 	{words: []string{"mysql", "mariadb", "sshpass"}, also: " -p",
 		form: regexp.MustCompile(`(` + mysql + `\x00-p|` + sshpass + `\x00-p\x00?)[^\x00]+|(` + mysql + `\s-p|` + sshpass + `\s-p\s*)` + word)},

@@ -1,9 +1,9 @@
 package event
 
 import (
+	"cmp"
 	"fmt"
 	"strconv"
-	"strings"
 	"time"
 )
 
@@ -177,42 +177,41 @@ func (v *View) level() string {
 func (v *View) message() string {
 	switch v.Document {
 	case ProcessStart:
-		return "process start: " + v.who()
+		return "process start: " + string(v.appendWho(nil))
 	case ConnectionAttempt:
-		return "connection attempted: " + v.who() + " to " + v.Connection.Destination.String()
+		return "connection attempted: " + string(v.appendWho(nil)) + " to " + v.Connection.Destination.String()
 	case Alert:
 		return v.Match.Rule.Name
 	case LifecycleChange, IntegrityFinding:
 		return v.State.Message
 	}
-	var b strings.Builder
+	b := make([]byte, 0, 256) // not allocated, if that is enough
 	switch {
 	case v.Decision.Verdict == Deny:
-		b.WriteString("denied ")
+		b = append(b, "denied "...)
 	case v.Decision.WouldBe == Deny:
-		b.WriteString("would deny ")
+		b = append(b, "would deny "...)
 	default:
-		b.WriteString("allowed ")
+		b = append(b, "allowed "...)
 	}
 	if v.Request.Malformed != "" {
-		b.WriteString("a malformed request")
+		b = append(b, "a malformed request"...)
 	} else {
-		b.WriteString(v.Request.Method + " " + v.Request.Path)
+		b = append(append(append(b, v.Request.Method...), ' '), v.Request.Path...)
 	}
-	b.WriteString(" for " + v.who())
+	b = v.appendWho(append(b, " for "...))
 	if v.Decision.Rule != nil {
-		b.WriteString(" by rule " + v.Decision.Rule.Name)
+		b = append(append(b, " by rule "...), v.Decision.Rule.Name...)
 	}
-	return b.String()
+	return string(b)
 }
 
-func (v *View) who() string {
+func (v *View) appendWho(b []byte) []byte {
 	if v.Subject == nil {
-		return fmt.Sprintf("an unknown process (%s)", v.Attribution.Reason)
+		return fmt.Appendf(b, "an unknown process (%s)", v.Attribution.Reason)
 	}
-	name := v.Subject.Name
-	if name == "" {
-		name = "?"
-	}
-	return name + " (pid " + strconv.FormatInt(v.Subject.PID, 10) + ", uid " + v.Subject.UserID + ")"
+	b = append(b, cmp.Or(v.Subject.Name, "?")...)
+	b = strconv.AppendInt(append(b, " (pid "...), v.Subject.PID, 10)
+	b = append(append(b, ", uid "...), v.Subject.UserID...)
+	return append(b, ')')
 }

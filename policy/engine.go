@@ -88,12 +88,12 @@ func stages(q *eql.Query) []*stage {
 // start of the process, its connection, and the request.
 type documents [event.RequestDecision + 1]document
 
-func documentsOf(ev *event.Event, subject *event.Process) *documents {
+func documentsOf(ev *event.Event, subject *event.Process) documents {
 	var all documents
 	for d := range all {
 		all[d].View = event.View{Event: ev, Document: event.Document(d), Subject: subject}
 	}
-	return &all
+	return all
 }
 
 // holds reports whether the conditions of all stages hold for one subject: of
@@ -175,7 +175,7 @@ func (p *state) outcome(ev *event.Event) event.Verdict {
 		about := documentsOf(ev, subject)
 		for i, r := range p.rules {
 			verb := "matches"
-			if !r.blocks(about) {
+			if !r.blocks(&about) {
 				if !p.memory.latched(i, subject) {
 					continue
 				}
@@ -274,19 +274,24 @@ func describe(p *event.Process) string {
 func (e *Engine) Observe(ev *event.Event) {
 	p := e.state.Load()
 	m, d := p.memory, &ev.Decision
+	all := m.news(ev)
 	for i, r := range p.rules {
-		for _, subject := range m.observe(i, r, ev) {
+		for j := range all {
+			n := &all[j]
+			if !m.observe(i, r, n) {
+				continue
+			}
 			k := 0
-			for k < len(d.Matches) && (d.Matches[k].Rule != &r.Rule.Rule || d.Matches[k].Subject != subject) {
+			for k < len(d.Matches) && (d.Matches[k].Rule != &r.Rule.Rule || d.Matches[k].Subject != n.subject) {
 				k++
 			}
 			if k == len(d.Matches) {
-				d.Matches = append(d.Matches, event.Match{Rule: &r.Rule.Rule, Subject: subject, Action: r.on(&ev.Request).String()})
+				d.Matches = append(d.Matches, event.Match{Rule: &r.Rule.Rule, Subject: n.subject, Action: r.on(&ev.Request).String()})
 			}
 			d.Matches[k].Literal = true
 		}
 	}
-	m.seen(ev)
+	m.seen(all)
 	for k := range d.Matches {
 		match := &d.Matches[k]
 		if d.WouldBe == event.Deny && match.Bound && match.Rule == d.Rule && match.Action == actionNames[Block] {
@@ -321,20 +326,21 @@ func (e *Engine) Concerns(ev *event.Event) bool {
 // whether one raises an alert, and completes the event with it.
 func (e *Engine) ObserveStart(ev *event.Event) (alert bool) {
 	p := e.state.Load()
-	d, subject := &ev.Decision, ev.Subjects[0]
+	m, d := p.memory, &ev.Decision
 	d.Mode = e.Mode().String()
-	if !p.memory.isNew(subject) {
+	all := m.news(ev)
+	n := &all[0]
+	if !n.adds[event.ProcessStart] {
 		return false // a request of it was faster
 	}
-	about, start := documentsOf(ev, subject), []event.Document{event.ProcessStart}
 	for i, r := range p.rules {
-		if r.Query.IsSequence() && p.memory.machines[i].observe(about, start) || !r.Query.IsSequence() && r.observed(about, start) {
+		if m.observe(i, r, n) {
 			action := r.on(&ev.Request)
-			d.Matches = append(d.Matches, event.Match{Rule: &r.Rule.Rule, Subject: subject, Action: action.String(), Literal: true, Alert: action != Log})
+			d.Matches = append(d.Matches, event.Match{Rule: &r.Rule.Rule, Subject: n.subject, Action: action.String(), Literal: true, Alert: action != Log})
 			alert = alert || action != Log
 		}
 	}
-	p.memory.seen(ev)
+	m.seen(all)
 	return alert
 }
 
@@ -381,33 +387,48 @@ func newMemory(p *Policy) *memory {
 	return m
 }
 
-// observe feeds one rule with what an event adds - the start of a process when it
-// is first seen, a connection once, and each request - and returns the subjects
-// for whom the rule matches as it is written.
-func (m *memory) observe(i int, r *rule, ev *event.Event) []*event.Process {
-	var matched []*event.Process
-	for _, subject := range subjects(ev) {
-		var adds []event.Document
-		if subject != nil && m.isNew(subject) {
-			adds = append(adds, event.ProcessStart)
+// news is what an event tells the rules of one subject that they have not been told
+// before. A sequence keeps it while it waits for more.
+type news struct {
+	subject *event.Process
+	image   imageID // of the subject, if there is one
+	about   documents
+	adds    [len(documents{})]bool // which of the documents are new
+}
+
+// news lists what an event adds: the start of a process when it is first seen, and
+// of a request its connection once, and itself.
+func (m *memory) news(ev *event.Event) []news {
+	about := subjects(ev)
+	all := make([]news, len(about))
+	asked := ev.Kind == event.Asked
+	for i, subject := range about {
+		n := &all[i]
+		n.subject, n.about = subject, documentsOf(ev, subject)
+		if subject != nil {
+			n.image = imageOf(subject)
+			n.adds[event.ProcessStart] = m.isNew(n.image)
 		}
-		if ev.Connection.First {
-			adds = append(adds, event.ConnectionAttempt)
-		}
-		adds = append(adds, event.RequestDecision)
-		about := documentsOf(ev, subject)
-		if r.Query.IsSequence() && m.machines[i].observe(about, adds) || !r.Query.IsSequence() && r.observed(about, adds) {
-			matched = append(matched, subject)
-		}
+		n.adds[event.ConnectionAttempt] = asked && ev.Connection.First
+		n.adds[event.RequestDecision] = asked
 	}
-	return matched
+	return all
+}
+
+// observe feeds one rule with what is new of a subject, and reports whether it
+// matches as it is written.
+func (m *memory) observe(i int, r *rule, n *news) bool {
+	if r.Query.IsSequence() {
+		return m.machines[i].observe(n)
+	}
+	return r.observed(n)
 }
 
 // observed asks a rule that is no sequence.
-func (r *rule) observed(about *documents, adds []event.Document) bool {
+func (r *rule) observed(n *news) bool {
 	for _, s := range r.literal {
 		for _, d := range s.documents {
-			if slices.Contains(adds, d) && s.Match(&about[d]) {
+			if n.adds[d] && s.Match(&n.about[d]) {
 				return true
 			}
 		}
@@ -415,12 +436,14 @@ func (r *rule) observed(about *documents, adds []event.Document) bool {
 	return false
 }
 
-func (m *machine) observe(about *documents, adds []event.Document) bool {
+func (m *machine) observe(n *news) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	matched := false
-	for _, d := range adds {
-		matched = len(m.Observe(&about[d])) > 0 || matched
+	for d, added := range n.adds {
+		if added {
+			matched = len(m.Observe(&n.about[d])) > 0 || matched
+		}
 	}
 	return matched
 }
@@ -428,7 +451,9 @@ func (m *machine) observe(about *documents, adds []event.Document) bool {
 // imageOf names a process in one image. The command line can be long and is the
 // process's own choice, so that its digest is kept instead.
 func imageOf(p *event.Process) imageID {
-	return imageID{p.EntityID, sha256.Sum256([]byte(p.Executable + "\x00" + p.CommandLine))}
+	text := make([]byte, 0, 512) // not allocated, if that is enough
+	text = append(append(append(text, p.Executable...), 0), p.CommandLine...)
+	return imageID{p.EntityID, sha256.Sum256(text)}
 }
 
 type imageID struct {
@@ -436,18 +461,20 @@ type imageID struct {
 	image  [sha256.Size]byte
 }
 
-func (m *memory) isNew(p *event.Process) bool {
+func (m *memory) isNew(image imageID) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return !m.started.has(imageOf(p))
+	return !m.started.has(image)
 }
 
 // seen remembers the subjects of an event.
-func (m *memory) seen(ev *event.Event) {
+func (m *memory) seen(all []news) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for _, p := range ev.Subjects {
-		m.started.add(imageOf(p))
+	for i := range all {
+		if all[i].subject != nil {
+			m.started.add(all[i].image)
+		}
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -22,6 +23,8 @@ const (
 	evasive    = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a05"
 	oddClient6 = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a06"
 	handTool   = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a07"
+	riddle     = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a08"
+	elsewhere  = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a09"
 )
 
 func compile(t testing.TB, c Config) *Policy {
@@ -197,6 +200,20 @@ func TestShippedRules(t *testing.T) {
 		{"X-Forwarded-For", "/usr/sbin/nginx", func(ev *event.Event, _ *event.Process) { ev.Request.Forwarded = true }, relayed, event.Allow, true},
 		{"a public name", "/usr/lib/firefox/firefox", func(ev *event.Event, _ *event.Process) { ev.Request.HostIsOdd = true }, relayed, event.Allow, true},
 		{"a disguised path", "/opt/app/bin/app", func(ev *event.Event, _ *event.Process) { ev.Request.Evasive = true }, evasive, event.Deny, true},
+		{"a disguised path to inventory", "/opt/app/bin/app", func(ev *event.Event, _ *event.Process) {
+			ev.Request.Class, ev.Request.Guarded, ev.Request.Evasive = "inventory", false, true
+		}, elsewhere, event.Allow, true},
+		{"an odd method on a path of no catalogue", "", func(ev *event.Event, _ *event.Process) {
+			ev.Request.Method, ev.Request.Class, ev.Request.Guarded, ev.Request.Evasive = "FOO", "unknown", false, true
+			ev.Subjects, ev.Attribution.Complete, ev.Attribution.Reason = nil, false, "no_holder"
+		}, elsewhere, event.Allow, true},
+		{"no request", "/opt/app/bin/app", func(ev *event.Event, _ *event.Process) {
+			ev.Request = event.Request{Malformed: "two readings"}
+		}, riddle, event.Deny, true},
+		{"no request, of nobody known", "", func(ev *event.Event, _ *event.Process) {
+			ev.Request = event.Request{Malformed: "two readings", Method: "GET", Target: "http://169.254.169.254/"}
+			ev.Subjects, ev.Attribution.Complete, ev.Attribution.Reason = nil, false, "no_holder"
+		}, riddle, event.Deny, true},
 		{"curl over IPv6", "/usr/bin/curl", func(ev *event.Event, _ *event.Process) {
 			ev.Connection.Destination = netip.MustParseAddrPort("[fd00:ec2::254]:80")
 		}, oddClient6, event.Deny, true},
@@ -215,6 +232,38 @@ func TestShippedRules(t *testing.T) {
 		m, ok := matched(ev, c.rule)
 		if ok != (c.rule != "") || m.Alert != c.alert {
 			t.Errorf("%s: matches %+v", c.name, d.Matches)
+		}
+	}
+}
+
+// Which of the rules that look at the request alone raise an alert, and no other.
+func TestRequestRules(t *testing.T) {
+	short := map[string]string{imdsv1: "v1", relayed: "relayed", evasive: "disguised", elsewhere: "evasive", riddle: "malformed"}
+	e := NewEngine(compile(t, Config{}))
+	for _, c := range []struct {
+		name  string
+		asked event.Request
+		want  string
+	}{
+		{"a secret", event.Request{Guarded: true, Token: true}, ""},
+		{"a secret over IMDSv1", event.Request{Guarded: true}, "v1"},
+		{"a disguised secret", event.Request{Guarded: true, Token: true, Evasive: true}, "disguised"},
+		{"a disguised secret over IMDSv1", event.Request{Guarded: true, Evasive: true}, "disguised v1"},
+		{"inventory over IMDSv1", event.Request{}, ""},
+		{"disguised inventory", event.Request{Evasive: true}, "evasive"},
+		{"disguised inventory, relayed", event.Request{Token: true, Evasive: true, Forwarded: true}, "evasive relayed"},
+		{"no request", event.Request{Malformed: "no colon"}, "malformed"},
+		{"no request, under a public name", event.Request{Malformed: "no colon", HostIsOdd: true}, "malformed relayed"},
+	} {
+		ev := judge(e, asking("/opt/app/bin/app", func(ev *event.Event, _ *event.Process) { ev.Request = c.asked }))
+		var got []string
+		for _, m := range ev.Decision.Matches {
+			if m.Alert {
+				got = append(got, short[m.Rule.ID])
+			}
+		}
+		if slices.Sort(got); strings.Join(got, " ") != c.want {
+			t.Errorf("%s: alerts %q, want %q", c.name, got, c.want)
 		}
 	}
 }

@@ -43,7 +43,7 @@ func (e *Engine) Explain(requests []*event.Event) (rules []RuleFinding, grants [
 	}
 	about := documentsOf(requests[0], requests[0].Subjects[0])
 	for _, r := range p.rules {
-		f := RuleFinding{ID: r.ID, Name: r.Name, Matches: r.blocks(about)}
+		f := RuleFinding{ID: r.ID, Name: r.Name, Matches: r.blocks(&about)}
 		kept := map[string]bool{}
 		for _, s := range r.blocking {
 			for _, c := range s.Conjuncts() {

@@ -8,7 +8,7 @@ import (
 	"github.com/imdsgate/imdsgate/event"
 )
 
-const foreignToken = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a08"
+const foreignToken = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a0a"
 
 // What follows when somebody asks with a token that was issued to another process of
 // another service, by the setting.

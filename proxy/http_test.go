@@ -6,23 +6,45 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/imdsgate/imdsgate/event"
+	"github.com/imdsgate/imdsgate/proxy/imds"
 )
+
+// excused are the complaints of net/http about requests that we accept, each with such
+// a request.
+var excused = []struct{ complaint, because, send string }{
+	{"bad trailer key", "trailers themselves are refused, whatever was said of them",
+		"PUT /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nTrailer: Content-Length\r\n\r\n0\r\n\r\n"},
+}
 
 // agree compares our reading of a request with the standard library's: where
 // both accept one, they agree on what it is. Where only we refuse, that is the
-// point of it; where only the library refuses, the list says why we do not.
-func agree(t *testing.T, b []byte) {
+// point of it; where only the library refuses, it returns why we do not, and fails
+// the test if that is not among the reasons.
+func agree(t *testing.T, b []byte) (because string) {
 	t.Helper()
 	ours, err := parseRequest(b)
-	if ours == nil && err == nil {
-		return
+	if ours == nil || err != nil {
+		return ""
 	}
-	theirs, libErr := http.ReadRequest(bufio.NewReader(bytes.NewReader(b)))
-	if err != nil || libErr != nil {
-		return
+	if _, err := imds.Classify(imds.Endpoints[0].Addr(), ours.target); err != nil {
+		return ""
+	}
+	theirs, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(b)))
+	if err != nil {
+		for _, e := range excused {
+			if strings.Contains(err.Error(), e.complaint) {
+				return e.because
+			}
+		}
+		t.Errorf("%q: net/http refuses it, %v, and we do not", b, err)
+		return ""
 	}
 	if theirs.Method != ours.method || theirs.RequestURI != ours.target || theirs.ProtoMinor != int(ours.minor) {
 		t.Errorf("%q: we read %s %s HTTP/1.%d, net/http %s %s %s", b, ours.method, ours.target, ours.minor, theirs.Method, theirs.RequestURI, theirs.Proto)
@@ -42,7 +64,7 @@ func agree(t *testing.T, b []byte) {
 	size := ours.headSize
 	if ours.chunked {
 		if whole, err := parseBody(b[size:]); !whole || err != nil {
-			return
+			return ""
 		}
 		size += len(emptyBody)
 	}
@@ -58,11 +80,17 @@ func agree(t *testing.T, b []byte) {
 	if rest, err := io.ReadAll(alone); len(rest) > 0 || err != nil {
 		t.Errorf("%q: net/http leaves %q of it, %v", b, rest, err)
 	}
+	return ""
 }
 
 func TestRequestDifferential(t *testing.T) {
-	for _, r := range riddles {
-		agree(t, []byte(r.send))
+	for _, c := range evasions {
+		agree(t, []byte(c.send))
+	}
+	for _, e := range excused {
+		if got := agree(t, []byte(e.send)); got != e.because {
+			t.Errorf("%q: net/http refuses it, because of %q: %q", e.send, e.complaint, got)
+		}
 	}
 	for _, s := range []string{
 		"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
@@ -74,6 +102,33 @@ func TestRequestDifferential(t *testing.T) {
 			t.Errorf("%q: %v", s, err)
 		}
 		agree(t, []byte(s))
+	}
+}
+
+// What clients send, as it was captured, is nothing odd to us, and to net/http the same.
+func TestRequestsOfClients(t *testing.T) {
+	const dir = "testdata/fuzz/FuzzRequest"
+	files, err := os.ReadDir(dir)
+	if err != nil || len(files) < 20 {
+		t.Fatalf("%d files, %v", len(files), err)
+	}
+	for _, f := range files {
+		text, err := os.ReadFile(filepath.Join(dir, f.Name()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, line, _ := strings.Cut(string(text), "\n[]byte(")
+		send, err := strconv.Unquote(strings.TrimSuffix(line, ")\n"))
+		if err != nil {
+			t.Fatalf("%s: %v", f.Name(), err)
+		}
+		r, err := parseRequest([]byte(send))
+		if err != nil || r == nil || r.odd || r.relayed || r.chunked != strings.HasSuffix(send[r.headSize:], emptyBody) {
+			t.Errorf("%s: %+v, %v", f.Name(), r, err)
+		}
+		if because := agree(t, []byte(send)); because != "" {
+			t.Errorf("%s: net/http refuses it: %s", f.Name(), because)
+		}
 	}
 }
 
@@ -89,22 +144,82 @@ func TestRequestInPieces(t *testing.T) {
 	if r, err := parseRequest(whole); err != nil || r.headSize != len(whole) {
 		t.Errorf("%+v, %v", r, err)
 	}
-	for _, riddle := range riddles {
-		for n := range len(riddle.send) {
-			if r, err := parseRequest([]byte(riddle.send[:n])); r != nil && err != nil {
-				t.Errorf("%s, %d bytes: both %+v and %v", riddle.name, n, r, err)
+	for _, c := range evasions {
+		for n := range len(c.send) {
+			if r, err := parseRequest([]byte(c.send[:n])); r != nil && err != nil {
+				t.Errorf("%s, %d bytes: both %+v and %v", c.name, n, r, err)
 			}
 		}
 	}
 }
 
+// An error is short, and says nothing that a field has for a value.
+func TestMalformedIsShort(t *testing.T) {
+	long, secret := strings.Repeat("X", maxHead-200), "c2VjcmV0"
+	for _, fields := range []string{
+		long + ": " + secret + "\x01", "Host: " + secret + "\r\nHost: " + secret, "Content-Length: " + secret, "Content-Length" + strings.Repeat("_", 10000) + ": 0",
+		"X-aws-ec2-metadata-token: " + secret + "\r\n " + secret, "Transfer-Encoding: " + secret, "Expect: " + secret, secret + " " + long,
+	} {
+		_, err := parseRequest([]byte("GET / HTTP/1.1\r\n" + fields + "\r\n\r\n"))
+		if err == nil || len(err.Error()) > 150 || strings.Contains(err.Error(), secret) {
+			t.Errorf("%.60q: %.200v", fields, err)
+		}
+	}
+}
+
+// What can be read of no request.
+func TestBeginning(t *testing.T) {
+	for _, c := range []struct{ send, method, target, agent string }{
+		{"GET /a HTTP/1.1\r\nUser-Agent: x\r\nno colon\r\nUser-Agent: y\r\n\r\n", "GET", "/a", "x"},
+		{"GET /a HTTP/1.1\r\nUser-Agent: x\r\n\r\nUser-Agent: body\r\n", "GET", "/a", "x"},
+		{"GET /a HTTP/1.1\r\nUser-Agent: x\nUser-Agent: y\r\n\r\n", "GET", "/a", ""},
+		{"GET /a HTTP/1.1\r\nUser-Agent: ha", "GET", "/a", ""},
+		{"GET http://user:pass@evil/ HTTP/1.1\r\nUser-Agent: x\r\n\r\n", "GET", "http://user:pass@evil/", ""},
+		{"CONNECT evil:80 HTTP/1.1\r\n\r\n", "CONNECT", "evil:80", ""},
+		{"GET /a HTTP/1.2\r\n\r\n", "GET", "/a", ""},
+		{"GET /a", "", "", ""},
+		{"\x16\x03\x01 a b\r\n\r\n", "", "", ""},
+		{"GET /" + strings.Repeat("a", maxTarget) + " HTTP/1.1\r\n\r\n", "GET", "", ""},
+	} {
+		r := beginning([]byte(c.send))
+		if r.method != c.method || r.target != c.target || r.userAgent != c.agent {
+			t.Errorf("%.60q: %.200q", c.send, []string{r.method, r.target, r.userAgent})
+		}
+	}
+}
+
+// The record of no request says what it was, and no secret.
+func TestMalformedIsRedacted(t *testing.T) {
+	token := "AQAEA" + strings.Repeat("x", 49) + "=="
+	for _, send := range []string{
+		"GET http://user:" + token + "@169.254.169.254/latest/?x=" + token + " HTTP/1.1\r\n\r\n",
+		"GET /latest/" + token + " HTTP/1.1\r\nUser-Agent: x " + token + "\r\nHost: " + token + "\r\nno colon\r\n\r\n",
+		"GET /latest/ HTTP/1.1\r\n" + strings.TrimRight(token, "=") + ": \x01\r\n\r\n",
+		"GET /latest/ HTTP/1.1\r\nX-aws-ec2-metadata-token: " + token + "\r\nX-aws-ec2-metadata-token: " + token + "\r\n\r\n",
+	} {
+		_, err := parseRequest([]byte(send))
+		ev := &event.Event{Host: &event.Host{}, Request: readable(beginning([]byte(send)))}
+		ev.Request.Malformed = err.Error()
+		line := string(ev.Views()[0].AppendJSON(nil))
+		if strings.Contains(line, token[:20]) || !strings.Contains(line, "/latest/") {
+			t.Errorf("%q: %s", send, line)
+		}
+	}
+}
+
 func FuzzRequest(f *testing.F) {
-	for _, r := range riddles {
-		f.Add([]byte(r.send))
+	for _, c := range evasions {
+		f.Add([]byte(c.send))
 	}
 	f.Add([]byte("PUT /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"))
+	for _, e := range excused {
+		f.Add([]byte(e.send))
+	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		agree(t, b)
+		if r := beginning(b); len(r.target) > maxTarget {
+			t.Errorf("%q: the target begins with %d bytes", b, len(r.target))
+		}
 		r, err := parseRequest(b)
 		if err != nil && !errors.Is(err, errMalformed) {
 			t.Errorf("%q: %v", b, err)
@@ -123,25 +238,38 @@ func FuzzRequest(f *testing.F) {
 	})
 }
 
+// answers have their end where the answer has it, and not behind.
+var answers = []struct {
+	name, answer, behind, method string
+	close                        bool
+}{
+	{"length", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", "HTTP/1.1 200", "GET", false},
+	{"chunked", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", "x", "GET", false},
+	{"chunked, extension and trailer", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;a=b\r\nhello\r\n0\r\nX: y\r\n\r\n", "x", "GET", false},
+	{"HEAD", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", "x", "HEAD", false},
+	{"304", "HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n", "x", "GET", false},
+	{"close", "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 5\r\n\r\nhello", "", "GET", true},
+	{"HTTP/1.0", "HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello", "", "GET", true},
+	{"HTTP/1.0, kept", "HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 5\r\n\r\nhello", "x", "GET", false},
+	{"HTTP/1.0, chunked", "HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: keep-alive\r\n\r\n0\r\n\r\nhello", "", "GET", true},
+	{"until the end", "HTTP/1.1 200 OK\r\n\r\nhello", "", "GET", true},
+	{"two lengths", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello", "", "GET", true},
+	{"no reason phrase", "HTTP/1.1 204\r\n\r\n", "x", "GET", false},
+	{"bare LF", "HTTP/1.1 200 OK\nContent-Length: 5\n\nhello", "x", "GET", false},
+	{"bare LF, and then not", "HTTP/1.1 200 OK\nContent-Length: 5\r\n\r\nhello", "x", "GET", false},
+	{"bare LF, at last", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\nhello", "x", "GET", false},
+	{"the same length twice", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 5\r\n\r\nhello", "x", "GET", false},
+	{"the same length twice in one", "HTTP/1.1 200 OK\r\nContent-Length: 5, 5\r\n\r\nhello", "x", "GET", false},
+	{"two lengths in one", "HTTP/1.1 200 OK\r\nContent-Length: 5,6\r\n\r\nhello", "", "GET", true},
+	{"no length in one", "HTTP/1.1 200 OK\r\nContent-Length: 5,\r\n\r\nhello", "", "GET", true},
+	{"close and keep", "HTTP/1.1 200 OK\r\nConnection: close, keep-alive\r\nContent-Length: 5\r\n\r\nhello", "", "GET", true},
+	{"close and keep, in two", "HTTP/1.0 200 OK\r\nConnection: close\r\nConnection: keep-alive\r\nContent-Length: 5\r\n\r\nhello", "", "GET", true},
+}
+
 // The end of an answer is found whatever the pieces in which it comes, and
 // where net/http finds it.
 func TestResponseEnd(t *testing.T) {
-	for _, c := range []struct {
-		name, answer, behind, method string
-		close                        bool
-	}{
-		{"length", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", "HTTP/1.1 200", "GET", false},
-		{"chunked", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", "x", "GET", false},
-		{"chunked, extension and trailer", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;a=b\r\nhello\r\n0\r\nX: y\r\n\r\n", "x", "GET", false},
-		{"HEAD", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", "x", "HEAD", false},
-		{"304", "HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n", "x", "GET", false},
-		{"close", "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 5\r\n\r\nhello", "", "GET", true},
-		{"HTTP/1.0", "HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello", "", "GET", true},
-		{"HTTP/1.0, kept", "HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 5\r\n\r\nhello", "x", "GET", false},
-		{"until the end", "HTTP/1.1 200 OK\r\n\r\nhello", "", "GET", true},
-		{"two lengths", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello", "", "GET", true},
-		{"no reason phrase", "HTTP/1.1 204\r\n\r\n", "x", "GET", false},
-	} {
+	for _, c := range answers {
 		whole := []byte(c.answer + c.behind)
 		for piece := 1; piece <= len(whole); piece++ {
 			head, err := parseResponse(whole, c.method)
@@ -157,8 +285,8 @@ func TestResponseEnd(t *testing.T) {
 			if taken != len(c.answer) || b.ended == (head.length == untilEOF) {
 				t.Errorf("%s in pieces of %d: ends at %d, ended %v; want %d", c.name, piece, taken, b.ended, len(c.answer))
 			}
-			want := ""
-			if strings.Contains(c.answer, "hello") {
+			want := c.answer[head.headSize:]
+			if head.length == -1 {
 				want = "hello"
 			}
 			if string(b.kept) != want || b.cut {
@@ -174,8 +302,10 @@ func TestResponseEnd(t *testing.T) {
 }
 
 func FuzzResponse(f *testing.F) {
-	f.Add([]byte("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"), 3)
-	f.Add([]byte("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;a=b\r\nhello\r\n0\r\nX: y\r\n\r\n"), 1)
+	for i, c := range answers {
+		f.Add([]byte(c.answer+c.behind), i)
+	}
+	f.Add([]byte("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n00a\r\nlo, hello!\r\n0\r\n\r\nHTTP/1.1 200"), 2)
 	f.Fuzz(func(t *testing.T, b []byte, piece int) {
 		head, err := parseResponse(b, "GET")
 		if err != nil || head == nil || head.interim() {
@@ -203,19 +333,38 @@ func FuzzResponse(f *testing.F) {
 				t.Errorf("%q: ends at %d (%v), in pieces of %d at %d (%v)", b, at, ended, n, at2, ended2)
 			}
 		}
-		resp, err := http.ReadResponse(bufio.NewReader(bytes.NewReader(b)), nil)
+		behind := bufio.NewReader(bytes.NewReader(b))
+		resp, err := http.ReadResponse(behind, nil)
 		if err != nil || !ended || head.status != resp.StatusCode {
 			return
 		}
 		body, err := io.ReadAll(resp.Body)
-		if err == nil && head.length >= 0 && int64(len(body)) != head.length {
-			t.Errorf("%q: a body of %d bytes, net/http reads %d", b, head.length, len(body))
+		if err != nil {
+			return
+		}
+		if ours := content(head, b); !bytes.Equal(body, ours) {
+			t.Errorf("%q: a body %q, net/http reads %q", b, ours, body)
+		}
+		if rest, _ := io.ReadAll(behind); len(rest) != len(b)-at {
+			t.Errorf("%q: net/http leaves %q of it, we %q", b, rest, b[at:])
 		}
 		// net/http takes no chunks from HTTP/1.0.
 		if err == nil && (head.length == -1) == (resp.TransferEncoding != nil) && !bytes.Equal(body, kept) {
 			t.Errorf("%q: kept %q, net/http reads %q", b, kept, body)
 		}
 	})
+}
+
+// content is the body of an answer without what frames it.
+func content(head *response, b []byte) (content []byte) {
+	d := newBody(head.length)
+	for at := head.headSize; at < len(b) && !d.ended; at++ {
+		if d.left > 0 || d.left == untilEOF {
+			content = append(content, b[at])
+		}
+		d.take(b[at : at+1])
+	}
+	return content
 }
 
 // Nothing of what went through a buffer stays in memory that is given away, in

@@ -18,7 +18,8 @@ type rendered struct {
 	known map[*attribution.Process]*event.Process
 }
 
-// maxRendered bounds what is remembered; a process takes one to two kilobytes.
+// maxRendered bounds what is remembered; a process takes one to two kilobytes, and as
+// much again with what documents say of it.
 const maxRendered = 256
 
 func (r *rendered) process(p *attribution.Process) *event.Process {
@@ -96,9 +97,16 @@ func id(n uint32) string { return strconv.FormatUint(uint64(n), 10) }
 
 // asked records what is asked for.
 func asked(ev *event.Event, r *request, t imds.Target, size int) {
-	ev.Request = event.Request{
-		Method: r.method, Target: r.target, Path: t.Path, Class: t.Class.String(), Guarded: t.Guarded(), Version: t.Version,
-		HTTP: "1." + string('0'+r.minor), Host: r.host, UserAgent: r.userAgent, Bytes: int64(size),
-		Token: r.token, Forwarded: r.relayed, HostIsOdd: publicHost(r.host), Evasive: t.Evasive || r.odd,
+	q := readable(r)
+	q.Path, q.Class, q.Guarded, q.Version = t.Path, t.Class.String(), t.Guarded(), t.Version
+	q.HTTP, q.Bytes, q.Evasive = "1."+string('0'+r.minor), int64(size), t.Evasive || r.odd
+	ev.Request = q
+}
+
+// readable is what a head says, whatever it asks for.
+func readable(r *request) event.Request {
+	return event.Request{
+		Method: r.method, Target: r.target, Host: r.host, UserAgent: r.userAgent,
+		Token: r.token, Forwarded: r.relayed, HostIsOdd: publicHost(r.host),
 	}
 }

@@ -56,11 +56,11 @@ func TestTransparent(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			var got, end, seen [2]string
 			for i, direct := range []bool{true, false} {
-				r.lab.IMDS.Reset()
+				before := len(r.received())
 				conn := r.dial(direct)
 				got[i], end[i] = talk(t, conn, c.send, 2*time.Second)
 				conn.Close()
-				seen[i] = strings.Join(r.received(), "\n--- another connection\n")
+				seen[i] = strings.Join(r.received()[before:], "\n--- another connection\n")
 			}
 			if masked(got[0]) != masked(got[1]) || end[0] != end[1] {
 				t.Errorf("the client gets, directly, ending in %s:\n%s\nthrough us, ending in %s:\n%s", end[0], got[0], end[1], got[1])
@@ -70,6 +70,9 @@ func TestTransparent(t *testing.T) {
 			}
 			if got[0] == "" {
 				t.Error("no answer, so nothing was compared")
+			}
+			if c.name == "credentials" && !strings.Contains(got[0], "SecretAccessKey") {
+				t.Errorf("no credentials, so little was compared: %q", got[0])
 			}
 		})
 	}
@@ -228,116 +231,6 @@ func TestUpstreamRefused(t *testing.T) {
 	}
 	if ev := r.recorded(1)[0]; ev.Response.Failed == "" || ev.Decision.Verdict != event.Allow {
 		t.Errorf("%+v", ev.Response)
-	}
-}
-
-// A request that has more than one reading, or none, does not get through in
-// enforce mode, and nothing of it reaches the service.
-var riddles = []struct{ name, send string }{
-	{"length and chunked", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"},
-	{"two lengths", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Content-Length: 0\r\nContent-Length: 0\r\n\r\n"},
-	{"a signed length", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Content-Length: +0\r\n\r\n"},
-	{"another encoding", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Transfer-Encoding: xchunked\r\n\r\n"},
-	{"space before colon", "GET /latest/meta-data/ HTTP/1.1\r\nHost : x\r\n\r\n"},
-	{"continued line", "GET /latest/meta-data/ HTTP/1.1\r\n" + host + "X-aws-ec2-metadata-token: a\r\n b\r\n\r\n"},
-	{"bare LF", "GET /latest/meta-data/ HTTP/1.1\nHost: x\n\n"},
-	{"bare CR", "GET /latest/meta-data/ HTTP/1.1\r\nX: a\rb\r\n\r\n"},
-	{"NUL", "GET /latest/meta-data/ HTTP/1.1\r\nX: a\x00b\r\n\r\n"},
-	{"absolute form", "GET http://169.254.169.254/latest/meta-data/ HTTP/1.1\r\n" + host + "\r\n"},
-	{"authority form", "GET 169.254.169.254:80 HTTP/1.1\r\n" + host + "\r\n"},
-	{"CONNECT", "CONNECT 169.254.169.254:80 HTTP/1.1\r\n" + host + "\r\n"},
-	{"asterisk", "OPTIONS * HTTP/1.1\r\n" + host + "\r\n"},
-	{"two hosts", "GET /latest/meta-data/ HTTP/1.1\r\n" + host + host + "\r\n"},
-	{"HTTP/2", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"},
-	{"HTTP/1.2", "GET /latest/meta-data/ HTTP/1.2\r\n" + host + "\r\n"},
-	{"HTTP/0.9", "GET /latest/meta-data/\r\n\r\n"},
-	{"upgrade", "GET /latest/meta-data/ HTTP/1.1\r\n" + host + "Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n"},
-	{"body of a GET", "GET /latest/meta-data/ HTTP/1.1\r\n" + host + "Content-Length: 3\r\n\r\nabc"},
-	{"two tokens", "GET /latest/meta-data/ HTTP/1.1\r\n" + host + "X-aws-ec2-metadata-token: a\r\nX-aws-ec2-metadata-token: b\r\n\r\n"},
-	{"chunk extension", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Transfer-Encoding: chunked\r\n\r\n0;x=y\r\n\r\n"},
-	{"trailer", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Transfer-Encoding: chunked\r\n\r\n0\r\nX: y\r\n\r\n"},
-	{"backslash", "GET /latest\\meta-data/ HTTP/1.1\r\n" + host + "\r\n"},
-	{"encoded backslash", "GET /latest%5cmeta-data/ HTTP/1.1\r\n" + host + "\r\n"},
-	{"encoded NUL", "GET /latest/meta-data/%00 HTTP/1.1\r\n" + host + "\r\n"},
-	{"encoded line end", "GET /latest/meta-data/%0d%0a HTTP/1.1\r\n" + host + "\r\n"},
-	{"bad escape", "GET /latest/meta-data/%zz HTTP/1.1\r\n" + host + "\r\n"},
-	{"escaped too often", "GET /latest/%2525252573 HTTP/1.1\r\n" + host + "\r\n"},
-	{"fragment", "GET /latest/meta-data/#x HTTP/1.1\r\n" + host + "\r\n"},
-	{"beyond ASCII", "GET /latest/meta-data/\xc3\xa9 HTTP/1.1\r\n" + host + "\r\n"},
-	{"two spaces", "GET  /latest/meta-data/ HTTP/1.1\r\n" + host + "\r\n"},
-	{"tab", "GET\t/latest/meta-data/ HTTP/1.1\r\n" + host + "\r\n"},
-	{"a long target", "GET /" + strings.Repeat("a", maxTarget) + " HTTP/1.1\r\n" + host + "\r\n"},
-	{"a long head", "GET / HTTP/1.1\r\nX: " + strings.Repeat("a", maxHead) + "\r\n\r\n"},
-	{"many fields", "GET / HTTP/1.1\r\n" + strings.Repeat("X: a\r\n", maxFields+1) + "\r\n"},
-	{"a body", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Content-Length: 5\r\n\r\nhello"},
-	{"a body that does not come", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Content-Length: 20000\r\n\r\n"},
-	{"a body that would wait", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Expect: 100-continue\r\nContent-Length: 5\r\n\r\n"},
-	{"a chunk", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"},
-	{"a chunk that should wait", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"},
-	{"length 0, in more digits", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Content-Length: 00\r\n\r\n"},
-	{"chunk size 0, in more digits", "PUT /latest/api/token HTTP/1.1\r\n" + host + "Transfer-Encoding: chunked\r\n\r\n00\r\n\r\n"},
-	{"chunks in a GET", "GET /latest/meta-data/ HTTP/1.1\r\n" + host + "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"},
-	{"TLS", "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n"},
-	{"empty line first", "\r\nGET /latest/meta-data/ HTTP/1.1\r\n" + host + "\r\n"},
-}
-
-func TestRiddlesEnforced(t *testing.T) {
-	r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}, policy: policy.Config{Mode: policy.Enforce}})
-	for i, c := range riddles {
-		t.Run(c.name, func(t *testing.T) {
-			r.lab.IMDS.Reset()
-			conn := r.dial(false)
-			got, end := talk(t, conn, c.send, 3*time.Second)
-			conn.Close()
-			if !strings.HasPrefix(got, "HTTP/1.1 400 Bad Request\r\n") || !strings.Contains(got, "\r\nServer: EC2ws\r\nConnection: close\r\n\r\n") || end != "FIN" {
-				t.Errorf("%q, %s", got, end)
-			}
-			if seen := strings.Join(r.received(), ""); seen != "" {
-				t.Errorf("the service saw %q", seen)
-			}
-			if ev := r.recorded(i + 1)[i]; ev.Request.Malformed == "" || ev.Decision.Verdict != event.Deny || ev.Response.Status != 400 {
-				t.Errorf("recorded %+v %+v", ev.Request, ev.Decision)
-			}
-		})
-	}
-}
-
-// In audit mode such a connection becomes a tunnel: what the service makes of
-// the riddle is between it and the client.
-func TestRiddlesAudited(t *testing.T) {
-	cfg := emulator()
-	cfg.Reading = imdstest.Lenient
-	r := newRig(t, setting{lab: netlab.Options{IMDS: cfg}})
-	for i, c := range riddles {
-		t.Run(c.name, func(t *testing.T) {
-			var got, end, seen [2]string
-			for k, direct := range []bool{true, false} {
-				r.lab.IMDS.Reset()
-				conn := r.dial(direct)
-				if _, err := conn.Write([]byte(c.send)); err != nil {
-					t.Fatal(err)
-				}
-				conn.CloseWrite()
-				conn.SetReadDeadline(time.Now().Add(3 * time.Second))
-				var b bytes.Buffer
-				_, err := b.ReadFrom(conn)
-				got[k], end[k] = masked(b.String()), outcome(err)
-				conn.Close()
-				seen[k] = strings.Join(r.received(), "|")
-			}
-			if len(c.send) > maxHead {
-				// The service stops reading somewhere in the middle, and resets.
-				seen[0], seen[1] = seen[0][:100], seen[1][:100]
-				got[0], got[1] = "", ""
-			}
-			if got[0] != got[1] || seen[0] != seen[1] {
-				t.Errorf("directly %.300q %s, the service sees %.300q\nthrough us %.300q %s, the service sees %.300q", got[0], end[0], seen[0], got[1], end[1], seen[1])
-			}
-			ev := r.recorded(i + 1)[i]
-			if ev.Request.Malformed == "" || ev.Decision.Verdict != event.Allow || ev.Decision.WouldBe != event.Deny {
-				t.Errorf("recorded %+v %+v", ev.Request, ev.Decision)
-			}
-		})
 	}
 }
 

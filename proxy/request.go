@@ -36,7 +36,8 @@ type request struct {
 	chunked bool // an emptyBody follows the head
 	expect  bool // which the client sends after 100 Continue
 	close   bool // the client will not reuse the connection
-	token   bool // X-aws-ec2-metadata-token
+	keep    bool // it says that it would
+	token   bool // X-aws-ec2-metadata-token, with something in it
 	relayed bool // X-Forwarded-For and its kin
 	odd     bool // spelled as no client spells it
 
@@ -114,6 +115,14 @@ func (h *head) read(b []byte) (*request, error) {
 	}
 }
 
+// beginning reads of what is no request as much as can be read: the request line,
+// and the fields before the first line that is none.
+func beginning(b []byte) *request {
+	h := new(head)
+	h.read(b)
+	return &h.request
+}
+
 // partial refuses a last line, without its end, that can no longer become a good one.
 func (h *head) partial(b []byte) error {
 	if len(b) >= maxHead {
@@ -143,11 +152,6 @@ func (r *request) requestLine(line []byte) error {
 		return malformed("method")
 	}
 	r.method = intern(method)
-	r.odd = strings.ToUpper(r.method) != r.method
-	switch r.method {
-	case "CONNECT", "PRI": // a tunnel, and the preface of HTTP/2
-		return malformed("method %s", r.method)
-	}
 	if len(target) > maxTarget {
 		return malformed("target of %d bytes, more than %d", len(target), maxTarget)
 	}
@@ -156,15 +160,21 @@ func (r *request) requestLine(line []byte) error {
 			return malformed("byte %#02x in the target", c)
 		}
 	}
+	r.target = string(target)
+	switch r.method {
+	case "GET", "HEAD", "PUT", "OPTIONS":
+	case "CONNECT", "PRI": // a tunnel, and the preface of HTTP/2
+		return malformed("method %s", r.method)
+	default:
+		r.odd = true
+	}
 	if len(target) == 0 || target[0] != '/' {
 		return malformed("target is not a path")
 	}
-	r.target = string(target)
 	switch string(version) {
 	case "HTTP/1.1":
 		r.minor = 1
 	case "HTTP/1.0":
-		r.close = true
 	default:
 		return malformed("version")
 	}
@@ -175,7 +185,7 @@ func (r *request) requestLine(line []byte) error {
 func (h *head) field(line []byte) error {
 	once := func(flag *bool, name []byte) error {
 		if *flag {
-			return malformed("%s twice", bytes.ToLower(name))
+			return malformed("%.64s twice", bytes.ToLower(name))
 		}
 		*flag = true
 		return nil
@@ -186,7 +196,7 @@ func (h *head) field(line []byte) error {
 	}
 	for _, c := range value {
 		if c < ' ' && c != '\t' || c == 0x7f {
-			return malformed("byte %#02x in the field %s", c, bytes.ToLower(name))
+			return malformed("byte %#02x in the field %.64s", c, bytes.ToLower(name))
 		}
 	}
 	value = bytes.Trim(value, " \t")
@@ -232,7 +242,7 @@ func (h *head) field(line []byte) error {
 		if err := once(&h.seen.token, name); err != nil {
 			return err
 		}
-		h.token = true
+		h.token = len(value) > 0 // what forges requests may be able to add an empty one
 		_, raw, _ := bytes.Cut(line, []byte(":"))
 		h.bearer.to = h.at - len("\r\n") - len(raw) + len(bytes.TrimRight(raw, " \t"))
 		h.bearer.from = h.bearer.to - len(value)
@@ -244,9 +254,10 @@ func (h *head) field(line []byte) error {
 		h.relayed = true
 	case is(name, "user-agent"):
 		h.userAgent = string(value)
-	case bytes.IndexByte(name, '_') >= 0 && is(bytes.ReplaceAll(name, []byte("_"), []byte("-")), "x-aws-ec2-metadata-token"),
-		is(name, "x-http-method-override"), is(name, "x-original-url"), is(name, "x-rewrite-url"):
+	case is(name, "x-http-method-override"), is(name, "x-original-url"), is(name, "x-rewrite-url"):
 		h.odd = true // nobody knows of IMDS that it honours these
+	case bytes.IndexByte(name, '_') >= 0:
+		return h.kin(name)
 	}
 	return nil
 }
@@ -259,7 +270,22 @@ func (h *head) whole() error {
 	case h.chunked && (h.method == "GET" || h.method == "HEAD"):
 		return malformed("%s with a body", h.method)
 	}
+	h.close = h.close || h.minor == 0 && !h.keep
 	h.expect = h.expect && h.chunked // or else there is nothing to wait for
+	return nil
+}
+
+// kin reads a field whose name has an underscore. Who makes variables of fields, as
+// CGI does (RFC 3875 section 4.1.18), cannot tell it from a dash.
+func (r *request) kin(name []byte) error {
+	switch of := bytes.Trim(bytes.ReplaceAll(name, []byte("_"), []byte("-")), "-"); {
+	case is(of, "host"), is(of, "content-length"), is(of, "transfer-encoding"):
+		return malformed("field %.64s", bytes.ToLower(name))
+	case is(of, "x-aws-ec2-metadata-token"), is(of, "x-aws-ec2-metadata-token-ttl-seconds"),
+		is(of, "x-forwarded-for"), is(of, "x-forwarded-host"),
+		is(of, "x-http-method-override"), is(of, "x-original-url"), is(of, "x-rewrite-url"):
+		r.odd = true
+	}
 	return nil
 }
 
@@ -271,9 +297,7 @@ func (r *request) connection(value []byte) error {
 		case is(option, "close"):
 			r.close = true
 		case is(option, "keep-alive"):
-			if r.minor == 0 {
-				r.close = false
-			}
+			r.keep = true
 		case is(option, "te"), len(option) == 0:
 		case is(option, "upgrade"):
 			return malformed("upgrade")

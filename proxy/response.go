@@ -34,31 +34,31 @@ var errLength = errors.New("not a length")
 // believed: a doubt about the length makes the answer last until the server
 // closes.
 func parseResponse(b []byte, method string) (*response, error) {
-	end := bytes.Index(b, []byte("\r\n\r\n"))
-	if end < 0 {
+	size := headEnd(b)
+	if size == 0 {
 		if len(b) >= maxResponseHead || len(b) >= 5 && string(b[:5]) != "HTTP/" {
 			return nil, errOpaque
 		}
 		return nil, nil
 	}
-	r := &response{headSize: end + 4, length: untilEOF}
-	line, rest, _ := bytes.Cut(b[:end+2], []byte("\r\n"))
+	r := &response{headSize: size, length: untilEOF}
+	line, rest := cutLine(b[:size])
 	// HTTP/1.1 200 OK
 	if len(line) < 12 || string(line[:7]) != "HTTP/1." || line[8] != ' ' {
 		return nil, errOpaque
 	}
+	version := line[7]
 	for _, c := range line[9:12] {
 		if c < '0' || c > '9' {
 			return nil, errOpaque
 		}
 		r.status = r.status*10 + int(c-'0')
 	}
-	r.close = line[7] != '1'
 
 	lengths := 0
-	chunked := false
+	chunked, keep := false, false
 	for len(rest) > 0 {
-		line, rest, _ = bytes.Cut(rest, []byte("\r\n"))
+		line, rest = cutLine(rest)
 		name, value, ok := bytes.Cut(line, []byte(":"))
 		if !ok {
 			continue
@@ -73,7 +73,7 @@ func parseResponse(b []byte, method string) (*response, error) {
 			lengths++
 			r.length = n
 		case is(name, "transfer-encoding"):
-			chunked = is(value, "chunked")
+			chunked = is(value, "chunked") && version == '1' // HTTP/1.0 has no chunks (RFC 9112 section 6.1)
 			if !chunked {
 				r.length, lengths = untilEOF, 2
 			}
@@ -87,11 +87,12 @@ func parseResponse(b []byte, method string) (*response, error) {
 				case is(option, "close"):
 					r.close = true
 				case is(option, "keep-alive"):
-					r.close = false
+					keep = true
 				}
 			}
 		}
 	}
+	r.close = r.close || version != '1' && !keep
 	if chunked {
 		r.length = -1
 	}
@@ -104,19 +105,50 @@ func parseResponse(b []byte, method string) (*response, error) {
 	return r, nil
 }
 
-// parseLength reads a Content-Length: digits, and nothing else.
-func parseLength(value []byte) (int64, error) {
-	if len(value) == 0 || len(value) > 10 {
-		return 0, errLength
+// headEnd is the size of a head with its empty line, or 0 if that is not there yet. The
+// lines of an answer may end in a bare LF (RFC 9112 section 2.2).
+func headEnd(b []byte) int {
+	for at := 0; ; {
+		n := bytes.IndexByte(b[at:], '\n') + 1
+		if n == 0 {
+			return 0
+		}
+		switch at += n; {
+		case at < len(b) && b[at] == '\n':
+			return at + 1
+		case at+1 < len(b) && b[at] == '\r' && b[at+1] == '\n':
+			return at + 2
+		}
 	}
-	var n int64
-	for _, c := range value {
-		if c < '0' || c > '9' {
+}
+
+func cutLine(b []byte) (line, rest []byte) {
+	line, rest, _ = bytes.Cut(b, []byte("\n"))
+	return bytes.TrimSuffix(line, []byte("\r")), rest
+}
+
+// parseLength reads a Content-Length: digits and nothing else, or the same number
+// several times (RFC 9110 section 8.6).
+func parseLength(value []byte) (int64, error) {
+	length := int64(-1)
+	for one := range bytes.SplitSeq(value, []byte(",")) {
+		one = bytes.Trim(one, " \t")
+		if len(one) == 0 || len(one) > 10 {
 			return 0, errLength
 		}
-		n = n*10 + int64(c-'0')
+		var n int64
+		for _, c := range one {
+			if c < '0' || c > '9' {
+				return 0, errLength
+			}
+			n = n*10 + int64(c-'0')
+		}
+		if length >= 0 && n != length {
+			return 0, errLength
+		}
+		length = n
 	}
-	return n, nil
+	return length, nil
 }
 
 // interim reports whether another answer follows.

@@ -45,6 +45,7 @@ type session struct {
 	later   sync.WaitGroup // of what still uses lookup
 	pending bool           // something did
 	count   int            // of requests
+	told    bool           // there is an event of this connection
 
 	buf []byte // of in
 	in  []byte // bytes of the client that were read and not passed on
@@ -249,7 +250,7 @@ func (s *session) reset() {
 
 // refuse records a connection that should not be here, and ends it.
 func (s *session) refuse(why string) {
-	ev := s.event(time.Now())
+	ev := s.event()
 	ev.Request.Malformed = why
 	ev.Attribution.Reason = "not_asked"
 	ev.Decision = event.Decision{Mode: s.p.engine.Mode().String(), Verdict: event.Deny, WouldBe: event.Deny, Reason: why}
@@ -257,8 +258,14 @@ func (s *session) refuse(why string) {
 	s.reset()
 }
 
-func (s *session) event(begin time.Time) *event.Event {
-	return &event.Event{Host: s.p.options.Host, Time: begin, Connection: s.conn}
+// event begins a record. The first of a connection is from when it was accepted.
+func (s *session) event() *event.Event {
+	ev := &event.Event{Host: s.p.options.Host, Time: s.accepted, Connection: s.conn}
+	if ev.Connection.First = !s.told; s.told {
+		ev.Time = time.Now()
+	}
+	s.told = true
+	return ev
 }
 
 // exchange serves one request. It returns nil when the connection goes on.
@@ -266,7 +273,7 @@ func (s *session) exchange() error {
 	r, err := s.read()
 	if err != nil {
 		if errors.Is(err, errMalformed) {
-			s.odd(err)
+			s.odd(err, beginning(s.in))
 		}
 		return err
 	}
@@ -280,19 +287,14 @@ func (s *session) exchange() error {
 	}
 	if err != nil {
 		if errors.Is(err, errMalformed) || errors.Is(err, imds.ErrTarget) {
-			s.odd(err)
+			s.odd(err, r)
 		}
 		return err
 	}
 	s.p.stats.Requests.Add(1)
-	begin := s.accepted
-	if s.count > 0 {
-		begin = time.Now()
-	}
-	ev := s.event(begin)
+	ev := s.event()
 	asked(ev, r, target, size)
 	ev.Token = token
-	ev.Connection.First = s.count == 0
 
 	enforce := s.p.engine.Mode() == policy.Enforce
 	search := likely
@@ -383,7 +385,7 @@ func (s *session) exchange() error {
 		return io.EOF
 	}
 	if errors.Is(err, errMalformed) {
-		s.odd(err) // a body, behind a head that asked to wait for it
+		s.odd(err, r) // a body, behind a head that asked to wait for it
 	}
 	return err
 }

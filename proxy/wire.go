@@ -471,10 +471,11 @@ func (s *session) linger() {
 	}
 }
 
-// odd deals with what cannot be read one way only.
-func (s *session) odd(why error) {
+// odd deals with what cannot be read one way only. r is what can be read of it.
+func (s *session) odd(why error, r *request) {
 	s.p.stats.Malformed.Add(1)
-	ev := s.event(s.accepted)
+	ev := s.event()
+	ev.Request = readable(r)
 	ev.Request.Malformed = why.Error()
 	ev.Request.Bytes = int64(len(s.in))
 	if s.p.engine.Mode() == policy.Enforce {

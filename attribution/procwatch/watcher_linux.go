@@ -42,7 +42,8 @@ type Watcher struct {
 	o      Options
 	since  time.Duration
 	buffer int
-	wake   int // eventfd that ends the reader's wait
+	wake   int      // eventfd that ends the reader's wait
+	ready  *os.File // can be read when conn or wake can
 	wg     sync.WaitGroup
 	calls  chan call
 	stop   chan struct{}
@@ -113,9 +114,15 @@ func Open(o Options) (*Watcher, error) {
 		c.close()
 		return nil, fmt.Errorf("make an eventfd: %w", err)
 	}
+	ready, err := pollable(c.fd, wake)
+	if err != nil {
+		c.close()
+		unix.Close(wake)
+		return nil, fmt.Errorf("wait for events: %w", err)
+	}
 	now := monotonic()
 	w := &Watcher{
-		o: o, since: now, buffer: c.buffer, wake: wake, conn: c, empty: now, rebuilt: now, filled: now, tokens: float64(o.Reads),
+		o: o, since: now, buffer: c.buffer, wake: wake, ready: ready, conn: c, empty: now, rebuilt: now, filled: now, tokens: float64(o.Reads),
 		stop: make(chan struct{}), events: make([]event, 0, batch),
 		reader: reader{proc: o.Proc},
 	}
@@ -123,6 +130,7 @@ func Open(o Options) (*Watcher, error) {
 	w.table = newTable(o.Max, asker.alive)
 	w.table.joined, w.table.offset = now, clock(unix.CLOCK_BOOTTIME)-now
 	if err := w.snapshot(); err != nil {
+		ready.Close()
 		c.close()
 		unix.Close(wake)
 		return nil, fmt.Errorf("read the processes that are there already: %w", err)
@@ -148,6 +156,7 @@ func (w *Watcher) Close() error {
 		w.wg.Wait()
 		w.socket.Lock()
 		defer w.socket.Unlock()
+		w.ready.Close()
 		err = w.conn.close()
 		w.conn = nil
 		w.mu.Lock()
@@ -324,12 +333,49 @@ func (w *Watcher) wait(swept time.Duration) {
 		due = 0
 	}
 	w.mu.Unlock()
-	timeout := max(0, due-monotonic())
-	fds := []unix.PollFd{{Fd: int32(w.conn.fd), Events: unix.POLLIN}, {Fd: int32(w.wake), Events: unix.POLLIN}}
-	if n, _ := unix.Poll(fds, int((timeout+time.Millisecond-1)/time.Millisecond)); n > 0 && fds[1].Revents != 0 {
-		var count [8]byte
-		unix.Read(w.wake, count[:])
+	w.ready.SetReadDeadline(time.Now().Add(due - monotonic()))
+	raw, err := w.ready.SyscallConn()
+	if err != nil {
+		return // closed
 	}
+	raw.Read(func(fd uintptr) bool {
+		var events [2]unix.EpollEvent
+		n, _ := unix.EpollWait(int(fd), events[:], 0)
+		for i := range max(n, 0) {
+			if events[i].Fd == int32(w.wake) {
+				var count [8]byte
+				unix.Read(w.wake, count[:])
+			}
+		}
+		return n != 0
+	})
+}
+
+// pollable is a file that can be read when one of the descriptors can. A goroutine
+// waits for it as for a connection. In poll(2) it would keep one of GOMAXPROCS from
+// the others until the runtime notices, after each event, and the runtime would
+// look for that up to 20,000 times in a second.
+func pollable(fds ...int) (*os.File, error) {
+	ep, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return nil, os.NewSyscallError("epoll_create1", err)
+	}
+	for _, fd := range fds {
+		if err := unix.EpollCtl(ep, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(fd)}); err != nil {
+			unix.Close(ep)
+			return nil, os.NewSyscallError("epoll_ctl", err)
+		}
+	}
+	if err := unix.SetNonblock(ep, true); err != nil {
+		unix.Close(ep)
+		return nil, os.NewSyscallError("fcntl", err)
+	}
+	f := os.NewFile(uintptr(ep), "epoll")
+	if err := f.SetReadDeadline(time.Time{}); err != nil { // waiting would fail at once, each time
+		f.Close()
+		return nil, err
+	}
+	return f, nil
 }
 
 func (w *Watcher) lossy() bool {

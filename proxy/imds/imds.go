@@ -112,8 +112,9 @@ const maxDecodings = 3
 // IMDS is not documented to refuse any spelling, nor to understand one, so no
 // reading of the target by any service may be worth more than the class it
 // gets here. A plain target differs between services in two ways: whether they
-// fold case, and whether they look at the version. Both readings are taken, and
-// what is worth more counts. An evasive one has as many readings as there are
+// fold case, and whether they look at the version; and to some, two slashes at the
+// beginning are followed by an authority (RFC 3986 section 4.2). All these readings
+// are taken, and what is worth more counts. An evasive one has as many readings as there are
 // orders of decoding, cutting and resolving; none of them can bring in a word
 // that no round of decoding shows, so it is worth what it mentions.
 func Classify(endpoint netip.Addr, target string) (Target, error) {
@@ -354,6 +355,18 @@ func worse(a, b worth) worth {
 // segments are those of path.
 func classifyEC2(segments []string, path string) worth {
 	listing := strings.HasSuffix(path, "/")
+	w := classifyVersioned(segments, listing)
+	if strings.HasPrefix(path, "//") && len(segments) > 0 {
+		// The service takes the slashes for one, and clients write two. So what
+		// is nowhere in the tree is no reason for doubt here.
+		if behind := classifyVersioned(segments[1:], listing); behind.class != Unknown {
+			w = worse(w, behind)
+		}
+	}
+	return w
+}
+
+func classifyVersioned(segments []string, listing bool) worth {
 	if len(segments) == 0 || version(segments[0]) {
 		return classifyTree(afterVersions(segments), listing)
 	}

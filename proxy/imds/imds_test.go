@@ -59,6 +59,13 @@ func TestClassify(t *testing.T) {
 		// Not evasive: AWS's own clients write these.
 		{"//latest/meta-data/instance-id", imds.Inventory, "/latest/meta-data/instance-id"},
 		{"/latest/meta-data//iam/security-credentials/", imds.Credentials, "/latest/meta-data/iam/security-credentials/"},
+		{"//latest/meta-data/tags/instance/secret", imds.Inventory, "/latest/meta-data/tags/instance/secret"},
+		{"//latest/meta-data/iam/info", imds.Inventory, "/latest/meta-data/iam/info"},
+		// Behind what may be an authority, and something for a version.
+		{"//a/b/user-data", imds.UserData, "/a/b/user-data"},
+		{"//a/b/dynamic/instance-identity/pkcs7", imds.IdentityProof, "/a/b/dynamic/instance-identity/pkcs7"},
+		{"//latest/x/user-data", imds.UserData, "/latest/x/user-data"},
+		{"//169.254.169.254/latest/user-data", imds.UserData, "/169.254.169.254/latest/user-data"},
 	} {
 		got, err := imds.Classify(ec2, c.target)
 		if c.path == "" {

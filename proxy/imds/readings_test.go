@@ -22,6 +22,7 @@ type reading struct {
 	text    string
 	decoded int  // rounds so far
 	ignored bool // nothing is left to take for a version
+	behind  bool // it was behind an authority
 }
 
 var steps = []func(r reading) reading{
@@ -71,10 +72,20 @@ var steps = []func(r reading) reading{
 	},
 	func(r reading) reading {
 		if i := strings.IndexFunc(r.text, func(c rune) bool { return c != '/' }); i > 0 && !r.ignored {
+			r.ignored = true
 			if _, rest, more := strings.Cut(r.text[i:], "/"); more {
-				return reading{"/latest/" + rest, r.decoded, true}
+				return r.to("/latest/" + rest)
 			}
-			return reading{"/latest", r.decoded, true}
+			return r.to("/latest")
+		}
+		return r
+	},
+	// An authority, as RFC 3986 section 4.2 has it, or behind more slashes than two.
+	func(r reading) reading {
+		if strings.HasPrefix(r.text, "//") && !r.behind && !r.ignored {
+			r.behind = true
+			_, rest, _ := strings.Cut(strings.TrimLeft(r.text, "/"), "/")
+			return r.to("/" + rest)
 		}
 		return r
 	},
@@ -106,7 +117,8 @@ func (r reading) decode(is func(byte) bool) reading {
 		}
 		return string([]byte{c})
 	})
-	return reading{text, r.decoded + 1, r.ignored}
+	r.decoded++
+	return r.to(text)
 }
 
 func before(s, sep string) string { s, _, _ = strings.Cut(s, sep); return s }
@@ -139,7 +151,12 @@ func readings(endpoint netip.Addr, target string) []string {
 	seen := map[reading]bool{queue[0]: true}
 	names := map[string]bool{}
 	for i := 0; i < len(queue) && len(queue) < 1000; i++ {
-		names[queue[i].name()] = true
+		name := queue[i].name()
+		// What is nowhere in the tree is nothing behind an authority: clients write
+		// two slashes where one is meant.
+		if t, err := imds.Classify(endpoint, name); !queue[i].behind || err != nil || t.Class != imds.Unknown {
+			names[name] = true
+		}
 		for _, step := range steps {
 			if next := step(queue[i]); !seen[next] {
 				seen[next] = true
@@ -232,6 +249,14 @@ var ambiguous = []string{
 	"/user-data/meta-data/iam/security-credentials/role",
 	"/meta-data/user-data",
 	"/latest/latest/user-data",
+	"//a/b/user-data",
+	"//a/b/dynamic/instance-identity/pkcs7",
+	"//169.254.169.254/latest/user-data",
+	"///a//b/User-Data",
+	"//a/user-data",
+	"//latest/x/user-data",
+	"//a/b/meta-data/iam/security-credentials/role",
+	"//latest/meta-data/tags/instance/secret",
 	"/v2/credentials/0f0e/../../../v4/uuid/task",
 	"/v4/uuid/task;/../../../v2/credentials/0f0e",
 	"/V2/Credentials/0f0e",
@@ -256,6 +281,7 @@ func TestNoReadingIsWorthMore(t *testing.T) {
 		{"/latest/user-data//..", "/latest/user-data/"},
 		{"/latest/%2575ser-data", "/latest/user-data"},
 		{"/v1/User-Data+", "/latest/user-data"},
+		{"//a/b/user-data", "/latest/user-data"},
 	} {
 		if all := readings(ec2, c.target); !slices.Contains(all, c.reading) {
 			t.Errorf("%q is never read as %q, only as %q", c.target, c.reading, all)
@@ -264,7 +290,7 @@ func TestNoReadingIsWorthMore(t *testing.T) {
 }
 
 var pieces = []string{
-	"/", "/", "/", "//", "latest", "LATEST", "Latest", "1.0", "v1", "2021-03-23", "meta-data", "Meta-Data", "ami-id", "Ami-Id", "iam", "info", "spot",
+	"/", "/", "/", "//", "//a", "latest", "LATEST", "Latest", "1.0", "v1", "2021-03-23", "meta-data", "Meta-Data", "ami-id", "Ami-Id", "iam", "info", "spot",
 	"security-credentials", "Security-Credentials", "identity-credentials", "ec2", "user-data", "User-Data", "%75ser-data", "dynamic",
 	"instance-identity", "document", "pkcs7", "api", "token", "credentials", "v2", "v4", "secret",
 	"/..", "/../", "/.", "/%2e%2e/", "/%252e%252e/", "/.%2e/", "/..;/", "/..;x/", "%2f", "%252f", "%25", "..%2f",

@@ -18,7 +18,7 @@ import (
 )
 
 const (
-	foreignToken = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a08"
+	foreignToken = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a0a"
 
 	victim = 5001 // a user
 

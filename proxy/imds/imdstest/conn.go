@@ -85,13 +85,15 @@ func (c *conn) exchange(onConn int) error {
 		}
 	}
 
-	if f.Delay > 0 {
-		timer := time.NewTimer(f.Delay)
-		defer timer.Stop()
-		select {
-		case <-timer.C:
-		case <-c.s.done:
-			return net.ErrClosed
+	if err := c.pause(f.Delay); err != nil {
+		return err
+	}
+	for _, s := range f.Raw {
+		if err := c.pause(s.After); err != nil {
+			return err
+		}
+		if err := c.send([]byte(s.Data)); err != nil {
+			return err
 		}
 	}
 	switch f.Outcome {
@@ -104,6 +106,9 @@ func (c *conn) exchange(onConn int) error {
 		return errEnd
 	case FIN:
 		return errEnd
+	}
+	if f.Raw != nil {
+		return nil
 	}
 
 	a := i.answer(r, p, readable, now, r.Number)
@@ -123,6 +128,21 @@ func (c *conn) exchange(onConn int) error {
 		return errEnd
 	}
 	return nil
+}
+
+// pause waits, but not beyond the end of the server.
+func (c *conn) pause(d time.Duration) error {
+	if d <= 0 {
+		return nil
+	}
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-c.s.done:
+		return net.ErrClosed
+	}
 }
 
 func (i *instance) keeps(r *Request) bool {

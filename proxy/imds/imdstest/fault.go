@@ -12,6 +12,15 @@ type Fault struct {
 	Status int
 
 	NoContinue bool // send no 100 Continue, whatever the client expects
+
+	// Raw is sent in the place of the answer, and then the Outcome: the connection is kept if that is Answered.
+	Raw []Segment
+}
+
+// A Segment is bytes that are sent in one go.
+type Segment struct {
+	After time.Duration // a pause; without one, the client may read a segment together with the one before
+	Data  string
 }
 
 // An Outcome is how a request ends.

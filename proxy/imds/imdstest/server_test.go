@@ -378,6 +378,21 @@ func TestFaults(t *testing.T) {
 		t.Errorf("delay: took %v", took)
 	}
 
+	raw := []imdstest.Segment{{Data: "HTTP/1.1 299 O"}, {After: 20 * time.Millisecond, Data: "K\n\nsurplus"}}
+	set(imdstest.Fault{Raw: raw, Outcome: imdstest.FIN})
+	start = time.Now()
+	if answer, err := exchange(get("/latest/meta-data/ami-id")); answer != "HTTP/1.1 299 OK\n\nsurplus" || err != nil || time.Since(start) < 20*time.Millisecond {
+		t.Errorf("raw: %q, %v", answer, err)
+	}
+	set(imdstest.Fault{Raw: raw, Outcome: imdstest.RST})
+	if answer, err := exchange(get("/latest/meta-data/ami-id")); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("raw, reset: %q, %v", answer, err)
+	}
+	set(imdstest.Fault{Raw: raw})
+	if answer, err := exchange(get("/latest/meta-data/ami-id") + get("/latest/meta-data/mac")); !strings.HasPrefix(answer, "HTTP/1.1 299 OK\n\nsurplusHTTP/1.1 200 ") || err != nil {
+		t.Errorf("raw, kept: %q, %v", answer, err)
+	}
+
 	set(imdstest.Fault{Outcome: imdstest.Silence})
 	if answer, err := within(50*time.Millisecond, get("/latest/meta-data/ami-id")); answer != "" || !isTimeout(err) {
 		t.Errorf("silence: %q, %v", answer, err)
