@@ -12,16 +12,19 @@ dir=$(cd "$1" && pwd)
 root=$dir/root
 suite=bookworm
 
-# What Debian has of the clients in reference lists of AWS's SDKs and of tools
-# that use them; python3-boto3, ruby-aws-sdk-core and awscrt are AWS's own.
+# AWS's own: awscli, python3-boto3, python3-awscrt, ruby-aws-sdk-core and what is
+# called amazon. The rest finds credentials by code of its own, or by AWS's for Go.
 packages='ca-certificates
 	awscli python3-boto3 python3-awscrt ruby-aws-sdk-core
 	cloud-init cloud-guest-utils amazon-ec2-utils amazon-ec2-net-utils ignition
 	facter ohai
 	s3fs rclone restic s3cmd gdal-bin
-	prometheus victoria-metrics amazon-ecr-credential-helper
+	prometheus amazon-ecr-credential-helper
 	libvm-ec2-perl php-cli php-async-aws-core php-symfony-http-client
 	curl wget'
+
+# Go's ./... stays out of a directory that is a module of its own.
+echo 'module clients' >"$dir/go.mod"
 
 stamp=$dir/installed
 wanted=$(cat "$0" "$here/node/package-lock.json" | sha256sum)
