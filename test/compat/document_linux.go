@@ -5,6 +5,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 )
 
 const intro = `# Clients
@@ -29,8 +30,9 @@ Each client four times, each time in a lab of its own with a stand-in for the se
   that the client has written the same output with the same exit status. What differs between any two runs is left out: tokens, request
   IDs, and in output times and ports; for cloud-init, which asks IPv4 and IPv6 at once and takes who answers first, also that and the
   order.
-- *refused*: the same without the grant. How many requests imdsgate got, the time from the first 403 to the end of the program, how many
-  requests for data without a token came after a request with one had been refused, and what the program says.
+- *refused*: the same without the grant. How many requests imdsgate got, the time from the first 403 to the end of the program ("at
+  once" is less than a second), whether it asked for data without a token after a request with one had been refused, its exit status,
+  and what it said.
 
 Tokens were optional, AWS's old default, so that the way back to IMDSv1 was open. The programs are unmodified and run in a Debian root in
 the build folder (` + "`test/clients/install.sh`" + `), chrooted, as an ordinary user where they can. A grant names a file by its path on
@@ -71,8 +73,8 @@ func document(rows []row) string {
 			fallback = "none; begins with v1"
 		}
 		// No row is written in which anything was different.
-		fmt.Fprintf(&b, "| %s | %s | %d | same | same | %d | %.1f s | %s | %d | %s |\n", name, r.version, len(r.seen[direct].service),
-			len(o.decisions), o.givesUp().Seconds(), fallback, o.code, quote(o.says(r.word)))
+		fmt.Fprintf(&b, "| %s | %s | %d | same | same | %d | %s | %s | %d | %s |\n", name, r.version, len(r.seen[direct].service),
+			len(o.decisions), seconds(o.givesUp()), fallback, o.code, quote(o.says(r.word), r.word))
 	}
 	b.WriteString("\n")
 	for i, note := range notes {
@@ -92,10 +94,24 @@ func (r *row) v1First() bool {
 // stamped is the time at the beginning of a line of a log.
 var stamped = regexp.MustCompile(`^(time="[^"]*" |[0-9][0-9/:.TZ-]*[ ]?[0-9:.Z]* )`)
 
-// quote makes a line fit into a cell of a table.
-func quote(s string) string {
+// seconds is a time as it is much the same in the next run.
+func seconds(d time.Duration) string {
+	if d < time.Second {
+		return "at once"
+	}
+	return fmt.Sprintf("%.0f s", d.Seconds())
+}
+
+// quote makes a line fit into a cell of a table: from a word on, if it is long.
+func quote(s, word string) string {
 	const most = 150
 	s = stamped.ReplaceAllString(s, "")
+	if s == "" {
+		return "nothing"
+	}
+	if i := strings.Index(s, word); len(s) > most && i > 0 {
+		s = "… " + s[i:]
+	}
 	if r := []rune(s); len(r) > most {
 		s = string(r[:most]) + " …"
 	}
