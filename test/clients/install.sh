@@ -1,7 +1,7 @@
 #!/bin/sh
 # install.sh DIR: puts the clients that test/compat runs into DIR/root, a Debian
 # of their own: on the host, cloud-init and amazon-ec2-net-utils would take it
-# over at the next boot. It costs 1.5 GB and some minutes, once; with the same
+# over at the next boot. It costs 2 GB and some minutes, once; with the same
 # lists again it does nothing.
 #
 # Needs root, debootstrap, npm and the network.
@@ -45,7 +45,9 @@ fi
 
 if [ ! -e "$root/.debootstrapped" ]; then
 	rm -rf "$root"
-	debootstrap --variant=minbase "$suite" "$root" http://deb.debian.org/debian >"$dir/debootstrap.log"
+	# Its mounts end with it, also when it is killed.
+	unshare --mount --propagation=private \
+		debootstrap --variant=minbase "$suite" "$root" http://deb.debian.org/debian >"$dir/debootstrap.log"
 	cat >"$root/etc/apt/sources.list" <<-EOF
 		deb http://deb.debian.org/debian $suite main
 		deb http://deb.debian.org/debian $suite-updates main

@@ -78,7 +78,7 @@ func document(rows []row) string {
 	}
 	b.WriteString("\n")
 	for i, note := range notes {
-		fmt.Fprintf(&b, "(%d) %s.\n", i+1, note)
+		fmt.Fprintf(&b, "%d. %s.\n", i+1, note)
 	}
 	b.WriteString(missing)
 	return b.String()
