@@ -4,6 +4,7 @@
 # make bench    compares with the direct path, haproxy and nginx
 # make bench-attribution  times the naming of a connection's owner, beside ss and lsof
 # make test-load  thousands of clients for two minutes, while the service fails
+# make test-clients  runs AWS's SDKs and others, unmodified, and writes docs/clients.md
 # make install  onto this host, make uninstall takes it off again
 
 GO := ./test/go.sh
@@ -16,7 +17,7 @@ export PATH := $(CURDIR)/bin/toolchain:$(PATH)
 DESTDIR :=
 PREFIX := /usr
 
-.PHONY: build demo test test-load bench bench-attribution deps lint unit race fuzz install uninstall clean
+.PHONY: build demo test test-load test-clients bench bench-attribution deps lint unit race fuzz install uninstall clean
 
 build: bin/toolchain/go
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/imdsgated ./cmd/imdsgate
@@ -38,6 +39,12 @@ bench: deps build
 
 bench-attribution: deps bin/toolchain/go
 	go run ./test/bench attribution
+
+# Installs 2 GB into bin/clients the first time.
+test-clients: deps bin/toolchain/go
+	./test/clients/install.sh bin/clients
+	@mkdir -p docs
+	go run ./test/compat --doc docs/clients.md bin/clients
 
 test: deps build lint unit race fuzz
 

@@ -2,6 +2,7 @@ package imdstest
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"io"
 	"net"
@@ -98,7 +99,11 @@ func (c *conn) exchange(onConn int) error {
 	}
 	switch f.Outcome {
 	case Silence:
-		return c.drain()
+		err := c.drain()
+		if err == io.EOF {
+			err = cmp.Or(c.pause(halfClosedFor), err)
+		}
+		return err
 	case RST:
 		if tcp, ok := c.nc.(*net.TCPConn); ok {
 			tcp.SetLinger(0)
@@ -293,6 +298,10 @@ func (c *conn) discard(n int64) error {
 	c.consume(int(n))
 	return nil
 }
+
+// halfClosedFor is how long silence goes on when the client has said that it sends no more, which is all that is
+// seen of one that has left, too.
+const halfClosedFor = 3 * time.Second
 
 // drain reads until the client closes.
 func (c *conn) drain() error {

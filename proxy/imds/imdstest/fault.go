@@ -29,7 +29,7 @@ type Outcome uint8
 const (
 	// Answered is the right answer, or Fault.Status.
 	Answered Outcome = iota
-	// Silence never answers and keeps the connection until the client closes it. This is also what exceeding the
+	// Silence never answers and keeps the connection until a while after the client has closed it. This is also what exceeding the
 	// packet allowance of a network interface looks like, where packets are dropped and no status is sent
 	// (ENA driver documentation, linklocal_allowance_exceeded).
 	Silence
