@@ -38,16 +38,20 @@ import (
 // has host scope (IPv4) or is deprecated (IPv6), so that the kernel never chooses it as a source.
 //
 // The daemon's own packets to the endpoint must not come back to it. They carry its mark and come from a socket of its
-// user in its cgroup. The last packets of a closed socket have no owner any more: with mark, uid and cgroup alone
-// they would be refused and every upstream connection would hang in LAST-ACK (measured), so the filter guard also
-// lets pass what has the mark and no socket. That opens nothing: such a packet cannot start a connection past nat.
+// user in its cgroup. The last packets of a closed socket have no owner any more, or that of the kernel (before Linux
+// 6.13): with mark, uid and cgroup alone they would be refused and every upstream connection would hang in LAST-ACK
+// (measured), so the filter guard also lets pass what has the mark and is no SYN. That opens nothing: such a packet
+// cannot start a connection, and only who may set marks has one that is older than the rules.
 //
-// They have a zone of the connection tracker of their own for the way out (nf_ct_zone_id; iptables-extensions(8), CT).
+// What has the mark has a zone of the connection tracker of its own for the way out (nf_ct_zone_id;
+// iptables-extensions(8), CT).
 // An entry stays for ten seconds when the other end has reset its connection, and a new connection with the same
 // addresses and ports takes it over, with its destination (tcp_in_window and nf_conntrack_tcp_packet in
 // nf_conntrack_proto_tcp.c): a client with the port of one of ours that the service had reset went past the redirect
 // (measured), and any user can make that happen where we pass on what cannot be read. The other way round, one of
-// ours with the port of a client that was reset was led to ourselves.
+// ours with the port of a client that was reset was led to ourselves. When these rules come or go, the tracker's
+// entries of our connections go, too: the next packet would not be found, and be taken for a new connection that
+// clashes with the old one and gets another port (measured).
 //
 // What still reaches filter OUTPUT or FORWARD for an endpoint came past the redirect: connections older than it,
 // packets that are not tracked, forged marks. The guard answers those with a reset, or counts them in audit.
@@ -173,10 +177,9 @@ func (c Config) familyPlan(f Family, on Hooks, host Coverage) FamilyPlan {
 			"-m conntrack --ctstate DNAT --ctorigdst %s --ctorigdstport %d -j ACCEPT", e.Addr(), e.Port()))
 	}
 
-	unowned := fmt.Sprintf("-m mark --mark %#x -m owner ! --socket-exists", c.Mark)
 	p.chain("filter", inputs, append(redirected[:len(redirected):len(redirected)], refuse)...)
 	if on.Host && host.Zone {
-		p.chain("raw", outputs, ours+" "+zone, unowned+" "+zone)
+		p.chain("raw", outputs, fmt.Sprintf("-m mark --mark %#x %s", c.Mark, zone))
 	}
 	if on.Host {
 		p.chain("nat", outputs,
@@ -184,7 +187,7 @@ func (c Config) familyPlan(f Family, on Hooks, host Coverage) FamilyPlan {
 			fmt.Sprintf("%s -j REDIRECT --to-ports %d", syn, hostListener.Port()))
 		p.chain("filter", outputs,
 			ours+" "+oursPass,
-			unowned+" "+oursPass,
+			fmt.Sprintf("-p tcp -m mark --mark %#x -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN %s", c.Mark, oursPass),
 			guard)
 	}
 	if on.Host && on.Admit {

@@ -345,14 +345,14 @@ func (r *Redirect) install(ctx context.Context) (Report, error) {
 		return s.report, err
 	}
 	undo, err := r.apply(ctx, s)
-	if err != nil && r.noZone == nil && ctx.Err() == nil { // a kernel may be without xt_CT
-		r.noZone = err
-		if without, surveyErr := r.survey(ctx); surveyErr == nil {
+	if err != nil && r.noZone == nil && ctx.Err() == nil {
+		if r.noZone = r.use.tryZone(ctx); r.noZone != nil {
+			without, surveyErr := r.survey(ctx)
+			if surveyErr != nil {
+				return s.report, errors.Join(err, surveyErr)
+			}
 			s = without
 			undo, err = r.apply(ctx, s)
-		}
-		if err != nil {
-			r.noZone = nil // that was not it
 		}
 	}
 	if err != nil {
@@ -431,8 +431,14 @@ func (r *Redirect) apply(ctx context.Context, s *survey) (undo func() error, err
 		return err
 	}
 	for _, want := range s.plan.Families {
+		zoned := s.saved[r.use][want.Family].installed(want.Family).zoned()
 		if err := settle(r.use, want); err != nil {
 			return undo, err
+		}
+		if zoned != want.zoned() {
+			if err := forget(want.Family); err != nil { // connections of the moment are reset
+				s.report.Warnings = append(s.report.Warnings, err.Error())
+			}
 		}
 	}
 	for t, saved := range s.saved {
@@ -547,6 +553,9 @@ func Remove(ctx context.Context) (removed bool, err error) {
 	for _, t := range all {
 		for _, f := range Families {
 			changed, err := t.settle(ctx, FamilyPlan{Family: f}, nil)
+			if changed {
+				err = errors.Join(err, forget(f))
+			}
 			removed = removed || changed
 			if f == IPv4 || has == awake {
 				errs = append(errs, err)

@@ -157,6 +157,44 @@ func TestSamePort(t *testing.T) {
 	})
 }
 
+// TestZoneComesAndGoes keeps connections of the daemon while its rules in table raw come and go, on a host where others
+// use the tracker, too, so that it goes on without ours.
+func TestZoneComesAndGoes(t *testing.T) {
+	forBackends(t, func(s *site, b Backend) {
+		imds, tool := endpoint[IPv4], "iptables-"+b.String()
+		s.sh(tool + " -A INPUT -m conntrack --ctstate INVALID -j DROP; " + tool + " -t nat -A POSTROUTING -d 203.0.113.0/24 -j MASQUERADE")
+		r := s.open(Config{UID: uid, Backend: b})
+		s.daemon(r)
+		daemon := func(when string) *dialogue {
+			d, greeting := s.dial(s.lab.Instance, client{uid: uid, mark: defaultMark}, imds)
+			s.expect("the daemon "+when, greeting, "metadata")
+			return d
+		}
+		before := daemon("before the rules")
+		s.install(r)
+		s.expect("from before the rules", before.alive(), "alive")
+		during := daemon("with the rules")
+		s.sh(tool + " -t raw -F OUTPUT")
+		gap := daemon("without its zone")
+		s.install(r) // the repair
+		s.expect("from without its zone", gap.alive(), "alive")
+		s.expect("with the rules, silent in between", during.alive(), "alive")
+		s.remove()
+		for name, d := range map[string]*dialogue{"from before": before, "from with": during, "from without": gap} {
+			s.expect(name+", after removal", d.alive(), "alive")
+		}
+	})
+}
+
+// TestZoneIsTried shows that the kernel says when it has no such rules, and that trying leaves nothing.
+func TestZoneIsTried(t *testing.T) {
+	forBackends(t, func(s *site, b Backend) {
+		r := s.open(Config{UID: uid, Backend: b})
+		s.do(func() error { return r.use.tryZone(t.Context()) })
+		s.expect("what is left", s.rules(b), "")
+	})
+}
+
 // from has a socket connect from a port.
 func from(port int) func(fd int) error {
 	return func(fd int) error {
