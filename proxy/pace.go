@@ -54,16 +54,6 @@ func (p *pace) hold(of part) (wait time.Duration, long bool) {
 	return wait, false
 }
 
-// full says whether a request that came now would wait too long.
-func (p *pace) full(of part) bool {
-	if p.each == 0 {
-		return false
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.of(of).Tokens() < 1-float64(p.each)*heldFor.Seconds()
-}
-
 // of is called with p.mu held.
 func (p *pace) of(of part) *rate.Limiter {
 	of = caller(of)
@@ -89,8 +79,11 @@ func (s *session) paced() bool {
 		}
 		wait = heldFor
 	}
-	if wait > 0 {
-		time.Sleep(wait)
+	for end := time.Now().Add(wait); ; {
+		left := time.Until(end)
+		if left <= 0 || s.ended() || look(s.client) == reset {
+			return true
+		}
+		time.Sleep(min(left, heldFor/10))
 	}
-	return true
 }

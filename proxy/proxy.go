@@ -55,7 +55,7 @@ type Options struct {
 	// Rate bounds the requests a second of one caller, after as many at once as
 	// Burst says, twice as many if 0: more wait a little, and get 503 in enforce mode.
 	// 0 sets no bounds. Lower than what an SDK asks in a row, which is some ten, makes
-	// it wait.
+	// it wait. In audit mode it slows down and bounds nothing.
 	Rate, Burst int
 	// Forwardable says whether the host would have forwarded a connection from
 	// this client in another network namespace. Nil is never.

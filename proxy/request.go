@@ -337,6 +337,16 @@ func isToken(b []byte) bool {
 	return true
 }
 
+// repeatable reports whether a request may be sent twice without doing more than once
+// (RFC 9110 section 9.2.2).
+func repeatable(method string) bool {
+	switch method {
+	case "GET", "HEAD", "OPTIONS", "PUT":
+		return true
+	}
+	return false
+}
+
 // intern avoids a copy of the usual methods.
 func intern(method []byte) string {
 	switch string(method) {

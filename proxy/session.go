@@ -56,7 +56,7 @@ type session struct {
 	owed bool   // the client has yet to send its body
 	sent []byte // of in: the request under way, while it may be sent again
 
-	resent bool // it was, because the service had ended the connection
+	resent bool // it was, because the service had ended the connection, or must not be
 }
 
 // buffers hold a request, for as long as the connection lives, or an answer
@@ -126,9 +126,9 @@ func (s *session) run() {
 	if !s.p.admit(s, s.ownedBy()) {
 		return
 	}
-	// While the client's request is on its way, so is the connection for it: but for a
-	// caller who asks too often, who may not get to use it.
-	if !s.p.pace.full(s.of) {
+	// While the client's request is on its way, so is the connection for it; but not
+	// where requests are counted, since that costs the service packets, too.
+	if s.p.pace.each == 0 {
 		if err := s.connect(); err != nil {
 			if !errors.Is(err, errClient) {
 				stats.UpstreamFailed.Add(1)
@@ -143,10 +143,14 @@ func (s *session) run() {
 		}
 	}()
 
-	for s.exchange() == nil && !s.p.stopping() {
+	for s.exchange() == nil {
 		s.count++
 		s.idle.Store(int64(time.Since(start)))
 		s.busy.Store(false)
+		if s.p.stopping() {
+			s.goodbye(false)
+			return
+		}
 	}
 }
 
@@ -322,6 +326,7 @@ func (s *session) exchange() error {
 			s.guarded = ev
 		}
 	}
+	s.resent = !repeatable(r.method)
 	if err := s.reach(s.in[:size]); err != nil {
 		return s.upstreamFailed(ev, err, enforce)
 	}
@@ -344,16 +349,19 @@ func (s *session) exchange() error {
 	answer, err := s.relay(r, target.Class)
 	for try := 1; err != nil && answer.lost; try++ {
 		if try < maxLoops {
+			s.owed = false // of the request on the connection that is over
 			err = s.reach(s.sent)
 		}
 		if try == maxLoops || err != nil {
-			s.p.stats.UpstreamFailed.Add(1)
+			if !errors.Is(err, errClient) {
+				s.p.stats.UpstreamFailed.Add(1)
+			}
 			s.reset()
 			break
 		}
 		answer, err = s.relay(r, target.Class)
 	}
-	s.sent, s.guarded, s.resent = nil, nil, false
+	s.sent, s.guarded = nil, nil
 	release(s.out)
 	if errors.Is(err, errWithheld) {
 		return s.refused(ev, r)

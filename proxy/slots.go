@@ -21,7 +21,8 @@ import (
 //
 // A part of the slots is not taken from root and from who has a grant, however many
 // they have. In audit mode, where nothing may break, a connection for which there is
-// no room waits for a moment before another loses its place in the middle.
+// no room waits for a moment before another one of the same owner loses its place in
+// the middle.
 
 // owner is who a connection is counted for: the user who made the client's
 // socket, or the address of a client in another network namespace. The zero value
@@ -58,7 +59,8 @@ type slots struct {
 	sessions map[*session]struct{}
 	held     map[owner]*int // how many of the sessions each owner has
 	parts    map[part]*int  // and from each cgroup
-	left     chan struct{}  // told when there is room, with place for one
+	waiting  int            // who wait for room
+	left     chan struct{}  // told when there is some, with place for one
 
 	// arriving has a place for each connection that has no slot: it was accepted
 	// and its owner is not known yet, or it was told to end and has not yet. Both
@@ -149,7 +151,9 @@ func (h *slots) last() *session {
 // one.
 func (p *Proxy) admit(s *session, of part) bool {
 	h := s.slots
-	if !p.lockWithRoom(h) {
+	p.lockWithRoom(s, of)
+	if p.closing {
+		p.mu.Unlock()
 		return false
 	}
 	h.add(s, of)
@@ -173,31 +177,39 @@ func (p *Proxy) admit(s *session, of part) bool {
 	return true
 }
 
-// lockWithRoom locks mu when there is room, or nothing better than to make some. It
-// reports false, and does not lock, if the end has come.
-func (p *Proxy) lockWithRoom(h *slots) bool {
-	var timer <-chan time.Time
-	for waits := p.engine.Mode() != policy.Enforce; ; {
+// maxWaiting bounds those that wait for room, which have a place among the arriving
+// meanwhile.
+const maxWaiting = maxArriving / 4
+
+// lockWithRoom locks mu when there is room, or nothing better than to make some: in
+// enforce mode, when something idle can go, for root, and for everybody but those who
+// would take it from themselves.
+func (p *Proxy) lockWithRoom(s *session, of part) {
+	h := s.slots
+	if p.engine.Mode() == policy.Enforce || s.spared.Load() {
 		p.mu.Lock()
-		if p.closing {
-			p.mu.Unlock()
-			return false
+		return
+	}
+	timer := time.NewTimer(roomFor)
+	defer timer.Stop()
+	for waits := true; ; {
+		p.mu.Lock()
+		if !waits || p.closing || len(h.sessions) < h.limit || h.waiting >= maxWaiting {
+			return
 		}
-		if !waits || len(h.sessions) < h.limit {
-			return true
+		if last := h.last(); last == nil || !last.busy.Load() || last.of.owner != of.owner {
+			return
 		}
-		if last := h.last(); last != nil && !last.busy.Load() {
-			return true
-		}
+		h.waiting++
 		p.mu.Unlock()
-		if timer == nil {
-			timer = time.After(roomFor)
-		}
 		select {
 		case <-h.left:
-		case <-timer:
+		case <-timer.C:
 			waits = false
 		}
+		p.mu.Lock()
+		h.waiting--
+		p.mu.Unlock()
 	}
 }
 

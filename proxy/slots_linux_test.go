@@ -265,7 +265,7 @@ func TestRoomIsAwaited(t *testing.T) {
 			r := newRig(t, setting{lab: netlab.Options{IMDS: cfg}, conns: 16})
 			var all []*net.TCPConn
 			for range r.proxy.local.limit + 4 {
-				c := r.dial(false)
+				c := r.dialAs(hoarder)
 				c.Write([]byte(ask))
 				all = append(all, c)
 			}

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"io"
 	"net"
@@ -75,29 +76,44 @@ const (
 // The service may end a kept connection at any moment, also when a request is on its
 // way: that is sent again, once, if not a byte of an answer has come.
 func TestUpstreamEndsWhileAsked(t *testing.T) {
+	const (
+		post    = "POST /latest/meta-data/instance-id HTTP/1.1\r\n" + host + "\r\n"
+		waiting = "PUT /latest/api/token HTTP/1.1\r\n" + host + "Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n"
+	)
 	for _, c := range []struct {
 		name string
-		end  func(n int, c *net.TCPConn) // instead of an answer to B
+		ask  string                      // B, if it is not askB
+		end  func(n int, c *net.TCPConn) // instead of an answer to it
 		got  string
 		end2 string
 		saw  string
 	}{
-		{"FIN", func(n int, c *net.TCPConn) {
+		{"FIN", "", func(n int, c *net.TCPConn) {
 			if n > 1 {
 				io.WriteString(c, kept)
 			}
 		}, kept + kept, "FIN", "1 GET /latest/meta-data/ami-id, 1 GET /latest/meta-data/instance-id, 2 GET /latest/meta-data/instance-id"},
-		{"RST", func(n int, c *net.TCPConn) {
+		{"RST", "", func(n int, c *net.TCPConn) {
 			if n > 1 {
 				io.WriteString(c, kept)
 				return
 			}
 			c.SetLinger(0)
 		}, kept + kept, "FIN", "1 GET /latest/meta-data/ami-id, 1 GET /latest/meta-data/instance-id, 2 GET /latest/meta-data/instance-id"},
-		{"FIN twice", func(int, *net.TCPConn) {},
+		{"FIN twice", "", func(int, *net.TCPConn) {},
 			kept, "FIN", "1 GET /latest/meta-data/ami-id, 1 GET /latest/meta-data/instance-id, 2 GET /latest/meta-data/instance-id"},
-		{"in its answer", func(_ int, c *net.TCPConn) { io.WriteString(c, "HTTP/1.1 2") },
+		{"in its answer", "", func(_ int, c *net.TCPConn) { io.WriteString(c, "HTTP/1.1 2") },
 			kept + "HTTP/1.1 2", "FIN", "1 GET /latest/meta-data/ami-id, 1 GET /latest/meta-data/instance-id"},
+		{"asked for what must not be done twice", post, func(int, *net.TCPConn) {},
+			kept, "FIN", "1 GET /latest/meta-data/ami-id, 1 POST /latest/meta-data/instance-id"},
+		{"before the body", waiting, func(n int, c *net.TCPConn) {
+			if n > 1 {
+				io.WriteString(c, kept)
+				return
+			}
+			c.CloseWrite()
+			io.Copy(io.Discard, c)
+		}, kept + kept, "FIN", "1 GET /latest/meta-data/ami-id, 1 PUT /latest/api/token, 2 PUT /latest/api/token"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			r := newRig(t, setting{lab: netlab.Options{NoIMDS: true}})
@@ -120,7 +136,7 @@ func TestUpstreamEndsWhileAsked(t *testing.T) {
 			if _, err := io.ReadFull(conn, first); err != nil {
 				t.Fatal(err)
 			}
-			got, end := talk(t, conn, askB, 5*time.Second)
+			got, end := talk(t, conn, cmp.Or(c.ask, askB), 5*time.Second)
 			if got = string(first) + got; got != c.got || end != c.end2 || s.saw() != c.saw {
 				t.Errorf("%q, %s, and the service saw %s", got, end, s.saw())
 			}

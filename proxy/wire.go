@@ -492,6 +492,7 @@ func (s *session) odd(why error, r *request) {
 		s.decide(ev, 0, likely)
 		s.finish(ev)
 	}
+	s.paced()
 	s.tunnel()
 }
 
