@@ -48,9 +48,10 @@ type Options struct {
 	// quarter of them is for forwarded clients, and the rest for the host's own.
 	// When one more comes, the user (or the forwarded address) who has the most
 	// loses one, from the cgroup with the most: the one that has been idle longest,
-	// as a server may close any idle connection, or else the oldest. Root, and who
-	// has a grant, lose none as long as they have no more than an eighth together. Lower makes it more likely that one
-	// who needs many loses one in use, higher takes more memory.
+	// as a server may close any idle connection, or else the oldest. Root's are
+	// spared while they are no more than an eighth, and so are those of who has a
+	// grant. Lower makes it more likely that one who needs many loses one in use,
+	// higher takes more memory.
 	MaxConns int
 	// Rate bounds the requests a second of one caller, after as many at once as
 	// Burst says, twice as many if 0: more wait a little, and get 503 in enforce mode.
@@ -232,12 +233,24 @@ func (p *Proxy) Shutdown(ctx context.Context) error {
 		close(done)
 	}()
 	for {
-		p.abort((*session).unused)
+		p.mu.Lock()
+		for s := range p.sessions() {
+			if s.unused() {
+				s.client.SetReadDeadline(start) // it may have a request in its hands, and goes on then
+			}
+		}
+		p.mu.Unlock()
 		select {
 		case <-done:
 			return nil
 		case <-ctx.Done():
-			left := p.abort(func(*session) bool { return true })
+			p.mu.Lock()
+			left := 0
+			for s := range p.sessions() {
+				s.abort()
+				left++
+			}
+			p.mu.Unlock()
 			<-done
 			if left > 0 {
 				return fmt.Errorf("closed %d connections whose answer had not come", left)
@@ -246,19 +259,6 @@ func (p *Proxy) Shutdown(ctx context.Context) error {
 		case <-time.After(grace / 5):
 		}
 	}
-}
-
-// abort ends some of the connections, and counts them.
-func (p *Proxy) abort(which func(*session) bool) (n int) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for s := range p.sessions() {
-		if which(s) {
-			s.abort()
-			n++
-		}
-	}
-	return n
 }
 
 // sessions yields those that have a slot. It is called with p.mu held.

@@ -24,8 +24,8 @@ type session struct {
 	slots     *slots // the kind of connection that it is
 	forwarded bool
 	accepted  time.Time
-	busy      atomic.Bool  // a request has begun
-	spared    atomic.Bool  // root's, or of one who has a grant
+	busy      atomic.Bool // a request has begun
+	kind      atomic.Uint32
 	idle      atomic.Int64 // since when it is not busy, in nanoseconds of the monotonic clock
 
 	// Proxy.mu guards the following.
@@ -159,7 +159,9 @@ func (s *session) ownedBy() part {
 		return part{owner: forwardedOwner(s.conn.Source.Addr())}
 	}
 	uid, known := s.lookup.UID()
-	s.spared.Store(known && uid == 0)
+	if known && uid == 0 {
+		s.kind.Store(roots)
+	}
 	return part{owner{known: known, uid: uid}, s.lookup.CgroupID()}
 }
 
@@ -459,7 +461,7 @@ func (s *session) verdict(ev *event.Event, owner attribution.Owner, unawaited bo
 	ev.Attribution.Unawaited = unawaited
 	s.p.engine.Judge(ev)
 	if ev.Decision.Grant != "" {
-		s.spared.Store(true)
+		s.kind.CompareAndSwap(ordinary, granted)
 	}
 }
 

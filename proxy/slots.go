@@ -43,8 +43,17 @@ func forwardedOwner(client netip.Addr) owner {
 // roomFor is how long it waits: requests take milliseconds.
 const roomFor = 100 * time.Millisecond
 
-// reserve is the part of the slots that is not taken from root and from who has a grant.
+// reserve is the part of the slots that is not taken from root, and that which is not
+// taken from those who have a grant.
 const reserve = 8
+
+// Kinds of sessions.
+const (
+	ordinary = iota
+	roots
+	granted // has been, for its last request or one before
+	kinds
+)
 
 // part is what an owner has in one cgroup.
 type part struct {
@@ -120,18 +129,16 @@ func (h *slots) remove(s *session) {
 // last is the session that must go first: of the owner with the most, from the cgroup
 // with the most, the one that has been idle longest, or else the oldest.
 func (h *slots) last() *session {
-	spared := 0
+	var spared [kinds]int
 	for s := range h.sessions {
-		if s.spared.Load() {
-			spared++
-		}
+		spared[s.kind.Load()]++
 	}
-	sparing := spared <= h.limit/reserve
+	spared[ordinary] = h.limit // and more
 	var last *session
 	var lastIdle int64 // since when; math.MaxInt64 if it is not
 	before := int64(time.Since(start) - grace)
 	for s := range h.sessions {
-		if sparing && s.spared.Load() {
+		if spared[s.kind.Load()] <= h.limit/reserve {
 			continue
 		}
 		idle := s.idle.Load()
@@ -186,7 +193,7 @@ const maxWaiting = maxArriving / 4
 // would take it from themselves.
 func (p *Proxy) lockWithRoom(s *session, of part) {
 	h := s.slots
-	if p.engine.Mode() == policy.Enforce || s.spared.Load() {
+	if p.engine.Mode() == policy.Enforce || s.kind.Load() != ordinary {
 		p.mu.Lock()
 		return
 	}

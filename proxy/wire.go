@@ -68,7 +68,11 @@ func (s *session) read() (*request, error) {
 				return nil, malformed("head not sent within %v", headTimeout)
 			case time.Now().After(deadline):
 				return nil, err
-			case begun, s.up == nil:
+			case begun:
+			case s.p.stopping() && s.unused():
+				s.goodbye(false)
+				return nil, io.EOF
+			case s.up == nil:
 			default:
 				// The service may have ended the connection, or say something that
 				// nobody asked for.
