@@ -376,6 +376,7 @@ func ownFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 		}
 		return texts(all...)
 	})
+	add(onNetwork, Boolean, "imdsgate.forwarded", func(v *View) Value { return flag(v.Connection.Forwarded) })
 	add(onRequest, Keyword, "imdsgate.request.class", func(v *View) Value { return known(v.Request.Class) })
 	add(onRequest, Boolean, "imdsgate.request.guarded", func(v *View) Value { return flag(v.Request.Guarded) })
 	add(onRequest, Keyword, "imdsgate.request.api", func(v *View) Value {

@@ -265,6 +265,34 @@ func TestContainersEnforced(t *testing.T) {
 	}
 }
 
+// Policy can be stricter with containers than the hop limit is: a rule names them.
+func TestRuleAboutContainers(t *testing.T) {
+	t.Parallel()
+	rule := filepath.Join(t.TempDir(), "containers.toml")
+	if err := os.WriteFile(rule, []byte(`[rule]
+rule_id = "containers"
+name = "Containers have roles of their own"
+type = "eql"
+language = "eql"
+severity = "medium"
+query = "network where imdsgate.forwarded == true"
+`), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(filepath.Dir(rule), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	h := start(t, netlab.Options{Containers: true, IMDS: &imdstest.Config{HopLimit: 2}}, "mode: enforce\nrules: {without_shipped: true, paths: ["+rule+"]}\n")
+	for _, ns := range []*netlab.Namespace{h.Bridged, h.Routed} {
+		if got := h.curl(client{in: ns}, role, "-H", "X-aws-ec2-metadata-token: "+h.token()); got != "403" {
+			t.Errorf("%s: %s", ns, got)
+		}
+	}
+	if got := h.curl(client{uid: ordinaryUser}, role, "-H", "X-aws-ec2-metadata-token: "+h.token()); got != "200" {
+		t.Errorf("the host: %s", got)
+	}
+}
+
 // An operator's own lock stays a lock: the way that it guards is not taken.
 func TestForeignLock(t *testing.T) {
 	t.Parallel()
