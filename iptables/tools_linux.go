@@ -158,15 +158,20 @@ func (t *tools) save(ctx context.Context, f Family) (*ruleset, error) {
 			return nil, fmt.Errorf("list legacy tables: %w", err)
 		}
 	}
-	text, err := run(ctx, "", t.byFamily[f].save)
-	if err != nil {
-		return nil, err
+	// It reads in several steps, and while others change the rules prints a chain twice (measured, iptables-nft 1.8.9).
+	for attempt := 1; ; attempt++ {
+		text, err := run(ctx, "", t.byFamily[f].save)
+		if err != nil {
+			return nil, err
+		}
+		r, err := parseSave(string(text))
+		if err == nil {
+			return r, nil
+		}
+		if attempt == maxAttempts || !sleep(ctx, time.Duration(attempt)*(10*time.Millisecond+rand.N(30*time.Millisecond))) {
+			return nil, fmt.Errorf("%s: %w", t.byFamily[f].save, err)
+		}
 	}
-	r, err := parseSave(string(text))
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", t.byFamily[f].save, err)
-	}
-	return r, nil
 }
 
 // readNative reads the rules of the nft command.
