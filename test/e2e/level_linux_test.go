@@ -37,11 +37,22 @@ func TestLevels(t *testing.T) {
 				lacks = 0
 			}
 			h.startWith(gate.Settings{Config: "mode: enforce\n" + grant(granted, ordinaryUser), Lacks: lacks, HideProcesses: true})
-			out, _ := h.run(client{uid: ordinaryUser, args: []string{granted, "ask", h.token()}})
+			var out string
+			for range 20 { // below level 3 the host is searched, for which a busy machine has no time
+				out, _ = h.run(client{uid: ordinaryUser, args: []string{granted, "ask", h.token()}})
+				if strings.Contains(out, "200 OK") || h.decided(credentials, "attacker").At("imdsgate.attribution.reason") != attribution.Late.String() {
+					break
+				}
+			}
 			if !strings.Contains(out, "200 OK") {
 				t.Fatalf("the granted client got %s", out)
 			}
-			d := h.decided(credentials, "attacker")
+			d, err := h.Await("the granted client", func(d gate.Document) bool {
+				return d.At("data_stream.dataset") == "imdsgate.decision" && d.At("url.path") == credentials && d.At("http.response.status_code") == 200.0
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
 			if d.At("imdsgate.attribution.level") != level.String() || d.At("imdsgate.attribution.confidence") != want.confidence ||
 				d.At("imdsgate.attribution.complete") != true || !strings.Contains(d.At("imdsgate.attribution.via").(string), want.via) {
 				t.Errorf("attribution %v", d.At("imdsgate.attribution"))
