@@ -40,11 +40,11 @@ import (
 // The daemon's own packets to the endpoint must not come back to it. They carry its mark and come from a socket of its
 // user in its cgroup. The last packets of a closed socket have no owner any more, or that of the kernel (before Linux
 // 6.13): with mark, uid and cgroup alone they would be refused and every upstream connection would hang in LAST-ACK
-// (measured), so the filter guard also lets pass what has the mark and is no SYN. That opens nothing: such a packet
-// cannot start a connection, and only who may set marks has one that is older than the rules.
+// (measured), so the filter guard also lets pass what has the mark and is no user's: without a socket, or of one
+// without a file (owner_mt in net/netfilter/xt_owner.c). That opens nothing: such a packet cannot start a connection.
 //
-// What has the mark has a zone of the connection tracker of its own for the way out (nf_ct_zone_id;
-// iptables-extensions(8), CT).
+// They have a zone of the connection tracker of their own for the way out (nf_ct_zone_id; iptables-extensions(8), CT),
+// and nobody else gets into it by the mark, for which CAP_NET_RAW is enough since Linux 5.17.
 // An entry stays for ten seconds when the other end has reset its connection, and a new connection with the same
 // addresses and ports takes it over, with its destination (tcp_in_window and nf_conntrack_tcp_packet in
 // nf_conntrack_proto_tcp.c): a client with the port of one of ours that the service had reset went past the redirect
@@ -163,6 +163,7 @@ func (c Config) familyPlan(f Family, on Hooks, host Coverage) FamilyPlan {
 	if c.Cgroup != "" {
 		ours += fmt.Sprintf(` -m cgroup --path "%s" -m comment --comment "cgroup %d"`, c.Cgroup, host.CgroupID)
 	}
+	ownerless := fmt.Sprintf("-m mark --mark %#x -m owner ! --uid-owner 0-4294967294", c.Mark)
 	oursPass := pass
 	if c.OverrideForeign {
 		oursPass = "-j ACCEPT"
@@ -179,7 +180,7 @@ func (c Config) familyPlan(f Family, on Hooks, host Coverage) FamilyPlan {
 
 	p.chain("filter", inputs, append(redirected[:len(redirected):len(redirected)], refuse)...)
 	if on.Host && host.Zone {
-		p.chain("raw", outputs, fmt.Sprintf("-m mark --mark %#x %s", c.Mark, zone))
+		p.chain("raw", outputs, ours+" "+zone, ownerless+" "+zone)
 	}
 	if on.Host {
 		p.chain("nat", outputs,
@@ -187,7 +188,7 @@ func (c Config) familyPlan(f Family, on Hooks, host Coverage) FamilyPlan {
 			fmt.Sprintf("%s -j REDIRECT --to-ports %d", syn, hostListener.Port()))
 		p.chain("filter", outputs,
 			ours+" "+oursPass,
-			fmt.Sprintf("-p tcp -m mark --mark %#x -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN %s", c.Mark, oursPass),
+			ownerless+" "+oursPass,
 			guard)
 	}
 	if on.Host && on.Admit {

@@ -146,6 +146,14 @@ func TestSamePort(t *testing.T) {
 			s.expect("a client with the daemon's port", s.ask(s.lab.Instance, client{prepare: from(port)}, imds), "host "+imds.String())
 		}
 		for range 5 {
+			d, _ := s.dial(s.lab.Instance, daemon, imds)
+			io.WriteString(d, "reset\n")
+			s.expect("the service's goodbye", d.hear(), "ECONNRESET")
+			port := d.LocalAddr().(*net.TCPAddr).Port
+			d.Close()
+			s.expect("and with its mark", s.ask(s.lab.Instance, client{mark: defaultMark, prepare: from(port)}, imds), "host "+imds.String())
+		}
+		for range 5 {
 			c, greeting := s.dial(s.lab.Instance, client{}, imds)
 			s.expect("a client", greeting, "host "+imds.String())
 			io.WriteString(c, "reset\n")
