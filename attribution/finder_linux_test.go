@@ -753,3 +753,38 @@ func BenchmarkOwner(b *testing.B) {
 		}
 	})
 }
+
+// Who makes counting references take long, as one user or as many, leaves room to root.
+func TestTurns(t *testing.T) {
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	turns := newTurns()
+	var all []func()
+	take := func(ctx context.Context, uid uint32) bool {
+		done, ok := turns.take(ctx, uid)
+		if ok {
+			all = append(all, done)
+		}
+		return ok
+	}
+	for _, want := range []struct {
+		uid uint32
+		ok  bool
+	}{{100000, true}, {100000, true}, {100000, false}, {100256, false}, {100001, true}, {100002, false}, {0, true}, {0, true}} {
+		ctx := t.Context()
+		if !want.ok {
+			ctx = over
+		}
+		if got := take(ctx, want.uid); got != want.ok {
+			t.Errorf("user %d: %t", want.uid, got)
+		}
+	}
+	for _, done := range all {
+		done()
+	}
+	for _, uid := range []uint32{100000, 100256, 100002} {
+		if !take(t.Context(), uid) {
+			t.Errorf("user %d, when all have ended", uid)
+		}
+	}
+}

@@ -337,33 +337,57 @@ func (s *slow) add(uid uint32) {
 }
 
 // perUser is how many of the processes that are asked about at the same time may be one
-// user's. It is less than the witness has room for, so that who makes it take long
-// leaves room to others, until he is known to be slow.
-const perUser = 2
+// user's, and ordinary how many those of all but root. It is less than the witness has
+// room for, so that who makes it take long, with processes of as many users as some are
+// given (subuid(5)), leaves room to root.
+const (
+	perUser  = 2
+	ordinary = 3
+)
 
-// turns are places for perUser processes of each user. Users whose numbers differ by a
-// multiple of it share theirs.
-type turns [256]chan struct{}
+// turns are the places for them. Users whose numbers differ by a multiple of their
+// number share theirs, but for root.
+type turns struct {
+	users [256]chan struct{}
+	all   chan struct{} // of all but root
+}
 
 func newTurns() *turns {
-	var t turns
-	for i := range t {
-		t[i] = make(chan struct{}, perUser)
+	t := &turns{all: make(chan struct{}, ordinary)}
+	for i := range t.users {
+		t.users[i] = make(chan struct{}, perUser)
 	}
-	return &t
+	return t
+}
+
+// take waits for a place. It reports false when ctx ended first.
+func (t *turns) take(ctx context.Context, uid uint32) (done func(), ok bool) {
+	if uid == 0 {
+		return func() {}, true
+	}
+	own := t.users[uid%uint32(len(t.users))]
+	for i, places := range []chan struct{}{own, t.all} {
+		select {
+		case places <- struct{}{}:
+		case <-ctx.Done():
+			if i > 0 {
+				<-own
+			}
+			return nil, false
+		}
+	}
+	return func() { <-t.all; <-own }, true
 }
 
 // holding asks the kernel what a connector has of its socket, unless that takes long.
 func (f *Finder) holding(ctx context.Context, c Connector, inode uint32) (Holding, bool) {
 	ctx, cancel := context.WithTimeout(ctx, holdingIn)
 	defer cancel()
-	turn := f.turns[c.UID%uint32(len(f.turns))]
-	select {
-	case turn <- struct{}{}:
-		defer func() { <-turn }()
-	case <-ctx.Done():
+	done, ok := f.turns.take(ctx, c.UID)
+	if !ok {
 		return Holding{}, false
 	}
+	defer done()
 	if f.slow.has(c.UID) {
 		return Holding{}, false
 	}

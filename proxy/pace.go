@@ -79,11 +79,8 @@ func (s *session) paced() bool {
 		}
 		wait = heldFor
 	}
-	for end := time.Now().Add(wait); ; {
-		left := time.Until(end)
-		if left <= 0 || s.ended() || look(s.client) == reset {
-			return true
-		}
-		time.Sleep(min(left, heldFor/10))
+	for ; wait > 0 && !s.ended() && look(s.client) != reset; wait -= heldFor / 10 {
+		time.Sleep(min(wait, heldFor/10))
 	}
+	return true
 }

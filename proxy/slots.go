@@ -197,8 +197,7 @@ func (p *Proxy) lockWithRoom(s *session, of part) {
 		p.mu.Lock()
 		return
 	}
-	timer := time.NewTimer(roomFor)
-	defer timer.Stop()
+	var timer <-chan time.Time // made when there is no room
 	for waits := true; ; {
 		p.mu.Lock()
 		if !waits || p.closing || len(h.sessions) < h.limit || h.waiting >= maxWaiting {
@@ -209,9 +208,12 @@ func (p *Proxy) lockWithRoom(s *session, of part) {
 		}
 		h.waiting++
 		p.mu.Unlock()
+		if timer == nil {
+			timer = time.After(roomFor)
+		}
 		select {
 		case <-h.left:
-		case <-timer.C:
+		case <-timer:
 			waits = false
 		}
 		p.mu.Lock()
