@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/imdsgate/imdsgate/test/lab/labtest"
+	"github.com/imdsgate/imdsgate/test/tiny"
 	"golang.org/x/sys/unix"
 )
 
@@ -76,7 +77,7 @@ func TestStorm(t *testing.T) {
 	}
 	var wg sync.WaitGroup
 	var started []int
-	exit := tiny(t)
+	exit := write(t, "exit", tiny.Exit())
 	begin := time.Now()
 	for range 2 * runtime.NumCPU() {
 		wg.Go(func() {
@@ -157,7 +158,7 @@ func TestSpawners(t *testing.T) {
 	}
 	w := open(t, Options{})
 	const each = 1500
-	spawner := spawn(t, tiny(t), each)
+	spawner := spawn(t, write(t, "exit", tiny.Exit()), each)
 	before, begin := w.Stats(), time.Now()
 	var wg sync.WaitGroup
 	for range 2 {
@@ -192,42 +193,14 @@ func spawn(t testing.TB, other string, times uint32) string {
 		0xb8, 60, 0, 0, 0, 0x31, 0xff, 0x0f, 0x05, // exit(0)
 		0xb8, 59, 0, 0, 0, 0x48, 0x8d, 0x3d, 18, 0, 0, 0, 0x31, 0xf6, 0x31, 0xd2, 0x0f, 0x05, // child: execve(other, 0, 0)
 		0xb8, 60, 0, 0, 0, 0xbf, 1, 0, 0, 0, 0x0f, 0x05) // exit(1)
-	return writeELF(t, "spawn", append(append(code, other...), 0))
+	return write(t, "spawn", tiny.Program(append(append(code, other...), 0)))
 }
 
-// tiny is the smallest program, so that the kernel is what takes the time: exit(0).
-func tiny(t testing.TB) string {
+// write makes a file of a program.
+func write(t testing.TB, name string, program []byte) string {
 	t.Helper()
-	code := []byte{0xb8, 60, 0, 0, 0, 0x31, 0xff, 0x0f, 0x05}
-	if runtime.GOARCH == "arm64" {
-		code = []byte{0xa8, 0x0b, 0x80, 0xd2, 0, 0, 0x80, 0xd2, 1, 0, 0, 0xd4}
-	}
-	return writeELF(t, "exit", code)
-}
-
-// writeELF writes a program that is this code and no more.
-func writeELF(t testing.TB, name string, code []byte) string {
-	t.Helper()
-	machine := uint16(62)
-	if runtime.GOARCH == "arm64" {
-		machine = 183
-	}
-	const base, headers = 0x400000, 64 + 56
-	le := binary.LittleEndian
-	b := append([]byte("\x7fELF\x02\x01\x01"), make([]byte, 9)...)
-	b = le.AppendUint32(le.AppendUint16(le.AppendUint16(b, 2), machine), 1)
-	b = le.AppendUint64(le.AppendUint64(le.AppendUint64(b, base+headers), 64), 0)
-	b = le.AppendUint32(b, 0)
-	for _, n := range []uint16{64, 56, 1, 0, 0, 0} {
-		b = le.AppendUint16(b, n)
-	}
-	b = le.AppendUint32(le.AppendUint32(b, 1), 5) // PT_LOAD, readable and executable
-	size := uint64(headers + len(code))
-	for _, n := range []uint64{0, base, base, size, size, 0x1000} {
-		b = le.AppendUint64(b, n)
-	}
 	path := filepath.Join(t.TempDir(), name)
-	if err := os.WriteFile(path, append(b, code...), 0o755); err != nil {
+	if err := os.WriteFile(path, program, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	return path

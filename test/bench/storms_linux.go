@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -22,6 +21,7 @@ import (
 
 	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/attribution/procwatch"
+	"github.com/imdsgate/imdsgate/test/tiny"
 )
 
 const (
@@ -56,7 +56,7 @@ func (s *stage) spawns(ctx context.Context, o attributionOptions, rep *attributi
 	}
 	defer os.RemoveAll(dir)
 	program := filepath.Join(dir, "exit")
-	if err := os.WriteFile(program, tiny(), 0o755); err != nil {
+	if err := os.WriteFile(program, tiny.Exit(), 0o755); err != nil {
 		return err
 	}
 	began, cpu := time.Now(), cpuOfThis()
@@ -145,29 +145,6 @@ func beSpawner(args []string) error {
 	}
 	fmt.Println(done)
 	return nil
-}
-
-// tiny is the smallest program, so that the kernel is what takes the time: exit(0).
-func tiny() []byte {
-	code, machine := []byte{0xb8, 60, 0, 0, 0, 0x31, 0xff, 0x0f, 0x05}, uint16(62)
-	if runtime.GOARCH == "arm64" {
-		code, machine = []byte{0xa8, 0x0b, 0x80, 0xd2, 0, 0, 0x80, 0xd2, 1, 0, 0, 0xd4}, 183
-	}
-	const base, headers = 0x400000, 64 + 56 // ELF64: elf(5)
-	le := binary.LittleEndian
-	b := append([]byte("\x7fELF\x02\x01\x01"), make([]byte, 9)...)
-	b = le.AppendUint32(le.AppendUint16(le.AppendUint16(b, 2), machine), 1)
-	b = le.AppendUint64(le.AppendUint64(le.AppendUint64(b, base+headers), 64), 0)
-	b = le.AppendUint32(b, 0)
-	for _, n := range []uint16{64, 56, 1, 0, 0, 0} {
-		b = le.AppendUint16(b, n)
-	}
-	b = le.AppendUint32(le.AppendUint32(b, 1), 5) // PT_LOAD, readable and executable
-	size := uint64(headers + len(code))
-	for _, n := range []uint64{0, base, base, size, size, 0x1000} {
-		b = le.AppendUint64(b, n)
-	}
-	return append(b, code...)
 }
 
 // tally is what became of the connections of one storm.
