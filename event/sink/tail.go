@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"time"
 )
@@ -83,37 +82,38 @@ func Tail(ctx context.Context, path string, last int, follow bool, fn func(line 
 }
 
 // rotated opens the file that follows ours, if ours is not the present one any
-// more: rotation renames path to path.1, path.1 to path.2 and so on. If ours is
-// gone altogether, what follows is the oldest that there is.
+// more: rotation renames path.1 to path.2 and so on, beginning with the oldest, and at
+// last path to path.1. If ours is gone altogether, what follows is the oldest that
+// there is.
 func rotated(file *os.File, path string) (*os.File, error) {
 	ours, err := file.Stat()
 	if err != nil {
 		return nil, err
 	}
-	is := func(name string) (bool, error) {
+	is := func(name string) (same, there bool) {
 		info, err := os.Stat(name)
-		return err == nil && os.SameFile(info, ours), err
+		return err == nil && os.SameFile(info, ours), err == nil
 	}
 	for range 10 { // as often as a rotation may come in between
-		if same, err := is(path); same || errors.Is(err, fs.ErrNotExist) {
+		if same, there := is(path); same || !there {
 			return nil, nil // ours, or between rename and open
 		}
-		next, older := path, path+".1"
-		for i := 1; ; i++ {
-			same, err := is(older)
-			if err != nil || same {
-				break
-			}
-			next, older = older, fmt.Sprintf("%s.%d", path, i+1)
+		next, older, i := path, path+".1", 1
+		same, there := is(older)
+		for ; there && !same; same, there = is(older) {
+			i++
+			next, older = older, fmt.Sprintf("%s.%d", path, i)
+		}
+		if _, behind := is(fmt.Sprintf("%s.%d", path, i+1)); !there && behind {
+			continue // in the middle of a rotation
 		}
 		f, err := os.Open(next)
 		if err != nil {
 			continue
 		}
-		if info, err := os.Stat(next); err == nil {
-			if opened, err := f.Stat(); err == nil && os.SameFile(info, opened) {
-				return f, nil
-			}
+		// If anything was renamed meanwhile, that is a later one.
+		if stillSame, stillThere := is(older); stillSame == same && stillThere == there {
+			return f, nil
 		}
 		f.Close()
 	}
