@@ -35,6 +35,7 @@ import (
 	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/proxy/loop"
 )
 
 // Options of a Proxy.
@@ -90,7 +91,8 @@ type Proxy struct {
 
 	mu               sync.Mutex // guards the following
 	local, forwarded *slots
-	listeners        []net.Listener
+	loop             *loop.Loop // nil before the first Serve
+	listeners        []*loop.Task
 	closing          bool
 
 	// evidence has a place for each event that waits for its evidence, in audit
@@ -157,40 +159,77 @@ func Listen(ctx context.Context, addr netip.AddrPort) (net.Listener, error) {
 // forwarded says that they come from other network namespaces. It closes the
 // listener and returns nil after Close or Shutdown.
 func (p *Proxy) Serve(ln net.Listener, forwarded bool) error {
+	ended := make(chan error, 1)
+	if err := p.listen(ln.(*net.TCPListener), forwarded, ended); err != nil {
+		return err
+	}
+	return <-ended
+}
+
+// listen begins to accept, unless the Proxy is closed.
+func (p *Proxy) listen(ln *net.TCPListener, forwarded bool, ended chan<- error) error {
 	p.mu.Lock()
+	defer p.mu.Unlock()
 	if p.closing {
-		p.mu.Unlock()
+		ended <- nil
 		return ln.Close()
 	}
-	p.listeners = append(p.listeners, ln)
+	if p.loop == nil {
+		l, err := loop.New()
+		if err != nil {
+			return errors.Join(err, ln.Close())
+		}
+		p.loop = l
+		go l.Run()
+	}
 	p.wg.Add(1)
-	p.mu.Unlock()
-	defer p.wg.Done()
+	t, _ := p.loop.Start(func(t *loop.Task) {
+		defer p.wg.Done()
+		ended <- p.accept(t, ln, forwarded)
+	})
+	p.listeners = append(p.listeners, t)
+	return nil
+}
+
+// accept begins a session for each connection.
+func (p *Proxy) accept(t *loop.Task, from *net.TCPListener, forwarded bool) error {
 	slots := p.local
 	if forwarded {
 		slots = p.forwarded
 	}
+	ln, err := t.Listen(from)
+	if err != nil {
+		return fmt.Errorf("listen on %v: %w", from.Addr(), err)
+	}
+	defer ln.Close()
 	for {
-		c, err := ln.Accept()
-		if err != nil {
-			if errors.Is(err, net.ErrClosed) {
-				return nil
-			}
-			if exhausted(err) {
-				time.Sleep(exhaustedFor)
-				continue
-			}
-			return fmt.Errorf("accept on %v: %w", ln.Addr(), err)
+		for p.full(slots, t) && !t.Cancelled() {
+			ln.Pause()
+			t.Wait(time.Time{})
 		}
-		slots.arriving <- struct{}{}
-		s := &session{p: p, client: c.(*net.TCPConn), slots: slots, arriving: true, forwarded: forwarded, accepted: time.Now()}
+		c, peer, err := t.Accept(ln)
+		switch {
+		case err == loop.ErrCancelled:
+			return nil
+		case err == loop.ErrAgain:
+			continue
+		case exhausted(err):
+			ln.Pause()
+			t.Sleep(exhaustedFor)
+			continue
+		case err != nil:
+			return fmt.Errorf("accept on %v: %w", from.Addr(), err)
+		}
+		s := &session{p: p, client: c, slots: slots, forwarded: forwarded, accepted: time.Now()}
+		s.conn = event.Connection{Source: unmap(peer), Forwarded: forwarded, Accepted: s.accepted}
 		s.idle.Store(int64(time.Since(start)))
 		p.wg.Add(1)
-		go func() {
+		p.arrive(s)
+		s.task = t.Go(func(*loop.Task) {
 			defer p.wg.Done()
 			s.run()
 			p.leave(s)
-		}()
+		})
 	}
 }
 
@@ -224,20 +263,21 @@ func (p *Proxy) Shutdown(ctx context.Context) error {
 	p.mu.Lock()
 	p.closing = true
 	for _, ln := range p.listeners {
-		ln.Close()
+		ln.Cancel()
 	}
 	p.mu.Unlock()
 	done := make(chan struct{})
 	go func() {
+		defer close(done)
 		p.wg.Wait()
-		close(done)
+		if p.loop != nil {
+			p.loop.Close()
+		}
 	}()
 	for {
 		p.mu.Lock()
 		for s := range p.sessions() {
-			if s.unused() {
-				s.client.SetReadDeadline(start) // it may have a request in its hands, and goes on then
-			}
+			s.task.Wake() // it sees for itself whether it has a request in its hands
 		}
 		p.mu.Unlock()
 		select {
@@ -247,7 +287,7 @@ func (p *Proxy) Shutdown(ctx context.Context) error {
 			p.mu.Lock()
 			left := 0
 			for s := range p.sessions() {
-				s.abort()
+				s.task.Cancel()
 				left++
 			}
 			p.mu.Unlock()

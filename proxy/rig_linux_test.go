@@ -116,8 +116,8 @@ func newRig(t testing.TB, s setting) *rig {
 		r.proxy.Shutdown(context.Background())
 		serving.Wait()
 		for _, h := range []*slots{r.proxy.local, r.proxy.forwarded} {
-			if len(h.sessions) != 0 || len(h.held) != 0 || len(h.arriving) != 0 {
-				t.Errorf("%d sessions of %d owners are left, and %d without a slot", len(h.sessions), len(h.held), len(h.arriving))
+			if len(h.sessions) != 0 || len(h.held) != 0 || h.arriving != 0 {
+				t.Errorf("%d sessions of %d owners are left, and %d without a slot", len(h.sessions), len(h.held), h.arriving)
 			}
 		}
 		if err := finder.Close(); err != nil {
