@@ -59,6 +59,10 @@ type Options struct {
 	// 0 sets no bounds. Lower than what an SDK asks in a row, which is some ten, makes
 	// it wait. In audit mode it slows down and bounds nothing.
 	Rate, Burst int
+	// DialAhead bounds the connections to each endpoint that are made before somebody
+	// asks for them, as far as some were wanted lately; 0 for none. Each that is not
+	// used within two seconds has cost the service packets for nothing.
+	DialAhead int
 	// Forwardable says whether the host would have forwarded a connection from
 	// this client in another network namespace. Nil is never.
 	Forwardable func(client, endpoint netip.AddrPort) error
@@ -91,8 +95,8 @@ type Proxy struct {
 
 	mu               sync.Mutex // guards the following
 	local, forwarded *slots
-	loop             *loop.Loop // nil before the first Serve
-	listeners        []*loop.Task
+	loop             *loop.Loop   // nil before the first Serve
+	standing         []*loop.Task // end with Shutdown
 	closing          bool
 
 	// evidence has a place for each event that waits for its evidence, in audit
@@ -100,6 +104,7 @@ type Proxy struct {
 	// there is none have the evidence of the moment.
 	evidence chan struct{}
 
+	ahead    ahead
 	pace     pace
 	rendered rendered
 	tokens   *tokens
@@ -130,10 +135,18 @@ func New(o Options, finder *attribution.Finder, engine *policy.Engine) *Proxy {
 		o.MaxConns = 4096
 	}
 	forwarded := max(o.MaxConns/4, 1)
-	return &Proxy{options: o, finder: finder, engine: engine, uid: uint32(os.Geteuid()), silence: idleTimeout,
+	p := &Proxy{options: o, finder: finder, engine: engine, uid: uint32(os.Geteuid()), silence: idleTimeout,
 		local: newSlots(o.MaxConns - forwarded), forwarded: newSlots(forwarded), evidence: make(chan struct{}, o.MaxConns),
 		pace: pace{each: rate.Limit(o.Rate), burst: cmp.Or(o.Burst, 2*o.Rate)}, tokens: newTokens(), ledger: newLedger()}
+	if o.Rate == 0 { // or else requests are counted, since they cost the service packets
+		p.ahead.most = o.DialAhead
+	}
+	p.ahead.dial = func(dst netip.AddrPort) (int, netip.AddrPort, error) { return dial(dst, o.Mark, 0) }
+	return p
 }
+
+// Ahead is live.
+func (p *Proxy) Ahead() *AheadStats { return &p.ahead.stats }
 
 // Stats is live.
 func (p *Proxy) Stats() *Stats { return &p.stats }
@@ -181,14 +194,21 @@ func (p *Proxy) listen(ln *net.TCPListener, forwarded bool, ended chan<- error) 
 		}
 		p.loop = l
 		go l.Run()
+		p.ahead.keeper = p.stand(p.ahead.keep)
 	}
+	p.stand(func(t *loop.Task) { ended <- p.accept(t, ln, forwarded) })
+	return nil
+}
+
+// stand begins a task that Shutdown cancels. It is called with p.mu held.
+func (p *Proxy) stand(f func(*loop.Task)) *loop.Task {
 	p.wg.Add(1)
 	t, _ := p.loop.Start(func(t *loop.Task) {
 		defer p.wg.Done()
-		ended <- p.accept(t, ln, forwarded)
+		f(t)
 	})
-	p.listeners = append(p.listeners, t)
-	return nil
+	p.standing = append(p.standing, t)
+	return t
 }
 
 // accept begins a session for each connection.
@@ -262,8 +282,8 @@ func (p *Proxy) Shutdown(ctx context.Context) error {
 	defer cancel()
 	p.mu.Lock()
 	p.closing = true
-	for _, ln := range p.listeners {
-		ln.Cancel()
+	for _, t := range p.standing {
+		t.Cancel()
 	}
 	p.mu.Unlock()
 	done := make(chan struct{})
@@ -323,6 +343,10 @@ func (p *Proxy) sessions() iter.Seq[*session] {
 func (p *Proxy) looped(client *session) bool {
 	if uid, known := client.lookup.UID(); !known || uid != p.uid {
 		return false
+	}
+	if p.ahead.has(client.conn.Source) { // which learns it by being reset
+		p.stats.Looped.Add(1)
+		return true
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -36,8 +36,9 @@ type session struct {
 	part     *int // from its cgroup
 	arriving bool // has a place among those without a slot
 
-	near   atomic.Pointer[netip.AddrPort] // the near end of up; nil if there is none
-	looped atomic.Bool                    // up came back to us
+	prepared bool                           // up was made before it was asked for
+	near     atomic.Pointer[netip.AddrPort] // the near end of up; nil if there is none
+	looped   atomic.Bool                    // up came back to us
 
 	conn    event.Connection
 	minTTL  int
@@ -164,6 +165,9 @@ func (s *session) close() {
 	s.client.Close()
 	s.hangUp()
 	release(s.buf)
+	if s.up != nil && !s.forwarded {
+		s.p.ahead.fill(s.task, s.conn.Destination)
+	}
 }
 
 func (s *session) ownedBy() part {
@@ -195,14 +199,25 @@ func (s *session) connect() error {
 const descriptorsIn = 250 * time.Millisecond
 
 func (s *session) dial() error {
+	if !s.forwarded {
+		if p, ok := s.p.ahead.take(s.conn.Destination); ok {
+			s.up, s.prepared = p.conn, true
+			s.near.Store(&p.near)
+			return nil
+		}
+	}
 	fd, near, err := dial(s.conn.Destination, s.p.options.Mark, s.minTTL)
 	if err != nil {
 		return err
 	}
-	s.up = s.task.Adopt(fd)
+	s.up, s.prepared = s.task.Adopt(fd), false
 	s.near.Store(&near)
 	return nil
 }
+
+// old reports whether the connection to the service may have waited for a request so
+// long that the service has ended it, which is no answer to that.
+func (s *session) old() bool { return s.count > 0 || s.prepared }
 
 // hangUp ends the connection to the service.
 func (s *session) hangUp() {

@@ -185,7 +185,7 @@ func (s *session) redial() error {
 			return nil
 		}
 		// One that is refused, or that speaks first, is the client's to see.
-		if st := s.up.Look(); st == loop.Quiet || st != loop.Ended && s.count == 0 {
+		if st := s.up.Look(); st == loop.Quiet || st != loop.Ended && !s.old() {
 			return nil
 		}
 	}
@@ -212,7 +212,7 @@ func (s *session) reach(b []byte) error {
 	}
 }
 
-// lost reports whether a request has met ourselves instead of the service, or a kept
+// lost reports whether a request has met ourselves instead of the service, or an old
 // connection that the service was about to end, so that it may be sent again: as it
 // was judged, and so only while nothing more was read.
 func (s *session) lost(have int, err error) bool {
@@ -220,10 +220,10 @@ func (s *session) lost(have int, err error) bool {
 }
 
 // stale reports once for each request whether it failed because the service had ended
-// a kept connection already, as it may at any moment (RFC 9112 section 9.3.1). The
+// an old connection already, as it may at any moment (RFC 9112 section 9.3.1). The
 // client would try again, and so do we: a second time would be more than it does.
 func (s *session) stale(err error) bool {
-	if s.count == 0 || s.resent || !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+	if !s.old() || s.resent || !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
 		return false
 	}
 	s.resent = true

@@ -44,8 +44,9 @@ type Conn struct {
 // Adopt takes a socket, which must be non-blocking and have no other descriptor.
 func (t *Task) Adopt(fd int) *Conn { return &Conn{loop: t.loop, fd: fd, place: -1} }
 
-// watch registers a connection when somebody first waits for it: many never do.
-func (c *Conn) watch() error {
+// Watch has events be noticed from now on. Wait does so when it first waits for the
+// connection, which for many is never.
+func (c *Conn) Watch() error {
 	if c.place >= 0 {
 		return nil
 	}

@@ -268,7 +268,7 @@ func TestReusedDescriptor(t *testing.T) {
 		do(t, l, func(k *Task) {
 			a, b = k.Adopt(first), k.Adopt(second)
 			for _, c := range []*Conn{a, b} {
-				if err := c.watch(); err != nil {
+				if err := c.Watch(); err != nil {
 					t.Error(err)
 				}
 			}
@@ -290,7 +290,7 @@ func TestReusedDescriptor(t *testing.T) {
 				unix.Close(again)
 			}
 			c := k.Adopt(second)
-			if err := c.watch(); err != nil || c.place != before {
+			if err := c.Watch(); err != nil || c.place != before {
 				t.Errorf("%v; place %d, want %d", err, c.place, before)
 			}
 			for i := range l.events[:l.n] {

@@ -3,8 +3,10 @@ package loop
 import (
 	"container/heap"
 	"errors"
+	"fmt"
 	"iter"
 	"os"
+	"runtime/debug"
 	"sync/atomic"
 	"time"
 )
@@ -55,7 +57,7 @@ func (t *Task) Wait(until time.Time, interests ...Interest) error {
 	now := t.looks
 	t.looks = false
 	for _, i := range interests {
-		if err := i.Conn.watch(); err != nil {
+		if err := i.Conn.Watch(); err != nil {
 			return err
 		}
 		if i.Conn.seen&i.For != 0 {
@@ -192,6 +194,11 @@ func (l *Loop) fiber() *fiber {
 	}
 	f := new(fiber)
 	f.next, f.stop = iter.Pull(func(yield func(struct{}) bool) {
+		defer func() {
+			if p := recover(); p != nil { // or else the stack is that of the Loop
+				panic(fmt.Sprintf("%v\n\nof a task:\n%s", p, debug.Stack()))
+			}
+		}()
 		f.yield = yield
 		for more := true; more; more = yield(struct{}{}) {
 			f.task.f(f.task)
