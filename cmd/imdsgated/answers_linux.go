@@ -60,6 +60,7 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 			WouldDeny: n.WouldDeny.Load(), Malformed: n.Malformed.Load(), NotRedirected: n.NotRedirected.Load(),
 			NotForwardable: n.NotForwardable.Load(), UpstreamFailed: n.UpstreamFailed.Load(),
 			Evicted: n.Evicted.Load(), Throttled: n.Throttled.Load(), Looped: n.Looped.Load(),
+			DialledAhead: d.proxy.Ahead().Made.Load(), DialledUnused: d.proxy.Ahead().Unused.Load(),
 		}
 		s.Requests.Tokens, s.Requests.Forgotten = d.proxy.Tokens()
 	}

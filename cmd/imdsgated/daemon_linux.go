@@ -111,7 +111,7 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 
 	d.proxy = proxy.New(proxy.Options{
 		Endpoints: rules.Endpoints, Mark: rules.Mark, MaxConns: c.Limits.Connections, Host: d.host,
-		Rate: int(c.Limits.RequestsPerSecond), Burst: int(c.Limits.Burst),
+		Rate: int(c.Limits.RequestsPerSecond), Burst: int(c.Limits.Burst), DialAhead: int(c.Upstream.DialAhead),
 		Forwardable: d.forwardable, Record: d.spool.Record,
 	}, d.finder, d.engine)
 	told := ctx // to end
