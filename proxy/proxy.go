@@ -290,8 +290,11 @@ func (p *Proxy) Shutdown(ctx context.Context) error {
 	go func() {
 		defer close(done)
 		p.wg.Wait()
-		if p.loop != nil {
-			p.loop.Close()
+		p.mu.Lock()
+		l := p.loop
+		p.mu.Unlock()
+		if l != nil {
+			l.Close()
 		}
 	}()
 	for {

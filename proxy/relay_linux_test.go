@@ -243,9 +243,11 @@ func TestSlowAndSilentClients(t *testing.T) {
 	zero := r.dial(false)
 	zero.Close()
 	r.settled()
+	r.mu.Lock()
 	if len(r.events) != 0 {
 		t.Errorf("a connection without a byte is recorded: %+v", r.events[0])
 	}
+	r.mu.Unlock()
 
 	silent := r.dial(false)
 	drip := r.dial(false)
@@ -320,11 +322,17 @@ func TestKeptConnectionEndsUpstream(t *testing.T) {
 	}
 }
 
+func (r *rig) loop() *loop.Loop {
+	r.proxy.mu.Lock()
+	defer r.proxy.mu.Unlock()
+	return r.proxy.loop
+}
+
 // each calls a function with each session, on the loop.
 func (r *rig) each(f func(*session)) {
 	r.t.Helper()
 	done := make(chan struct{})
-	_, ok := r.proxy.loop.Start(func(*loop.Task) {
+	_, ok := r.loop().Start(func(*loop.Task) {
 		defer close(done)
 		r.proxy.mu.Lock()
 		defer r.proxy.mu.Unlock()

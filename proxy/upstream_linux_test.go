@@ -65,7 +65,7 @@ func serve(t *testing.T, r *rig, play func(n int, c *net.TCPConn, ask func() err
 // hold makes the proxy see nothing of what happens until the function is called.
 func (r *rig) hold() (goOn func()) {
 	held, release := make(chan struct{}), make(chan struct{})
-	r.proxy.loop.Start(func(*loop.Task) {
+	r.loop().Start(func(*loop.Task) {
 		close(held)
 		<-release
 	})
