@@ -16,15 +16,15 @@ import (
 var classes = []string{"listing", "inventory", "operational", "token", "unknown", "user-data", "identity-proof", "credentials"}
 
 const (
-	oddClient  = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a01"
-	untrusted  = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a02"
-	imdsv1     = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a03"
-	relayed    = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a04"
-	evasive    = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a05"
-	oddClient6 = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a06"
-	handTool   = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a07"
-	riddle     = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a08"
-	elsewhere  = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a09"
+	oddClient = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a01"
+	untrusted = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a02"
+	imdsv1    = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a03"
+	relayed   = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a04"
+	evasive   = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a05"
+	oddOther  = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a06"
+	handTool  = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a07"
+	riddle    = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a08"
+	elsewhere = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a09"
 )
 
 func compile(t testing.TB, c Config) *Policy {
@@ -216,7 +216,13 @@ func TestShippedRules(t *testing.T) {
 		}, riddle, event.Deny, true},
 		{"curl over IPv6", "/usr/bin/curl", func(ev *event.Event, _ *event.Process) {
 			ev.Connection.Destination = netip.MustParseAddrPort("[fd00:ec2::254]:80")
-		}, oddClient6, event.Deny, true},
+		}, oddOther, event.Deny, true},
+		{"curl for a task's credentials", "/usr/bin/curl", atContainers, oddOther, event.Deny, true},
+		{"a program for a task's credentials", "/opt/app/bin/app", atContainers, "", event.Allow, false},
+		{"a program with a task's address in argv", "/usr/local/bin/tool", func(ev *event.Event, p *event.Process) {
+			atContainers(ev, p)
+			p.CommandLine = "tool http://169.254.170.2/"
+		}, oddOther, event.Deny, true},
 		{"inventory, by curl", "/usr/bin/curl", func(ev *event.Event, _ *event.Process) {
 			ev.Request.Class, ev.Request.Guarded = "inventory", false
 		}, oddClient, event.Allow, true},
@@ -236,6 +242,12 @@ func TestShippedRules(t *testing.T) {
 	}
 }
 
+// atContainers makes it a task's request for its own credentials.
+func atContainers(ev *event.Event, _ *event.Process) {
+	ev.Connection.Destination = netip.MustParseAddrPort("169.254.170.2:80")
+	ev.Request.Path, ev.Request.Token, ev.Request.Container = "/v2/credentials/0f0e", false, true
+}
+
 // Which of the rules that look at the request alone raise an alert, and no other.
 func TestRequestRules(t *testing.T) {
 	short := map[string]string{imdsv1: "v1", relayed: "relayed", evasive: "disguised", elsewhere: "evasive", riddle: "malformed"}
@@ -249,6 +261,7 @@ func TestRequestRules(t *testing.T) {
 		{"a secret over IMDSv1", event.Request{Guarded: true}, "v1"},
 		{"a disguised secret", event.Request{Guarded: true, Token: true, Evasive: true}, "disguised"},
 		{"a disguised secret over IMDSv1", event.Request{Guarded: true, Evasive: true}, "disguised v1"},
+		{"a secret of a task, where there are no versions", event.Request{Guarded: true, Container: true}, ""},
 		{"inventory over IMDSv1", event.Request{}, ""},
 		{"disguised inventory", event.Request{Evasive: true}, "evasive"},
 		{"disguised inventory, relayed", event.Request{Token: true, Evasive: true, Forwarded: true}, "evasive relayed"},
