@@ -535,6 +535,29 @@ func (t *tools) guard(is FamilyPlan) (Guard, error) {
 	return g, nil
 }
 
+// Release lets new connections go to the endpoints themselves, and keeps those that were redirected: the rules that
+// remain have the kernel go on tracking connections, without which it would no longer change the addresses of their
+// packets, and they would be reset (nf_ct_netns_put, net/netfilter/nf_conntrack_proto.c; measured). Remove takes away
+// the rest when they have ended. Like Remove it needs to know nothing, and goes on after an error.
+func Release(ctx context.Context) error {
+	all, err := findTools(ctx, searchPath())
+	errs := []error{err}
+	has, err := ipv6Presence()
+	errs = append(errs, err)
+	for _, t := range all {
+		for _, f := range Families {
+			have, err := t.save(ctx, f)
+			if err == nil {
+				_, err = t.settle(ctx, have.installed(f).withoutTable("nat"), have)
+			}
+			if f == IPv4 || has == awake {
+				errs = append(errs, err)
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // Remove takes away everything that any Install has left in this network namespace, in both back ends and families.
 // It needs no configuration and nothing that the installer knew. What belongs to others stays as it is; the built-in
 // chains that iptables made for the first rule in them stay too, empty. With the nat rules connection tracking ends,
