@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -25,6 +26,8 @@ const (
 	handTool  = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a07"
 	riddle    = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a08"
 	elsewhere = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a09"
+	searched  = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a0b"
+	hoarded   = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a0c"
 )
 
 func compile(t testing.TB, c Config) *Policy {
@@ -581,6 +584,52 @@ func TestActions(t *testing.T) {
 		m, _ := matched(ev, oddClient)
 		if ev.Decision.Verdict != c.verdict || m.Alert != c.alert {
 			t.Errorf("%s: %v, %+v", c.name, ev.Decision.Verdict, m)
+		}
+	}
+}
+
+// What is much is only known by counting: the rules for it say nothing of the first
+// requests, alert or log from the one that is too many, and block nobody.
+func TestCounting(t *testing.T) {
+	one := func(int) string { return "one" }
+	for _, c := range []struct {
+		name, rule string
+		class      string
+		requests   int
+		every      time.Duration
+		parent     func(i int) string // of the process that asks
+		entity     func(i int) string
+		first      int // that matches, from 1; 0 for none
+		alert      bool
+	}{
+		{"a word list", searched, "unknown", 20, time.Second, one, one, 15, true},
+		{"a word list, a process for each word", searched, "unknown", 20, time.Second, one, strconv.Itoa, 15, true},
+		{"as many processes of others", searched, "unknown", 20, time.Second, strconv.Itoa, strconv.Itoa, 0, false},
+		{"one word after the other", searched, "unknown", 40, 5 * time.Second, one, one, 0, false},
+		{"who looks in which cloud he is", searched, "unknown", 14, time.Millisecond, one, one, 0, false},
+		{"a crawler", searched, "inventory", 300, time.Millisecond, one, one, 0, false},
+		{"a hoard of tokens", hoarded, "token", 40, time.Second, one, one, 30, false},
+		{"a token for each process", hoarded, "token", 40, time.Millisecond, one, strconv.Itoa, 0, false},
+		{"a refused client", hoarded, "token", 12, time.Millisecond, one, one, 0, false},
+	} {
+		e := NewEngine(compile(t, Config{Mode: Enforce}))
+		for i := 1; i <= c.requests; i++ {
+			ev := judge(e, asking("/opt/app/bin/app", func(ev *event.Event, p *event.Process) {
+				ev.Request.Class, ev.Request.Guarded = c.class, false
+				ev.Time, ev.Connection.Accepted = ev.Time.Add(time.Duration(i)*c.every), ev.Time.Add(time.Duration(i)*c.every)
+				p.EntityID, p.Parent.EntityID = c.entity(i), c.parent(i)
+			}))
+			m, ok := matched(ev, c.rule)
+			if ok != (c.first != 0 && i >= c.first) || m.Alert != (ok && c.alert) || ev.Decision.Verdict != event.Allow {
+				t.Errorf("%s, request %d: %+v, %v", c.name, i, ev.Decision.Matches, ev.Decision.Verdict)
+			}
+		}
+	}
+	block := Block
+	for _, a := range []RuleAction{{Action: &block}, {Classes: map[string]Action{"token": Block}}} {
+		_, err := Compile(Config{Rules: RulesConfig{Actions: map[string]RuleAction{hoarded: a}}}, classes)
+		if err == nil || !strings.Contains(err.Error(), "cannot block") {
+			t.Errorf("%+v: %v", a, err)
 		}
 	}
 }
