@@ -184,6 +184,13 @@ func (r *Redirect) survey(ctx context.Context) (*survey, error) {
 			"there is no IPv6 redirect (%v): when somebody switches IPv6 on, the metadata service is reached past the daemon", r.broken))
 	}
 
+	for _, e := range (Config{}).WithDefaults().Endpoints {
+		if !slices.Contains(r.config.Endpoints, e) && slices.Contains(families, familyOf(e.Addr())) {
+			s.report.Warnings = append(s.report.Warnings, fmt.Sprintf(
+				"%s is not among redirect.endpoints, so the instance's own metadata service is reached there past the daemon", e))
+		}
+	}
+
 	if r.noZone != nil {
 		s.report.Warnings = append(s.report.Warnings, fmt.Sprintf(
 			"the connection tracker does not keep the daemon's connections apart from clients' (%v): for ten seconds after the service has reset one, "+
