@@ -625,6 +625,12 @@ func TestCounting(t *testing.T) {
 			}
 		}
 	}
+	rules, _, _ := NewEngine(compile(t, Config{})).Explain([]*event.Event{asking("/opt/app/bin/app", nil)})
+	for _, r := range rules {
+		if (r.ID == hoarded || r.ID == searched) && (r.Matches || len(r.Clauses) != 1 || r.Clauses[0].Excuse) {
+			t.Errorf("explained: %+v", r)
+		}
+	}
 	block := Block
 	for _, a := range []RuleAction{{Action: &block}, {Classes: map[string]Action{"token": Block}}} {
 		_, err := Compile(Config{Rules: RulesConfig{Actions: map[string]RuleAction{hoarded: a}}}, classes)
