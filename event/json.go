@@ -108,6 +108,8 @@ func (f *Field) append(b []byte, v Value) (_ []byte, short bool) {
 		}
 	}
 	switch {
+	case v.hidden:
+		return appendString(b, redacted), false
 	case v.command == nil:
 	case v.Texts != nil:
 		v.Texts = v.command.redactedArgs()

@@ -52,7 +52,7 @@ func (e *Engine) Explain(requests []*event.Event) (rules []RuleFinding, grants [
 		}
 		for _, s := range r.literal {
 			for _, c := range s.Conjuncts() {
-				clause := Clause{Text: c.Text, Excuse: !kept[c.Text]}
+				clause := Clause{Text: c.Text, Excuse: !kept[c.Text] && !r.alertsOnly}
 				for _, d := range s.documents {
 					clause.Holds = clause.Holds || c.Match(&about[d])
 				}

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
+	"runtime"
 	"strconv"
 	"strings"
 	"time"
@@ -71,7 +72,7 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 	if d.redirect != nil {
 		s.Redirect = d.redirectStatus(ctx)
 	}
-	s.Process.UID = os.Geteuid()
+	s.Process.UID, s.Process.Goroutines = os.Geteuid(), runtime.NumGoroutine()
 	if self, err := procfs.Self(); err == nil {
 		if stat, err := self.Stat(); err == nil {
 			s.Process.ResidentMB = uint64(stat.ResidentMemory()) >> 20

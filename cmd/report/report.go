@@ -161,6 +161,7 @@ type Process struct {
 	UID         int    `json:"uid"`
 	ResidentMB  uint64 `json:"resident_mb"`
 	Descriptors int    `json:"open_descriptors"`
+	Goroutines  int    `json:"goroutines"`
 }
 
 // Explanation is what `imdsgate explain` shows.

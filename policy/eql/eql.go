@@ -144,6 +144,10 @@ func (q *Query) IsSequence() bool { return q.sequence }
 // sequence, and one for "with runs=3" too.
 func (q *Query) Stages() []*Stage { return slices.Clone(q.stages) }
 
+// Counts reports whether a sequence has events "with runs", which say more together
+// than each by itself.
+func (q *Query) Counts() bool { return len(q.steps) > len(q.stages) }
+
 // Until is the event that ends the chains of a sequence, or nil.
 func (q *Query) Until() *Stage { return q.until }
 
