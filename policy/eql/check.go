@@ -57,9 +57,9 @@ func check(tree *syntax.Query, schema Schema) *compiler {
 		if body.Until != nil {
 			items = slices.Concat(items, []*syntax.Item{body.Until})
 		}
-		c.items(body.By, items)
+		c.joined(body.By, items)
 	case *syntax.Sample:
-		c.items(body.By, body.Items)
+		c.joined(body.By, body.Items)
 	}
 	return c
 }
@@ -85,20 +85,13 @@ func (c *compiler) refuseBatch() {
 	for _, p := range c.tree.Pipes {
 		refuse(p.Pos, "the pipe %s cannot be judged inline: it counts the matches of a finished search", p.Name)
 	}
-	switch body := c.tree.Body.(type) {
-	case *syntax.Sample:
+	if body, ok := c.tree.Body.(*syntax.Sample); ok {
 		refuse(body.Pos, "a sample cannot be judged inline: its events have no order that would end it")
-	case *syntax.Sequence:
-		for _, it := range body.Items {
-			if it.Missing {
-				refuse(it.Pos, "a missing event cannot be judged inline: until maxspan has passed it may still come")
-			}
-		}
 	}
 }
 
-// items checks events that are joined by keys.
-func (c *compiler) items(by []*syntax.Field, items []*syntax.Item) {
+// joined checks events that are joined by keys.
+func (c *compiler) joined(by []*syntax.Field, items []*syntax.Item) {
 	for _, k := range by {
 		c.expr(k)
 	}

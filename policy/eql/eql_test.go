@@ -166,6 +166,19 @@ func compile(t testing.TB, s eql.Schema, src string) *eql.Query {
 	return q
 }
 
+func compileBatch(t testing.TB, s eql.Schema, src string) *eql.Query {
+	t.Helper()
+	tree, err := syntax.Parse("", src)
+	if err != nil {
+		t.Fatalf("%s\n%v", src, err)
+	}
+	q, err := eql.CompileBatch(tree, s)
+	if err != nil {
+		t.Fatalf("%s\n%v", src, err)
+	}
+	return q
+}
+
 func tryCompile(s eql.Schema, name, src string) (*eql.Query, error) {
 	tree, err := syntax.Parse(name, src)
 	if err != nil {
@@ -295,7 +308,6 @@ func TestBatchIsRefusedAsUnsupported(t *testing.T) {
 		unsupported bool
 	}{
 		{"sample by s [a where ok] [b where ok]", true},
-		{"sequence with maxspan=1s [a where ok] ![b where ok]", true},
 		{"any where ok | head 3", true},
 		{"sample by s [a where okay] [b where ok]", false},
 		{"any where okay | head 3", false},

@@ -1,6 +1,7 @@
 package eql_test
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -16,7 +17,8 @@ import (
 
 // TestChains reads testdata/*.chains: a query, below it the events that come,
 // each with its category, and "=>" with the numbers of those that make a match,
-// matches in order.
+// matches in order, a dash for a missing one. A query that can be asked inline is,
+// too.
 func TestChains(t *testing.T) {
 	files, err := filepath.Glob("testdata/*.chains")
 	if err != nil || len(files) == 0 {
@@ -41,8 +43,15 @@ func TestChains(t *testing.T) {
 				events = append(events, e)
 			case strings.HasPrefix(line, "=>"):
 				want := strings.TrimSpace(line[2:])
-				if got := matchList(observe(compile(t, letters, src).NewMachine(0), events)); got != want {
+				if got := matchList(search(compileBatch(t, letters, src).NewBatch(0), events)); got != want {
 					t.Errorf("%s: %s\ngot  %s\nwant %s", where, src, got, want)
+				}
+				if q, err := tryCompile(letters, "", src); err == nil {
+					if got := matchList(observe(q.NewMachine(0), events)); got != want {
+						t.Errorf("%s: inline %s\ngot  %s\nwant %s", where, src, got, want)
+					}
+				} else if !errors.Is(err, errors.ErrUnsupported) {
+					t.Errorf("%s: %v", where, err)
 				}
 				events = nil
 			default:
@@ -94,16 +103,39 @@ func parseValue(v string, t eql.Type) (any, error) {
 	return convert(v, t)
 }
 
+// observe shows events to a machine, and at the end a time long after.
 func observe(m *eql.Machine, events []*event) [][]int {
 	var found [][]int
 	for _, e := range events {
-		for _, match := range m.Observe(e) {
-			var ids []int
-			for _, e := range match.Events {
+		found = append(found, numbers(m.Observe(e))...)
+	}
+	return append(found, numbers(m.Tick(epoch.AddDate(1, 0, 0)))...)
+}
+
+// search shows events to a batch.
+func search(b *eql.Batch, events []*event) [][]int {
+	var found [][]int
+	for _, e := range events {
+		if !b.Done() {
+			found = append(found, numbers(b.Observe(e))...)
+		}
+	}
+	return append(found, numbers(b.Close())...)
+}
+
+// numbers are the ids of the events that match, -1 for a missing one.
+func numbers(matches []eql.Match) [][]int {
+	var found [][]int
+	for _, match := range matches {
+		var ids []int
+		for _, e := range match.Events {
+			if e == nil {
+				ids = append(ids, -1)
+			} else {
 				ids = append(ids, e.(*event).id)
 			}
-			found = append(found, ids)
 		}
+		found = append(found, ids)
 	}
 	return found
 }
@@ -111,7 +143,7 @@ func observe(m *eql.Machine, events []*event) [][]int {
 func matchList(matches [][]int) string {
 	var list []string
 	for _, ids := range matches {
-		list = append(list, strings.Trim(fmt.Sprint(ids), "[]"))
+		list = append(list, strings.ReplaceAll(strings.Trim(fmt.Sprint(ids), "[]"), "-1", "-"))
 	}
 	return strings.Join(list, "; ")
 }

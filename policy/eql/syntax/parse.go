@@ -24,6 +24,14 @@ const (
 	maxErrors = 20
 
 	maxRuns = 100
+
+	// maxSteps bounds the events of a sequence, runs counted, because for each key
+	// there may be as many chains. Published rules have up to 101.
+	maxSteps = 1000
+
+	// maxSample bounds the events of a sample, because what it takes to find one
+	// grows with the fourth power of them. Published rules have 2 or 3.
+	maxSample = 20
 )
 
 // Parse reads a query. The name is that of the file or the rule that it comes
@@ -295,6 +303,9 @@ func (p *parser) checkSequence(s *Sequence) {
 	if steps < 2 {
 		p.report(s.Pos, "", "a sequence needs at least two events")
 	}
+	if steps > maxSteps {
+		p.report(s.Pos, "", "a sequence has at most %d events, runs counted", maxSteps)
+	}
 	if !positive {
 		p.report(s.Pos, "", "a sequence needs at least one event that is not missing")
 	}
@@ -342,6 +353,9 @@ func (p *parser) sample() *Sample {
 	}
 	if len(s.Items) < 2 {
 		p.report(s.Pos, "", "a sample needs at least two events")
+	}
+	if len(s.Items) > maxSample {
+		p.report(s.Pos, "", "a sample has at most %d events", maxSample)
 	}
 	if len(s.By)+len(s.Items[0].By) == 0 {
 		p.report(s.Pos, "", "a sample needs a key")
