@@ -251,20 +251,25 @@ func TestManyValues(t *testing.T) {
 
 func TestChainsAgainstSlow(t *testing.T) {
 	r := newRandom(1)
-	for range 3000 {
-		src := r.sequence()
+	for range 6000 {
+		src := r.query()
 		tree, err := syntax.Parse("", src)
 		if err != nil {
 			t.Fatalf("%s\n%v", src, err)
 		}
-		q, err := eql.Compile(tree, letters)
+		q, err := eql.CompileBatch(tree, letters)
 		if err != nil {
 			t.Fatalf("%s\n%v", src, err)
 		}
 		events := r.events(25)
-		got, want := observe(q.NewMachine(0), events), slowSequence(letters, tree, events)
-		if !slices.EqualFunc(got, want, slices.Equal) {
+		want := slowSearch(letters, tree, events)
+		if got := search(q.NewBatch(0), events); !slices.EqualFunc(got, want, slices.Equal) {
 			t.Fatalf("%s\ngot  %s\nwant %s\n%s", src, matchList(got), matchList(want), describe(events))
+		}
+		if q, err := eql.Compile(tree, letters); err == nil {
+			if got := observe(q.NewMachine(0), events); !slices.EqualFunc(got, want, slices.Equal) {
+				t.Fatalf("inline %s\ngot  %s\nwant %s\n%s", src, matchList(got), matchList(want), describe(events))
+			}
 		}
 	}
 }

@@ -24,15 +24,74 @@ func (r random) some(of func() string) string {
 	return "(" + strings.Join(list, ", ") + ")"
 }
 
+// query is a sequence, a sample or a condition, and perhaps pipes.
+func (r random) query() string {
+	src := ""
+	switch r.IntN(6) {
+	case 0:
+		src = r.pick("any", "a", "b") + " where " + r.condition(2)
+	case 1:
+		src = r.sample()
+	case 2:
+		src = r.sequence()
+	default:
+		src = r.withMissing()
+	}
+	for r.IntN(4) == 0 {
+		src += r.pick(" | head ", " | tail ") + r.pick("0", "1", "2", "5")
+	}
+	return src
+}
+
 func (r random) sequence() string {
-	src := "sequence" + r.pick("", " by s", " by ?s", " by args", " by ?args, n") + r.pick("", " with maxspan=5ms", " with maxspan=3ms")
+	return r.sequenceOf(r.pick("", " with maxspan=5ms", " with maxspan=3ms"), 2+r.IntN(2), func() string { return "" })
+}
+
+// withMissing is a sequence with missing events, as often as not.
+func (r random) withMissing() string {
+	return r.sequenceOf(r.pick(" with maxspan=5ms", " with maxspan=3ms", " with maxspan=1ms"), 1+r.IntN(2), func() string { return r.pick("", "", "!") })
+}
+
+// sequenceOf has some items that are not missing, and between them what absent
+// says.
+func (r random) sequenceOf(span string, items int, absent func() string) string {
+	src := "sequence" + r.pick("", " by s", " by ?s", " by args", " by ?args, n") + span
 	own := r.pick("", "", "n", "t", "args")
-	items := 2 + r.IntN(2)
+	all := 0
+	item := func() {
+		src += r.item(own)
+		all++
+		if r.IntN(4) == 0 {
+			src += " with runs=2"
+			all++
+		}
+	}
+	gap := func() {
+		for absent() != "" {
+			src += " !"
+			item()
+		}
+	}
 	for range items {
-		src += " " + r.item(own) + r.pick("", "", "", " with runs=2")
+		gap()
+		src += " "
+		item()
+	}
+	gap()
+	if all == 1 {
+		src += " " + r.item(own)
 	}
 	if r.IntN(3) == 0 {
 		src += " until " + r.item(own)
+	}
+	return src
+}
+
+func (r random) sample() string {
+	own := r.pick("n", "t", "args")
+	src := "sample" + r.pick("", " by s", " by ?s", " by args, n")
+	for range 2 + r.IntN(2) {
+		src += " " + r.item(own)
 	}
 	return src
 }
