@@ -10,9 +10,12 @@ import (
 )
 
 // random makes queries and events from so few words that they often meet.
-type random struct{ *rand.Rand }
+type random struct {
+	*rand.Rand
+	untyped bool // without addresses and dates
+}
 
-func newRandom(seed uint64) random { return random{rand.New(rand.NewPCG(seed, 0))} }
+func newRandom(seed uint64) random { return random{Rand: rand.New(rand.NewPCG(seed, 0))} }
 
 func (r random) pick(words ...string) string { return words[r.IntN(len(words))] }
 
@@ -49,7 +52,7 @@ func (r random) sequence() string {
 
 // withMissing is a sequence with missing events, as often as not.
 func (r random) withMissing() string {
-	return r.sequenceOf(r.pick(" with maxspan=5ms", " with maxspan=3ms", " with maxspan=1ms"), 1+r.IntN(2), func() string { return r.pick("", "", "!") })
+	return r.sequenceOf(r.pick(" with maxspan=5ms", " with maxspan=3ms", " with maxspan=1ms"), 1+r.IntN(3), func() string { return r.pick("", "", "!") })
 }
 
 // sequenceOf has some items that are not missing, and between them what absent
@@ -122,7 +125,11 @@ func (r random) condition(depth int) string {
 }
 
 func (r random) atom() string {
-	switch r.IntN(14) {
+	kind := r.IntN(14)
+	if r.untyped && (kind == 10 || kind == 11) {
+		kind = 9
+	}
+	switch kind {
 	case 0, 1, 2:
 		return r.text() + " " + r.pick(":", "like", "like~") + " " + r.some(r.pattern)
 	case 3:
@@ -154,15 +161,23 @@ func (r random) comparison() string { return " " + r.pick("==", "!=", "<", "<=",
 func (r random) text() string {
 	switch r.IntN(10) {
 	case 0:
-		return "concat(" + r.pick("s", "t", "n", "d", "ok") + ", " + r.pick("args", r.word(), "null", "ip") + ")"
+		return "concat(" + r.pick("s", "t", "n", "d", "ok") + ", " + r.pick("args", r.word(), "null", r.printed()) + ")"
 	case 1:
 		return "substring(" + r.field() + ", " + r.integer() + r.pick("", ", "+r.integer()) + ")"
 	case 2:
 		return r.pick("between", "between~") + "(" + r.field() + ", " + r.word() + ", " + r.word() + r.pick("", ", true", ", ok") + ")"
 	case 3:
-		return "string(" + r.pick("s", "n", "ok", "d", "at", "ip") + ")"
+		return "string(" + r.pick("s", "n", "ok", "d", r.printed()) + ")"
 	}
 	return r.field()
+}
+
+// printed is a field whose value is not a string.
+func (r random) printed() string {
+	if r.untyped {
+		return "n"
+	}
+	return r.pick("at", "ip")
 }
 
 func (r random) field() string { return r.pick("s", "t", "args", "?s", "?gone") }
