@@ -52,17 +52,25 @@ func (r random) sequence() string {
 
 // withMissing is a sequence with missing events, as often as not.
 func (r random) withMissing() string {
-	return r.sequenceOf(r.pick(" with maxspan=5ms", " with maxspan=3ms", " with maxspan=1ms"), 1+r.IntN(3), func() string { return r.pick("", "", "!") })
+	return r.sequenceOf(r.pick(" with maxspan=9ms", " with maxspan=5ms", " with maxspan=3ms", " with maxspan=1ms"), 1+r.IntN(3), func() string { return r.pick("", "", "!") })
 }
 
 // sequenceOf has some items that are not missing, and between them what absent
 // says.
 func (r random) sequenceOf(span string, items int, absent func() string) string {
-	src := "sequence" + r.pick("", " by s", " by ?s", " by args", " by ?args, n") + span
+	src := "sequence" + r.pick("", "", "", " by s", " by ?s", " by args", " by ?args, n") + span
 	own := r.pick("", "", "n", "t", "args")
+	simple := r.IntN(2) == 0
+	if simple {
+		own = ""
+	}
 	all := 0
 	item := func() {
-		src += r.item(own)
+		if simple {
+			src += "[" + r.pick("a", "b", "c") + " where " + r.pick("true", "true", "n > 1") + "]"
+		} else {
+			src += r.item(own)
+		}
 		all++
 		if r.IntN(4) == 0 {
 			src += " with runs=2"
