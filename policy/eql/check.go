@@ -57,9 +57,15 @@ func check(tree *syntax.Query, schema Schema) *compiler {
 		if body.Until != nil {
 			items = slices.Concat(items, []*syntax.Item{body.Until})
 		}
+		if body.MaxSpan == 0 {
+			c.warnf(body.Pos, "add with maxspan=...", "a sequence without maxspan may wait for ever for its next event")
+		}
 		c.joined(body.By, items)
 	case *syntax.Sample:
 		c.joined(body.By, body.Items)
+	}
+	if len(c.errs) == 0 {
+		c.warnOfNever()
 	}
 	return c
 }
@@ -75,6 +81,15 @@ func (c *compiler) add(at syntax.Pos, hint string, err error, format string, arg
 	e := c.tree.Errorf(at, format, args...)
 	e.Hint, e.Err = hint, err
 	c.errs = append(c.errs, e)
+}
+
+func (c *compiler) warnf(at syntax.Pos, hint, format string, args ...any) {
+	if len(c.warnings) == maxErrors {
+		return
+	}
+	w := c.tree.Errorf(at, format, args...)
+	w.Hint = hint
+	c.warnings = append(c.warnings, w)
 }
 
 // refuseBatch complains about what can only be answered once a stream has ended.
@@ -150,7 +165,8 @@ func (c *compiler) expr(e syntax.Expr) Type {
 	before := c.fieldsSeen
 	t := c.typeOf(e)
 	c.types[e] = t
-	c.varies[e] = c.fieldsSeen > before
+	_, known := c.constants[e]
+	c.varies[e] = c.fieldsSeen > before && !known
 	return t
 }
 
@@ -204,10 +220,12 @@ func (c *compiler) field(f *syntax.Field) Type {
 	c.fieldsSeen++
 	field, ok := c.schema.Field(f.Name)
 	switch {
+	case ok && field.Slot < 0:
+		c.warnOfAbsent(f, "")
 	case ok:
 	case f.Optional:
 		field = Field{Name: f.Name, Type: null, Slot: -1}
-		c.warn(f)
+		c.warnOfAbsent(f, c.didYouMean(f.Name))
 	default:
 		c.errorf(f.Pos, c.didYouMean(f.Name), "unknown field %s", f.Name)
 		field.Type = broken
@@ -216,15 +234,12 @@ func (c *compiler) field(f *syntax.Field) Type {
 	return field.Type
 }
 
-// warn says once that an optional field is unknown.
-func (c *compiler) warn(f *syntax.Field) {
-	if c.warned[f.Name] {
-		return
+// warnOfAbsent says once of a field that no event has it.
+func (c *compiler) warnOfAbsent(f *syntax.Field, hint string) {
+	if !c.warned[f.Name] {
+		c.warned[f.Name] = true
+		c.warnf(f.Pos, hint, "no event has the field %s", f.Name)
 	}
-	c.warned[f.Name] = true
-	w := c.tree.Errorf(f.Pos, "no event has the field %s", f.Name)
-	w.Hint = c.didYouMean(f.Name)
-	c.warnings = append(c.warnings, w)
 }
 
 func (c *compiler) didYouMean(name string) string {
@@ -364,19 +379,22 @@ func (c *compiler) call(call *syntax.Call) Type {
 		if t < null && param&(1<<t) == 0 {
 			c.errorf(arg.Position(), "", "argument %d of %s must be %s; %s is %s", i+1, f.name, param, subject(arg), noun(t))
 		} else if t != broken && f.name == cidrMatch && i > 0 {
-			c.block(arg)
+			c.block(call, arg)
 		}
 	}
 	return f.result
 }
 
-// block checks an argument of cidrMatch.
-func (c *compiler) block(arg syntax.Expr) {
-	if l, ok := arg.(*syntax.Literal); ok && l.Value != nil {
+// block checks an argument of cidrMatch. With null all of it is null.
+func (c *compiler) block(call *syntax.Call, arg syntax.Expr) {
+	switch l, ok := arg.(*syntax.Literal); {
+	case !ok:
+		c.errorf(arg.Position(), "", "a block of addresses must be a constant")
+	case l.Value == nil:
+		c.constants[call] = Value{}
+	default:
 		c.standsFor(IP, l)
-		return
 	}
-	c.errorf(arg.Position(), "", "a block of addresses must be a constant")
 }
 
 func (f *function) arity() string {

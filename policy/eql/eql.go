@@ -72,7 +72,7 @@ func (t Type) String() string {
 type Field struct {
 	Name string
 	Type Type
-	Slot int // the number by which an Event knows it; not negative
+	Slot int // the number by which an Event knows it; negative for one that no event has
 }
 
 // A Schema says which fields there are.
@@ -189,8 +189,8 @@ func (q *Query) Until() *Stage { return q.until }
 // MaxSpan is how long a sequence may take, inclusive; zero means for ever.
 func (q *Query) MaxSpan() time.Duration { return q.maxSpan }
 
-// Warnings are what the author of the query should know although it works:
-// optional fields that no event has.
+// Warnings are what the author of the query should know although it works: fields
+// that no event has, conditions that are never true, sequences without an end.
 func (q *Query) Warnings() []*syntax.Error { return slices.Clone(q.warnings) }
 
 // A Stage is one event that a query describes. Its methods may be called from
@@ -214,7 +214,7 @@ func (s *Stage) Missing() bool { return s.missing }
 func (s *Stage) Category() (name string, any bool) { return s.event.Category, s.event.Any }
 
 // Fields are the fields that the stage reads, its keys included and the category
-// not, by name. Unknown optional fields are not among them.
+// not, by name. Those that no event has are not among them.
 func (s *Stage) Fields() []Field { return slices.Clone(s.fields) }
 
 // Match reports whether an event has the category and satisfies the condition.

@@ -28,6 +28,9 @@ func newSchema(types map[string]eql.Type) schema {
 	for _, name := range slices.Sorted(maps.Keys(types)) {
 		if _, ok := s[name]; !ok {
 			s[name] = eql.Field{Name: name, Type: types[name], Slot: len(s)}
+			if strings.HasPrefix(name, "missing.") {
+				s[name] = eql.Field{Name: name, Type: types[name], Slot: -1}
+			}
 		}
 	}
 	return s
@@ -37,8 +40,10 @@ func (s schema) Field(name string) (eql.Field, bool) { f, ok := s[name]; return 
 func (s schema) Category() eql.Field                 { return s["event.category"] }
 func (s schema) Names() iter.Seq[string]             { return maps.Keys(s) }
 
-// letters is the schema of most tests.
+// letters is the schema of most tests. No event has the fields that begin with
+// missing.
 var letters = newSchema(map[string]eql.Type{
+	"missing.there": eql.Keyword, "missing.port": eql.Long,
 	"s": eql.Keyword, "t": eql.Keyword, "args": eql.Keyword, "process.name": eql.Keyword, "process.parent.name": eql.Keyword,
 	"n": eql.Long, "m": eql.Long, "d": eql.Double, "ip": eql.IP, "ok": eql.Boolean, "at": eql.Date,
 })
