@@ -295,6 +295,7 @@ func (c *compiler) comparison(op syntax.Op, at syntax.Pos, x syntax.Expr, t Type
 		c.standsFor(u, x)
 	case u == Keyword && (t == IP || t == Date):
 		c.standsFor(t, y)
+	case t == Date && u == Long && !c.varies[y], u == Date && t == Long && !c.varies[x]: // milliseconds since 1970
 	default:
 		c.errorf(y.Position(), "", "%s cannot be compared with %s", describe(x, t), describe(y, u))
 	}
@@ -400,14 +401,19 @@ func (c *compiler) block(call *syntax.Call, arg syntax.Expr) {
 func (f *function) arity() string {
 	switch n := len(f.params); {
 	case f.variadic:
-		return fmt.Sprintf("%d arguments or more", f.min)
+		return fmt.Sprintf("at least %s", count(f.min))
 	case n > f.min:
 		return fmt.Sprintf("%d to %d arguments", f.min, n)
-	case n == 1:
-		return "1 argument"
 	default:
-		return fmt.Sprintf("%d arguments", n)
+		return count(n)
 	}
+}
+
+func count(n int) string {
+	if n == 1 {
+		return "1 argument"
+	}
+	return fmt.Sprintf("%d arguments", n)
 }
 
 func (k kinds) String() string {

@@ -303,3 +303,28 @@ func TestConditionsAgainstSlow(t *testing.T) {
 		}
 	}
 }
+
+// TestNeverIsNever: what earns the warning that it is never true is not.
+func TestNeverIsNever(t *testing.T) {
+	r := newRandom(5)
+	warned := 0
+	for range 4000 {
+		src := "any where " + r.pick("", "not ") + "(" + r.atom() + ")"
+		for r.IntN(2) == 0 {
+			src += r.pick(" and ", " and not ") + r.pick("s == null", "s == \"a\"", "ok", "n > 1", "("+r.atom()+")")
+		}
+		q := compile(t, letters, src)
+		if !slices.ContainsFunc(q.Warnings(), func(w *syntax.Error) bool { return strings.Contains(w.Msg, "never true") }) {
+			continue
+		}
+		warned++
+		for _, e := range r.events(15) {
+			if q.Stages()[0].Match(e) {
+				t.Fatalf("%s\n%v\n%s", src, q.Warnings(), describe([]*event{e}))
+			}
+		}
+	}
+	if warned < 100 {
+		t.Errorf("only %d warnings", warned)
+	}
+}

@@ -192,11 +192,14 @@ func slowCompare(op string, x, y any) any {
 			}
 		case time.Time:
 			if ok {
-				for _, layout := range []string{time.RFC3339Nano, "2006-01-02T15:04:05", "2006-01-02T15:04", time.DateOnly} {
+				for _, layout := range []string{time.RFC3339Nano, "2006-01-02T15:04:05", "2006-01-02T15:04", time.DateOnly, "2006-01", "2006", "2006-01-02T15", "2006-01-02T15Z0700"} {
 					if d, err := time.Parse(layout, text); err == nil {
 						y = d
 					}
 				}
+			}
+			if ms, ok := y.(int64); ok {
+				y = time.UnixMilli(ms)
 			}
 		}
 	}

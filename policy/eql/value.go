@@ -259,11 +259,15 @@ func (bs blocks) contain(v Value) bool {
 	return slices.ContainsFunc(bs, func(b block) bool { return v.hi&b.maskHi == b.hi && v.lo&b.maskLo == b.lo })
 }
 
-// parseDate reads the constants that may be compared with a Date field.
+// parseDate reads the constants that may be compared with a Date field: what
+// Elasticsearch calls strict_date_optional_time. What is left out is the least it
+// can be, and the time zone UTC.
 func parseDate(s string) (time.Time, bool) {
-	for _, layout := range []string{time.RFC3339Nano, "2006-01-02T15:04:05", "2006-01-02T15:04", time.DateOnly} {
-		if t, err := time.Parse(layout, s); err == nil {
-			return t, true
+	for _, zone := range []string{"", "Z07:00", "Z0700", "Z07"} {
+		for _, layout := range []string{"2006-01-02T15:04:05", "2006-01-02T15:04", "2006-01-02T15", time.DateOnly, "2006-01", "2006"} {
+			if t, err := time.Parse(layout+zone, s); err == nil {
+				return t, zone == "" || strings.Contains(layout, "T")
+			}
 		}
 	}
 	return time.Time{}, false

@@ -186,8 +186,13 @@ func (p *parser) unexpected(due string, could ...kind) {
 		found, hint = "!", "negation is not"
 	default:
 		found = t.kind.String()
-		if t.kind >= kwAnd && slices.Contains(could, ident) {
-			hint = fmt.Sprintf("a name that is a keyword is written `%s`", t.kind)
+		if slices.Contains(could, ident) {
+			switch t.kind {
+			case kwNot:
+				hint = "put parentheses around not and what it negates"
+			case kwAny, kwBy, kwIn, kwJoin, kwLike, kwMaxspan, kwOf, kwRegex, kwSample, kwSequence, kwUntil, kwWhere, kwWith:
+				hint = fmt.Sprintf("a name that is a keyword is written `%s`", t.kind)
+			}
 		}
 	}
 	p.fail(t.pos, hint, "expected %s, found %s", due, found)
@@ -238,6 +243,15 @@ func (p *parser) parse() {
 	if !p.at(eof) {
 		p.unexpected("the end of the query", kwAnd, kwOr, kwIn, kwLike, kwRegex, kwUntil)
 	}
+	if len(p.errs) > 0 {
+		return
+	}
+	switch body := p.query.Body.(type) {
+	case *Sequence:
+		p.checkSequence(body)
+	case *Sample:
+		p.checkSample(body)
+	}
 }
 
 func (p *parser) event() *Event {
@@ -251,8 +265,15 @@ func (p *parser) event() *Event {
 		p.next++
 	case quoted:
 		p.fail(t.pos, "write it as a string", "the category of an event cannot be back-quoted")
+	case integer, float:
+		p.fail(t.pos, "write it as a string", "the category of an event cannot begin with a digit")
+	case lbracket, missing:
+		p.fail(t.pos, "write sequence or sample before the first", "events in brackets belong to a sequence or a sample")
 	default:
 		p.unexpected("the category of an event", kwAny, kwSequence, kwSample)
+	}
+	if !e.Any && p.at(minus, dot) {
+		p.fail(e.Pos, "write all of it as a string", "the category of an event has letters, digits and _ only")
 	}
 	p.want(kwWhere)
 	e.Where = p.expr()
@@ -282,9 +303,6 @@ func (p *parser) sequence() *Sequence {
 			p.fail(p.tok().pos, "", "until cannot be a missing event")
 		}
 		s.Until = p.item()
-	}
-	if len(p.errs) == 0 {
-		p.checkSequence(s)
 	}
 	return s
 }
@@ -340,9 +358,10 @@ func (p *parser) sample() *Sample {
 	if p.at(kwUntil) {
 		p.fail(p.tok().pos, "", "a sample has no until")
 	}
-	if len(p.errs) > 0 {
-		return s
-	}
+	return s
+}
+
+func (p *parser) checkSample(s *Sample) {
 	for _, it := range s.Items {
 		if it.Missing {
 			p.report(it.Pos, "", "a sample has no missing events")
@@ -358,10 +377,9 @@ func (p *parser) sample() *Sample {
 		p.report(s.Pos, "", "a sample has at most %d events", maxSample)
 	}
 	if len(s.By)+len(s.Items[0].By) == 0 {
-		p.report(s.Pos, "", "a sample needs a key")
+		p.report(s.Pos, "add by and a field", "a sample needs a key")
 	}
 	p.checkKeys(s.Items)
-	return s
 }
 
 func (p *parser) checkKeys(items []*Item) {
@@ -382,9 +400,16 @@ func (p *parser) item() *Item {
 		p.unexpected("]", kwAnd, kwOr, kwIn, kwLike, kwRegex)
 		p.skipPast(rbracket)
 	}
+	if t := p.tok(); t.kind == ident && (t.text == "fork" || t.text == "as") {
+		p.failed = true
+		p.refuse(t.pos, "", "%s is not supported", t.text)
+	}
 	it.By = p.by()
 	if p.got(kwWith) {
 		it.Runs = p.runs()
+		if p.at(kwBy) {
+			p.fail(p.tok().pos, "", "by must come before with runs")
+		}
 	}
 	if p.failed {
 		p.skipTo(lbracket, missing, kwUntil, bar)
@@ -479,12 +504,17 @@ func (p *parser) pipe() *Pipe {
 		return pipe
 	}
 	if t.text != "head" && t.text != "tail" {
+		hint := "there are head and tail"
+		if near := Nearest(t.text, slices.Values([]string{"head", "tail"})); near != "" {
+			hint = "did you mean " + near + "?"
+		}
 		p.failed = true
-		p.refuse(t.pos, "", "the pipe %s is not supported; there are head and tail", t.text)
+		p.refuse(t.pos, hint, "the pipe %s is not supported", t.text)
 		return pipe
 	}
 	n := p.tok()
-	if !p.want(integer) {
+	if !p.got(integer) || !p.at(bar, eof) {
+		p.fail(n.pos, "", "%s takes a whole number and nothing else", t.text)
 		return pipe
 	}
 	if i := n.num.(int64); i <= math.MaxInt32 {
@@ -599,6 +629,9 @@ func (p *parser) predicate() Expr {
 	if p.at(kwNot) {
 		p.next++
 		in.Not = true
+		if _, ok := patterns[p.tok().kind]; ok {
+			p.fail(t.pos, "write not before what it negates", "there is no not %s", p.tok().kind)
+		}
 		if !p.at(kwIn, kwInFold) {
 			p.unexpected("in", kwIn, kwInFold)
 		}
