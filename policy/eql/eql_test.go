@@ -460,6 +460,8 @@ func TestWithoutExclusions(t *testing.T) {
 		{`any where not t == "x" and s == "y"`, nil},
 		{`sequence by s [a where not s == "x"] [b where s == "y" and not startsWith(t, args)] until [c where not args == "z"]`,
 			[]string{`0 1:24 not s == "x" [s]`, `1 1:60 not startsWith(t, args) [args]`, `2 1:92 until [c where not args == "z"] [args]`}},
+		{`sequence with maxspan=1s ![m where s == "x"] [a where s == "x" and not s == "y"] ![n where ok] with runs=2`,
+			[]string{`0 1:28 ![m where s == "x"] [s]`, `1 1:68 not s == "y" [s]`}},
 		{`sequence [a where not s == "x"] with runs=3 until [c where ok]`, []string{`0 1:19 not s == "x" [s]`}},
 	} {
 		q := compile(t, letters, test.src)
@@ -492,6 +494,15 @@ func TestWithoutExclusions(t *testing.T) {
 		if n != test.want {
 			t.Errorf("%d matches, want %d", n, test.want)
 		}
+	}
+
+	q = compile(t, letters, `sequence with maxspan=1s [a where true] ![b where s == "z"] [a where true]`)
+	strict, _ = q.WithoutExclusions(chosen)
+	if m := q.NewMachine(0); len(m.Observe(a))+len(m.Observe(b))+len(m.Observe(a)) != 0 {
+		t.Error("what came in between does not matter")
+	}
+	if m := strict.NewMachine(0); len(m.Observe(a))+len(m.Observe(b))+len(m.Observe(a)) != 1 {
+		t.Error("what the caller can bring about excuses him")
 	}
 }
 

@@ -195,6 +195,120 @@ func TestLimit(t *testing.T) {
 	}
 }
 
+// TestTick: that an event is missing at the end is known when the span is over,
+// without another event.
+func TestTick(t *testing.T) {
+	q := compile(t, letters, "sequence by n with maxspan=10ms [a where true] ![b where true]")
+	if !q.Late() || compile(t, letters, "sequence with maxspan=10ms ![a where true] [b where true]").Late() {
+		t.Error("late is what ends in a missing event")
+	}
+	m := q.NewMachine(0)
+	if got := observe(m, nil); got != nil {
+		t.Errorf("found %v in nothing", got)
+	}
+	m = q.NewMachine(0)
+	m.Observe(chain("a n=1 @0")[0])
+	m.Observe(chain("a n=2 @5")[0])
+	at := func(ms int) string {
+		return matchList(numbers(m.Tick(epoch.Add(time.Duration(ms) * time.Millisecond))))
+	}
+	if m.Pending() != 2 || at(10) != "" || at(11) != "1 -" || at(11) != "" || m.Pending() != 1 || at(3) != "" || at(16) != "1 -" || m.Pending() != 0 {
+		t.Errorf("pending %d", m.Pending())
+	}
+
+	// A chain, too, is over when its span is.
+	m = compile(t, letters, "sequence with maxspan=10ms [a where true] [b where true]").NewMachine(0)
+	m.Observe(chain("a @0")[0])
+	if at(10); m.Pending() != 1 {
+		t.Error("dropped too early")
+	}
+	if at(11); m.Pending() != 0 {
+		t.Error("not dropped")
+	}
+}
+
+// TestLimitOfMissing: what is kept for missing events is bounded like chains.
+func TestLimitOfMissing(t *testing.T) {
+	end := compile(t, letters, "sequence by n with maxspan=1s [a where true] ![b where true]").NewMachine(3)
+	var events []*event
+	for i := range 10 {
+		events = append(events, chain(fmt.Sprintf("a n=%d @%d", i, i))...)
+	}
+	if got := observe(end, events); len(got) != 3 || end.Evicted() != 7 || end.Pending() != 0 {
+		t.Errorf("found %v, evicted %d, pending %d", got, end.Evicted(), end.Pending())
+	}
+
+	// Of ten keys that were forbidden the youngest three still are. One that
+	// comes again is young again.
+	begin := compile(t, letters, "sequence by n with maxspan=1s ![b where true] [a where true]").NewMachine(3)
+	events = nil
+	for i := range 10 {
+		events = append(events, chain(fmt.Sprintf("b n=%d @%d", i, i))...)
+		if i > 0 {
+			events = append(events, chain(fmt.Sprintf("b n=0 @%d", i))...)
+		}
+	}
+	for i := range 10 {
+		events = append(events, chain(fmt.Sprintf("a n=%d @20", i))...)
+	}
+	got := observe(begin, events)
+	if len(got) != 7 || begin.Evicted() != 7 {
+		t.Errorf("%d found, evicted %d", len(got), begin.Evicted())
+	}
+	if got := observe(begin, chain("b n=1 @100", "a n=1 @1101")); len(got) != 1 || begin.Evicted() != 7 {
+		t.Errorf("after the span: found %v, evicted %d", got, begin.Evicted())
+	}
+}
+
+// TestMissingAtOneTime: events without times are all at once, and in order.
+func TestMissingAtOneTime(t *testing.T) {
+	for src, want := range map[string]string{
+		"sequence with maxspan=1s ![m where true] [a where true] ![m where true]": "- 1 -; - 3 -",
+		"sequence with maxspan=1s [a where true] ![m where true]":                 "3 -",
+		"sequence with maxspan=1s ![m where true] [a where true]":                 "- 1",
+		"sequence with maxspan=1s [a where true] ![m where true] [a where true]":  "",
+	} {
+		events := chain("a", "m", "a")
+		for _, e := range events {
+			e.at = time.Time{}
+		}
+		if got := matchList(search(compileBatch(t, letters, src).NewBatch(0), events)); got != want {
+			t.Errorf("%s: %s, want %s", src, got, want)
+		}
+	}
+}
+
+// TestBatch is what Done and the limit are for.
+func TestBatch(t *testing.T) {
+	b := compileBatch(t, letters, "a where true | head 2 | tail 1").NewBatch(0)
+	for i, e := range chain("a", "b", "a") {
+		if found := b.Observe(e); found != nil || b.Done() != (i == 2) {
+			t.Errorf("event %d: found %v, done %v", i+1, found, b.Done())
+		}
+	}
+	if got := matchList(numbers(b.Close())); got != "3" {
+		t.Errorf("found %s", got)
+	}
+	sample := compileBatch(t, letters, "sample by n [a where true] [b where true]").NewBatch(2)
+	if got := matchList(search(sample, chain("a n=1", "a n=2", "a n=3", "b n=2", "b n=3"))); got != "2 4; 3 5" || sample.Evicted() != 1 {
+		t.Errorf("found %s, evicted %d", got, sample.Evicted())
+	}
+	sequence := compileBatch(t, letters, "sequence by n [a where true] [b where true] | head 9").NewBatch(1)
+	if got := matchList(search(sequence, chain("a n=1", "a n=2", "b n=1", "b n=2"))); got != "2 4" || sequence.Evicted() != 1 {
+		t.Errorf("found %s, evicted %d", got, sequence.Evicted())
+	}
+	for _, src := range []string{"a where true | head 1", "sample by n [a where true] [b where true]"} {
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Errorf("%s has a machine", src)
+				}
+			}()
+			compileBatch(t, letters, src).NewMachine(0)
+		}()
+	}
+}
+
 func TestAdvancedChainsCountOnce(t *testing.T) {
 	m := compile(t, letters, "sequence by n [a where true] [b where true] [c where true]").NewMachine(2)
 	// The chain of 1 began first and is given up first, though it has come further.
