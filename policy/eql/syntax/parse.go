@@ -650,30 +650,39 @@ func (p *parser) predicate() Expr {
 
 // constants is a constant, or a list of them in parentheses.
 func (p *parser) constants() []*Literal {
-	var xs []Expr
-	if p.got(lparen) {
-		xs = p.list()
-	} else {
-		xs = []Expr{p.primary()}
+	if !p.got(lparen) {
+		return []*Literal{p.constant()}
 	}
-	lits := make([]*Literal, 0, len(xs))
-	for _, x := range xs {
-		if l, ok := x.(*Literal); ok {
-			lits = append(lits, l)
-		} else {
-			p.fail(x.Position(), "", "a pattern must be a constant")
-		}
+	lits := []*Literal{p.constant()}
+	for p.got(comma) {
+		p.notLast()
+		lits = append(lits, p.constant())
 	}
+	p.want(rparen)
 	return lits
+}
+
+func (p *parser) constant() *Literal {
+	t := p.tok()
+	if l, ok := p.primary().(*Literal); ok && t.kind != lparen {
+		return l
+	}
+	p.fail(t.pos, "", "a pattern must be a constant")
+	return &Literal{Pos: t.pos}
+}
+
+// notLast complains about a list that ends in a comma.
+func (p *parser) notLast() {
+	if p.at(rparen) {
+		p.fail(p.tok().pos, "remove the comma before it", "the list ends where an element is due")
+	}
 }
 
 // list is what follows an opening parenthesis: at least one expression.
 func (p *parser) list() []Expr {
 	xs := []Expr{p.expr()}
 	for p.got(comma) {
-		if p.at(rparen) {
-			p.fail(p.tok().pos, "remove the comma before it", "the list ends where an element is due")
-		}
+		p.notLast()
 		xs = append(xs, p.expr())
 	}
 	p.want(rparen)
