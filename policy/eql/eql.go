@@ -24,11 +24,13 @@
 //   - An unknown field marked optional (?name) is a warning, and is treated as a
 //     field that this event lacks. Elasticsearch lets it silence the whole rule.
 //   - number("x"), division by zero and integer overflow are null rather than
-//     failures.
+//     failures; so is between where it finds nothing, rather than "".
 //   - Letters are folded in ASCII only, everywhere.
 //   - Events are taken as they come, not sorted; Machine says what that means for
 //     a late one.
 //   - An atom over several long arrays is tried a million times and then given up.
+//   - in takes several fields: "x" in (a, b). Otherwise, as there, a field is not
+//     compared with another.
 //   - There are no versions, and no dates relative to now.
 //
 // Samples and pipes need to see the end of a stream. Compile checks them like

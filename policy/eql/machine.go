@@ -38,6 +38,9 @@ import (
 // their span are dropped as time goes on, and not counted. What missing events
 // need is bounded likewise; missing.go says how.
 //
+// A chain takes about 320 bytes beside its events, if it waits for the second of two
+// and its keys have 50 characters; with a missing event 400.
+//
 // Events should be observed in order. One that is late, because its time is
 // before that of its predecessors, is judged where it arrives: it can begin
 // a chain that later events continue, but not continue or end a chain whose last
