@@ -225,6 +225,7 @@ func (c *compiler) field(f *syntax.Field) Type {
 	case ok:
 	case f.Optional:
 		field = Field{Name: f.Name, Type: null, Slot: -1}
+		c.constants[f] = Value{}
 		c.warnOfAbsent(f, c.didYouMean(f.Name))
 	default:
 		c.errorf(f.Pos, c.didYouMean(f.Name), "unknown field %s", f.Name)

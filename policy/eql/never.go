@@ -102,7 +102,10 @@ func (c *compiler) atomCertainty(e syntax.Expr) certainty {
 		}
 		return impossible
 	}
-	isNever := func(x syntax.Expr) bool { return !c.varies[x] && c.constant(x).kind == none }
+	isNever := func(x syntax.Expr) bool {
+		_, absent := x.(*syntax.Field) // for which there is a warning already
+		return !absent && !c.varies[x] && c.constant(x).kind == none
+	}
 	switch e := e.(type) {
 	case *syntax.Binary:
 		if _, ok := existence(e); !ok && e.Op < syntax.Add && (isNever(e.X) || isNever(e.Y)) {
