@@ -115,7 +115,7 @@ func (c *compiler) joined(by []*syntax.Field, items []*syntax.Item) {
 		for i, k := range it.By {
 			t := c.expr(k)
 			first := items[0].By[i]
-			if u := c.types[first]; t != u && t < null && u < null {
+			if u := c.types[first]; t != u && t < null && u < null && !(isNumeric(t) && isNumeric(u)) {
 				c.errorf(k.Pos, "", "this key is %s and %s in the first event is %s, so that they are never equal", noun(t), first.Name, noun(u))
 			}
 		}

@@ -205,8 +205,11 @@ func formatFloat(f float64) string {
 }
 
 // appendKey appends an encoding of a single value, or of none, that no other
-// value has, also if more is appended.
-func (v *Value) appendKey(b []byte) []byte {
+// value has, also if more is appended. 1 and 1.0 are the same value.
+func (v Value) appendKey(b []byte) []byte {
+	if f := v.float(); v.kind == isFloat && f == math.Trunc(f) && math.Abs(f) < 1<<63 {
+		v = Int(int64(f))
+	}
 	b = append(b, byte(v.kind))
 	switch v.kind {
 	case none:
