@@ -46,6 +46,37 @@ func (r random) query() string {
 	return src
 }
 
+// mangled is a query with some tokens removed, added, replaced or swapped.
+func (r random) mangled() string {
+	toks := strings.Fields(strings.NewReplacer("(", " ( ", ")", " ) ", "[", " [ ", "]", " ] ", ",", " , ").Replace(r.query()))
+	for range r.IntN(4) {
+		i := r.IntN(len(toks))
+		switch r.IntN(4) {
+		case 0:
+			toks = slices.Delete(toks, i, i+1)
+		case 1:
+			toks = slices.Insert(toks, i, r.token())
+		case 2:
+			toks[i] = r.token()
+		case 3:
+			j := r.IntN(len(toks))
+			toks[i], toks[j] = toks[j], toks[i]
+		}
+		if len(toks) == 0 {
+			return ""
+		}
+	}
+	return strings.Join(toks, r.pick(" ", "\n"))
+}
+
+func (r random) token() string {
+	return r.pick("and", "or", "not", "any", "by", "false", "true", "null", "in", "in~", "join", "like", "like~", "maxspan", "of",
+		"regex", "regex~", "sequence", "where", "with", "runs", "head", "a", "s", "n", "`a b`.`x``y`", "@t", "_x", "f~", "length",
+		"0", "5", "1.", ".5", "1e3", "1s", "ms", `"x"`, `"""y"""`, `""""q"""""`, `"\n\""`, `"\u{41}"`, `'x'`, `?"x"`,
+		"(", ")", "[", "]", "![", ",", ".", "?", ":", "==", "!=", "<", "<=", "=", "+", "-", "*", "/", "%", "|",
+		"/* c /* d */ */", "// z\n", "[0]", "~")
+}
+
 func (r random) sequence() string {
 	return r.sequenceOf(r.pick("", " with maxspan=5ms", " with maxspan=3ms"), 2+r.IntN(2), func() string { return "" })
 }
