@@ -72,6 +72,7 @@ func (b *Batch) Done() bool {
 }
 
 // Close tells the batch that the stream has ended and returns what that decides.
+// It is called once, and ends the use of the batch.
 func (b *Batch) Close() []Match {
 	var found []Match
 	if b.sample != nil {

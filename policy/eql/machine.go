@@ -90,7 +90,7 @@ type chain struct {
 const defaultLimit = 8192
 
 // NewMachine returns a machine that has seen nothing. A limit of zero is 8192
-// chains.
+// chains. It panics if only a Batch can answer q.
 func (q *Query) NewMachine(limit int) *Machine {
 	if q.sample || len(q.pipes) > 0 {
 		panic("eql: NewMachine of a query that CompileBatch made for a Batch")

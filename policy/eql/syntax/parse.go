@@ -26,11 +26,11 @@ const (
 	maxRuns = 100
 
 	// maxSteps bounds the events of a sequence, runs counted, because for each key
-	// there may be as many chains. Published rules have up to 101.
+	// there may be as many chains. Published rules have a dozen or two.
 	maxSteps = 1000
 
 	// maxSample bounds the events of a sample, because what it takes to find one
-	// grows with the fourth power of them. Published rules have 2 or 3.
+	// grows with the fourth power of them. Published rules have up to 5.
 	maxSample = 20
 )
 
