@@ -365,7 +365,7 @@ func TestManyValues(t *testing.T) {
 
 func TestChainsAgainstSlow(t *testing.T) {
 	r := newRandom(1)
-	for range 6000 {
+	for range 4000 {
 		src := r.query()
 		tree, err := syntax.Parse("", src)
 		if err != nil {

@@ -143,6 +143,13 @@ func (c *compiler) contradiction(l *syntax.Logic) (one, other syntax.Expr) {
 			xs = append(xs, inner.X...)
 		}
 	}
+	// Only atoms on fields that are in others with the opposite sign are printed.
+	signs := map[string]int{}
+	for _, x := range xs {
+		if a, holds := c.bare(x); a != nil {
+			signs[firstField(a)] |= sign(holds)
+		}
+	}
 	atoms := map[string]side{}
 	missing := map[string]syntax.Expr{} // fields that must have no value
 	for _, x := range xs {
@@ -150,11 +157,13 @@ func (c *compiler) contradiction(l *syntax.Logic) (one, other syntax.Expr) {
 		if a == nil {
 			continue
 		}
-		text := syntax.Format(a)
-		if s, ok := atoms[text]; ok && s.holds != holds {
-			return s.expr, x
+		if signs[firstField(a)] == sign(true)|sign(false) {
+			text := syntax.Format(a)
+			if s, ok := atoms[text]; ok && s.holds != holds {
+				return s.expr, x
+			}
+			atoms[text] = side{holds, x}
 		}
-		atoms[text] = side{holds, x}
 		if y, ok := existence(a); ok && holds && l.Op == syntax.And {
 			if f, ok := y.(*syntax.Field); ok {
 				missing[f.Name] = x
@@ -174,6 +183,25 @@ func (c *compiler) contradiction(l *syntax.Logic) (one, other syntax.Expr) {
 		}
 	}
 	return nil, nil
+}
+
+func sign(holds bool) int {
+	if holds {
+		return 1
+	}
+	return 2
+}
+
+// firstField is the name of a field in e, or "".
+func firstField(e syntax.Expr) string {
+	name := ""
+	syntax.Walk(e, func(n syntax.Node) bool {
+		if f, ok := n.(*syntax.Field); ok && name == "" {
+			name = f.Name
+		}
+		return name == ""
+	})
+	return name
 }
 
 // bare is the atom in a condition, and whether it must hold for the condition to
