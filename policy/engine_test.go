@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"errors"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -637,6 +638,46 @@ func TestCounting(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), "cannot block") {
 			t.Errorf("%+v: %v", a, err)
 		}
+	}
+}
+
+// TestMissingEvents: a rule with missing events alerts and does not block; one that
+// would be decided only later is refused.
+func TestMissingEvents(t *testing.T) {
+	dir := t.TempDir()
+	rule := func(query string) {
+		t.Helper()
+		src := "[rule]\nrule_id = \"m\"\nname = \"m\"\ntype = \"eql\"\nlanguage = \"eql\"\nseverity = \"low\"\nquery = '''\n" + query + "\n'''\n"
+		if err := os.WriteFile(filepath.Join(dir, "m.toml"), []byte(src), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c := Config{Mode: Enforce, Rules: RulesConfig{Paths: []string{dir}, WithoutShipped: true}}
+	rule(`sequence by process.entity_id with maxspan=1m
+  ![process where process.name == "curl"]
+  [network where event.action == "connection_attempted"]`)
+	e := NewEngine(compile(t, c))
+	if ev := judge(e, asking("/usr/bin/curl", nil)); len(ev.Decision.Matches) != 0 {
+		t.Errorf("curl: %+v", ev.Decision.Matches)
+	}
+	ev := judge(e, asking("/usr/bin/wget", nil))
+	if m, ok := matched(ev, "m"); !ok || !m.Literal || !m.Alert || m.Bound || m.Action != "alert" || ev.Decision.Verdict != event.Allow {
+		t.Errorf("wget: %+v, %v", ev.Decision.Matches, ev.Decision.Verdict)
+	}
+	block := Block
+	for _, a := range []RuleAction{{Action: &block}, {Classes: map[string]Action{"credentials": Block}}} {
+		c.Rules.Actions = map[string]RuleAction{"m": a}
+		if _, err := Compile(c, classes); err == nil || !strings.Contains(err.Error(), "cannot block") {
+			t.Errorf("%+v: %v", a, err)
+		}
+	}
+
+	c.Rules.Actions = nil
+	rule(`sequence by host.id with maxspan=1m
+  [network where true]
+  ![process where true]`)
+	if _, err := Compile(c, classes); !errors.Is(err, errors.ErrUnsupported) || !strings.Contains(err.Error(), "m.toml:10:3: ") {
+		t.Errorf("late: %v", err)
 	}
 }
 

@@ -80,7 +80,7 @@ type rule struct {
 	literal  []*stage // of the query as written
 
 	aboutProcess bool // blocks because of what the process is, not of a request alone
-	alertsOnly   bool // counts events: one that is not too many by itself says nothing of a process
+	alertsOnly   bool // of counts and of what did not come before: neither says anything of one process
 }
 
 //go:embed rules/*.toml
@@ -119,7 +119,7 @@ func Compile(c Config, classes []string) (*Policy, error) {
 		}
 		for _, r := range p.rules {
 			if r.ID == id && r.alertsOnly && a.blocks() {
-				errs = append(errs, fmt.Errorf("rules.actions: %s: a rule that counts events (with runs) cannot block; use log or alert", id))
+				errs = append(errs, fmt.Errorf("rules.actions: %s: a rule that counts events (with runs) or has missing ones cannot block; use log or alert", id))
 			}
 		}
 		for class := range a.Classes {
@@ -167,7 +167,8 @@ func newRule(r *Rule, a RuleAction) *rule {
 		blocking = r.Query
 	}
 	own := &rule{Rule: r, action: a, blocking: stages(blocking), literal: stages(r.Query)}
-	if own.alertsOnly = r.Query.Counts(); own.alertsOnly {
+	own.alertsOnly = r.Query.Counts() || slices.ContainsFunc(own.literal, func(s *stage) bool { return s.Missing() })
+	if own.alertsOnly {
 		own.blocking = nil
 	}
 	for _, s := range own.blocking {
