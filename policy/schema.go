@@ -8,6 +8,9 @@ import (
 	"github.com/imdsgate/imdsgate/policy/eql"
 )
 
+// Schema is the fields that events have, for the language.
+func Schema() eql.Schema { return schema{} }
+
 // schema shows the fields of events to the language.
 type schema struct{}
 

@@ -57,9 +57,6 @@ func check(tree *syntax.Query, schema Schema) *compiler {
 		if body.Until != nil {
 			items = slices.Concat(items, []*syntax.Item{body.Until})
 		}
-		if body.MaxSpan == 0 {
-			c.warnf(body.Pos, "add with maxspan=...", "a sequence without maxspan may wait for ever for its next event")
-		}
 		c.joined(body.By, items)
 	case *syntax.Sample:
 		c.joined(body.By, body.Items)

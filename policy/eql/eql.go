@@ -43,6 +43,7 @@
 package eql
 
 import (
+	"cmp"
 	"iter"
 	"slices"
 	"strings"
@@ -103,6 +104,9 @@ func Compile(tree *syntax.Query, schema Schema) (*Query, error) {
 	c := check(tree, schema)
 	if len(c.errs) == 0 {
 		c.refuseBatch()
+	}
+	if s, ok := tree.Body.(*syntax.Sequence); ok && s.MaxSpan == 0 {
+		c.warnf(s.Pos, "add with maxspan=...", "a sequence without maxspan may wait for ever for its next event")
 	}
 	return c.query()
 }
@@ -230,6 +234,12 @@ func (s *Stage) Match(e Event) bool { return s.inCat(e) && s.match(e) }
 // operands of its "and", and of those among them that are joined by "and"
 // themselves. The category is not one.
 func (s *Stage) Conjuncts() []Conjunct { return slices.Clone(s.conjuncts) }
+
+// Plan is the conjuncts in the order in which Match asks them: the cheapest first, and
+// the next only while all hold.
+func (s *Stage) Plan() []Conjunct {
+	return slices.SortedStableFunc(slices.Values(s.conjuncts), func(a, b Conjunct) int { return cmp.Compare(cost(a.expr), cost(b.expr)) })
+}
 
 // Conjunct is a part of a condition, for those who want to know which part an
 // event fails.
