@@ -158,6 +158,7 @@ func (q *Query) Warnings() []*syntax.Error { return slices.Clone(q.warnings) }
 // any goroutine.
 type Stage struct {
 	event     *syntax.Event
+	category  Field // that inCat reads, unless any will do
 	inCat     pred
 	conjuncts []Conjunct // as written
 	match     pred       // all of them, the cheapest first
@@ -187,6 +188,7 @@ type Conjunct struct {
 	syntax.Pos
 	Text  string // canonical
 	match pred
+	cond  *cond
 	expr  syntax.Expr
 }
 
@@ -196,10 +198,13 @@ func (c Conjunct) Match(e Event) bool { return c.match(e) }
 func (c *compiler) stage(e *syntax.Event, keys []*syntax.Field) *Stage {
 	s := &Stage{event: e, inCat: always}
 	if !e.Any {
-		s.inCat = anyOf(c.schema.Category(), test{str: func(v string) bool { return v == e.Category }})
+		s.category = c.schema.Category()
+		a := &atom{}
+		s.inCat = a.on(s.category, test{str: func(v string) bool { return v == e.Category }}, &cond{atom: a}).pred()
 	}
 	for _, x := range conjuncts(e.Where, nil) {
-		s.conjuncts = append(s.conjuncts, Conjunct{x.Position(), syntax.Format(x), c.holds(x), x})
+		k := c.holds(x)
+		s.conjuncts = append(s.conjuncts, Conjunct{x.Position(), syntax.Format(x), k.pred(), k, x})
 	}
 	s.match = s.all()
 	for _, k := range keys {
@@ -225,11 +230,12 @@ func (s *Stage) read(f Field) {
 
 // all joins the conjuncts.
 func (s *Stage) all() pred {
-	var ps []priced
+	k := &cond{op: all}
 	for _, c := range s.conjuncts {
-		ps = append(ps, priced{c.match, cost(c.expr)})
+		k.of = append(k.of, c.cond)
 	}
-	return and(ps)
+	slices.SortStableFunc(k.of, cheaper)
+	return k.pred()
 }
 
 // conjuncts appends to list the conditions that e requires all of.

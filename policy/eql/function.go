@@ -23,6 +23,22 @@ type function struct {
 	part func(s, part string, fold bool) bool
 }
 
+// words is what a part of a string comes to as a pattern; nil if it is none.
+func (f *function) words(part string, fold bool) *words {
+	w := &words{fold: fold}
+	switch {
+	case part == "":
+		return nil
+	case f.name == "startsWith":
+		w.prefixes = []string{part}
+	case f.name == "endsWith":
+		w.suffixes = []string{part}
+	case f.name == "stringContains":
+		w.contained = []string{part}
+	}
+	return w
+}
+
 // kinds is a set of types that an argument may have.
 type kinds uint8
 

@@ -1,0 +1,142 @@
+package eql
+
+import (
+	"cmp"
+	"encoding/binary"
+
+	"github.com/imdsgate/imdsgate/policy/eql/syntax"
+)
+
+// cond is a compiled condition.
+type cond struct {
+	op   op
+	atom *atom   // of one
+	of   []*cond // of all and some, the cheapest first, and of negated
+	cost int     // an estimate
+}
+
+type op uint8
+
+const (
+	one     op = iota // an atom
+	all               // and
+	some              // or
+	negated           // not
+)
+
+// constant is a condition that holds or does not, whatever the event.
+func constant(holds bool) *cond {
+	if holds {
+		return &cond{op: all}
+	}
+	return &cond{op: some}
+}
+
+func not(k *cond) *cond { return &cond{op: negated, of: []*cond{k}, cost: k.cost + 1} }
+
+// cheaper orders conditions by cost. None has side effects.
+func cheaper(a, b *cond) int { return cmp.Compare(a.cost, b.cost) }
+
+// pred is a condition that can be asked about an event.
+type pred func(Event) bool
+
+func always(Event) bool { return true }
+func never(Event) bool  { return false }
+
+func (k *cond) pred() pred {
+	switch k.op {
+	case one:
+		return k.atom.pred
+	case negated:
+		p := k.of[0].pred()
+		return func(e Event) bool { return !p(e) }
+	}
+	ps := make([]pred, len(k.of))
+	for i, x := range k.of {
+		ps[i] = x.pred()
+	}
+	switch {
+	case len(ps) == 1:
+		return ps[0]
+	case k.op == all:
+		return func(e Event) bool {
+			for _, p := range ps {
+				if !p(e) {
+					return false
+				}
+			}
+			return true
+		}
+	case len(ps) == 0:
+		return never
+	}
+	return func(e Event) bool {
+		for _, p := range ps {
+			if p(e) {
+				return true
+			}
+		}
+		return false
+	}
+}
+
+// atom is a condition without and, or and not.
+type atom struct {
+	expr   syntax.Expr
+	fields []Field // that it reads
+	pred   pred
+	shape  shape
+	test   test
+}
+
+type shape uint8
+
+const (
+	whatever shape = iota
+	tested         // some value of its only field passes the test
+	missing        // its only field has no value
+)
+
+// on makes k the condition that some value of a field passes a test.
+func (a *atom) on(f Field, t test, k *cond) *cond {
+	if f.Slot < 0 {
+		return constant(false)
+	}
+	a.fields, a.shape, a.test = []Field{f}, tested, t
+	a.pred = func(e Event) bool {
+		v := e.Value(f.Slot)
+		return t.passes(&v, f.Type)
+	}
+	return k
+}
+
+// without makes k the condition that a field has no value.
+func (a *atom) without(f Field, k *cond) *cond {
+	if f.Slot < 0 {
+		return constant(true)
+	}
+	a.fields, a.shape = []Field{f}, missing
+	a.pred = func(e Event) bool {
+		v := e.Value(f.Slot)
+		return !v.present(f.Type)
+	}
+	return k
+}
+
+// holds asks an atom of one field about its value.
+func (a *atom) holds(v *Value) bool {
+	if a.shape == missing {
+		return !v.present(a.fields[0].Type)
+	}
+	return a.test.passes(v, a.fields[0].Type)
+}
+
+// key names an atom by what it says and about what. Two with the same key hold for
+// the same events.
+func (a *atom) key() string {
+	b := []byte(syntax.Format(a.expr))
+	for _, f := range a.fields {
+		b = binary.AppendVarint(append(b, 0, byte(f.Type)), int64(f.Slot))
+	}
+	return string(b)
+}
