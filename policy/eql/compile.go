@@ -49,16 +49,16 @@ func (t *test) passes(v *Value, of Type) bool {
 	if of == Keyword {
 		switch v.kind {
 		case isString:
-			return t.str(v.str)
+			return t.str(v.str())
 		case isStrings:
-			return slices.ContainsFunc(v.strs, t.str)
+			return slices.ContainsFunc(v.strs(), t.str)
 		case isList:
-			return slices.ContainsFunc(v.list, func(v Value) bool { return v.kind == isString && t.str(v.str) })
+			return slices.ContainsFunc(v.list(), func(v Value) bool { return v.kind == isString && t.str(v.str()) })
 		}
 		return false
 	}
 	if v.kind == isList {
-		return slices.ContainsFunc(v.list, func(v Value) bool { return v.fits(of) && t.val(v) })
+		return slices.ContainsFunc(v.list(), func(v Value) bool { return v.fits(of) && t.val(v) })
 	}
 	return v.fits(of) && t.val(*v)
 }
@@ -229,7 +229,8 @@ func (c *compiler) test(e syntax.Expr) test {
 		if f.part == nil {
 			return inBlocks(e.Args[1:])
 		}
-		part := c.constant(e.Args[1]).str
+		k := c.constant(e.Args[1])
+		part := k.str()
 		if e.Fold {
 			part = lower(part)
 		}
@@ -275,7 +276,7 @@ func (c *compiler) constant(e syntax.Expr) Value {
 func (c *compiler) constantFor(t Type, e syntax.Expr) Value {
 	v := c.constant(e)
 	if t == Date && v.kind == isString {
-		d, _ := parseDate(v.str)
+		d, _ := parseDate(v.str())
 		return Time(d)
 	}
 	return v
@@ -284,11 +285,11 @@ func (c *compiler) constantFor(t Type, e syntax.Expr) Value {
 // compareWith tests values of type t against a constant.
 func compareWith(op syntax.Op, t Type, k Value) test {
 	if t == IP && k.kind == isString {
-		b, _ := parseBlock(k.str)
+		b, _ := parseBlock(k.str())
 		return test{val: blocks{b}.contain}
 	}
 	if k.kind == isString {
-		s := k.str
+		s := k.str()
 		if op == syntax.Eq {
 			return test{str: func(v string) bool { return v == s }, words: &words{exact: []string{s}}}
 		}
@@ -334,7 +335,7 @@ func (c *compiler) oneOf(e *syntax.In) test {
 		w := &words{fold: e.Fold}
 		for _, k := range ks {
 			if k.kind != none {
-				w.exact = append(w.exact, w.spelled(k.str))
+				w.exact = append(w.exact, w.spelled(k.str()))
 			}
 		}
 		s := newSet(w.exact, e.Fold)
@@ -342,7 +343,7 @@ func (c *compiler) oneOf(e *syntax.In) test {
 	case IP:
 		var bs blocks
 		for _, k := range ks {
-			if b, ok := parseBlock(k.str); ok {
+			if b, ok := parseBlock(k.str()); ok {
 				bs = append(bs, b)
 			}
 		}
@@ -427,7 +428,7 @@ func (env *env) try(fields []Field, n int, t term) bool {
 		return env.try(fields, n+1, t)
 	}
 	for i := range v.len() {
-		x := v.at(i)
+		x := v.single(i)
 		if !x.fits(fields[n].Type) {
 			continue
 		}
@@ -463,7 +464,7 @@ func (c *compiler) term(e syntax.Expr, slots map[string]int) term {
 			case none:
 				return v
 			case isString:
-				return Bool(t.str(v.str))
+				return Bool(t.str(v.str()))
 			default:
 				return Bool(t.val(v))
 			}

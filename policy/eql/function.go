@@ -104,7 +104,7 @@ func between(args []Value, fold bool) Value {
 	if isNull(args[:3]...) {
 		return Value{}
 	}
-	s, left, right := args[0].str, args[1].str, args[2].str
+	s, left, right := args[0].str(), args[1].str(), args[2].str()
 	if fold {
 		left, right = lower(left), lower(right)
 	}
@@ -140,11 +140,11 @@ func callPart(test func(s, part string, fold bool) bool) func([]Value, bool) Val
 		if isNull(args...) {
 			return Value{}
 		}
-		part := args[1].str
+		part := args[1].str()
 		if fold {
 			part = lower(part)
 		}
-		return Bool(test(args[0].str, part, fold))
+		return Bool(test(args[0].str(), part, fold))
 	}
 }
 
@@ -156,7 +156,7 @@ func indexOf(args []Value, fold bool) Value {
 	if isNull(args[:2]...) {
 		return Value{}
 	}
-	s, part, start := args[0].str, args[1].str, int64(0)
+	s, part, start := args[0].str(), args[1].str(), int64(0)
 	if fold {
 		part = lower(part)
 	}
@@ -197,14 +197,14 @@ func length(args []Value, _ bool) Value {
 	if isNull(args[0]) {
 		return Value{}
 	}
-	return Int(int64(utf8.RuneCountInString(args[0].str)))
+	return Int(int64(utf8.RuneCountInString(args[0].str())))
 }
 
 func number(args []Value, _ bool) Value {
 	if isNull(args[0]) {
 		return Value{}
 	}
-	s := strings.TrimSpace(args[0].str)
+	s := strings.TrimSpace(args[0].str())
 	base := int64(0)
 	if len(args) > 1 && args[1].kind != none {
 		if base = whole(args[1]); base < 2 || base > 36 {
@@ -249,7 +249,7 @@ func substring(args []Value, _ bool) Value {
 	if isNull(args[0]) {
 		return Value{}
 	}
-	s := args[0].str
+	s := args[0].str()
 	n := int64(utf8.RuneCountInString(s))
 	place := func(v Value) int64 {
 		i := whole(v)

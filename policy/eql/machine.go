@@ -160,7 +160,7 @@ func (m *Machine) eachKey(s *Stage, step int, e Event, now time.Time) bool {
 		return m.eachKey(s, step, e, now)
 	}
 	for i := range v.len() {
-		x := v.at(i)
+		x := v.single(i)
 		if !x.fits(f.Type) {
 			continue
 		}
