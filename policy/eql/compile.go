@@ -83,9 +83,9 @@ const maxCombinations = 1 << 20
 func (c *compiler) holds(e syntax.Expr) *cond {
 	switch e := e.(type) {
 	case *syntax.Logic:
-		k := &cond{op: all, cost: cost(e)}
+		k := &cond{op: opAnd, cost: cost(e)}
 		if e.Op == syntax.Or {
-			k.op = some
+			k.op = opOr
 		}
 		for _, x := range e.X {
 			k.of = append(k.of, c.holds(x))
@@ -155,7 +155,7 @@ func cost(e syntax.Expr) int {
 
 func (c *compiler) atom(e syntax.Expr) *cond {
 	a := &atom{expr: e}
-	k := &cond{op: one, atom: a, cost: cost(e)}
+	k := &cond{op: opAtom, atom: a, cost: cost(e)}
 	if !c.varies[e] {
 		v := c.constant(e)
 		return constant(v.kind == isBool && v.bool())
@@ -366,7 +366,7 @@ func (c *compiler) matches(m *syntax.Match) test {
 	for i, p := range m.Patterns {
 		patterns[i] = p.Value.(string)
 	}
-	w := sorted(patterns, m.Op != syntax.Like)
+	w := sortByShape(patterns, m.Op != syntax.Like)
 	return test{str: w.compile(&c.tables), words: w}
 }
 

@@ -10,29 +10,29 @@ import (
 // cond is a compiled condition.
 type cond struct {
 	op   op
-	atom *atom   // of one
-	of   []*cond // of all and some, the cheapest first, and of negated
+	atom *atom   // of opAtom
+	of   []*cond // of the others, the cheapest first
 	cost int     // an estimate
 }
 
 type op uint8
 
 const (
-	one     op = iota // an atom
-	all               // and
-	some              // or
-	negated           // not
+	opAtom op = iota
+	opAnd
+	opOr
+	opNot
 )
 
 // constant is a condition that holds or does not, whatever the event.
 func constant(holds bool) *cond {
 	if holds {
-		return &cond{op: all}
+		return &cond{op: opAnd}
 	}
-	return &cond{op: some}
+	return &cond{op: opOr}
 }
 
-func not(k *cond) *cond { return &cond{op: negated, of: []*cond{k}, cost: k.cost + 1} }
+func not(k *cond) *cond { return &cond{op: opNot, of: []*cond{k}, cost: k.cost + 1} }
 
 // cheaper orders conditions by cost. None has side effects.
 func cheaper(a, b *cond) int { return cmp.Compare(a.cost, b.cost) }
@@ -45,9 +45,9 @@ func never(Event) bool  { return false }
 
 func (k *cond) pred() pred {
 	switch k.op {
-	case one:
+	case opAtom:
 		return k.atom.pred
-	case negated:
+	case opNot:
 		p := k.of[0].pred()
 		return func(e Event) bool { return !p(e) }
 	}
@@ -58,7 +58,7 @@ func (k *cond) pred() pred {
 	switch {
 	case len(ps) == 1:
 		return ps[0]
-	case k.op == all:
+	case k.op == opAnd:
 		return func(e Event) bool {
 			for _, p := range ps {
 				if !p(e) {
@@ -92,9 +92,9 @@ type atom struct {
 type shape uint8
 
 const (
-	whatever shape = iota
-	tested         // some value of its only field passes the test
-	missing        // its only field has no value
+	shapeOther   shape = iota
+	shapeTest          // some value of its only field passes the test
+	shapeMissing       // its only field has no value
 )
 
 // on makes k the condition that some value of a field passes a test.
@@ -102,7 +102,7 @@ func (a *atom) on(f Field, t test, k *cond) *cond {
 	if f.Slot < 0 {
 		return constant(false)
 	}
-	a.fields, a.shape, a.test = []Field{f}, tested, t
+	a.fields, a.shape, a.test = []Field{f}, shapeTest, t
 	a.pred = func(e Event) bool {
 		v := e.Value(f.Slot)
 		return t.passes(&v, f.Type)
@@ -115,7 +115,7 @@ func (a *atom) without(f Field, k *cond) *cond {
 	if f.Slot < 0 {
 		return constant(true)
 	}
-	a.fields, a.shape = []Field{f}, missing
+	a.fields, a.shape = []Field{f}, shapeMissing
 	a.pred = func(e Event) bool {
 		v := e.Value(f.Slot)
 		return !v.present(f.Type)
@@ -125,7 +125,7 @@ func (a *atom) without(f Field, k *cond) *cond {
 
 // holds asks an atom of one field about its value.
 func (a *atom) holds(v *Value) bool {
-	if a.shape == missing {
+	if a.shape == shapeMissing {
 		return !v.present(a.fields[0].Type)
 	}
 	return a.test.passes(v, a.fields[0].Type)
@@ -139,4 +139,19 @@ func (a *atom) key() string {
 		b = binary.AppendVarint(append(b, 0, byte(f.Type)), int64(f.Slot))
 	}
 	return string(b)
+}
+
+// fields appends to list the fields that a condition reads and that there are.
+func (k *cond) fields(list []Field) []Field {
+	if k.op == opAtom {
+		for _, f := range k.atom.fields {
+			if f.Slot >= 0 {
+				list = append(list, f)
+			}
+		}
+	}
+	for _, x := range k.of {
+		list = x.fields(list)
+	}
+	return list
 }

@@ -230,7 +230,7 @@ func (s *Stage) read(f Field) {
 
 // all joins the conjuncts.
 func (s *Stage) all() pred {
-	k := &cond{op: all}
+	k := &cond{op: opAnd}
 	for _, c := range s.conjuncts {
 		k.of = append(k.of, c.cond)
 	}
@@ -248,4 +248,25 @@ func conjuncts(e syntax.Expr, list []syntax.Expr) []syntax.Expr {
 		list = conjuncts(x, list)
 	}
 	return list
+}
+
+// Split cuts the condition of a stage in two: the category with the conjuncts that
+// read no fields but those that fixed reports, and what is left, which any category
+// has. An event matches the stage if it matches both parts. The first can be asked
+// once about many events that have these fields in common.
+func (s *Stage) Split(fixed func(Field) bool) (first, second *Stage) {
+	first = &Stage{event: s.event, category: s.category, inCat: s.inCat}
+	second = &Stage{event: &syntax.Event{Pos: s.event.Pos, Any: true}, inCat: always}
+	for _, c := range s.conjuncts {
+		part := first
+		if slices.ContainsFunc(c.cond.fields(nil), func(f Field) bool { return !fixed(f) }) {
+			part = second
+		}
+		part.conjuncts = append(part.conjuncts, c)
+		for _, f := range c.cond.fields(nil) {
+			part.read(f)
+		}
+	}
+	first.match, second.match = first.all(), second.all()
+	return first, second
 }

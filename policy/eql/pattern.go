@@ -24,7 +24,7 @@ type words struct {
 	globs     []glob
 }
 
-func sorted(patterns []string, fold bool) *words {
+func sortByShape(patterns []string, fold bool) *words {
 	w := &words{fold: fold}
 	for _, p := range patterns {
 		p = w.spelled(p)
