@@ -22,11 +22,11 @@ func BenchmarkStream(b *testing.B) {
 	stream(b, func(e eql.Event) int { return len(m.Observe(e)) })
 }
 
-// stream shows events to observe, as long as the benchmark runs. There are a thousand
-// of them, which come again a second later: like those that were just decoded, they are
-// in the processor's cache.
+// stream shows events to observe, as long as the benchmark runs. There are some
+// hundred of them, which come again a second later: like those that were just decoded,
+// they are in the processor's cache.
 func stream(b *testing.B, observe func(eql.Event) int) {
-	events := newRandom(1).linuxEvents(1000, 300)
+	events := newRandom(1).linuxEvents(300, 100)
 	matches, n := 0, 0
 	b.ReportAllocs()
 	for b.Loop() {

@@ -85,16 +85,16 @@ type atom struct {
 	expr   syntax.Expr
 	fields []Field // that it reads
 	pred   pred
-	shape  shape
+	kind   atomKind
 	test   test
 }
 
-type shape uint8
+type atomKind uint8
 
 const (
-	shapeOther   shape = iota
-	shapeTest          // some value of its only field passes the test
-	shapeMissing       // its only field has no value
+	ofAnyKind atomKind = iota
+	ofTest             // some value of its only field passes the test
+	ofAbsence          // its only field has no value
 )
 
 // on makes k the condition that some value of a field passes a test.
@@ -102,7 +102,7 @@ func (a *atom) on(f Field, t test, k *cond) *cond {
 	if f.Slot < 0 {
 		return constant(false)
 	}
-	a.fields, a.shape, a.test = []Field{f}, shapeTest, t
+	a.fields, a.kind, a.test = []Field{f}, ofTest, t
 	a.pred = func(e Event) bool {
 		v := e.Value(f.Slot)
 		return t.passes(&v, f.Type)
@@ -115,7 +115,7 @@ func (a *atom) without(f Field, k *cond) *cond {
 	if f.Slot < 0 {
 		return constant(true)
 	}
-	a.fields, a.shape = []Field{f}, shapeMissing
+	a.fields, a.kind = []Field{f}, ofAbsence
 	a.pred = func(e Event) bool {
 		v := e.Value(f.Slot)
 		return !v.present(f.Type)
@@ -125,7 +125,7 @@ func (a *atom) without(f Field, k *cond) *cond {
 
 // holds asks an atom of one field about its value.
 func (a *atom) holds(v *Value) bool {
-	if a.shape == shapeMissing {
+	if a.kind == ofAbsence {
 		return !v.present(a.fields[0].Type)
 	}
 	return a.test.passes(v, a.fields[0].Type)

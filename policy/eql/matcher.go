@@ -202,13 +202,8 @@ func (m *Matcher) look(place int32) {
 	}
 }
 
-// hit records that an atom holds, and opens the stages that it guards.
-func (m *Matcher) hit(atom int32) {
-	yes := m.now<<1 | 1
-	if m.memo[atom] == yes {
-		return
-	}
-	m.memo[atom] = yes
+// opens lets the stages be asked that an atom guards.
+func (m *Matcher) opens(atom int32) {
 	for _, o := range m.set.atoms[atom].opens {
 		if slices.Contains(m.categories, o.category) {
 			m.open = append(m.open, o.stages...)

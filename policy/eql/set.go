@@ -1,7 +1,6 @@
 package eql
 
 import (
-	"cmp"
 	"slices"
 	"strings"
 )
@@ -9,18 +8,21 @@ import (
 // How many stages are asked at once
 //
 // Two rules of three say the same of an event: that a program was executed, that it
-// is one of these shells. So a Set gives every condition that stages share a place
-// of its own and asks for it at most once per event.
+// is one of these shells. So a Set gives every atom that stages share a place of its
+// own, and asks for it at most once per event.
 //
 // And most rules are about programs that this event does not mention. Each stage
 // therefore waits behind one of its conjuncts, its guard: a list of words for one
-// field, or an "or" of such lists. The words of all guards for a field are looked up
-// together (see wordIndex), and only stages whose guard let them through are asked for
-// the rest. Of the conjuncts that would do, the guard is the one with the smallest
-// part of all the words that the Set knows for the field: of the four values of
-// event.type that rules mention every one is common, of four hundred names of
-// programs every one is rare. A stage that has no guard is asked every time that its
+// field, or an "or" of such lists. The words of all stages for the fields of guards
+// are looked up together (see wordIndex), and only stages whose guard let them through
+// are asked for the rest. A stage that has no guard is asked every time that its
 // category comes.
+//
+// Which of its conjuncts is the guard of a stage is a matter of cost. The chance that
+// it lets the stage through is taken to be its part of all words that the Set has for
+// the field: of the four values of event.type that rules mention every one is common,
+// of four hundred names of programs every one is rare. And a field that is looked up
+// costs as much as some stages that are asked, which those share that it guards.
 
 // A Set is many stages that are asked about an event together. It answers as each of
 // them would, and does not change; any number of goroutines may use it, each with a
@@ -73,8 +75,11 @@ type opens struct {
 // NewSet compiles stages together. They must have been compiled with the same Schema.
 func NewSet(stages ...*Stage) *Set {
 	b := &setBuilder{
-		Set:   &Set{names: map[string]int32{}, which: make([]members, 1)},
-		atoms: map[string]int32{}, places: map[*atom]int32{}, fields: map[Field]int32{}, words: map[Field]map[string]bool{}, indexes: map[int32]int32{},
+		Set:    &Set{names: map[string]int32{}, which: make([]members, 1)},
+		atoms:  map[string]int32{},
+		places: map[*atom]int32{},
+		fields: map[Field]int32{},
+		looked: map[int32]int32{},
 		tables: tableBudget,
 	}
 	conds := make([][]*cond, len(stages))
@@ -89,11 +94,23 @@ func NewSet(stages ...*Stage) *Set {
 		}
 		b.stages = append(b.stages, m)
 	}
-	for i := range b.stages {
-		b.guard(int32(i), conds[i])
+	guards := b.guards(conds)
+	for i, k := range guards {
+		b.open(int32(i), k)
 	}
-	for _, x := range b.Set.indexes {
+	for i := range b.Set.atoms {
+		if a := &b.Set.atoms[i]; a.test.words != nil && !a.test.words.all {
+			if place, ok := b.looked[a.field]; ok {
+				a.index = place
+				b.indexes[place].add(int32(i), a.test.words)
+			}
+		}
+	}
+	for _, x := range b.indexes {
 		x.finish(&b.tables, &b.Set.words)
+	}
+	for i, k := range guards {
+		b.rest(&b.stages[i], conds[i], k)
 	}
 	return b.Set
 }
@@ -101,12 +118,12 @@ func NewSet(stages ...*Stage) *Set {
 // setBuilder is what NewSet needs while it compiles.
 type setBuilder struct {
 	*Set
-	atoms   map[string]int32          // places, by key
-	places  map[*atom]int32           // the same, for those that were met
-	fields  map[Field]int32           // places
-	words   map[Field]map[string]bool // that are looked for in a field
-	indexes map[int32]int32           // places, by field
-	tables  int                       // what is left of tableBudget
+	atoms  map[string]int32  // places, by key
+	places map[*atom]int32   // the same, for those that were met
+	fields map[Field]int32   // places
+	words  []map[string]bool // by field: what is looked for in it
+	looked map[int32]int32   // the indexes, by field
+	tables int               // what is left of tableBudget
 }
 
 func (b *setBuilder) categoryOf(s *Stage) int32 {
@@ -150,15 +167,11 @@ func (b *setBuilder) atom(a *atom) int32 {
 	place = int32(len(b.Set.atoms))
 	b.atoms[key], b.places[a] = place, place
 	s := shared{atom: a, field: -1, index: -1}
-	if a.shape != shapeOther {
+	if a.kind != ofAnyKind {
 		s.field = b.field(a.fields[0])
 	}
 	if w := a.test.words; w != nil {
-		known := b.words[a.fields[0]]
-		if known == nil {
-			known = map[string]bool{}
-			b.words[a.fields[0]] = known
-		}
+		known := b.words[s.field]
 		for _, list := range [][]string{w.exact, w.prefixes, w.suffixes, w.contained} {
 			for _, text := range list {
 				known[text] = true
@@ -178,114 +191,159 @@ func (b *setBuilder) field(f Field) int32 {
 		place = int32(len(b.Set.fields))
 		b.fields[f] = place
 		b.Set.fields = append(b.Set.fields, f)
+		b.words = append(b.words, map[string]bool{})
 	}
 	return place
 }
 
-func (b *setBuilder) index(field int32) int32 {
-	place, ok := b.indexes[field]
-	if !ok {
-		place = int32(len(b.Set.indexes))
-		b.indexes[field] = place
-		b.Set.indexes = append(b.Set.indexes, &wordIndex{field: field})
+// What it costs, in stages that are asked, to look a field up, and to read its values
+// to their ends: a command line can be long.
+const (
+	lookingUp = 4.0
+	scanning  = 4.0
+)
+
+// guards chooses a guard for each stage; nil for none.
+func (b *setBuilder) guards(conds [][]*cond) []*cond {
+	type use struct{ category, field int32 }
+	guards := make([]*cond, len(conds))
+	users := map[use]int{}
+	// At first every stage uses all fields that it could; then those for which
+	// enough others have decided.
+	for round := range 4 {
+		next := map[use]int{}
+		for i := range conds {
+			category := b.stages[i].category
+			least := 1.0
+			guards[i] = nil
+			for _, k := range conds[i] {
+				g := b.guard(k)
+				if g.chance >= 1 {
+					continue
+				}
+				cost := g.chance
+				for _, f := range g.fields {
+					u := use{category, f}
+					if round == 0 {
+						next[u]++
+						continue
+					}
+					cost += (lookingUp + g.scan) / float64(max(users[u], 1))
+				}
+				if round > 0 && cost < least {
+					least, guards[i] = cost, k
+				}
+			}
+			if guards[i] != nil {
+				for _, f := range b.guard(guards[i]).fields {
+					next[use{category, f}]++
+				}
+			}
+		}
+		users = next
 	}
-	return place
+	return guards
 }
 
-// guard gives a stage its guard.
-func (b *setBuilder) guard(stage int32, conds []*cond) {
-	m := &b.stages[stage]
-	best, at := likely, -1
-	for i, k := range conds {
-		if chance := b.chance(k); chance < best {
-			best, at = chance, i
-		}
-	}
-	c := &b.which[m.category]
-	if at < 0 {
-		m.rest = m.whole
-		c.unguarded = append(c.unguarded, stage)
-		return
-	}
-	for i, n := range m.whole {
-		if i != at || !sufficient(conds[i]) {
-			m.rest = append(m.rest, n)
-		}
-	}
-	b.open(stage, m.category, conds[at])
+// guard is a condition as the guard of a stage.
+type guard struct {
+	chance float64 // that it lets the stage through; 1 or more if it cannot be one
+	scan   float64
+	fields []int32 // each once
+	atoms  []int32 // one of which holds if the condition does
+	whole  bool    // and the condition holds if one of them does
 }
 
-// likely is the chance of what is no guard.
-const likely = 1.0
-
-// chance estimates how often a condition lets a stage through; at most likely if it
-// can be a guard.
-func (b *setBuilder) chance(k *cond) float64 {
+func (b *setBuilder) guard(k *cond) guard {
+	none := guard{chance: 1}
 	switch k.op {
 	case opAtom:
 		w := k.atom.test.words
 		if w == nil || w.all {
-			return likely
+			return none
 		}
+		place := b.places[k.atom]
+		field := b.Set.atoms[place].field
 		n := len(w.exact) + len(w.prefixes) + len(w.suffixes) + len(w.contained) + len(w.globs)
-		chance := float64(n) / float64(1+len(b.words[k.atom.fields[0]]))
+		g := guard{float64(n) / float64(1+len(b.words[field])), 0, []int32{field}, []int32{place}, true}
 		if len(w.contained) > 0 {
-			chance += scanning
+			g.scan = scanning
 		}
-		return chance
+		return g
 	case opAnd:
-		least := likely
+		least := none
 		for _, x := range k.of {
-			least = min(least, b.chance(x))
+			if g := b.guard(x); g.chance < least.chance {
+				least = g
+			}
 		}
+		least.whole = false
 		return least
 	case opOr:
-		sum := 0.0
+		sum := guard{whole: true}
 		for _, x := range k.of {
-			sum += b.chance(x)
+			g := b.guard(x)
+			sum.chance += g.chance
+			sum.scan = max(sum.scan, g.scan)
+			sum.whole = sum.whole && g.whole
+			for _, f := range g.fields {
+				if !slices.Contains(sum.fields, f) {
+					sum.fields = append(sum.fields, f)
+				}
+			}
+			sum.atoms = append(sum.atoms, g.atoms...)
 		}
 		return sum
 	}
-	return likely
+	return none
 }
 
-// scanning stands for what it costs to read a value to its end, which can be a long
-// command line.
-const scanning = 0.2
-
-// sufficient reports whether a guard leaves nothing of the condition to ask for.
-func sufficient(k *cond) bool {
-	return k.op == opAtom || k.op == opOr && !slices.ContainsFunc(k.of, func(x *cond) bool { return !sufficient(x) })
-}
-
-// open lets a stage be asked when a condition may hold.
-func (b *setBuilder) open(stage, category int32, k *cond) {
-	switch k.op {
-	case opAtom:
-		place := b.places[k.atom]
+// open lets a stage be asked when its guard may hold.
+func (b *setBuilder) open(stage int32, k *cond) {
+	category := b.stages[stage].category
+	c := &b.which[category]
+	if k == nil {
+		c.unguarded = append(c.unguarded, stage)
+		return
+	}
+	for _, place := range b.guard(k).atoms {
 		a := &b.Set.atoms[place]
-		if a.index < 0 {
-			a.index = b.index(a.field)
-			b.Set.indexes[a.index].add(place, a.test.words)
+		index, ok := b.looked[a.field]
+		if !ok {
+			index = int32(len(b.indexes))
+			b.looked[a.field] = index
+			b.indexes = append(b.indexes, &wordIndex{field: a.field})
 		}
-		c := &b.which[category]
-		if !slices.Contains(c.indexes, a.index) {
-			c.indexes = append(c.indexes, a.index)
+		if !slices.Contains(c.indexes, index) {
+			c.indexes = append(c.indexes, index)
 		}
-		for i := range a.opens {
-			if o := &a.opens[i]; o.category == category {
-				if !slices.Contains(o.stages, stage) {
-					o.stages = append(o.stages, stage)
-				}
-				return
-			}
+		i := slices.IndexFunc(a.opens, func(o opens) bool { return o.category == category })
+		if i < 0 {
+			i = len(a.opens)
+			a.opens = append(a.opens, opens{category: category})
 		}
-		a.opens = append(a.opens, opens{category, []int32{stage}})
-	case opAnd:
-		b.open(stage, category, slices.MinFunc(k.of, func(x, y *cond) int { return cmp.Compare(b.chance(x), b.chance(y)) }))
-	case opOr:
-		for _, x := range k.of {
-			b.open(stage, category, x)
+		if o := &a.opens[i]; !slices.Contains(o.stages, stage) {
+			o.stages = append(o.stages, stage)
 		}
 	}
+}
+
+// rest sets what a stage is asked for when its guard has let it through: first what
+// indexes have found out by then.
+func (b *setBuilder) rest(m *member, conds []*cond, k *cond) {
+	for _, known := range []bool{true, false} {
+		for i, n := range m.whole {
+			if (conds[i] != k || !b.guard(k).whole) && b.known(m.category, n) == known {
+				m.rest = append(m.rest, n)
+			}
+		}
+	}
+}
+
+// known reports whether the indexes of a category know if a condition holds.
+func (b *setBuilder) known(category int32, n node) bool {
+	if n.op == opAtom {
+		return slices.Contains(b.which[category].indexes, b.Set.atoms[n.atom].index)
+	}
+	return !slices.ContainsFunc(n.of, func(x node) bool { return !b.known(category, x) })
 }

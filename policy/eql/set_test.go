@@ -3,7 +3,6 @@ package eql_test
 import (
 	"fmt"
 	"maps"
-	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"strings"
@@ -246,15 +245,17 @@ var linux = func() schema {
 	return newSchema(types)
 }()
 
-// The words of which rules and events of Linux hosts are made.
+// The words of which rules and events of Linux hosts are made. The programs that run
+// most often come first.
 var (
-	programs = strings.Fields(`bash dash sh zsh ksh tcsh fish ash busybox curl wget nc ncat socat telnet openssl perl python python3 python3.11 python2.7
-		ruby php php8.2 lua node java awk gawk mawk sed grep find xargs cat head tail more less tee dd cp mv rm ln chmod chown chattr touch mkdir
-		tar gzip zip unzip base64 base32 xxd od hexdump ssh sshd scp sftp rsync nohup setsid at crontab cron systemctl service insmod modprobe rmmod
-		lsmod mount umount nsenter unshare docker runc containerd kubectl useradd usermod passwd sudo su id whoami hostname uname ps top pgrep pkill kill
-		netstat ss ip ifconfig iptables nft tcpdump nmap masscan hydra gdb strace ltrace gcc cc make git pip npm apt dpkg rpm yum dnf nginx apache2 httpd
-		mysqld postgres redis-server ls env printenv export history auditctl setenforce journalctl logrotate sshpass ftp vi vim nano dbus-daemon polkitd
-		systemd init kworker agent amazon-ssm-agent snapd cloud-init`)
+	programs = strings.Fields(`sh sed grep cat ls bash systemd dash date awk runc ps sleep find rm python3 logger id head tail cut tr sort uniq wc stat
+		dirname basename readlink uname hostname chmod cp mv mkdir ln touch env tee df free ip ss iptables sshd sudo cron systemctl containerd dockerd
+		docker kubelet nginx java node amazon-ssm-agent cloud-init snapd dpkg apt rpm dnf git make gcc cc vi vim nano less more ssh scp rsync
+		curl wget php php8.2 perl ruby python python2.7 python3.11 lua postgres mysqld redis-server apache2 httpd logrotate journalctl dbus-daemon polkitd
+		init kworker agent top pgrep pkill kill netstat whoami printenv mount umount tar gzip zip unzip base64 xargs dd su passwd crontab at service
+		zsh ksh tcsh fish ash busybox nc ncat socat telnet openssl base32 xxd od hexdump mawk gawk chown chattr sftp nohup setsid insmod modprobe rmmod
+		lsmod nsenter unshare kubectl useradd usermod ifconfig nft tcpdump nmap masscan hydra gdb strace ltrace pip npm yum
+		export history auditctl setenforce sshpass ftp`)
 	directories = strings.Fields(`/usr/bin/ /usr/sbin/ /bin/ /sbin/ /usr/local/bin/ /tmp/ /var/tmp/ /dev/shm/ /run/ /var/run/ /home/admin/ /root/ /opt/app/
 		/etc/ /etc/cron.d/ /etc/init.d/ /etc/update-motd.d/ /etc/systemd/system/ /var/www/html/ /srv/ /usr/lib/ /proc/ /boot/ /var/log/ ./`)
 	arguments = strings.Fields(`-c -i -e -l -p -r -f -n -t -v -x -o --help -la -rf +x 777 0.0.0.0 -d --decode /etc/passwd /etc/shadow .ssh/id_rsa .aws/credentials
@@ -283,26 +284,26 @@ func (r random) exec() string {
 			all = append(all, condition)
 		}
 	}
-	often(240, `event.type == "start"`)
+	often(241, `event.type == "start"`)
 	often(255, r.pick(`event.action == "exec"`, `event.action in ("exec", "exec_event", "start")`, `event.action in ("exec", "exec_event", "start", "ProcessRollup2", "executed", "process_started")`))
-	often(200, r.likely("process.name", r.programs))
-	often(95, r.likely("process.parent.name", r.programs))
-	often(70, r.likely("process.executable", r.places))
-	often(130, r.likely("process.args", r.args))
-	often(40, r.likely("process.command_line", r.commands))
-	often(30, `process.command_line `+r.pick("like", ":", "like~")+r.commands())
-	often(40, r.likely("process.parent.executable", r.places))
+	// A rule that is worth a look names at least two things.
+	for general := len(all); len(all) < general+2; {
+		all = all[:general]
+		often(210, r.likely("process.name", r.programs))
+		often(90, r.likely("process.parent.name", r.programs))
+		often(50, r.likely("process.executable", r.places))
+		often(130, r.likely("process.args", r.args))
+		often(50, r.likely("process.command_line", r.commands))
+		often(30, r.likely("process.parent.executable", r.places))
+		often(30, r.likely("process.parent.args", r.args))
+		often(20, r.likely("process.working_directory", r.places))
+		often(30, fmt.Sprintf("(%s or (%s and %s))", r.likely("process.name", r.programs), r.likely("process.name", r.programs), r.likely("process.args", r.args)))
+	}
 	often(30, "process.parent.executable != null")
-	often(30, r.likely("process.parent.args", r.args))
-	often(20, "process.args_count "+r.pick("==", ">=", "<")+r.pick(" 1", " 2", " 4"))
-	often(20, r.likely("process.working_directory", r.places))
-	often(30, fmt.Sprintf("(%s or (%s and %s))", r.likely("process.name", r.programs), r.likely("process.name", r.programs), r.likely("process.args", r.args)))
+	often(27, "process.args_count "+r.pick("==", ">=", "<")+r.pick(" 1", " 2", " 4"))
 	often(110, "not "+r.likely(r.pick("process.parent.executable", "process.executable"), r.places))
 	often(90, "not "+r.pick(r.likely("process.parent.name", r.programs), r.likely("?process.parent.args", r.args), r.likely("?process.working_directory", r.places)))
 	often(15, `not user.id == "0"`)
-	if len(all) < 4 {
-		all = append(all, r.likely("process.name", r.programs))
-	}
 	return "process where " + strings.Join(all, " and ")
 }
 
@@ -329,7 +330,7 @@ func (r random) likely(field string, words func() string) string {
 	} else if !strings.Contains(list, ",") {
 		op = " == "
 	}
-	return field + op + strings.Replace(list, "(", "(", 1)
+	return field + op + list
 }
 
 func (r random) list(most int, word func() string) string {
@@ -374,13 +375,19 @@ func (r random) commands() string {
 	})
 }
 
+// usual picks one word, the first ones most often.
+func (r random) usual(words []string) string {
+	x := r.Float64()
+	return words[int(float64(len(words))*x*x*x)]
+}
+
 // linuxEvents are a mixed stream: four of five are programs that start, one is
 // a connection, three of ten of these to the metadata service. Programs have as many
 // parents as given.
 func (r random) linuxEvents(n, parents int) []*event {
 	events, at := make([]*event, n), epoch
 	for i := range events {
-		p, parent := r.pick(programs...), r.pick(programs...)
+		p, parent := r.usual(programs), r.usual(programs)
 		args := []any{p}
 		for range r.IntN(6) {
 			args = append(args, r.pick(arguments...)+r.pick("", "", "/data", ".txt"))
@@ -389,9 +396,9 @@ func (r random) linuxEvents(n, parents int) []*event {
 		for _, a := range args {
 			words = append(words, a.(string))
 		}
-		who := rand.New(r).IntN(parents)
+		who := r.IntN(parents)
 		plain := map[string][]any{
-			"host.id": {"i-1"}, "host.os.type": {"linux"}, "process.name": {p}, "process.executable": {r.pick(directories...) + p},
+			"host.id": {"i-1"}, "host.os.type": {"linux"}, "process.name": {p}, "process.executable": {r.usual(directories) + p},
 			"process.entity_id": {fmt.Sprint("e", i)}, "process.parent.entity_id": {fmt.Sprint("p", who)}, "process.pid": {int64(1000 + i)}, "user.id": {r.pick("0", "1000")},
 		}
 		switch {
@@ -404,13 +411,13 @@ func (r random) linuxEvents(n, parents int) []*event {
 			plain["destination.ip"], plain["destination.port"] = []any{netip.MustParseAddr(address)}, []any{int64(80)}
 		case i%40 == 3:
 			plain["event.category"], plain["event.type"], plain["event.action"] = []any{"file"}, []any{"change"}, []any{r.pick("creation", "rename")}
-			plain["file.path"], plain["file.extension"] = []any{r.pick(directories...) + p}, []any{r.pick("so", "sh", "txt")}
+			plain["file.path"], plain["file.extension"] = []any{r.usual(directories) + p}, []any{r.pick("so", "sh", "txt")}
 		default:
 			plain["event.category"], plain["event.type"], plain["event.action"] = []any{"process"}, []any{"start"}, []any{r.pick("exec", "exec", "exec", "exec", "fork", "start", r.pick(actions...))}
 			plain["process.args"], plain["process.args_count"] = args, []any{int64(len(args))}
 			plain["process.command_line"] = []any{strings.Join(words, " ")}
-			plain["process.parent.name"], plain["process.parent.executable"] = []any{parent}, []any{r.pick(directories...) + parent}
-			plain["process.working_directory"] = []any{strings.TrimSuffix(r.pick(directories...), "/")}
+			plain["process.parent.name"], plain["process.parent.executable"] = []any{parent}, []any{r.usual(directories) + parent}
+			plain["process.working_directory"] = []any{strings.TrimSuffix(r.usual(directories), "/")}
 			plain["process.parent.args"] = []any{parent, r.pick(arguments...)}
 		}
 		at = at.Add(1000 * 1000)

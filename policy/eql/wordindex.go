@@ -8,15 +8,9 @@ import (
 )
 
 // A wordIndex knows the words that atoms look for in one field, and finds those that a
-// value has: of all atoms in one pass.
+// value has: of all atoms in one pass. It looks for them in lower case.
 type wordIndex struct {
-	field         int32 // place in the Set
-	plain, folded lookup
-}
-
-// lookup is the part of an index for words that are all folded, or all are not.
-type lookup struct {
-	fold      bool
+	field     int32                    // place in the Set
 	words     [shapes]map[string][]hit // while atoms are added
 	sizes     uint64                   // of exact words, as in set
 	exact     map[string][]hit
@@ -29,59 +23,79 @@ type lookup struct {
 	longest   int     // of exact words and prefixes
 }
 
+// shape is where in a value a word is.
+type shape uint8
+
 const (
-	asExact = iota
-	asPrefix
-	asSuffix
-	asContained
-	shapes
+	exactly shape = iota
+	atStart
+	atEnd
+	inside
+
+	shapes = iota
 )
 
-// hit is what follows from a word: an atom holds, if the value matches the glob, too,
-// or there is none.
+// hit is an atom that holds for a value with a word; if the word is there in the right
+// case, and if the rest of a pattern matches, too.
 type hit struct {
-	atom int32
-	glob *glob
+	atom  int32
+	fold  bool
+	shape shape
+	word  string
+	glob  *glob // nil if the word is all
+}
+
+func (h *hit) holds(s string) bool {
+	switch {
+	case h.glob != nil:
+		return h.glob.match(s, h.fold)
+	case h.fold:
+		return true
+	case h.shape == exactly:
+		return s == h.word
+	case h.shape == atStart:
+		return strings.HasPrefix(s, h.word)
+	case h.shape == atEnd:
+		return strings.HasSuffix(s, h.word)
+	}
+	return strings.Contains(s, h.word)
 }
 
 // add makes the index know an atom.
 func (x *wordIndex) add(atom int32, w *words) {
-	l := &x.plain
-	if w.fold {
-		l = &x.folded
-		l.fold = true
-	}
-	for shape, list := range [shapes][]string{w.exact, w.prefixes, w.suffixes, w.contained} {
+	for at, list := range [shapes][]string{w.exact, w.prefixes, w.suffixes, w.contained} {
 		for _, word := range list {
-			l.put(shape, word, hit{atom: atom})
+			x.put(hit{atom: atom, fold: w.fold, shape: shape(at), word: word})
 		}
 	}
 	for i := range w.globs {
-		shape, word := w.globs[i].part()
-		l.put(shape, word, hit{atom, &w.globs[i]})
+		h := hit{atom: atom, fold: w.fold, glob: &w.globs[i]}
+		h.shape, h.word = h.glob.part()
+		x.put(h)
 	}
 }
 
-func (l *lookup) put(shape int, word string, h hit) {
-	if word == "" && shape != asExact {
-		l.others = append(l.others, h)
+func (x *wordIndex) put(h hit) {
+	if h.word == "" && h.shape != exactly {
+		x.others = append(x.others, h)
 		return
 	}
-	if l.words[shape] == nil {
-		l.words[shape] = map[string][]hit{}
+	if x.words[h.shape] == nil {
+		x.words[h.shape] = map[string][]hit{}
 	}
-	l.words[shape][word] = append(l.words[shape][word], h)
+	word := lower(h.word)
+	x.words[h.shape][word] = append(x.words[h.shape][word], h)
 }
 
 // part is a text that all strings have that a glob matches, and where. It is empty if
 // there is none.
-func (g *glob) part() (shape int, text string) {
+func (g *glob) part() (at shape, text string) {
 	first, last := g.parts[0], g.parts[len(g.parts)-1]
 	if text, _, _ := strings.Cut(first, "?"); text != "" {
-		return asPrefix, text
+		return atStart, text
 	}
 	if text := last[strings.LastIndexByte(last, '?')+1:]; text != "" {
-		return asSuffix, text
+		return atEnd, text
 	}
 	for _, part := range g.parts {
 		for run := range strings.SplitSeq(part, "?") {
@@ -90,106 +104,94 @@ func (g *glob) part() (shape int, text string) {
 			}
 		}
 	}
-	return asContained, text
+	return inside, text
 }
 
 // finish is called after the last add. The budget is that of automata; words counts
 // those that they find.
 func (x *wordIndex) finish(budget, words *int) {
-	x.plain.finish(budget, words)
-	x.folded.finish(budget, words)
-}
-
-func (l *lookup) finish(budget, words *int) {
-	l.exact = l.words[asExact]
-	for word := range l.exact {
-		l.sizes |= sizeBit(word)
-		l.longest = max(l.longest, len(word))
+	x.exact = x.words[exactly]
+	for word := range x.exact {
+		x.sizes |= sizeBit(word)
+		x.longest = max(x.longest, len(word))
 	}
-	l.prefixes = newHeads(l.words[asPrefix])
-	l.longest = max(l.longest, l.prefixes.longest)
+	x.prefixes = newHeads(x.words[atStart])
+	x.longest = max(x.longest, x.prefixes.longest)
 	backwards := map[string][]hit{}
-	for word, hits := range l.words[asSuffix] {
+	for word, hits := range x.words[atEnd] {
 		b := []byte(word)
 		slices.Reverse(b)
 		backwards[string(b)] = hits
 	}
-	l.suffixes = newHeads(backwards)
+	x.suffixes = newHeads(backwards)
 
-	contained := slices.Sorted(maps.Keys(l.words[asContained]))
+	contained := slices.Sorted(maps.Keys(x.words[inside]))
 	n, size := affordable(contained, *budget)
 	*budget -= size
 	if n > 0 {
-		l.contained = newAutomaton(contained[:n], l.fold)
-		l.base = *words
+		x.contained = newAutomaton(contained[:n], true)
+		x.base = *words
 		*words += n
 	}
 	for i, word := range contained {
-		hits := l.words[asContained][word]
+		hits := x.words[inside][word]
 		if i < n {
-			l.found = append(l.found, hits)
+			x.found = append(x.found, hits)
 			continue
 		}
 		for _, h := range hits {
 			if h.glob == nil {
-				g := newGlob("*" + word + "*")
+				g := newGlob("*" + h.word + "*")
 				h.glob = &g
 			}
-			l.others = append(l.others, h)
+			x.others = append(x.others, h)
 		}
 	}
-	l.words = [shapes]map[string][]hit{}
+	x.words = [shapes]map[string][]hit{}
 }
 
 // look tells m which atoms a string satisfies.
 func (x *wordIndex) look(s string, m *Matcher) {
-	x.plain.look(s, m)
-	x.folded.look(s, m)
-}
-
-func (l *lookup) look(s string, m *Matcher) {
-	if len(l.exact)+len(l.prefixes.words) > 0 {
-		m.text = append(m.text[:0], s[:min(len(s), l.longest)]...)
-		if l.fold {
-			lowerBytes(m.text)
+	if len(x.exact)+len(x.prefixes.words) > 0 {
+		m.lower(s[:min(len(s), x.longest)])
+		if x.sizes&sizeBit(s) != 0 && len(s) <= x.longest {
+			m.hits(x.exact[string(m.text)], s)
 		}
-		if l.sizes&sizeBit(s) != 0 && len(s) <= l.longest {
-			m.hits(l.exact[string(m.text)], s, l.fold)
-		}
-		l.prefixes.look(s, l.fold, m)
+		x.prefixes.look(s, m)
 	}
-	if n := l.suffixes.longest; n > 0 {
-		m.text = append(m.text[:0], s[max(0, len(s)-n):]...)
-		if l.fold {
-			lowerBytes(m.text)
-		}
+	if n := x.suffixes.longest; n > 0 {
+		m.lower(s[max(0, len(s)-n):])
 		slices.Reverse(m.text)
-		l.suffixes.look(s, l.fold, m)
+		x.suffixes.look(s, m)
 	}
-	if l.contained != nil {
+	if x.contained != nil {
 		m.value++
-		l.contained.each(s, func(word int32) {
+		x.contained.each(s, func(word int32) {
 			// Once, however often it is there: globs take time.
-			if seen := &m.seen[l.base+int(word)]; *seen != m.value {
+			if seen := &m.seen[x.base+int(word)]; *seen != m.value {
 				*seen = m.value
-				m.hits(l.found[word], s, l.fold)
+				m.hits(x.found[word], s)
 			}
 		})
 	}
-	m.hits(l.others, s, l.fold)
+	m.hits(x.others, s)
 }
 
-func (m *Matcher) hits(hits []hit, s string, fold bool) {
-	for _, h := range hits {
-		if h.glob == nil || h.glob.match(s, fold) {
-			m.hit(h.atom)
+func (m *Matcher) hits(hits []hit, s string) {
+	yes := m.now<<1 | 1
+	for i := range hits {
+		if h := &hits[i]; m.memo[h.atom] != yes && h.holds(s) {
+			m.memo[h.atom] = yes
+			m.opens(h.atom)
 		}
 	}
 }
 
-func lowerBytes(b []byte) {
-	for i, c := range b {
-		b[i] = lowerByte(c)
+// lower makes m.text a string in lower case.
+func (m *Matcher) lower(s string) {
+	m.text = append(m.text[:0], s...)
+	for i, c := range m.text {
+		m.text[i] = lowerByte(c)
 	}
 }
 
@@ -222,7 +224,7 @@ func newHeads(words map[string][]hit) heads {
 // lies between a beginning of the text and the text, in their order, begins with the
 // former; so that the last word not after the text, and the shorter ones that begin
 // it, are all that there can be.
-func (h *heads) look(s string, fold bool, m *Matcher) {
+func (h *heads) look(s string, m *Matcher) {
 	if len(h.words) == 0 || len(m.text) == 0 || !h.first[m.text[0]] {
 		return
 	}
@@ -236,7 +238,7 @@ func (h *heads) look(s string, fold bool, m *Matcher) {
 	}
 	for i := int32(lo) - 1; i >= 0; i = h.shorter[i] {
 		if bytes.HasPrefix(m.text, h.words[i]) {
-			m.hits(h.hits[i], s, fold)
+			m.hits(h.hits[i], s)
 		}
 	}
 }
