@@ -55,13 +55,14 @@ type Field struct {
 	Type  Type
 	Array bool // may have several values
 
-	docs  docs
-	asked bool // only of requests
-	free  bool // text that a process or client chose, and that may carry a secret
-	first bool // only the first of several values is written; ECS wants one
-	get   func(*View) Value
-	parts []string
-	key   string // the last part, as JSON has it before a value
+	docs    docs
+	lasting docs // where it says the same of a process at all times
+	asked   bool // only of requests
+	free    bool // text that a process or client chose, and that may carry a secret
+	first   bool // only the first of several values is written; ECS wants one
+	get     func(*View) Value
+	parts   []string
+	key     string // the last part, as JSON has it before a value
 }
 
 // Value reads the field in a document.
@@ -72,7 +73,11 @@ func (f *Field) Value(v *View) Value {
 	return f.get(v)
 }
 
-// docs is the set of documents that have a field.
+// Lasting reports whether all documents of this kind that are about the same process of
+// the same host, seen as the child of the same parent, have the same value.
+func (f *Field) Lasting(d Document) bool { return (f.lasting|^f.docs)&(1<<d) != 0 }
+
+// docs is a set of documents.
 type docs uint8
 
 const (
@@ -254,10 +259,29 @@ func fields() []Field {
 
 	for i := range all {
 		all[i].asked = ofRequest(all[i].Name)
+		all[i].lasting = lasting(all[i].Name)
 		all[i].key = string(append(appendString(nil, all[i].parts[len(all[i].parts)-1]), ':'))
 	}
 	slices.SortFunc(all, func(a, b Field) int { return slices.Compare(a.parts, b.parts) })
 	return all
+}
+
+// lasting is the documents in which a field depends on nothing but the process, the host
+// and the kind of document.
+func lasting(name string) docs {
+	switch name {
+	case "ecs.version", "event.module", "event.dataset", "event.kind", "event.category", "event.provider":
+		return everywhere
+	case "event.type", "event.action":
+		return inProcess | inConn
+	}
+	for _, prefix := range []string{"process.", "user.", "container.", "orchestrator.", "related.user", "related.hosts", "imdsgate.executable.",
+		"imdsgate.process.", "imdsgate.ancestors.", "host.", "agent.", "observer.", "data_stream."} {
+		if strings.HasPrefix(name, prefix) {
+			return everywhere
+		}
+	}
+	return 0
 }
 
 // ofRequest reports whether a field says something about a connection or a request.

@@ -315,3 +315,7 @@ func (m *Machine) unlink(c *chain) {
 	}
 	c.older, c.newer = nil, nil
 }
+
+// Expire drops the chains that have exceeded their span. Observe does so, too; call
+// it for a machine that is only shown what its stages match.
+func (m *Machine) Expire(now time.Time) { m.expire(now) }
