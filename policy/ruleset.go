@@ -103,6 +103,7 @@ type asker struct {
 	matching      bitset // rules
 	latched       bitset // rules
 	some          []int
+	open          [documentKinds][]int
 	hits          []literalHit
 	fresh         []news
 }
@@ -164,34 +165,41 @@ func (a *asker) settle(host *event.Host, subject *event.Process) *settled {
 		}
 		b := &s.blocking[view]
 		b.rules, b.stages = newBitset(len(a.rules)), newBitset(a.first[len(a.rules)])
-		possible := slices.Clone(b.stages)
+		possible := a.stages
+		clear(possible)
 		for d := range documentKinds {
+			a.open[d] = a.open[d][:0]
 			if d == event.ProcessStart && subject == nil {
 				continue
 			}
 			a.about[d].View = event.View{Event: ev, Document: d, Subject: subject, Adopted: adopted}
+			a.some = a.some[:0]
 			for _, i := range a.lasting[d].Match(&a.about[d]) {
-				switch p := a.kinds[d].of[i]; {
-				case p.stage != literal:
-					if possible.set(p.stage); p.settled {
-						b.stages.set(p.stage)
-					}
-					b.open[d] = append(b.open[d], i)
-				case !adopted:
-					s.literal[d] = append(s.literal[d], i)
+				switch p := &a.kinds[d].of[i]; {
+				case p.stage == literal:
+					a.some = append(a.some, i)
+				case p.settled:
+					b.stages.set(p.stage)
+				default:
+					possible.set(p.stage)
+					a.open[d] = append(a.open[d], i)
 				}
 			}
+			if !adopted {
+				s.literal[d] = slices.Clone(a.some)
+			}
+		}
+		possible.add(b.stages)
+		for d := range b.open {
+			b.open[d] = slices.Clone(slices.DeleteFunc(a.open[d], func(i int) bool {
+				p := &a.kinds[d].of[i]
+				return b.stages.has(p.stage) || !a.all(possible, p.rule)
+			}))
 		}
 		for r := range a.rules {
 			if a.all(b.stages, r) {
 				b.rules.set(r)
 			}
-		}
-		for d := range b.open {
-			b.open[d] = slices.DeleteFunc(b.open[d], func(i int) bool {
-				p := a.kinds[d].of[i]
-				return b.stages.has(p.stage) || !a.all(possible, p.rule)
-			})
 		}
 	}
 	return s
