@@ -193,6 +193,7 @@ func TestPod(t *testing.T) {
 	if doc := render(t, e)[0]; at(doc, "orchestrator") != nil {
 		t.Errorf("no pod is rendered as %v", at(doc, "orchestrator"))
 	}
+	e = denied()
 	e.Subjects[0].Pod = "1e597579-417e-482f-bf65-5fe170c3aebd"
 	doc := render(t, e)[0]
 	if at(doc, "orchestrator.resource.type") != "pod" || at(doc, "orchestrator.resource.id") != e.Subjects[0].Pod {
