@@ -296,7 +296,7 @@ func (p *Policy) find(r *event.Rule) *rule {
 const (
 	// maxRemembered bounds the processes whose start the rules have seen, and
 	// those that a rule has blocked. When one more comes, the oldest is
-	// forgotten: it is judged anew then.
+	// forgotten: it is judged anew then, once it is another event.Process.
 	maxRemembered = 16 << 10
 	// maxChains bounds what one sequence remembers: processes that started and
 	// whose connection may follow within the span. Each keeps its event.
@@ -345,7 +345,11 @@ func (a *asker) news(m *memory, ev *event.Event) []news {
 	asked := ev.Kind == event.Asked
 	for _, subject := range subjects(ev) {
 		n := news{subject: subject, settled: a.settled(ev.Host, subject)}
-		n.adds[event.ProcessStart] = subject != nil && n.started.Load() != m && m.isNew(n.image)
+		if subject != nil && n.started.Load() != m {
+			if n.adds[event.ProcessStart] = m.isNew(n.image); !n.adds[event.ProcessStart] {
+				n.started.Store(m)
+			}
+		}
 		n.adds[event.ConnectionAttempt] = asked && ev.Connection.First
 		n.adds[event.RequestDecision] = asked
 		a.fresh = append(a.fresh, n)

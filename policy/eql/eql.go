@@ -3,7 +3,7 @@
 //
 // A query is compiled once, against a Schema that says which fields events have,
 // and is then immutable; any number of goroutines may use it. A Stage of it
-// answers whether one event matches. A Machine holds what a sequence remembers
+// answers whether one event matches; a Set asks many stages at once. A Machine holds what a sequence remembers
 // between events: make one for each stream of events and feed it from one
 // goroutine. Judging an event never fails. It takes time in proportion to the rule
 // and to the length of the values that the rule reads, and where nothing matches

@@ -16,13 +16,14 @@ type Matcher struct {
 	values []Value
 	looked []uint64 // the indexes that were asked
 	memo   []uint64 // for atoms: twice the number, and one if it holds
-	asked  []uint64 // the stages that were asked, or are not wanted
+	asked  []uint64 // the stages that were asked
 
 	value uint64   // likewise, the number of a string that an automaton reads
 	seen  []uint64 // the words that it has
 
 	categories []int32 // of the event; the first is any
 	open       []int32 // stages whose guard lets them be asked
+	some       []int   // the stages that are wanted; nil for all
 	matches    []int
 	text       []byte // of a value, what an index looks up
 }
@@ -51,17 +52,13 @@ func (m *Matcher) Match(e Event) []int {
 // few is for how many stages it takes longer to look their guards up than to ask them.
 const few = 12
 
-// MatchOf is Match for some of the stages.
+// MatchOf is Match for some of the stages, which must be in order.
 func (m *Matcher) MatchOf(e Event, some []int) []int {
 	m.begin(e)
 	if len(some) > few {
-		for i := range m.asked {
-			m.asked[i] = m.now
-		}
-		for _, i := range some {
-			m.asked[i] = 0
-		}
+		m.some = some
 		m.guards()
+		m.some = nil
 		return m.end()
 	}
 	for _, i := range some {
@@ -117,6 +114,11 @@ func (m *Matcher) ask(stage int32) {
 		return
 	}
 	m.asked[stage] = m.now
+	if m.some != nil {
+		if _, wanted := slices.BinarySearch(m.some, int(stage)); !wanted {
+			return
+		}
+	}
 	if m.all(m.set.stages[stage].rest) {
 		m.matches = append(m.matches, int(stage))
 	}

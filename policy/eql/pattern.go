@@ -277,12 +277,11 @@ func lastIndex(s, word string, fold bool) int {
 
 // lower folds ASCII only, as Lucene does.
 func lower(s string) string {
-	return strings.Map(func(r rune) rune {
-		if 'A' <= r && r <= 'Z' {
-			r += 'a' - 'A'
-		}
-		return r
-	}, s)
+	b := []byte(s)
+	for i, c := range b {
+		b[i] = lowerByte(c)
+	}
+	return string(b)
 }
 
 func lowerByte(c byte) byte {

@@ -72,7 +72,8 @@ type opens struct {
 	stages   []int32
 }
 
-// NewSet compiles stages together. They must have been compiled with the same Schema.
+// NewSet compiles stages together. They must have been compiled with the same Schema; it
+// panics if their categories are different fields.
 func NewSet(stages ...*Stage) *Set {
 	b := &setBuilder{
 		Set:    &Set{names: map[string]int32{}, which: make([]members, 1)},
