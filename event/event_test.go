@@ -188,6 +188,18 @@ func TestCut(t *testing.T) {
 	}
 }
 
+// The zone of an address is the name of an interface, which root chooses.
+func TestZone(t *testing.T) {
+	e := denied()
+	e.Connection.Source = netip.AddrPortFrom(netip.MustParseAddr(`fe80::1%a"b`), 1)
+	doc := render(t, e)[0]
+	for _, name := range []string{"source.address", "source.ip"} {
+		if got := at(doc, name); got != `fe80::1%a"b` {
+			t.Errorf("%s is %v", name, got)
+		}
+	}
+}
+
 func TestPod(t *testing.T) {
 	e := denied()
 	if doc := render(t, e)[0]; at(doc, "orchestrator") != nil {

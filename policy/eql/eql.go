@@ -3,11 +3,12 @@
 //
 // A query is compiled once, against a Schema that says which fields events have,
 // and is then immutable; any number of goroutines may use it. A Stage of it
-// answers whether one event matches; a Set asks many stages at once. A Machine holds what a sequence remembers
-// between events: make one for each stream of events and feed it from one
-// goroutine. Judging an event never fails. It takes time in proportion to the rule
-// and to the length of the values that the rule reads, and where nothing matches
-// it allocates nothing (concat and string, which make new strings, excepted).
+// answers whether one event matches; a Set asks many stages about it at once. A
+// Machine holds what a sequence remembers between events: make one for each stream
+// of events and feed it from one goroutine. Judging an event never fails. It takes
+// time in proportion to the rule and to the length of the values that the rule
+// reads, and where nothing matches it allocates nothing (concat and string, which
+// make new strings, excepted).
 //
 //	tree, err := syntax.Parse("curl.eql", src)
 //	query, err := eql.Compile(tree, schema)
@@ -252,8 +253,8 @@ func conjuncts(e syntax.Expr, list []syntax.Expr) []syntax.Expr {
 
 // Split cuts the condition of a stage in two: the category with the conjuncts that
 // read no fields but those that fixed reports, and what is left, which any category
-// has. An event matches the stage if it matches both parts. The first can be asked
-// once about many events that have these fields in common.
+// has; neither has the keys. An event matches the stage if it matches both parts. The
+// first can be asked once about many events that have these fields in common.
 func (s *Stage) Split(fixed func(Field) bool) (first, second *Stage) {
 	first = &Stage{event: s.event, category: s.category, inCat: s.inCat}
 	second = &Stage{event: &syntax.Event{Pos: s.event.Pos, Any: true}, inCat: always}

@@ -35,6 +35,8 @@ func (f *function) words(part string, fold bool) *words {
 		w.suffixes = []string{part}
 	case f.name == "stringContains":
 		w.contained = []string{part}
+	default:
+		return nil
 	}
 	return w
 }
