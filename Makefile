@@ -3,7 +3,7 @@
 # make build    builds bin/imdsgated and bin/imdsgate
 # make bench    compares with the direct path, haproxy and nginx
 # make bench-attribution  times the naming of a connection's owner, beside ss and lsof
-# make test-load  thousands of clients for two minutes, while the service fails
+# make test-load  12,000 connections for two minutes, while the service fails
 # make test-clients  runs AWS's SDKs and others, unmodified, and writes docs/clients.md
 # make install  onto this host, make uninstall takes it off again
 

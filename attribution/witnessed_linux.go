@@ -296,7 +296,7 @@ func (l *Lookup) nobodyElse(ctx context.Context) bool {
 		if !ok || h.Descriptors == 0 {
 			return false
 		}
-		if extra := h.References - h.Descriptors; extra < 0 || extra > 0 && extra > inCalls(s.pin, h.FD, extra) {
+		if extra := h.References - h.Descriptors; extra < 0 || extra > 0 && extra > inCalls(s.pin, h.FD, extra, c.TID) {
 			return false
 		}
 	}
@@ -403,41 +403,52 @@ func (f *Finder) holding(ctx context.Context, c Connector, inode uint32) (Holdin
 // reference to the descriptor: one that was given it, or one that waits for many. Which
 // those many are is not asked: a reference that somebody else hides at that moment is
 // one that only his writing shows, as it would be with a descriptor. It stops at enough:
-// who is in a call is mostly the first thread of many, and each takes 4 µs.
-func inCalls(p *pin, fd, enough int) int {
+// each thread takes 4 µs, and the one that connected is mostly the one that waits.
+func inCalls(p *pin, fd, enough, connector int) int {
+	count := 0
+	if inCall(p.dir, "task/"+strconv.Itoa(connector), fd) {
+		count = 1
+	}
+	if count == enough {
+		return count
+	}
 	bp := bufs.Get().(*[]byte)
 	defer bufs.Put(bp)
 	tasks, err := unix.Openat(p.dir, "task", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return 0
+		return count
 	}
 	defer unix.Close(tasks)
 	n, err := unix.ReadDirent(tasks, *bp)
 	if err != nil {
-		return 0
+		return count
 	}
-	var text [128]byte
-	count := 0
 	for tid := range numbers((*bp)[:n]) {
-		b, err := readAt(tasks, strconv.Itoa(tid)+"/syscall", text[:])
-		if err != nil {
-			continue
-		}
-		// "0 0x3 0x7ffd… …": the number and its arguments (proc_pid_syscall(5)), or
-		// "running"
-		number, rest, ok := bytes.Cut(b, []byte(" "))
-		call, err := strconv.Atoi(string(number))
-		if !ok || err != nil {
-			continue
-		}
-		first, _, _ := bytes.Cut(rest, []byte(" "))
-		if slices.Contains(pollCalls, call) || slices.Contains(ioCalls, call) && string(first) == "0x"+strconv.FormatInt(int64(fd), 16) {
+		if tid != connector && inCall(tasks, strconv.Itoa(tid), fd) {
 			if count++; count == enough {
 				break
 			}
 		}
 	}
 	return count
+}
+
+// inCall is inCalls for one thread, of which the directory is given.
+func inCall(at int, thread string, fd int) bool {
+	var text [128]byte
+	b, err := readAt(at, thread+"/syscall", text[:])
+	if err != nil {
+		return false
+	}
+	// "0 0x3 0x7ffd… …": the number and its arguments (proc_pid_syscall(5)), or
+	// "running"
+	number, rest, ok := bytes.Cut(b, []byte(" "))
+	call, err := strconv.Atoi(string(number))
+	if !ok || err != nil {
+		return false
+	}
+	first, _, _ := bytes.Cut(rest, []byte(" "))
+	return slices.Contains(pollCalls, call) || slices.Contains(ioCalls, call) && string(first) == "0x"+strconv.FormatInt(int64(fd), 16)
 }
 
 // since adds those who had the socket when the connection began, as far as one

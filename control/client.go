@@ -30,6 +30,7 @@ func NewClient(socket string) *Client {
 			var d net.Dialer
 			return d.DialContext(ctx, "unix", socket)
 		},
+		DisableKeepAlives: true, // nobody closes a Client
 	}}}
 }
 

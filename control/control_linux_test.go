@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -53,6 +54,23 @@ func serve(t *testing.T, gid int) string {
 		}
 	})
 	return socket
+}
+
+// A client that is not used any more keeps nothing of the daemon's.
+func TestClientLeavesNothing(t *testing.T) {
+	socket := serve(t, -1)
+	before := runtime.NumGoroutine()
+	for range 50 {
+		var answer any
+		if err := NewClient(socket).Get(t.Context(), "echo", nil, &answer); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for end := time.Now().Add(5 * time.Second); runtime.NumGoroutine() > before+5; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d goroutines, and %d before", runtime.NumGoroutine(), before)
+		}
+	}
 }
 
 func TestAsk(t *testing.T) {

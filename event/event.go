@@ -193,6 +193,7 @@ type Request struct {
 	Forwarded bool  // carries X-Forwarded-For, Forwarded, X-Forwarded-Host or Via
 	HostIsOdd bool  // Host is a public name: a sign of DNS rebinding
 	Evasive   bool  // spelled as no client spells it
+	Container bool  // to an endpoint for tasks and pods, which knows no tokens
 	Malformed string
 }
 

@@ -256,3 +256,35 @@ func BenchmarkAppendJSON(b *testing.B) {
 	}
 	b.SetBytes(int64(len(buf)))
 }
+
+// The path by which the agent of ECS knows a task is its password.
+func TestSecretPath(t *testing.T) {
+	const id = "2d8c2a5e-6c0e-4d5e-8d3c-0123456789ab"
+	for _, c := range []struct {
+		target, path string
+		evasive      bool
+		original     string
+	}{
+		{"/v2/credentials/" + id, "/v2/credentials/" + id, false, "/v2/credentials/[redacted]"},
+		{"/v2/%63redentials/" + id, "/v2/credentials/" + id, true, "[redacted]"},
+		{"/v4/" + id + "/task", "/v4/" + id + "/task", false, "/v4/" + id + "/task"}, // what is there is no secret
+	} {
+		e := denied()
+		e.Connection.Destination = netip.MustParseAddrPort("169.254.170.2:80")
+		e.Request = Request{Method: "GET", Target: c.target, Path: c.path, Class: "credentials", Guarded: true, Container: true, Evasive: c.evasive}
+		for _, doc := range render(t, e) {
+			if at(doc, "url.original") != c.original || at(doc, "imdsgate.request.api") != "container" {
+				t.Errorf("%s: written %v, %v", c.target, at(doc, "url.original"), at(doc, "imdsgate.request.api"))
+			}
+			for _, name := range []string{"url.path", "message"} {
+				if text, _ := at(doc, name).(string); strings.Contains(text, id) && strings.Contains(c.path, "credentials") {
+					t.Errorf("%s: %s has the secret: %s", c.target, name, text)
+				}
+			}
+		}
+		i, _ := Lookup("url.original")
+		if v := e.Views()[0]; Fields[i].Value(&v).Text != c.target {
+			t.Errorf("%s: rules are asked about %q", c.target, Fields[i].Value(&v).Text)
+		}
+	}
+}

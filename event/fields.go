@@ -30,6 +30,7 @@ type Value struct {
 	Time  time.Time
 
 	command *Process // whose arguments Texts are, or Text with blanks between them
+	hidden  bool     // Text is for rules alone
 }
 
 // A View is one document of an event, with the process that it is about. It
@@ -245,7 +246,12 @@ func fields() []Field {
 	add(onRequest, Keyword, "url.domain", func(v *View) Value { return known(v.Request.Host) }).free = true
 	add(onRequest, Long, "url.port", func(v *View) Value { return number(int64(v.Connection.Destination.Port())) })
 	add(onRequest, Keyword, "url.path", func(v *View) Value { return known(v.Request.Path) }).free = true
-	add(onRequest, Keyword, "url.original", func(v *View) Value { return known(v.Request.Target) }).free = true
+	add(onRequest, Keyword, "url.original", func(v *View) Value {
+		target := known(v.Request.Target)
+		// A secret path is found where it is written as its owner writes it.
+		target.hidden = v.Request.Container && v.Request.Evasive
+		return target
+	}).free = true
 	add(onRequest, Keyword, "user_agent.original", func(v *View) Value { return known(v.Request.UserAgent) }).free = true
 
 	ruleFields(add, array)
@@ -420,6 +426,8 @@ func ownFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 		switch {
 		case v.Request.Malformed != "":
 			return Value{}
+		case v.Request.Container:
+			return text("container")
 		case v.Request.Token || v.Request.Class == "token":
 			return text("v2")
 		}

@@ -115,6 +115,8 @@ func (f *Field) append(b []byte, v *Value) (_ []byte, short bool) {
 	}
 	texts := v.Texts
 	switch {
+	case v.hidden:
+		return appendString(b, redacted), false
 	case v.command == nil:
 	case v.Texts != nil:
 		texts = v.command.redactedArgs()

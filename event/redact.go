@@ -77,6 +77,8 @@ var secrets = []struct {
 	{words: []string{" -u", "-user", "fu ", "gu ", "iu ", "ku ", "lu ", "su ", "vu ", "-fu", "-gu", "-iu", "-ku", "-lu", "-su", "-vu", "ssu"}, also: "curl",
 		form: regexp.MustCompile(`(\x00(?:` + shortUser + `|` + shortsUser + `\x00|--(?:proxy-)?user[=\x00])[^\s:/=\x00]*:)[^\x00]+` +
 			`|(\s` + curlUser + `\\*"[^\s:"\\\x00]*:)[^"\\\x00]+|(\s` + curlUser + `'[^\s:'\x00]*:)[^'\x00]+|(\s` + curlUser + `[^\s:/="'\\\x00]*:)` + bare + `+`)},
+	// Whoever knows the path at the endpoint of ECS gets the credentials of the task.
+	{words: []string{"/credentials/"}, form: regexp.MustCompile(`(?i)(/v\d+/+credentials/+)[^\s"'\\\x00/?#&;]+`)},
 	// Tokens of IMDSv2 are 56 characters of base64url, those of STS some hundred.
 	{words: []string{"aqa", "iqojb3", "fwogzx", "fqogzx", "fqodyx"},
 		form: regexp.MustCompile(`\bAQA[A-Za-z0-9_-]{45,}={0,2}|\b(?:IQoJb3JpZ2lu|FwoGZXIvYXdz|FQoGZXIvYXdz|FQoDYXdz)[A-Za-z0-9+/=%_-]{20,}`)},

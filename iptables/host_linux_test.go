@@ -139,7 +139,7 @@ func TestLocksOfTheRealTool(t *testing.T) {
 			onHosts(t, func(s *site, b Backend) {
 				s.load(b, c.family, c.rules)
 				before := s.rules(b)
-				r := s.open(Config{UID: uid})
+				r := s.open(c.config(uid))
 				report := s.install(r)
 				c.check(s.T, report.Locks, report.Families[c.family].Hooks.Admit, 0)
 				for _, l := range report.Locks {

@@ -91,6 +91,7 @@ type judgedRule struct {
 	conditions []condition
 	verdict    verdict
 	target     *judgedChain // of jump and goTo
+	port       uint16       // of this host, that a divert leads to; 0 if it is none or not known
 }
 
 type judgedChain struct {
@@ -116,6 +117,7 @@ type stop struct {
 	base        *base
 	chain, rule string // rule "" for the base's policy
 	verdict     verdict
+	port        uint16 // of this host, that packets are diverted to; 0 if it is none or not known
 	degree      degree
 	named       degree // to which the rule, or one that leads to it, is about the destination address
 }
@@ -132,7 +134,7 @@ func (b *base) stops(p *packet) ([]stop, error) {
 	w := walk{base: b, packet: p}
 	rest := w.chain(&b.judgedChain, all, no, 0)
 	if b.drops && rest > no {
-		w.stop(b.name, "", drop, rest, no)
+		w.stop(b.name, &judgedRule{verdict: drop}, rest, no)
 	}
 	if w.steps > maxSteps {
 		return nil, errTooLarge
@@ -180,7 +182,7 @@ func (w *walk) chain(c *judgedChain, reach, named degree, depth int) degree {
 		case accept:
 			w.ended++
 		case drop, divert:
-			w.stop(c.name, r.text, r.verdict, takes, named)
+			w.stop(c.name, r, takes, named)
 		case giveBack:
 			back = max(back, takes)
 		case jump:
@@ -200,9 +202,9 @@ func (w *walk) chain(c *judgedChain, reach, named degree, depth int) degree {
 	return max(back, reach)
 }
 
-func (w *walk) stop(chain, rule string, v verdict, d, named degree) {
+func (w *walk) stop(chain string, r *judgedRule, d, named degree) {
 	w.ended++
-	w.found = append(w.found, stop{w.base, chain, rule, v, d, named})
+	w.found = append(w.found, stop{w.base, chain, r.text, r.verdict, r.port, d, named})
 }
 
 func unknown(*packet) degree { return maybe }

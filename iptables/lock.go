@@ -117,9 +117,12 @@ func (r rules) locks(c Config, f Family, mine string, ways map[netip.AddrPort]wa
 		hostIn := packet{hook: hookInput, in: "lo", src: host.src, dst: redirected.dst, dnat: true}
 		forwardedIn := packet{hook: hookInput, dst: netip.AddrPortFrom(c.forwarded(f)[0], c.ForwardedPort), dnat: true}
 
+		agent, err := r.agent(f, daemon)
+		errs = errors.Join(errs, err)
+
 		for _, b := range r[f] {
 			ownFilter := b.store == mine && b.table == "filter"
-			judge := judge{findings: &found, family: f, hook: HostHook, override: c.OverrideForeign}
+			judge := judge{findings: &found, family: f, hook: HostHook, override: c.OverrideForeign, agent: agent}
 			switch b.hook {
 			case hookOutput:
 				errs = errors.Join(errs, judge.output(b, host, redirected, daemon, ownFilter))
@@ -139,12 +142,41 @@ func (r rules) locks(c Config, f Family, mine string, ways map[netip.AddrPort]wa
 	return found, errs
 }
 
+// agent returns the port of this host to which rules lead the daemon's own packets to an endpoint, 0 if there is none.
+// The agent of ECS has such rules for 169.254.170.2 (ECS Developer Guide, "Installing the Amazon ECS container agent"):
+// what they lead to is the service itself, and it is reached through the daemon, too. What stands in the way to the
+// instance's own metadata service is somebody else's proxy, who may have to know whose packets they are.
+func (r rules) agent(f Family, daemon packet) (uint16, error) {
+	if slices.Contains(Config{}.WithDefaults().Endpoints, daemon.dst) {
+		return 0, nil
+	}
+	for _, b := range r[f] {
+		if b.hook != hookOutput {
+			continue
+		}
+		stops, err := b.stops(&daemon)
+		if err != nil {
+			return 0, err
+		}
+		for _, s := range stops {
+			if s.verdict == divert && s.degree == all {
+				return s.port, nil
+			}
+		}
+	}
+	return 0, nil
+}
+
 type judge struct {
 	*findings
 	family   Family
 	hook     Hook
 	override bool
+	agent    uint16 // see rules.agent
 }
+
+// toAgent reports whether packets are led to where the daemon's are.
+func (j *judge) toAgent(s stop) bool { return j.agent != 0 && s.port == j.agent }
 
 // lock reports a rule once for each hook, for the first reason that keeps the hook from being taken.
 func (j *judge) lock(kind LockKind, s stop) {
@@ -194,7 +226,7 @@ func (j *judge) output(b *base, host, redirected, daemon packet, ownFilter bool)
 	for _, s := range before {
 		about := j.about(s)
 		switch {
-		case s.verdict == divert && about:
+		case s.verdict == divert && about && !j.toAgent(s):
 			j.lock(Redirects, s)
 		case s.verdict == divert:
 		case about || s.degree == all || s.degree == some && degreeOf(after, s) != some:
@@ -231,10 +263,11 @@ func (j *judge) forward(b *base, p packet) error {
 		if !j.about(s) {
 			continue
 		}
-		if s.verdict == divert {
-			j.lock(Redirects, s)
-		} else {
+		switch {
+		case s.verdict == drop:
 			j.lock(Refuses, s)
+		case !j.toAgent(s):
+			j.lock(Redirects, s)
 		}
 	}
 	return err

@@ -16,6 +16,7 @@ import (
 // that is a lock, and what else is expected in comments at the top.
 type lockCase struct {
 	family  Family
+	listed  []netip.AddrPort // endpoints beside the usual ones
 	admit   bool
 	unclear int
 	rules   string
@@ -38,6 +39,9 @@ func readLockCase(t *testing.T, file string) lockCase {
 			c.admit = true
 		case "# unclear: 1":
 			c.unclear = 1
+		}
+		if endpoint, ok := strings.CutPrefix(line, "# endpoint: "); ok {
+			c.listed = append(c.listed, netip.MustParseAddrPort(endpoint))
 		}
 		line, locks, isLock := strings.Cut(line, " #! ")
 		rules.WriteString(line + "\n")
@@ -65,6 +69,12 @@ func (l Lock) asLine() string {
 var usualWays = map[netip.AddrPort]way{
 	netip.MustParseAddrPort("169.254.169.254:80"): {netip.MustParseAddr("172.31.0.10"), "eth0"},
 	netip.MustParseAddrPort("[fd00:ec2::254]:80"): {netip.MustParseAddr("fd00:ec2:1::10"), "eth0"},
+}
+
+func (c lockCase) config(uid uint32) Config {
+	config := Config{UID: uid}.WithDefaults()
+	config.Endpoints = append(config.Endpoints, c.listed...)
+	return config
 }
 
 func (c lockCase) check(t *testing.T, locks []Lock, admit bool, unclear int) {
@@ -100,7 +110,7 @@ func TestLocks(t *testing.T) {
 				t.Fatal(err)
 			}
 			const store = "iptables-nft"
-			found, err := rules{c.family: saved.judged(store)}.locks(Config{UID: 990}.WithDefaults(), c.family, store, usualWays)
+			found, err := rules{c.family: saved.judged(store)}.locks(c.config(990), c.family, store, usualWays)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -65,9 +65,11 @@ func builtIn(table, chain string) (hook, int, bool) {
 // judgeRule reads one rule. An option that is not known makes a condition that could be met or not.
 func judgeRule(text string, chains map[string]*judgedChain) judgedRule {
 	r := judgedRule{text: text}
-	for _, o := range options(text) {
+	all := options(text)
+	for i, o := range all {
 		if o.name == "-j" || o.name == "-g" {
 			r.aim(o, chains)
+			r.port = localPort(all[i+1:])
 			break // what follows are the target's own options
 		}
 		if c, matters := o.judge(); matters {
@@ -99,6 +101,22 @@ func (r *judgedRule) aim(o option, chains map[string]*judgedChain) {
 			r.verdict = goTo
 		}
 	}
+}
+
+// localPort reads the options of REDIRECT, or of DNAT to loopback.
+func localPort(target []option) uint16 {
+	for _, o := range target {
+		switch o.name {
+		case "--to-ports":
+			port, _ := strconv.ParseUint(o.value(), 10, 16) // 0 for a range
+			return uint16(port)
+		case "--to-destination":
+			if to, err := netip.ParseAddrPort(o.value()); err == nil && to.Addr().IsLoopback() {
+				return to.Port()
+			}
+		}
+	}
+	return 0
 }
 
 // judge returns the condition that an option states; matters is false if it is none, like "-m tcp".

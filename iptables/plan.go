@@ -138,6 +138,13 @@ func (p Plan) without(f Family) Plan {
 	return p
 }
 
+// withoutTable returns p less one table.
+func (p FamilyPlan) withoutTable(name string) FamilyPlan {
+	p.Chains = slices.DeleteFunc(slices.Clone(p.Chains), func(c Chain) bool { return c.Table == name })
+	p.Jumps = slices.DeleteFunc(slices.Clone(p.Jumps), func(j Jump) bool { return j.Table == name })
+	return p
+}
+
 const (
 	syn     = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN"
 	refuse  = "-p tcp -j REJECT --reject-with tcp-reset"

@@ -184,6 +184,13 @@ func (r *Redirect) survey(ctx context.Context) (*survey, error) {
 			"there is no IPv6 redirect (%v): when somebody switches IPv6 on, the metadata service is reached past the daemon", r.broken))
 	}
 
+	for _, e := range (Config{}).WithDefaults().Endpoints {
+		if !slices.Contains(r.config.Endpoints, e) && slices.Contains(families, familyOf(e.Addr())) {
+			s.report.Warnings = append(s.report.Warnings, fmt.Sprintf(
+				"%s is not among redirect.endpoints, so the instance's own metadata service is reached there past the daemon", e))
+		}
+	}
+
 	if r.noZone != nil {
 		s.report.Warnings = append(s.report.Warnings, fmt.Sprintf(
 			"the connection tracker does not keep the daemon's connections apart from clients' (%v): for ten seconds after the service has reset one, "+
@@ -533,6 +540,29 @@ func (t *tools) guard(is FamilyPlan) (Guard, error) {
 		}
 	}
 	return g, nil
+}
+
+// Release lets new connections go to the endpoints themselves, and keeps those that were redirected: the rules that
+// remain have the kernel go on tracking connections, without which it would no longer change the addresses of their
+// packets, and they would be reset (nf_ct_netns_put, net/netfilter/nf_conntrack_proto.c; measured). Remove takes away
+// the rest when they have ended. Like Remove it needs to know nothing, and goes on after an error.
+func Release(ctx context.Context) error {
+	all, err := findTools(ctx, searchPath())
+	errs := []error{err}
+	has, err := ipv6Presence()
+	errs = append(errs, err)
+	for _, t := range all {
+		for _, f := range Families {
+			have, err := t.save(ctx, f)
+			if err == nil {
+				_, err = t.settle(ctx, have.installed(f).withoutTable("nat"), have)
+			}
+			if f == IPv4 || has == awake {
+				errs = append(errs, err)
+			}
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // Remove takes away everything that any Install has left in this network namespace, in both back ends and families.

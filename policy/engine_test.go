@@ -1,10 +1,12 @@
 package policy
 
 import (
+	"errors"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -16,15 +18,17 @@ import (
 var classes = []string{"listing", "inventory", "operational", "token", "unknown", "user-data", "identity-proof", "credentials"}
 
 const (
-	oddClient  = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a01"
-	untrusted  = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a02"
-	imdsv1     = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a03"
-	relayed    = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a04"
-	evasive    = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a05"
-	oddClient6 = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a06"
-	handTool   = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a07"
-	riddle     = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a08"
-	elsewhere  = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a09"
+	oddClient = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a01"
+	untrusted = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a02"
+	imdsv1    = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a03"
+	relayed   = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a04"
+	evasive   = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a05"
+	oddOther  = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a06"
+	handTool  = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a07"
+	riddle    = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a08"
+	elsewhere = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a09"
+	searched  = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a0b"
+	hoarded   = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a0c"
 )
 
 func compile(t testing.TB, c Config) *Policy {
@@ -216,7 +220,13 @@ func TestShippedRules(t *testing.T) {
 		}, riddle, event.Deny, true},
 		{"curl over IPv6", "/usr/bin/curl", func(ev *event.Event, _ *event.Process) {
 			ev.Connection.Destination = netip.MustParseAddrPort("[fd00:ec2::254]:80")
-		}, oddClient6, event.Deny, true},
+		}, oddOther, event.Deny, true},
+		{"curl for a task's credentials", "/usr/bin/curl", atContainers, oddOther, event.Deny, true},
+		{"a program for a task's credentials", "/opt/app/bin/app", atContainers, "", event.Allow, false},
+		{"a program with a task's address in argv", "/usr/local/bin/tool", func(ev *event.Event, p *event.Process) {
+			atContainers(ev, p)
+			p.CommandLine = "tool http://169.254.170.2/"
+		}, oddOther, event.Deny, true},
 		{"inventory, by curl", "/usr/bin/curl", func(ev *event.Event, _ *event.Process) {
 			ev.Request.Class, ev.Request.Guarded = "inventory", false
 		}, oddClient, event.Allow, true},
@@ -236,6 +246,12 @@ func TestShippedRules(t *testing.T) {
 	}
 }
 
+// atContainers makes it a task's request for its own credentials.
+func atContainers(ev *event.Event, _ *event.Process) {
+	ev.Connection.Destination = netip.MustParseAddrPort("169.254.170.2:80")
+	ev.Request.Path, ev.Request.Token, ev.Request.Container = "/v2/credentials/0f0e", false, true
+}
+
 // Which of the rules that look at the request alone raise an alert, and no other.
 func TestRequestRules(t *testing.T) {
 	short := map[string]string{imdsv1: "v1", relayed: "relayed", evasive: "disguised", elsewhere: "evasive", riddle: "malformed"}
@@ -249,6 +265,7 @@ func TestRequestRules(t *testing.T) {
 		{"a secret over IMDSv1", event.Request{Guarded: true}, "v1"},
 		{"a disguised secret", event.Request{Guarded: true, Token: true, Evasive: true}, "disguised"},
 		{"a disguised secret over IMDSv1", event.Request{Guarded: true, Evasive: true}, "disguised v1"},
+		{"a secret of a task, where there are no versions", event.Request{Guarded: true, Container: true}, ""},
 		{"inventory over IMDSv1", event.Request{}, ""},
 		{"disguised inventory", event.Request{Evasive: true}, "evasive"},
 		{"disguised inventory, relayed", event.Request{Token: true, Evasive: true, Forwarded: true}, "evasive relayed"},
@@ -569,6 +586,98 @@ func TestActions(t *testing.T) {
 		if ev.Decision.Verdict != c.verdict || m.Alert != c.alert {
 			t.Errorf("%s: %v, %+v", c.name, ev.Decision.Verdict, m)
 		}
+	}
+}
+
+// What is much is only known by counting: the rules for it say nothing of the first
+// requests, alert or log from the one that is too many, and block nobody.
+func TestCounting(t *testing.T) {
+	one := func(int) string { return "one" }
+	for _, c := range []struct {
+		name, rule string
+		class      string
+		requests   int
+		every      time.Duration
+		parent     func(i int) string // of the process that asks
+		entity     func(i int) string
+		first      int // that matches, from 1; 0 for none
+		alert      bool
+	}{
+		{"a word list", searched, "unknown", 20, time.Second, one, one, 15, true},
+		{"a word list, a process for each word", searched, "unknown", 20, time.Second, one, strconv.Itoa, 15, true},
+		{"as many processes of others", searched, "unknown", 20, time.Second, strconv.Itoa, strconv.Itoa, 0, false},
+		{"one word after the other", searched, "unknown", 40, 5 * time.Second, one, one, 0, false},
+		{"who looks in which cloud he is", searched, "unknown", 14, time.Millisecond, one, one, 0, false},
+		{"a crawler", searched, "inventory", 300, time.Millisecond, one, one, 0, false},
+		{"a hoard of tokens", hoarded, "token", 40, time.Second, one, one, 30, false},
+		{"a token for each process", hoarded, "token", 40, time.Millisecond, one, strconv.Itoa, 0, false},
+		{"a refused client", hoarded, "token", 12, time.Millisecond, one, one, 0, false},
+	} {
+		e := NewEngine(compile(t, Config{Mode: Enforce}))
+		for i := 1; i <= c.requests; i++ {
+			ev := judge(e, asking("/opt/app/bin/app", func(ev *event.Event, p *event.Process) {
+				ev.Request.Class, ev.Request.Guarded = c.class, false
+				ev.Time, ev.Connection.Accepted = ev.Time.Add(time.Duration(i)*c.every), ev.Time.Add(time.Duration(i)*c.every)
+				p.EntityID, p.Parent.EntityID = c.entity(i), c.parent(i)
+			}))
+			m, ok := matched(ev, c.rule)
+			if ok != (c.first != 0 && i >= c.first) || m.Alert != (ok && c.alert) || ev.Decision.Verdict != event.Allow {
+				t.Errorf("%s, request %d: %+v, %v", c.name, i, ev.Decision.Matches, ev.Decision.Verdict)
+			}
+		}
+	}
+	rules, _, _ := NewEngine(compile(t, Config{})).Explain([]*event.Event{asking("/opt/app/bin/app", nil)})
+	for _, r := range rules {
+		if (r.ID == hoarded || r.ID == searched) && (r.Matches || len(r.Clauses) != 1 || r.Clauses[0].Excuse) {
+			t.Errorf("explained: %+v", r)
+		}
+	}
+	block := Block
+	for _, a := range []RuleAction{{Action: &block}, {Classes: map[string]Action{"token": Block}}} {
+		_, err := Compile(Config{Rules: RulesConfig{Actions: map[string]RuleAction{hoarded: a}}}, classes)
+		if err == nil || !strings.Contains(err.Error(), "cannot block") {
+			t.Errorf("%+v: %v", a, err)
+		}
+	}
+}
+
+// TestMissingEvents: a rule with missing events alerts and does not block; one that
+// would be decided only later is refused.
+func TestMissingEvents(t *testing.T) {
+	dir := t.TempDir()
+	rule := func(query string) {
+		t.Helper()
+		src := "[rule]\nrule_id = \"m\"\nname = \"m\"\ntype = \"eql\"\nlanguage = \"eql\"\nseverity = \"low\"\nquery = '''\n" + query + "\n'''\n"
+		if err := os.WriteFile(filepath.Join(dir, "m.toml"), []byte(src), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c := Config{Mode: Enforce, Rules: RulesConfig{Paths: []string{dir}, WithoutShipped: true}}
+	rule(`sequence by process.entity_id with maxspan=1m
+  ![process where process.name == "curl"]
+  [network where event.action == "connection_attempted"]`)
+	e := NewEngine(compile(t, c))
+	if ev := judge(e, asking("/usr/bin/curl", nil)); len(ev.Decision.Matches) != 0 {
+		t.Errorf("curl: %+v", ev.Decision.Matches)
+	}
+	ev := judge(e, asking("/usr/bin/wget", nil))
+	if m, ok := matched(ev, "m"); !ok || !m.Literal || !m.Alert || m.Bound || m.Action != "alert" || ev.Decision.Verdict != event.Allow {
+		t.Errorf("wget: %+v, %v", ev.Decision.Matches, ev.Decision.Verdict)
+	}
+	block := Block
+	for _, a := range []RuleAction{{Action: &block}, {Classes: map[string]Action{"credentials": Block}}} {
+		c.Rules.Actions = map[string]RuleAction{"m": a}
+		if _, err := Compile(c, classes); err == nil || !strings.Contains(err.Error(), "cannot block") {
+			t.Errorf("%+v: %v", a, err)
+		}
+	}
+
+	c.Rules.Actions = nil
+	rule(`sequence by host.id with maxspan=1m
+  [network where true]
+  ![process where true]`)
+	if _, err := Compile(c, classes); !errors.Is(err, errors.ErrUnsupported) || !strings.Contains(err.Error(), "m.toml:10:3: ") {
+		t.Errorf("late: %v", err)
 	}
 }
 

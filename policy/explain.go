@@ -54,8 +54,11 @@ func (e *Engine) Explain(requests []*event.Event) (rules []RuleFinding, grants [
 			}
 		}
 		for _, s := range r.literal {
+			if s.Missing() {
+				continue // which no process can be asked
+			}
 			for _, c := range s.Conjuncts() {
-				clause := Clause{Text: c.Text, Excuse: !kept[c.Text]}
+				clause := Clause{Text: c.Text, Excuse: !kept[c.Text] && !r.alertsOnly}
 				for _, d := range s.documents {
 					about := document{event.View{Event: requests[0], Document: d, Subject: subject}}
 					clause.Holds = clause.Holds || c.Match(&about)

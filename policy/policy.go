@@ -82,6 +82,7 @@ type rule struct {
 	literal  []*stage // of the query as written
 
 	aboutProcess bool // blocks because of what the process is, not of a request alone
+	alertsOnly   bool // of counts and of what did not come before: neither says anything of one process
 }
 
 //go:embed rules/*.toml
@@ -117,6 +118,11 @@ func Compile(c Config, classes []string) (*Policy, error) {
 		a := c.Rules.Actions[id]
 		if _, ok := known[id]; !ok {
 			errs = append(errs, fmt.Errorf("rules.actions: no rule has the rule_id %q; there are %s", id, strings.Join(slices.Sorted(maps.Keys(known)), ", ")))
+		}
+		for _, r := range p.rules {
+			if r.ID == id && r.alertsOnly && a.blocks() {
+				errs = append(errs, fmt.Errorf("rules.actions: %s: a rule that counts events (with runs) or has missing ones cannot block; use log or alert", id))
+			}
 		}
 		for class := range a.Classes {
 			if !slices.Contains(classes, class) {
@@ -169,6 +175,10 @@ func newRule(r *Rule, a RuleAction) *rule {
 		blocking = r.Query
 	}
 	own := &rule{Rule: r, action: a, blocking: stages(blocking), literal: stages(r.Query)}
+	own.alertsOnly = r.Query.Counts() || slices.ContainsFunc(own.literal, func(s *stage) bool { return s.Missing() })
+	if own.alertsOnly {
+		own.blocking = nil
+	}
 	for _, s := range own.blocking {
 		own.aboutProcess = own.aboutProcess || slices.ContainsFunc(s.Fields(), func(f eql.Field) bool {
 			return strings.HasPrefix(f.Name, "process.") || strings.HasPrefix(f.Name, "imdsgate.executable.")
@@ -189,10 +199,15 @@ func (r *rule) on(q *event.Request) Action {
 	case r.Rule.Action != nil:
 		action = *r.Rule.Action
 	}
-	if action == Block && !q.Guarded {
+	if action == Block && (!q.Guarded || r.alertsOnly) {
 		return Alert
 	}
 	return action
+}
+
+// blocks reports whether an operator asked for a block in so many words.
+func (a *RuleAction) blocks() bool {
+	return a.Action != nil && *a.Action == Block || slices.Contains(slices.Collect(maps.Values(a.Classes)), Block)
 }
 
 // granted finds the grant that covers what a process asks for.

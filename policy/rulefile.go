@@ -93,6 +93,9 @@ func ParseRule(name string, src []byte) (*Rule, error) {
 	if err == nil {
 		r.Query, err = eql.Compile(tree, schema{})
 	}
+	if err == nil && r.Query.Late() {
+		err = late(tree)
+	}
 	if err != nil {
 		return nil, inFile(err, src, f.Rule.Query)
 	}
@@ -119,6 +122,15 @@ func ParseRule(name string, src []byte) (*Rule, error) {
 		r.Threat = append(r.Threat, threat)
 	}
 	return r, nil
+}
+
+// late refuses a sequence that ends in a missing event. An alert belongs to the
+// request that raised it, and when the span is over that was answered long ago.
+func late(tree *syntax.Query) error {
+	items := tree.Body.(*syntax.Sequence).Items
+	e := tree.Errorf(items[len(items)-1].Pos, "a sequence that ends in a missing event is decided when its maxspan is over, after the request that it is about")
+	e.Hint, e.Err = "ask recorded events with imdsgate eql", errors.ErrUnsupported
+	return syntax.ErrorList{e}
 }
 
 // inFile moves the lines of a query's errors to where the query stands in its

@@ -44,7 +44,7 @@ func (a *alone) blocks(r *rule, ev *event.Event, subject *event.Process) bool {
 		}
 		return true
 	}
-	return holds(false) || subject != nil && subject.ParentNow != nil && holds(true)
+	return len(r.blocking) > 0 && (holds(false) || subject != nil && subject.ParentNow != nil && holds(true))
 }
 
 func (a *alone) literal(i int, ev *event.Event, subject *event.Process, start bool) bool {
@@ -154,8 +154,13 @@ func (r random) rule() string {
 	if r.IntN(3) > 0 {
 		return stage()
 	}
-	src := "sequence" + r.pick("", " by process.entity_id", " by host.id, process.parent.entity_id") + r.pick("", " with maxspan=1s", " with maxspan=3s") +
-		" [" + stage() + "] [" + stage() + "]"
+	by, item := r.pick("", " by process.entity_id", " by host.id, process.parent.entity_id"), func() string {
+		return " [" + stage() + "]" + r.pick("", "", "", " with runs=2")
+	}
+	src := "sequence" + by + r.pick("", " with maxspan=1s", " with maxspan=3s") + item() + item()
+	if r.IntN(4) == 0 {
+		src = "sequence" + by + " with maxspan=2s ![" + stage() + "]" + item() + r.pick("", " !["+stage()+"]") + item()
+	}
 	if r.IntN(3) == 0 {
 		src += " until [" + stage() + "]"
 	}

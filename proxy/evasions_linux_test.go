@@ -27,9 +27,9 @@ import (
 // Not here, because no request shows them: 24 and 42, another process at the same
 // socket and one that has ended, are in test/attacks; 38 and 39, other ports, marks,
 // namespaces and addresses, in test/e2e (TestWaysRoundTheRedirect,
-// TestSpellingsOfTheAddress); 40, what another process has stored, is nothing that a
-// proxy sees; 37, many requests, are many events. 41 is TestAnswers. Of 35, what is
-// never finished is TestSlowAndSilentClients.
+// TestSpellingsOfTheAddress), and so is 37, many requests (TestSearching); 40, what
+// another process has stored, is nothing that a proxy sees. 41 is TestAnswers. Of 35,
+// what is never finished is TestSlowAndSilentClients.
 var evasions = []struct {
 	number int
 	name   string

@@ -99,7 +99,7 @@ func id(n uint32) string { return strconv.FormatUint(uint64(n), 10) }
 func asked(ev *event.Event, r *request, t imds.Target, size int) {
 	q := readable(r)
 	q.Path, q.Class, q.Guarded, q.Version = t.Path, t.Class.String(), t.Guarded(), t.Version
-	q.HTTP, q.Bytes, q.Evasive = "1."+string('0'+r.minor), int64(size), t.Evasive || r.odd
+	q.HTTP, q.Bytes, q.Evasive, q.Container = "1."+string('0'+r.minor), int64(size), t.Evasive || r.odd, t.Container
 	ev.Request = q
 }
 

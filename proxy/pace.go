@@ -7,6 +7,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/proxy/loop"
 )
 
 // pace bounds the requests of one caller that reach the service, which shares 1,024
@@ -79,8 +80,10 @@ func (s *session) paced() bool {
 		}
 		wait = heldFor
 	}
-	for ; wait > 0 && !s.ended() && look(s.client) != reset; wait -= heldFor / 10 {
-		time.Sleep(min(wait, heldFor/10))
+	for until := time.Now().Add(wait); wait > 0; wait = time.Until(until) {
+		if s.task.Wait(until, loop.Interest{Conn: s.client, For: loop.Gone}) != nil || s.client.Look() == loop.Broken {
+			break
+		}
 	}
 	return true
 }

@@ -35,6 +35,7 @@ import (
 	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/proxy/loop"
 )
 
 // Options of a Proxy.
@@ -58,6 +59,10 @@ type Options struct {
 	// 0 sets no bounds. Lower than what an SDK asks in a row, which is some ten, makes
 	// it wait. In audit mode it slows down and bounds nothing.
 	Rate, Burst int
+	// DialAhead bounds the connections to each endpoint that are made before somebody
+	// asks for them, as far as some were wanted lately; 0 for none. Each that is not
+	// used within two seconds has cost the service packets for nothing.
+	DialAhead int
 	// Forwardable says whether the host would have forwarded a connection from
 	// this client in another network namespace. Nil is never.
 	Forwardable func(client, endpoint netip.AddrPort) error
@@ -90,7 +95,8 @@ type Proxy struct {
 
 	mu               sync.Mutex // guards the following
 	local, forwarded *slots
-	listeners        []net.Listener
+	loop             *loop.Loop   // nil before the first Serve
+	standing         []*loop.Task // end with Shutdown
 	closing          bool
 
 	// evidence has a place for each event that waits for its evidence, in audit
@@ -98,6 +104,7 @@ type Proxy struct {
 	// there is none have the evidence of the moment.
 	evidence chan struct{}
 
+	ahead    ahead
 	pace     pace
 	rendered rendered
 	tokens   *tokens
@@ -128,10 +135,18 @@ func New(o Options, finder *attribution.Finder, engine *policy.Engine) *Proxy {
 		o.MaxConns = 4096
 	}
 	forwarded := max(o.MaxConns/4, 1)
-	return &Proxy{options: o, finder: finder, engine: engine, uid: uint32(os.Geteuid()), silence: idleTimeout,
+	p := &Proxy{options: o, finder: finder, engine: engine, uid: uint32(os.Geteuid()), silence: idleTimeout,
 		local: newSlots(o.MaxConns - forwarded), forwarded: newSlots(forwarded), evidence: make(chan struct{}, o.MaxConns),
 		pace: pace{each: rate.Limit(o.Rate), burst: cmp.Or(o.Burst, 2*o.Rate)}, tokens: newTokens(), ledger: newLedger()}
+	if o.Rate == 0 { // or else requests are counted, since they cost the service packets
+		p.ahead.most = o.DialAhead
+	}
+	p.ahead.dial = func(dst netip.AddrPort) (int, netip.AddrPort, error) { return dial(dst, o.Mark, 0) }
+	return p
 }
+
+// Ahead is live.
+func (p *Proxy) Ahead() *AheadStats { return &p.ahead.stats }
 
 // Stats is live.
 func (p *Proxy) Stats() *Stats { return &p.stats }
@@ -157,40 +172,84 @@ func Listen(ctx context.Context, addr netip.AddrPort) (net.Listener, error) {
 // forwarded says that they come from other network namespaces. It closes the
 // listener and returns nil after Close or Shutdown.
 func (p *Proxy) Serve(ln net.Listener, forwarded bool) error {
+	ended := make(chan error, 1)
+	if err := p.listen(ln.(*net.TCPListener), forwarded, ended); err != nil {
+		return err
+	}
+	return <-ended
+}
+
+// listen begins to accept, unless the Proxy is closed.
+func (p *Proxy) listen(ln *net.TCPListener, forwarded bool, ended chan<- error) error {
 	p.mu.Lock()
+	defer p.mu.Unlock()
 	if p.closing {
-		p.mu.Unlock()
+		ended <- nil
 		return ln.Close()
 	}
-	p.listeners = append(p.listeners, ln)
+	if p.loop == nil {
+		l, err := loop.New()
+		if err != nil {
+			return errors.Join(err, ln.Close())
+		}
+		p.loop = l
+		go l.Run()
+		p.ahead.keeper = p.stand(p.ahead.keep)
+	}
+	p.stand(func(t *loop.Task) { ended <- p.accept(t, ln, forwarded) })
+	return nil
+}
+
+// stand begins a task that Shutdown cancels. It is called with p.mu held.
+func (p *Proxy) stand(f func(*loop.Task)) *loop.Task {
 	p.wg.Add(1)
-	p.mu.Unlock()
-	defer p.wg.Done()
+	t, _ := p.loop.Start(func(t *loop.Task) {
+		defer p.wg.Done()
+		f(t)
+	})
+	p.standing = append(p.standing, t)
+	return t
+}
+
+// accept begins a session for each connection.
+func (p *Proxy) accept(t *loop.Task, from *net.TCPListener, forwarded bool) error {
 	slots := p.local
 	if forwarded {
 		slots = p.forwarded
 	}
+	ln, err := t.Listen(from)
+	if err != nil {
+		return fmt.Errorf("listen on %v: %w", from.Addr(), err)
+	}
+	defer ln.Close()
 	for {
-		c, err := ln.Accept()
-		if err != nil {
-			if errors.Is(err, net.ErrClosed) {
-				return nil
-			}
-			if exhausted(err) {
-				time.Sleep(exhaustedFor)
-				continue
-			}
-			return fmt.Errorf("accept on %v: %w", ln.Addr(), err)
+		for p.full(slots, t) && !t.Cancelled() {
+			ln.Pause()
+			t.Wait(time.Time{})
 		}
-		slots.arriving <- struct{}{}
-		s := &session{p: p, client: c.(*net.TCPConn), slots: slots, arriving: true, forwarded: forwarded, accepted: time.Now()}
+		c, peer, err := t.Accept(ln)
+		switch {
+		case err == loop.ErrCancelled:
+			return nil
+		case err == loop.ErrAgain:
+			continue
+		case exhausted(err):
+			ln.Pause()
+			t.Sleep(exhaustedFor)
+			continue
+		case err != nil:
+			return fmt.Errorf("accept on %v: %w", from.Addr(), err)
+		}
+		s := &session{p: p, client: c, slots: slots, forwarded: forwarded, accepted: time.Now()}
+		s.conn = event.Connection{Source: unmap(peer), Forwarded: forwarded, Accepted: s.accepted}
 		s.idle.Store(int64(time.Since(start)))
 		p.wg.Add(1)
-		go func() {
+		p.arrive(s)
+		s.task = t.Go(func(*loop.Task) {
 			defer p.wg.Done()
 			s.run()
 			p.leave(s)
-		}()
+		})
 	}
 }
 
@@ -223,21 +282,25 @@ func (p *Proxy) Shutdown(ctx context.Context) error {
 	defer cancel()
 	p.mu.Lock()
 	p.closing = true
-	for _, ln := range p.listeners {
-		ln.Close()
+	for _, t := range p.standing {
+		t.Cancel()
 	}
 	p.mu.Unlock()
 	done := make(chan struct{})
 	go func() {
+		defer close(done)
 		p.wg.Wait()
-		close(done)
+		p.mu.Lock()
+		l := p.loop
+		p.mu.Unlock()
+		if l != nil {
+			l.Close()
+		}
 	}()
 	for {
 		p.mu.Lock()
 		for s := range p.sessions() {
-			if s.unused() {
-				s.client.SetReadDeadline(start) // it may have a request in its hands, and goes on then
-			}
+			s.task.Wake() // it sees for itself whether it has a request in its hands
 		}
 		p.mu.Unlock()
 		select {
@@ -247,7 +310,7 @@ func (p *Proxy) Shutdown(ctx context.Context) error {
 			p.mu.Lock()
 			left := 0
 			for s := range p.sessions() {
-				s.abort()
+				s.task.Cancel()
 				left++
 			}
 			p.mu.Unlock()
@@ -283,6 +346,10 @@ func (p *Proxy) sessions() iter.Seq[*session] {
 func (p *Proxy) looped(client *session) bool {
 	if uid, known := client.lookup.UID(); !known || uid != p.uid {
 		return false
+	}
+	if p.ahead.has(client.conn.Source) { // which learns it by being reset
+		p.stats.Looped.Add(1)
+		return true
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()

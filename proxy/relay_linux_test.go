@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"strings"
@@ -13,6 +14,7 @@ import (
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy"
 	"github.com/imdsgate/imdsgate/proxy/imds/imdstest"
+	"github.com/imdsgate/imdsgate/proxy/loop"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
 )
 
@@ -241,9 +243,11 @@ func TestSlowAndSilentClients(t *testing.T) {
 	zero := r.dial(false)
 	zero.Close()
 	r.settled()
+	r.mu.Lock()
 	if len(r.events) != 0 {
 		t.Errorf("a connection without a byte is recorded: %+v", r.events[0])
 	}
+	r.mu.Unlock()
 
 	silent := r.dial(false)
 	drip := r.dial(false)
@@ -297,36 +301,49 @@ func TestHalfClose(t *testing.T) {
 	}
 }
 
-// The service closes an idle connection that the client keeps; the client's
-// next request, sent before it could know, is answered all the same.
+// The service closes an idle connection that the client keeps, who learns it at once.
 func TestKeptConnectionEndsUpstream(t *testing.T) {
 	cfg := emulator()
 	r := newRig(t, setting{lab: netlab.Options{IMDS: cfg}})
 	conn := r.dial(false)
 	ask := "GET /latest/meta-data/instance-id HTTP/1.1\r\n" + host + "Connection: keep-alive\r\n\r\n"
-	read := func() string {
-		t.Helper()
-		if _, err := conn.Write([]byte(ask)); err != nil {
-			t.Fatal(err)
-		}
-		buf := make([]byte, 4096)
-		conn.SetReadDeadline(time.Now().Add(2 * time.Second))
-		n, err := conn.Read(buf)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return string(buf[:n])
+	if _, err := conn.Write([]byte(ask)); err != nil {
+		t.Fatal(err)
 	}
-	first := read()
+	buf := make([]byte, 4096)
+	conn.SetReadDeadline(time.Now().Add(2 * time.Second))
+	if _, err := conn.Read(buf); err != nil {
+		t.Fatal(err)
+	}
+	r.each(func(s *session) { s.up.CloseWrite() }) // the emulator closes its end in answer
+	begin := time.Now()
+	if _, err := conn.Read(buf); err != io.EOF {
+		t.Errorf("%v after %v, want its end", err, time.Since(begin))
+	}
+}
+
+func (r *rig) loop() *loop.Loop {
 	r.proxy.mu.Lock()
-	for s := range r.proxy.sessions() {
-		s.up.CloseWrite() // the emulator closes its end in answer
+	defer r.proxy.mu.Unlock()
+	return r.proxy.loop
+}
+
+// each calls a function with each session, on the loop.
+func (r *rig) each(f func(*session)) {
+	r.t.Helper()
+	done := make(chan struct{})
+	_, ok := r.loop().Start(func(*loop.Task) {
+		defer close(done)
+		r.proxy.mu.Lock()
+		defer r.proxy.mu.Unlock()
+		for s := range r.proxy.sessions() {
+			f(s)
+		}
+	})
+	if !ok {
+		r.t.Fatal("the loop is closed")
 	}
-	r.proxy.mu.Unlock()
-	time.Sleep(50 * time.Millisecond)
-	if again := read(); again != first {
-		t.Errorf("%q, want %q", again, first)
-	}
+	<-done
 }
 
 // A connection that was not redirected, and one that was going elsewhere, are
@@ -390,7 +407,7 @@ func TestOwnConnectionComesBack(t *testing.T) {
 			r.proxy.mu.Lock()
 			for s := range r.proxy.sessions() {
 				if s.busy.Load() { // or else it is no reset
-					s.abort()
+					s.task.Cancel()
 				}
 			}
 			r.proxy.mu.Unlock()
@@ -425,7 +442,6 @@ func TestComesBackWhileBodyArrives(t *testing.T) {
 	token := r.token()
 	c := r.dial(false)
 	defer c.Close()
-	// The next head then does not begin at the beginning of the buffer.
 	if _, err := c.Write([]byte("GET /latest/meta-data/instance-id HTTP/1.1\r\n" + host + "Connection: keep-alive\r\n\r\n")); err != nil {
 		t.Fatal(err)
 	}
@@ -434,37 +450,36 @@ func TestComesBackWhileBodyArrives(t *testing.T) {
 		t.Fatal(err)
 	}
 	time.Sleep(20 * time.Millisecond)
-	arriving := r.proxy.local.arriving
-	for range cap(arriving) { // accepting is slow from here on
-		arriving <- struct{}{}
+	accepting := func(n int) {
+		r.proxy.mu.Lock()
+		defer r.proxy.mu.Unlock()
+		r.proxy.local.arriving += n
+		for _, t := range r.proxy.local.accepting {
+			t.Wake()
+		}
 	}
-	loop := []string{"OUTPUT", "-d", "169.254.169.254", "-p", "tcp", "--dport", "80", "-m", "mark", "--mark", fmt.Sprint(testMark), "-j", "REDIRECT", "--to-ports", "254"}
-	run(t, "iptables", append([]string{"-t", "nat", "-I"}, loop...)...)
-	room := 0
-	r.proxy.mu.Lock()
-	for s := range r.proxy.sessions() {
-		s.up.Close() // as if the service had ended it
-		room = cap(s.in)
-	}
-	r.proxy.mu.Unlock()
+	accepting(maxArriving)
+	r.dial(false).Close() // the last that is accepted for now
+	loops := []string{"OUTPUT", "-d", "169.254.169.254", "-p", "tcp", "--dport", "80", "-m", "mark", "--mark", fmt.Sprint(testMark), "-j", "REDIRECT", "--to-ports", "254"}
+	run(t, "iptables", append([]string{"-t", "nat", "-I"}, loops...)...)
+	const room = len(buffer{})
+	r.each(func(s *session) { s.looped.Store(true) })
 	head := "PUT /latest/api/token HTTP/1.1\r\n" + host + "Connection: keep-alive\r\nX-aws-ec2-metadata-token-ttl-seconds: 60\r\n" +
 		"Transfer-Encoding: chunked\r\nExpect: 100-continue\r\nX-Pad: "
 	head += strings.Repeat("a", room-len(head)-4) + "\r\n\r\n" // to the buffer's end
 	c.Write([]byte(head))
 	time.Sleep(50 * time.Millisecond)
 	c.Write([]byte("0"))
-	run(t, "iptables", append([]string{"-t", "nat", "-D"}, loop...)...)
-	time.Sleep(firstSlice + 150*time.Millisecond)
-	for range cap(arriving) {
-		<-arriving
-	}
+	run(t, "iptables", append([]string{"-t", "nat", "-D"}, loops...)...)
+	time.Sleep(400 * time.Millisecond)
+	accepting(-maxArriving)
 	for end := time.Now().Add(3 * time.Second); r.proxy.Stats().Looped.Load() == 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("nothing came back: the test tests nothing")
 		}
 	}
 	evil := "GET /latest/meta-data/iam/security-credentials/imdsgate-lab-role HTTP/1.1\r\n" + host + "X-aws-ec2-metadata-token: " + token + "\r\n\r\n"
-	got, _ := talk(t, c, strings.Repeat("x", len(buffer{})-room-1)+evil, time.Second)
+	got, _ := talk(t, c, evil, time.Second)
 	if strings.Contains(got, "200 OK") || strings.Contains(strings.Join(r.received(), ""), "security-credentials") {
 		t.Errorf("the service was asked what nobody judged, and the client got %.40q", got)
 	}

@@ -49,6 +49,7 @@ type setting struct {
 	lab    netlab.Options
 	conns  int
 	rate   int
+	ahead  int
 	// silence bounds the silence of either side; 0 is as long as outside of tests.
 	silence time.Duration
 }
@@ -76,7 +77,7 @@ func newRig(t testing.TB, s setting) *rig {
 	}
 	r.engine = policy.NewEngine(p)
 	r.proxy = New(Options{
-		Endpoints: imds.Endpoints, Mark: testMark, MaxConns: s.conns, Rate: s.rate, Host: &event.Host{ID: "host"},
+		Endpoints: imds.Endpoints, Mark: testMark, MaxConns: s.conns, Rate: s.rate, DialAhead: s.ahead, Host: &event.Host{ID: "host"},
 		Forwardable: func(_, _ netip.AddrPort) error { return nil },
 		Record: func(ev *event.Event) {
 			r.mu.Lock()
@@ -116,8 +117,8 @@ func newRig(t testing.TB, s setting) *rig {
 		r.proxy.Shutdown(context.Background())
 		serving.Wait()
 		for _, h := range []*slots{r.proxy.local, r.proxy.forwarded} {
-			if len(h.sessions) != 0 || len(h.held) != 0 || len(h.arriving) != 0 {
-				t.Errorf("%d sessions of %d owners are left, and %d without a slot", len(h.sessions), len(h.held), len(h.arriving))
+			if len(h.sessions) != 0 || len(h.held) != 0 || h.arriving != 0 {
+				t.Errorf("%d sessions of %d owners are left, and %d without a slot", len(h.sessions), len(h.held), h.arriving)
 			}
 		}
 		if err := finder.Close(); err != nil {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"net"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -14,14 +13,17 @@ import (
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy"
 	"github.com/imdsgate/imdsgate/proxy/imds"
+	"github.com/imdsgate/imdsgate/proxy/loop"
 )
 
-// session is one client connection with its own connection upstream. One
-// goroutine runs it.
+// session is one client connection with its own connection upstream. One task
+// runs it.
 type session struct {
 	p         *Proxy
-	client    *net.TCPConn
-	slots     *slots // the kind of connection that it is
+	task      *loop.Task
+	client    *loop.Conn
+	up        *loop.Conn // to the service; nil while there is none
+	slots     *slots     // the kind of connection that it is
 	forwarded bool
 	accepted  time.Time
 	busy      atomic.Bool // a request has begun
@@ -34,10 +36,9 @@ type session struct {
 	part     *int // from its cgroup
 	arriving bool // has a place among those without a slot
 
-	mu      sync.Mutex // guards aborted, and up where it is set and for other goroutines
-	aborted bool
-	up      *upstream   // nil while there is none
-	looped  atomic.Bool // up came back to us
+	prepared bool                           // up was made before it was asked for
+	near     atomic.Pointer[netip.AddrPort] // the near end of up; nil if there is none
+	looped   atomic.Bool                    // up came back to us
 
 	conn    event.Connection
 	minTTL  int
@@ -47,10 +48,11 @@ type session struct {
 	count   int            // of requests
 	told    bool           // there is an event of this connection
 
-	buf []byte // of in
+	buf []byte // of in; nil while nothing is there
 	in  []byte // bytes of the client that were read and not passed on
 	out []byte // an answer on its way
 
+	reset   bool         // the client's connection ends with a reset
 	guarded *event.Event // the request under way, if its answer may yet be withheld
 
 	owed bool   // the client has yet to send its body
@@ -69,6 +71,9 @@ func hold() []byte { return buffers.Get().(*buffer)[:] }
 
 // release takes a whole buffer back, of any size.
 func release(b []byte) {
+	if b == nil {
+		return
+	}
 	clear(b) // tokens and keys went through
 	if len(b) == len(buffer{}) {
 		buffers.Put((*buffer)(b))
@@ -91,58 +96,33 @@ var start = time.Now()
 var errClient = errors.New("the client has left")
 
 func (s *session) run() {
-	s.buf = hold()
-	defer func() { release(s.buf) }()
-	defer s.client.Close()
-
+	defer s.close()
 	stats := &s.p.stats
 	stats.Connections.Add(1)
-	peer := s.client.RemoteAddr().(*net.TCPAddr).AddrPort()
-	s.conn = event.Connection{Source: unmap(peer), Forwarded: s.forwarded, Accepted: s.accepted}
-	dst, err := originalDst(s.client)
+	dst, err := originalDst(s.client, s.conn.Source.Addr().Is4())
 	s.conn.Destination = dst
 	if err != nil || !s.p.serves(dst) {
 		stats.NotRedirected.Add(1)
 		s.refuse("not redirected from an endpoint of the metadata service")
 		return
 	}
-	s.lookup = s.p.finder.Find(attribution.Conn{Client: s.conn.Source, Endpoint: dst, Forwarded: s.forwarded, Arrived: true})
 	defer s.release()
-	if s.forwarded {
-		if err := s.forwardable(); err != nil {
-			stats.NotForwardable.Add(1)
-			s.refuse("the host would not have forwarded it: " + err.Error())
-			return
-		}
-		// One hop from the container to this host, and one that the service's
-		// answer has already made. Deeper nesting cannot be told from outside,
-		// and a client's own TTL is his to choose.
-		s.minTTL = 2
-	}
-	if s.p.looped(s) {
-		s.reset()
-		return
-	}
-	if !s.p.admit(s, s.ownedBy()) {
+	admitted := false
+	s.task.Away(func() { admitted = s.enter() })
+	if !admitted {
 		return
 	}
 	// While the client's request is on its way, so is the connection for it; but not
 	// where requests are counted, since that costs the service packets, too.
 	if s.p.pace.each == 0 {
 		if err := s.connect(); err != nil {
-			if !errors.Is(err, errClient) {
+			if !errors.Is(err, loop.ErrCancelled) {
 				stats.UpstreamFailed.Add(1)
-				s.reset()
+				s.client.Reset()
 			}
 			return
 		}
 	}
-	defer func() {
-		if s.up != nil {
-			s.up.Close()
-		}
-	}()
-
 	for s.exchange() == nil {
 		s.count++
 		s.idle.Store(int64(time.Since(start)))
@@ -151,6 +131,42 @@ func (s *session) run() {
 			s.goodbye(false)
 			return
 		}
+	}
+}
+
+// enter finds out whose the connection is, and whether there is room for it. It is
+// called away from the loop.
+func (s *session) enter() bool {
+	s.lookup = s.p.finder.Find(attribution.Conn{Client: s.conn.Source, Endpoint: s.conn.Destination, Forwarded: s.forwarded, Arrived: true})
+	if s.forwarded {
+		if err := s.forwardable(); err != nil {
+			s.p.stats.NotForwardable.Add(1)
+			s.refuse("the host would not have forwarded it: " + err.Error())
+			return false
+		}
+		// One hop from the container to this host, and one that the service's
+		// answer has already made. Deeper nesting cannot be told from outside,
+		// and a client's own TTL is his to choose.
+		s.minTTL = 2
+	}
+	if s.p.looped(s) {
+		s.reset = true
+		return false
+	}
+	return s.p.admit(s, s.ownedBy())
+}
+
+// close ends both connections. An answer that is cut off must not look like a whole
+// one, so the client then gets a reset.
+func (s *session) close() {
+	if s.reset || s.task.Cancelled() && s.busy.Load() {
+		s.client.Reset()
+	}
+	s.client.Close()
+	s.hangUp()
+	release(s.buf)
+	if s.up != nil && !s.forwarded {
+		s.p.ahead.fill(s.task, s.conn.Destination)
 	}
 }
 
@@ -168,66 +184,67 @@ func (s *session) ownedBy() part {
 // connect begins a connection upstream. Where descriptors have run out it waits a
 // little for some: the client has a connection, and nobody to tell it why it ends.
 func (s *session) connect() error {
-	for begin := time.Now(); ; time.Sleep(exhaustedFor) {
+	for begin := time.Now(); ; {
 		err := s.dial()
-		if err == nil || !exhausted(err) || time.Since(begin) > firstSlice {
+		if err == nil || !exhausted(err) || time.Since(begin) > descriptorsIn {
+			return err
+		}
+		if err := s.task.Sleep(exhaustedFor); err != nil {
 			return err
 		}
 	}
 }
 
+// descriptorsIn is how long connect waits for some.
+const descriptorsIn = 250 * time.Millisecond
+
 func (s *session) dial() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.aborted {
-		return errClient
+	if !s.forwarded {
+		if p, ok := s.p.ahead.take(s.conn.Destination); ok {
+			s.up, s.prepared = p.conn, true
+			s.near.Store(&p.near)
+			return nil
+		}
 	}
-	up, err := dial(s.conn.Destination, s.p.options.Mark, s.minTTL)
-	if err == nil {
-		s.up = up
+	fd, near, err := dial(s.conn.Destination, s.p.options.Mark, s.minTTL)
+	if err != nil {
+		return err
 	}
-	return err
+	s.up, s.prepared = s.task.Adopt(fd), false
+	s.near.Store(&near)
+	return nil
 }
 
-// goesOutFrom reports whether an address is the near end of the connection
-// upstream.
-func (s *session) goesOutFrom(a netip.AddrPort) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.up != nil && s.up.local() == a
-}
+// old reports whether the connection to the service may have waited for a request so
+// long that the service has ended it, which is no answer to that.
+func (s *session) old() bool { return s.count > 0 || s.prepared }
 
-// abort ends the session from another goroutine, whatever it is doing: all that it
-// reads from and writes to is closed. An answer that is cut off must not look
-// like a whole one, so the client then gets a reset.
-func (s *session) abort() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.aborted = true
-	if s.busy.Load() {
-		s.client.SetLinger(0)
-	}
-	s.client.Close()
+// hangUp ends the connection to the service.
+func (s *session) hangUp() {
 	if s.up != nil {
+		s.near.Store(nil)
 		s.up.Close()
 	}
 }
 
-// unused reports whether nothing of a request has come for a while.
-func (s *session) unused() bool {
-	return !s.busy.Load() && time.Since(start)-time.Duration(s.idle.Load()) > grace && look(s.client) != ready
+// goesOutFrom reports whether an address is the near end of the connection
+// upstream. It may be called from any goroutine.
+func (s *session) goesOutFrom(a netip.AddrPort) bool {
+	near := s.near.Load()
+	return near != nil && *near == a
 }
 
-// ended reports whether abort did it.
-func (s *session) ended() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.aborted
+// unused reports whether nothing of a request has come for a while.
+func (s *session) unused() bool {
+	return !s.busy.Load() && time.Since(start)-time.Duration(s.idle.Load()) > grace && s.client.Look() != loop.Ready
 }
 
 // release gives the lookup back when nothing needs it any more: the evidence for
 // an event may come after the client has left.
 func (s *session) release() {
+	if s.lookup == nil {
+		return
+	}
 	if !s.pending {
 		s.lookup.Close()
 		return
@@ -247,21 +264,14 @@ func (s *session) forwardable() error {
 	return s.p.options.Forwardable(s.conn.Source, s.conn.Destination)
 }
 
-// reset ends the client's connection as a refused or broken one upstream would
-// have ended it.
-func (s *session) reset() {
-	s.client.SetLinger(0)
-	s.client.Close()
-}
-
-// refuse records a connection that should not be here, and ends it.
+// refuse records a connection that should not be here, which then ends.
 func (s *session) refuse(why string) {
 	ev := s.event()
 	ev.Request.Malformed = why
 	ev.Attribution.Reason = "not_asked"
 	ev.Decision = event.Decision{Mode: s.p.engine.Mode().String(), Verdict: event.Deny, WouldBe: event.Deny, Reason: why}
 	s.p.options.Record(ev)
-	s.reset()
+	s.reset = true
 }
 
 // event begins a record. The first of a connection is from when it was accepted.
@@ -312,7 +322,7 @@ func (s *session) exchange() error {
 	paced := s.paced()
 	decided := make(chan struct{})
 	if enforce {
-		s.decide(ev, AttributeIn, search)
+		s.task.Away(func() { s.decide(ev, AttributeIn, search) })
 		close(decided)
 		if ev.Decision.Verdict == event.Deny {
 			// The whole request has been read, or else it waits for 100 Continue
@@ -339,13 +349,12 @@ func (s *session) exchange() error {
 		// thinks. A client that has its answer may be gone the next moment, so
 		// the answer waits a little for the likely owners to be read; what takes
 		// longer is completed afterwards.
-		if s.hint(ev, attributeInA, search) {
-			s.p.engine.Observe(ev)
-			close(decided)
-		} else if !s.complete(ev, search, func() { close(decided) }) {
-			s.p.engine.Observe(ev)
-			close(decided)
-		}
+		s.task.Away(func() {
+			if s.hint(ev, attributeInA, search) || !s.complete(ev, search, func() { close(decided) }) {
+				s.p.engine.Observe(ev)
+				close(decided)
+			}
+		})
 	}
 	s.out = hold()
 	answer, err := s.relay(r, target.Class)
@@ -355,10 +364,10 @@ func (s *session) exchange() error {
 			err = s.reach(s.sent)
 		}
 		if try == maxLoops || err != nil {
-			if !errors.Is(err, errClient) {
+			if !errors.Is(err, errClient) && !s.task.Cancelled() {
 				s.p.stats.UpstreamFailed.Add(1)
 			}
-			s.reset()
+			s.client.Reset()
 			break
 		}
 		answer, err = s.relay(r, target.Class)
@@ -373,7 +382,7 @@ func (s *session) exchange() error {
 	case err == nil:
 	case errors.Is(err, errMalformed):
 		failed = "its body is malformed"
-	case s.ended():
+	case s.task.Cancelled():
 		failed = "the proxy closed the connection"
 	default:
 		failed = "upstream or client left before the end"
@@ -517,16 +526,16 @@ func (s *session) finish(ev *event.Event) {
 func (s *session) upstreamFailed(ev *event.Event, err error, decided bool) error {
 	ev.Response.Failed = "the service cannot be reached"
 	switch {
-	case s.ended():
+	case s.task.Cancelled():
 		ev.Response.Failed = "the proxy closed the connection"
 	case errors.Is(err, errClient):
 		ev.Response.Failed = "the client left before it was sent"
 	default:
 		s.p.stats.UpstreamFailed.Add(1)
 	}
-	s.reset()
+	s.client.Reset()
 	if !decided {
-		s.decide(ev, attributeInA, likely)
+		s.task.Away(func() { s.decide(ev, attributeInA, likely) })
 	}
 	s.finish(ev)
 	return err

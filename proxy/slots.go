@@ -4,9 +4,11 @@ import (
 	"cmp"
 	"math"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/proxy/loop"
 )
 
 // Any user of the host may open connections and keep them busy for as long as he
@@ -62,7 +64,7 @@ type part struct {
 }
 
 // slots are the connections of one kind that are served at once. Proxy.mu guards
-// all but arriving.
+// them.
 type slots struct {
 	limit    int
 	sessions map[*session]struct{}
@@ -71,10 +73,11 @@ type slots struct {
 	waiting  int            // who wait for room
 	left     chan struct{}  // told when there is some, with place for one
 
-	// arriving has a place for each connection that has no slot: it was accepted
+	// arriving counts the connections that have no slot: it was accepted
 	// and its owner is not known yet, or it was told to end and has not yet. Both
 	// take less than a millisecond, or 100 when policy is being asked.
-	arriving chan struct{}
+	arriving  int
+	accepting []*loop.Task // wait until there are fewer
 }
 
 // maxArriving bounds them. Fewer, and connections that are slow to end hold up the
@@ -89,7 +92,7 @@ const grace = 50 * time.Millisecond
 
 func newSlots(limit int) *slots {
 	return &slots{limit: max(limit, 1), sessions: map[*session]struct{}{}, held: map[owner]*int{}, parts: map[part]*int{},
-		left: make(chan struct{}, 1), arriving: make(chan struct{}, maxArriving)}
+		left: make(chan struct{}, 1)}
 }
 
 func (h *slots) add(s *session, of part) {
@@ -172,16 +175,45 @@ func (p *Proxy) admit(s *session, of part) bool {
 		p.stats.Evicted.Add(1)
 	}
 	s.arriving = s == last
+	if last == nil {
+		h.arrived()
+	}
 	p.mu.Unlock()
-	switch last {
-	case nil:
-		<-h.arriving
-	case s:
+	if last == s {
 		return false
-	default:
-		last.abort()
+	}
+	if last != nil {
+		last.task.Cancel()
 	}
 	return true
+}
+
+// arrive counts a session that has no slot yet.
+func (p *Proxy) arrive(s *session) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	s.arriving = true
+	s.slots.arriving++
+}
+
+// full reports whether no more should be accepted. The task is woken when that changes.
+func (p *Proxy) full(h *slots, t *loop.Task) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	full := h.arriving >= maxArriving
+	if full && !slices.Contains(h.accepting, t) {
+		h.accepting = append(h.accepting, t)
+	}
+	return full
+}
+
+// arrived counts one that has a slot now, or has ended.
+func (h *slots) arrived() {
+	h.arriving--
+	for _, t := range h.accepting {
+		t.Wake()
+	}
+	h.accepting = h.accepting[:0]
 }
 
 // maxWaiting bounds those that wait for room, which have a place among the arriving
@@ -225,10 +257,9 @@ func (p *Proxy) lockWithRoom(s *session, of part) {
 // leave gives back what a session has that is over.
 func (p *Proxy) leave(s *session) {
 	p.mu.Lock()
+	defer p.mu.Unlock()
 	s.slots.remove(s)
-	arriving := s.arriving
-	p.mu.Unlock()
-	if arriving {
-		<-s.slots.arriving
+	if s.arriving {
+		s.slots.arrived()
 	}
 }

@@ -86,13 +86,13 @@ func (r *rig) full(h *slots) {
 	end := time.Now().Add(time.Second)
 	for ; ; time.Sleep(time.Millisecond) {
 		r.proxy.mu.Lock()
-		open := len(h.sessions)
+		open, arriving := len(h.sessions), h.arriving
 		r.proxy.mu.Unlock()
-		if open == h.limit && len(h.arriving) == 0 {
+		if open == h.limit && arriving == 0 {
 			return
 		}
 		if time.Now().After(end) {
-			r.t.Fatalf("%d of %d slots are taken, and %d connections without one have not ended", open, h.limit, len(h.arriving))
+			r.t.Fatalf("%d of %d slots are taken, and %d connections without one have not ended", open, h.limit, arriving)
 		}
 	}
 }

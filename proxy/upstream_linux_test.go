@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/proxy/loop"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
 )
 
@@ -59,6 +60,17 @@ func serve(t *testing.T, r *rig, play func(n int, c *net.TCPConn, ask func() err
 		open.Wait()
 	})
 	return s
+}
+
+// hold makes the proxy see nothing of what happens until the function is called.
+func (r *rig) hold() (goOn func()) {
+	held, release := make(chan struct{}), make(chan struct{})
+	r.loop().Start(func(*loop.Task) {
+		close(held)
+		<-release
+	})
+	<-held
+	return func() { close(release) }
 }
 
 func (s *service) saw() string {
@@ -149,12 +161,15 @@ func TestUpstreamEndsWhileAsked(t *testing.T) {
 // client's to see, unless it asks before it can.
 func TestUpstreamEndsUnasked(t *testing.T) {
 	r := newRig(t, setting{lab: netlab.Options{NoIMDS: true}})
-	ended := make(chan struct{}, 8)
+	ended, third, play := make(chan struct{}, 8), make(chan struct{}), make(chan struct{})
 	s := serve(t, r, func(n int, c *net.TCPConn, ask func() error) {
 		switch n {
-		case 1, 3: // FIN
+		case 1: // FIN
 		case 2:
 			c.SetLinger(0)
+		case 3:
+			close(third)
+			<-play
 		default:
 			if ask() == nil {
 				io.WriteString(c, kept)
@@ -170,9 +185,14 @@ func TestUpstreamEndsUnasked(t *testing.T) {
 		<-ended
 	}
 	conn := r.dial(false)
+	<-third
+	goOn := r.hold()
+	play <- struct{}{}
 	<-ended
-	time.Sleep(50 * time.Millisecond) // until it is known here; a client is told later
-	if got, end := talk(t, conn, askA, 5*time.Second); got != kept || end != "FIN" || s.saw() != "4 GET /latest/meta-data/ami-id" {
+	io.WriteString(conn, askA) // when it cannot know yet
+	time.Sleep(20 * time.Millisecond)
+	goOn()
+	if got, end := talk(t, conn, "", 5*time.Second); got != kept || end != "FIN" || s.saw() != "4 GET /latest/meta-data/ami-id" {
 		t.Errorf("%q, %s, and the service saw %s", got, end, s.saw())
 	}
 }

@@ -4,46 +4,32 @@ import (
 	"errors"
 	"io"
 	"os"
-	"sync"
 	"syscall"
 	"time"
 
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy"
 	"github.com/imdsgate/imdsgate/proxy/imds"
+	"github.com/imdsgate/imdsgate/proxy/loop"
 )
-
-// Waiting for one side must not hide that the other has left. A wait is cut
-// into slices, and between them a look is taken at the other side; this costs
-// nothing as long as answers come within the first slice.
-const (
-	firstSlice = 250 * time.Millisecond
-	longSlice  = 2 * time.Second
-)
-
-// patience cuts a wait into slices that grow.
-type patience struct {
-	begin time.Time
-	slice time.Duration
-}
-
-func (p *patience) next() time.Time {
-	now := time.Now()
-	if p.slice = min(max(firstSlice, 2*p.slice), longSlice); p.begin.IsZero() {
-		p.begin = now
-	}
-	return now.Add(p.slice)
-}
 
 // errSilent says that the service has neither answered nor ended the connection
 // for so long that it will not.
 var errSilent = errors.New("the service is silent")
 
+// The task waits for both sides at once: while one is silent, that the other leaves is
+// not to be missed.
+
+func (s *session) fromClient(e loop.Events) loop.Interest {
+	return loop.Interest{Conn: s.client, For: e}
+}
+func (s *session) fromUp(e loop.Events) loop.Interest { return loop.Interest{Conn: s.up, For: e} }
+
 // read reads until a request head is there.
 func (s *session) read() (*request, error) {
-	var wait patience
 	deadline := time.Now().Add(s.p.silence)
-	begun := false
+	begun, woken := false, false
+	over := error(nil) // what the service has done to the connection meanwhile
 	head := new(head)
 	for {
 		if len(s.in) > 0 {
@@ -58,46 +44,79 @@ func (s *session) read() (*request, error) {
 				deadline = time.Now().Add(headTimeout)
 			}
 		}
-		if err := s.fill(min2(wait.next(), deadline)); err != nil {
-			switch {
-			case errors.Is(err, io.EOF) && len(s.in) > 0:
-				return nil, malformed("head without its end")
-			case !errors.Is(err, os.ErrDeadlineExceeded):
-				return nil, err
-			case time.Now().After(deadline) && begun:
-				return nil, malformed("head not sent within %v", headTimeout)
-			case time.Now().After(deadline):
-				return nil, err
-			case begun:
-			case s.p.stopping() && s.unused():
+		switch err := s.fill(); {
+		case err == nil:
+			continue
+		case err == io.EOF && begun:
+			return nil, malformed("head without its end")
+		case err != loop.ErrAgain:
+			return nil, err
+		}
+		wait := [2]loop.Interest{s.fromClient(loop.In)}
+		waits := 1
+		if !begun {
+			if woken && s.p.stopping() && s.unused() {
 				s.goodbye(false)
 				return nil, io.EOF
-			case s.up == nil:
-			default:
-				// The service may have ended the connection, or say something that
-				// nobody asked for.
-				switch st := look(s.up.file); {
-				case st == reset:
-					s.reset()
-					return nil, errClient
-				case st == ended, st == ready && s.count > 0:
-					return nil, io.EOF
+			}
+			if s.up != nil && over == nil {
+				if woken {
+					over = s.unasked()
+				}
+				switch {
+				case over == nil:
+					wait[1], waits = s.fromUp(loop.In), 2
+				case s.count == 0:
+					deadline = time.Now().Add(askedIn)
+				default:
+					s.reset = over == errReset
+					return nil, over
 				}
 			}
 		}
+		err := s.task.Wait(deadline, wait[:waits]...)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			switch {
+			case begun:
+				err = malformed("head not sent within %v", headTimeout)
+			case over != nil:
+				s.reset = over == errReset
+				err = over
+			}
+		}
+		if err != nil {
+			return nil, err
+		}
+		woken = true
 	}
 }
 
-func min2(a, b time.Time) time.Time {
-	if b.Before(a) {
-		return b
+// askedIn is how long a client's first request is waited for when the service has
+// already ended the connection that was made for it: it is on its way, and is recorded.
+const askedIn = 250 * time.Millisecond
+
+var errReset = errors.New("the service has reset the connection")
+
+// unasked looks whether the service has ended the connection, or says something that
+// nobody asked for.
+func (s *session) unasked() error {
+	switch st := s.up.Look(); {
+	case st == loop.Broken:
+		return errReset
+	case st == loop.Ended, st == loop.Ready && s.count > 0:
+		return io.EOF
 	}
-	return a
+	return nil
 }
 
-// fill reads once from the client, behind what is there already.
-func (s *session) fill(deadline time.Time) error {
+// fill reads once from the client, behind what is there already. The error is
+// loop.ErrAgain when nothing has come.
+func (s *session) fill() error {
 	s.sent = nil // it may move
+	if s.buf == nil {
+		s.buf = hold()
+		s.in = s.buf[:0]
+	}
 	if cap(s.in)-len(s.in) == 0 {
 		switch {
 		case len(s.in) == 0:
@@ -110,11 +129,11 @@ func (s *session) fill(deadline time.Time) error {
 			s.in = s.buf[:n]
 		}
 	}
-	s.client.SetReadDeadline(deadline)
 	n, err := s.client.Read(s.in[len(s.in):cap(s.in)])
 	s.in = s.in[:len(s.in)+n]
-	if n > 0 {
-		return nil
+	if n == 0 && len(s.in) == 0 {
+		release(s.buf)
+		s.buf, s.in = nil, nil
 	}
 	return err
 }
@@ -126,8 +145,12 @@ func (s *session) readBody(behind int) error {
 		if whole, err := parseBody(s.in[behind:]); whole || err != nil {
 			return err
 		}
-		switch err := s.fill(deadline); {
-		case errors.Is(err, io.EOF), errors.Is(err, os.ErrDeadlineExceeded):
+		err := s.fill()
+		if err == loop.ErrAgain {
+			err = s.task.Wait(deadline, s.fromClient(loop.In))
+		}
+		switch {
+		case err == io.EOF, errors.Is(err, os.ErrDeadlineExceeded):
 			return malformed("body without its end")
 		case err != nil:
 			return err
@@ -158,12 +181,15 @@ func (s *session) redial() error {
 		if s.owed {
 			return nil
 		}
+		if !s.up.Stirred() {
+			return nil
+		}
 		// One that is refused, or that speaks first, is the client's to see.
-		if st := look(s.up.file); st == quiet || st != ended && s.count == 0 {
+		if st := s.up.Look(); st == loop.Quiet || st != loop.Ended && !s.old() {
 			return nil
 		}
 	}
-	s.up.Close()
+	s.hangUp()
 	return s.connect()
 }
 
@@ -186,7 +212,7 @@ func (s *session) reach(b []byte) error {
 	}
 }
 
-// lost reports whether a request has met ourselves instead of the service, or a kept
+// lost reports whether a request has met ourselves instead of the service, or an old
 // connection that the service was about to end, so that it may be sent again: as it
 // was judged, and so only while nothing more was read.
 func (s *session) lost(have int, err error) bool {
@@ -194,10 +220,10 @@ func (s *session) lost(have int, err error) bool {
 }
 
 // stale reports once for each request whether it failed because the service had ended
-// a kept connection already, as it may at any moment (RFC 9112 section 9.3.1). The
+// an old connection already, as it may at any moment (RFC 9112 section 9.3.1). The
 // client would try again, and so do we: a second time would be more than it does.
 func (s *session) stale(err error) bool {
-	if s.count == 0 || s.resent || !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+	if !s.old() || s.resent || !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
 		return false
 	}
 	s.resent = true
@@ -207,31 +233,57 @@ func (s *session) stale(err error) bool {
 // forward sends bytes of the client upstream, waiting for the connection to be
 // made.
 func (s *session) forward(b []byte) error {
-	var wait patience
-	var halfClosed time.Time
+	silent := time.Now().Add(s.p.silence)
+	var half halfClosed
 	for {
-		s.up.SetWriteDeadline(wait.next())
 		n, err := s.up.Write(b)
-		b = b[n:]
-		switch {
-		case err == nil:
-			return nil
-		case !errors.Is(err, os.ErrDeadlineExceeded):
+		if b = b[n:]; err != loop.ErrAgain {
 			return err
-		case time.Since(wait.begin) > s.p.silence:
-			return errSilent
 		}
-		switch look(s.client) {
-		case reset:
-			return errClient
-		case ended: // it may only have said that it sends no more
-			if halfClosed.IsZero() {
-				halfClosed = time.Now()
-			} else if time.Since(halfClosed) > headTimeout {
+		err = s.task.Wait(half.until(silent), s.fromUp(loop.Out), s.fromClient(loop.Gone))
+		if err := half.waited(err); err != nil {
+			return err
+		}
+		if s.client.Gone() {
+			switch s.client.Look() {
+			case loop.Broken:
 				return errClient
+			case loop.Ended:
+				half.begin()
 			}
 		}
 	}
+}
+
+// halfClosed is about a client that may only have said that it sends no more. The
+// service has a while to answer it.
+type halfClosed struct{ over time.Time }
+
+// begin reports whether it was not known before.
+func (h *halfClosed) begin() bool {
+	first := h.over.IsZero()
+	if first {
+		h.over = time.Now().Add(headTimeout)
+	}
+	return first
+}
+
+func (h *halfClosed) until(silent time.Time) time.Time {
+	if !h.over.IsZero() && h.over.Before(silent) {
+		return h.over
+	}
+	return silent
+}
+
+// waited tells what the end of a wait means.
+func (h *halfClosed) waited(err error) error {
+	switch {
+	case !errors.Is(err, os.ErrDeadlineExceeded):
+		return err
+	case !h.over.IsZero() && !time.Now().Before(h.over):
+		return errClient
+	}
+	return errSilent
 }
 
 // answer is what was passed on to the client.
@@ -311,7 +363,7 @@ func (s *session) withheld() bool {
 		return false
 	}
 	ev, before := s.guarded, *s.guarded
-	s.judge(ev, AttributeIn, whole)
+	s.task.Away(func() { s.judge(ev, AttributeIn, whole) })
 	if ev.Decision.Verdict == event.Deny {
 		s.p.engine.Observe(ev)
 		return true
@@ -379,11 +431,11 @@ func (s *session) broken(a *answer, have int, err error) {
 		s.send(a, s.out[:have])
 	}
 	switch {
-	case errors.Is(err, errClient):
+	case errors.Is(err, errClient), s.task.Cancelled():
 	case errors.Is(err, io.EOF):
 		s.goodbye(false)
 	default:
-		s.reset()
+		s.client.Reset()
 	}
 }
 
@@ -394,39 +446,35 @@ var errOwed = errors.New("the body has come")
 
 // receive reads once from upstream, for as long as the client is there.
 func (s *session) receive(b []byte) (int, error) {
-	var wait patience
-	var halfClosed time.Time
+	silent := time.Now().Add(s.p.silence)
+	var half halfClosed
 	for {
-		if s.owed {
-			wait.slice = 0 // it may come any moment
-		}
-		s.up.SetReadDeadline(wait.next())
 		n, err := s.up.Read(b)
-		if n > 0 {
-			return n, nil
-		}
-		if !errors.Is(err, os.ErrDeadlineExceeded) {
+		if err != loop.ErrAgain {
 			return n, err
 		}
-		switch look(s.client) {
-		case ready:
+		client := loop.Gone
+		if s.owed {
+			client = loop.In // it may come any moment
+		}
+		err = s.task.Wait(half.until(silent), s.fromUp(loop.In), s.fromClient(client))
+		if err := half.waited(err); err != nil {
+			return 0, err
+		}
+		if !s.owed && !s.client.Gone() {
+			continue
+		}
+		switch s.client.Look() {
+		case loop.Ready:
 			if s.owed {
 				return 0, errOwed
 			}
-		case reset:
+		case loop.Broken:
 			return 0, errClient
-		case ended:
-			// It may only have said that it sends no more. The service is told
-			// so, and has a while to answer.
-			if halfClosed.IsZero() {
-				halfClosed = time.Now()
+		case loop.Ended:
+			if len(s.in) == 0 && half.begin() {
 				s.up.CloseWrite()
-			} else if time.Since(halfClosed) > headTimeout {
-				return 0, errClient
 			}
-		}
-		if time.Since(wait.begin) > s.p.silence {
-			return 0, errSilent
 		}
 	}
 }
@@ -434,14 +482,19 @@ func (s *session) receive(b []byte) (int, error) {
 // send passes bytes on to the client. A client that takes nothing for so long
 // that no real one would still be there is given up.
 func (s *session) send(a *answer, b []byte) error {
-	if len(b) == 0 {
-		return nil
-	}
-	s.client.SetWriteDeadline(time.Now().Add(s.p.silence))
-	n, err := s.client.Write(b)
-	a.bytes += int64(n)
-	if err != nil {
-		return errClient
+	for until := (time.Time{}); len(b) > 0; {
+		n, err := s.client.Write(b)
+		a.bytes += int64(n)
+		b = b[n:]
+		if err == loop.ErrAgain {
+			if n > 0 || until.IsZero() {
+				until = time.Now().Add(s.p.silence)
+			}
+			err = s.task.Wait(until, s.fromClient(loop.Out))
+		}
+		if err != nil {
+			return errClient
+		}
 	}
 	return nil
 }
@@ -456,7 +509,7 @@ func (s *session) say(b []byte) {
 // a socket with bytes that were not read resets it (RFC 9112 section 9.6). more
 // says that such bytes may still be on their way.
 func (s *session) goodbye(more bool) {
-	if more || look(s.client) == ready {
+	if more || s.client.Look() == loop.Ready {
 		s.linger()
 	}
 	s.client.Close()
@@ -466,14 +519,23 @@ func (s *session) goodbye(more bool) {
 // a while, so that they do not meet a closed socket.
 func (s *session) linger() {
 	s.client.CloseWrite()
-	s.client.SetReadDeadline(time.Now().Add(firstSlice))
+	deadline := time.Now().Add(lingerFor)
+	buf := hold()
+	defer release(buf)
 	for read := 0; read < 4*maxHead; {
-		n, err := s.client.Read(s.buf)
-		if read += n; err != nil {
+		n, err := s.client.Read(buf)
+		if read += n; err == loop.ErrAgain {
+			err = s.task.Wait(deadline, s.fromClient(loop.In))
+		}
+		if err != nil {
 			return
 		}
 	}
 }
+
+// lingerFor is how long it takes them: what a client sends without waiting comes at
+// once.
+const lingerFor = 250 * time.Millisecond
 
 // odd deals with what cannot be read one way only. r is what can be read of it.
 func (s *session) odd(why error, r *request) {
@@ -483,7 +545,7 @@ func (s *session) odd(why error, r *request) {
 	ev.Request.Malformed = why.Error()
 	ev.Request.Bytes = int64(len(s.in))
 	if s.p.engine.Mode() == policy.Enforce {
-		s.decide(ev, AttributeIn, likely)
+		s.task.Away(func() { s.decide(ev, AttributeIn, likely) })
 		s.say(imds.AppendBadRequest(nil, time.Now()))
 		ev.Response = event.Response{Status: 400, Refused: true}
 		s.finish(ev)
@@ -493,7 +555,7 @@ func (s *session) odd(why error, r *request) {
 	// Nobody waits for this one, and the record does not wait for the end of the
 	// tunnel.
 	if !s.complete(ev, likely, func() { s.finish(ev) }) {
-		s.decide(ev, 0, likely)
+		s.task.Away(func() { s.decide(ev, 0, likely) })
 		s.finish(ev)
 	}
 	s.paced()
@@ -504,41 +566,111 @@ func (s *session) odd(why error, r *request) {
 // passed for long.
 func (s *session) tunnel() {
 	if s.reach(s.in) != nil {
-		s.reset()
+		s.client.Reset()
 		return
 	}
 	s.owed = false
-	var both sync.WaitGroup
-	both.Add(1)
-	go func() {
-		defer both.Done()
-		buf := hold()
-		defer release(buf)
-		for {
-			s.client.SetReadDeadline(time.Now().Add(s.p.silence))
-			n, err := s.client.Read(buf)
-			if n > 0 {
-				s.up.SetWriteDeadline(time.Now().Add(s.p.silence))
-				if _, err := s.up.Write(buf[:n]); err != nil {
-					return
-				}
-			}
-			if err != nil {
-				s.up.CloseWrite()
-				return
-			}
+	s.up.NoDelay()
+	out, back := flow{from: s.client, to: s.up}, flow{from: s.up, to: s.client}
+	defer out.release()
+	defer back.release()
+	var over halfClosed
+	for silent := time.Now().Add(s.p.silence); ; {
+		moved, err := out.move()
+		if err != nil {
+			return
 		}
-	}()
-	s.out = hold()
-	defer func() { release(s.out) }()
-	var a answer
-	if err := s.opaque(&a, 0); err == nil {
-		s.client.CloseWrite()
+		more, err := back.move()
+		if err != nil {
+			s.client.Reset()
+			return
+		}
+		if out.over && back.over {
+			return
+		}
+		if out.over || back.over {
+			over.begin()
+		}
+		if moved || more {
+			silent = time.Now().Add(s.p.silence)
+		}
+		if out.more || back.more {
+			err = s.task.Yield()
+		} else {
+			err = s.task.Wait(over.until(silent), s.fromClient(out.source()|back.sink()), s.fromUp(back.source()|out.sink()))
+		}
+		if err != nil || s.client.Gone() && s.client.Look() == loop.Broken {
+			return
+		}
 	}
-	end := time.AfterFunc(headTimeout, func() { // for a client that goes on sending
-		s.client.Close()
-		s.up.Close()
-	})
-	both.Wait()
-	end.Stop()
+}
+
+// flow is one direction of a tunnel.
+type flow struct {
+	from, to *loop.Conn
+	buf      []byte // nil while nothing is on its way
+	left     []byte // of buf
+	over     bool   // there will be no more, and the other end knows
+	more     bool   // there may be more now, after as much as one may move at a time
+}
+
+// move moves what there is and what there is room for.
+func (f *flow) move() (moved bool, err error) {
+	f.more = false
+	for range maxMoves {
+		if len(f.left) == 0 {
+			if f.over {
+				return moved, nil
+			}
+			if f.buf == nil {
+				f.buf = hold()
+			}
+			n, err := f.from.Read(f.buf)
+			if err != nil {
+				f.release()
+				if f.over = err == io.EOF; f.over {
+					return true, f.to.CloseWrite()
+				}
+				return moved, unless(err, loop.ErrAgain)
+			}
+			f.left = f.buf[:n]
+		}
+		n, err := f.to.Write(f.left)
+		f.left = f.left[n:]
+		moved = moved || n > 0
+		if err != nil {
+			return moved, unless(err, loop.ErrAgain)
+		}
+	}
+	f.more = true
+	return moved, nil
+}
+
+// maxMoves bounds what a tunnel moves before others have their turn, in buffers.
+const maxMoves = 16
+
+func unless(err, is error) error {
+	if err == is {
+		return nil
+	}
+	return err
+}
+
+func (f *flow) source() loop.Events {
+	if f.over || len(f.left) > 0 {
+		return loop.Gone
+	}
+	return loop.In
+}
+
+func (f *flow) sink() loop.Events {
+	if len(f.left) > 0 {
+		return loop.Out
+	}
+	return loop.Gone
+}
+
+func (f *flow) release() {
+	release(f.buf)
+	f.buf, f.left = nil, nil
 }

@@ -37,6 +37,7 @@ type Config struct {
 	Attribution   Attribution     `yaml:"attribution"`
 	Control       Control         `yaml:"control"`
 	Limits        Limits          `yaml:"limits"`
+	Upstream      Upstream        `yaml:"upstream"`
 	Log           Log             `yaml:"log"`
 }
 
@@ -88,6 +89,13 @@ type Limits struct {
 	// cgroup of root's, an address of another network namespace. 0 sets no bounds.
 	RequestsPerSecond uint16 `yaml:"requests_per_second"`
 	Burst             uint16 `yaml:"burst"` // twice as many if 0
+}
+
+// Upstream is how the service is reached.
+type Upstream struct {
+	// DialAhead bounds the connections to each endpoint that are made before they are
+	// asked for. 0 is none. With RequestsPerSecond there are none.
+	DialAhead uint8 `yaml:"dial_ahead"`
 }
 
 // Log is the operator's own log, on standard error.

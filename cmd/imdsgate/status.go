@@ -153,6 +153,9 @@ func printStatus(w io.Writer, s report.Status) error {
 	if r.Evicted+r.Looped > 0 {
 		row("", "%d closed because their user had the most when there was no room, %d of our own that came back to us", r.Evicted, r.Looped)
 	}
+	if r.DialledAhead > 0 {
+		row("", "%d connections to the service made ahead, of which %d served nobody", r.DialledAhead, r.DialledUnused)
+	}
 	if r.Throttled > 0 {
 		row("", "%d of callers who ask more often than limits.requests_per_second allows", r.Throttled)
 	}

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
+	"runtime"
 	"strconv"
 	"strings"
 	"time"
@@ -60,6 +61,7 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 			WouldDeny: n.WouldDeny.Load(), Malformed: n.Malformed.Load(), NotRedirected: n.NotRedirected.Load(),
 			NotForwardable: n.NotForwardable.Load(), UpstreamFailed: n.UpstreamFailed.Load(),
 			Evicted: n.Evicted.Load(), Throttled: n.Throttled.Load(), Looped: n.Looped.Load(),
+			DialledAhead: d.proxy.Ahead().Made.Load(), DialledUnused: d.proxy.Ahead().Unused.Load(),
 		}
 		s.Requests.Tokens, s.Requests.Forgotten = d.proxy.Tokens()
 	}
@@ -70,7 +72,7 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 	if d.redirect != nil {
 		s.Redirect = d.redirectStatus(ctx)
 	}
-	s.Process.UID = os.Geteuid()
+	s.Process.UID, s.Process.Goroutines = os.Geteuid(), runtime.NumGoroutine()
 	if self, err := procfs.Self(); err == nil {
 		if stat, err := self.Stat(); err == nil {
 			s.Process.ResidentMB = uint64(stat.ResidentMemory()) >> 20

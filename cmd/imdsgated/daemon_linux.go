@@ -111,7 +111,7 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 
 	d.proxy = proxy.New(proxy.Options{
 		Endpoints: rules.Endpoints, Mark: rules.Mark, MaxConns: c.Limits.Connections, Host: d.host,
-		Rate: int(c.Limits.RequestsPerSecond), Burst: int(c.Limits.Burst),
+		Rate: int(c.Limits.RequestsPerSecond), Burst: int(c.Limits.Burst), DialAhead: int(c.Upstream.DialAhead),
 		Forwardable: d.forwardable, Record: d.spool.Record,
 	}, d.finder, d.engine)
 	told := ctx // to end
@@ -121,14 +121,18 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	if err != nil {
 		return err
 	}
+	defer d.remove()
 	defer func() {
-		if drainErr := d.proxy.Shutdown(context.Background()); drainErr != nil {
+		// Who says it a second time will not wait for answers.
+		drain, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+		defer stop()
+		if drainErr := d.proxy.Shutdown(drain); drainErr != nil {
 			d.log.Warn().Err(drainErr).Msg("drained")
 		}
 		serving.Wait()
 	}()
 
-	defer d.stop() // also when start fails half-way
+	defer d.release() // also when start fails half-way
 	if err := d.start(ctx, p, rules); err != nil {
 		return err
 	}
@@ -369,18 +373,28 @@ func (d *daemon) notTaken(report iptables.Report) {
 	}
 }
 
-// stop takes the redirect away in audit mode, where nothing of ours may stand
-// between a client and the service. In enforce mode it stays: until we are back,
-// connections are held by the socket unit, or refused.
-func (d *daemon) stop() {
+// release leads no more connections here in audit mode, where nothing of ours may
+// stand between a client and the service. In enforce mode the redirect stays: until we
+// are back, connections are held by the socket unit, or refused.
+func (d *daemon) release() {
 	mode := d.engine.Mode()
 	if mode == policy.Audit {
 		d.redirected(false)
-		if _, err := iptables.Remove(context.Background()); err != nil {
-			d.log.Error().Err(err).Msg("the redirect could not be removed")
+		if err := iptables.Release(context.Background()); err != nil {
+			d.log.Error().Err(err).Msg("the redirect could not be taken away")
 		}
 	}
 	d.state("daemon-stopped", "info", fmt.Sprintf("imdsgated stopped in %s mode", mode), nil)
+}
+
+// remove takes away what release has left for the connections that were here.
+func (d *daemon) remove() {
+	if d.engine.Mode() != policy.Audit {
+		return
+	}
+	if _, err := iptables.Remove(context.Background()); err != nil {
+		d.log.Error().Err(err).Msg("the redirect could not be removed")
+	}
 }
 
 // watch keeps the redirect as it should be.

@@ -138,6 +138,8 @@ type Requests struct {
 	UpstreamFailed uint64 `json:"upstream_failed"`
 	Evicted        uint64 `json:"evicted"`
 	Throttled      uint64 `json:"throttled"`
+	DialledAhead   uint64 `json:"dialled_ahead"` // connections to the service, of which
+	DialledUnused  uint64 `json:"dialled_unused"`
 	// LinkLocalExceeded is how many packets to link-local services the instance's network
 	// interfaces have dropped since they came up; nil where no driver counts them.
 	LinkLocalExceeded *uint64 `json:"linklocal_allowance_exceeded,omitempty"`
@@ -159,6 +161,7 @@ type Process struct {
 	UID         int    `json:"uid"`
 	ResidentMB  uint64 `json:"resident_mb"`
 	Descriptors int    `json:"open_descriptors"`
+	Goroutines  int    `json:"goroutines"`
 }
 
 // Explanation is what `imdsgate explain` shows.

@@ -57,9 +57,15 @@ func check(tree *syntax.Query, schema Schema) *compiler {
 		if body.Until != nil {
 			items = slices.Concat(items, []*syntax.Item{body.Until})
 		}
-		c.items(body.By, items)
+		if body.MaxSpan == 0 {
+			c.warnf(body.Pos, "add with maxspan=...", "a sequence without maxspan may wait for ever for its next event")
+		}
+		c.joined(body.By, items)
 	case *syntax.Sample:
-		c.items(body.By, body.Items)
+		c.joined(body.By, body.Items)
+	}
+	if len(c.errs) == 0 {
+		c.warnOfNever()
 	}
 	return c
 }
@@ -77,6 +83,15 @@ func (c *compiler) add(at syntax.Pos, hint string, err error, format string, arg
 	c.errs = append(c.errs, e)
 }
 
+func (c *compiler) warnf(at syntax.Pos, hint, format string, args ...any) {
+	if len(c.warnings) == maxErrors {
+		return
+	}
+	w := c.tree.Errorf(at, format, args...)
+	w.Hint = hint
+	c.warnings = append(c.warnings, w)
+}
+
 // refuseBatch complains about what can only be answered once a stream has ended.
 func (c *compiler) refuseBatch() {
 	refuse := func(at syntax.Pos, format string, args ...any) {
@@ -85,20 +100,13 @@ func (c *compiler) refuseBatch() {
 	for _, p := range c.tree.Pipes {
 		refuse(p.Pos, "the pipe %s cannot be judged inline: it counts the matches of a finished search", p.Name)
 	}
-	switch body := c.tree.Body.(type) {
-	case *syntax.Sample:
+	if body, ok := c.tree.Body.(*syntax.Sample); ok {
 		refuse(body.Pos, "a sample cannot be judged inline: its events have no order that would end it")
-	case *syntax.Sequence:
-		for _, it := range body.Items {
-			if it.Missing {
-				refuse(it.Pos, "a missing event cannot be judged inline: until maxspan has passed it may still come")
-			}
-		}
 	}
 }
 
-// items checks events that are joined by keys.
-func (c *compiler) items(by []*syntax.Field, items []*syntax.Item) {
+// joined checks events that are joined by keys.
+func (c *compiler) joined(by []*syntax.Field, items []*syntax.Item) {
 	for _, k := range by {
 		c.expr(k)
 	}
@@ -107,7 +115,7 @@ func (c *compiler) items(by []*syntax.Field, items []*syntax.Item) {
 		for i, k := range it.By {
 			t := c.expr(k)
 			first := items[0].By[i]
-			if u := c.types[first]; t != u && t < null && u < null {
+			if u := c.types[first]; t != u && t < null && u < null && !(isNumeric(t) && isNumeric(u)) {
 				c.errorf(k.Pos, "", "this key is %s and %s in the first event is %s, so that they are never equal", noun(t), first.Name, noun(u))
 			}
 		}
@@ -157,7 +165,8 @@ func (c *compiler) expr(e syntax.Expr) Type {
 	before := c.fieldsSeen
 	t := c.typeOf(e)
 	c.types[e] = t
-	c.varies[e] = c.fieldsSeen > before
+	_, known := c.constants[e]
+	c.varies[e] = c.fieldsSeen > before && !known
 	return t
 }
 
@@ -211,10 +220,13 @@ func (c *compiler) field(f *syntax.Field) Type {
 	c.fieldsSeen++
 	field, ok := c.schema.Field(f.Name)
 	switch {
+	case ok && field.Slot < 0:
+		c.warnOfAbsent(f, "")
 	case ok:
 	case f.Optional:
 		field = Field{Name: f.Name, Type: null, Slot: -1}
-		c.warn(f)
+		c.constants[f] = Value{}
+		c.warnOfAbsent(f, c.didYouMean(f.Name))
 	default:
 		c.errorf(f.Pos, c.didYouMean(f.Name), "unknown field %s", f.Name)
 		field.Type = broken
@@ -223,15 +235,12 @@ func (c *compiler) field(f *syntax.Field) Type {
 	return field.Type
 }
 
-// warn says once that an optional field is unknown.
-func (c *compiler) warn(f *syntax.Field) {
-	if c.warned[f.Name] {
-		return
+// warnOfAbsent says once of a field that no event has it.
+func (c *compiler) warnOfAbsent(f *syntax.Field, hint string) {
+	if !c.warned[f.Name] {
+		c.warned[f.Name] = true
+		c.warnf(f.Pos, hint, "no event has the field %s", f.Name)
 	}
-	c.warned[f.Name] = true
-	w := c.tree.Errorf(f.Pos, "no event has the field %s", f.Name)
-	w.Hint = c.didYouMean(f.Name)
-	c.warnings = append(c.warnings, w)
 }
 
 func (c *compiler) didYouMean(name string) string {
@@ -287,6 +296,7 @@ func (c *compiler) comparison(op syntax.Op, at syntax.Pos, x syntax.Expr, t Type
 		c.standsFor(u, x)
 	case u == Keyword && (t == IP || t == Date):
 		c.standsFor(t, y)
+	case t == Date && u == Long && !c.varies[y], u == Date && t == Long && !c.varies[x]: // milliseconds since 1970
 	default:
 		c.errorf(y.Position(), "", "%s cannot be compared with %s", describe(x, t), describe(y, u))
 	}
@@ -371,32 +381,40 @@ func (c *compiler) call(call *syntax.Call) Type {
 		if t < null && param&(1<<t) == 0 {
 			c.errorf(arg.Position(), "", "argument %d of %s must be %s; %s is %s", i+1, f.name, param, subject(arg), noun(t))
 		} else if t != broken && f.name == cidrMatch && i > 0 {
-			c.block(arg)
+			c.block(call, arg)
 		}
 	}
 	return f.result
 }
 
-// block checks an argument of cidrMatch.
-func (c *compiler) block(arg syntax.Expr) {
-	if l, ok := arg.(*syntax.Literal); ok && l.Value != nil {
+// block checks an argument of cidrMatch. With null all of it is null.
+func (c *compiler) block(call *syntax.Call, arg syntax.Expr) {
+	switch l, ok := arg.(*syntax.Literal); {
+	case !ok:
+		c.errorf(arg.Position(), "", "a block of addresses must be a constant")
+	case l.Value == nil:
+		c.constants[call] = Value{}
+	default:
 		c.standsFor(IP, l)
-		return
 	}
-	c.errorf(arg.Position(), "", "a block of addresses must be a constant")
 }
 
 func (f *function) arity() string {
 	switch n := len(f.params); {
 	case f.variadic:
-		return fmt.Sprintf("%d arguments or more", f.min)
+		return fmt.Sprintf("at least %s", count(f.min))
 	case n > f.min:
 		return fmt.Sprintf("%d to %d arguments", f.min, n)
-	case n == 1:
-		return "1 argument"
 	default:
-		return fmt.Sprintf("%d arguments", n)
+		return count(n)
 	}
+}
+
+func count(n int) string {
+	if n == 1 {
+		return "1 argument"
+	}
+	return fmt.Sprintf("%d arguments", n)
 }
 
 func (k kinds) String() string {

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/imdsgate/imdsgate/policy/eql/syntax"
 )
@@ -272,12 +273,15 @@ func (c *compiler) constant(e syntax.Expr) Value {
 }
 
 // constantFor evaluates one that is compared with a value of type t. Dates are
-// written as strings.
+// written as strings, or as milliseconds since 1970.
 func (c *compiler) constantFor(t Type, e syntax.Expr) Value {
 	v := c.constant(e)
-	if t == Date && v.kind == isString {
+	switch {
+	case t == Date && v.kind == isString:
 		d, _ := parseDate(v.str())
 		return Time(d)
+	case t == Date && v.kind == isInt:
+		return Time(time.UnixMilli(v.int()))
 	}
 	return v
 }

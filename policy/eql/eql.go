@@ -25,16 +25,20 @@
 //   - An unknown field marked optional (?name) is a warning, and is treated as a
 //     field that this event lacks. Elasticsearch lets it silence the whole rule.
 //   - number("x"), division by zero and integer overflow are null rather than
-//     failures.
+//     failures; so is between where it finds nothing, rather than "".
 //   - Letters are folded in ASCII only, everywhere.
 //   - Events are taken as they come, not sorted; Machine says what that means for
 //     a late one.
 //   - An atom over several long arrays is tried a million times and then given up.
+//   - in takes several fields: "x" in (a, b). Otherwise, as there, a field is not
+//     compared with another.
 //   - There are no versions, and no dates relative to now.
 //
-// Missing events, samples and pipes need to see a stream's end, or its future.
-// They are checked like everything else and then refused with an error that is
-// errors.ErrUnsupported, because nobody can be kept waiting for them inline.
+// Samples and pipes need to see the end of a stream. Compile checks them like
+// everything else and then refuses them with an error that is
+// errors.ErrUnsupported, because nobody can be kept waiting for them inline;
+// CompileBatch takes them, for a Batch. That an event is missing at the end of a
+// sequence is known when its time is over: see Query.Late.
 //
 // This package knows no schema. It is the wrong tool for queries in KQL or ES|QL.
 package eql
@@ -71,7 +75,7 @@ func (t Type) String() string {
 type Field struct {
 	Name string
 	Type Type
-	Slot int // the number by which an Event knows it; not negative
+	Slot int // the number by which an Event knows it; negative for one that no event has
 }
 
 // A Schema says which fields there are.
@@ -101,39 +105,67 @@ func Compile(tree *syntax.Query, schema Schema) (*Query, error) {
 	if len(c.errs) == 0 {
 		c.refuseBatch()
 	}
+	return c.query()
+}
+
+func (c *compiler) query() (*Query, error) {
 	if len(c.errs) > 0 {
 		c.errs.Sort()
 		return nil, c.errs
 	}
 	c.warnings.Sort()
-	q := &Query{warnings: c.warnings}
-	switch body := tree.Body.(type) {
+	q := &Query{warnings: c.warnings, pipes: c.tree.Pipes}
+	switch body := c.tree.Body.(type) {
 	case *syntax.Event:
 		q.stages = []*Stage{c.stage(body, nil)}
-		q.steps = q.stages
+		q.slots = q.stages
 	case *syntax.Sequence:
 		q.sequence, q.maxSpan = true, body.MaxSpan
-		for _, it := range body.Items {
-			s := c.stage(it.Event, slices.Concat(body.By, it.By))
-			q.stages = append(q.stages, s)
-			for range it.Runs {
-				q.steps = append(q.steps, s)
-			}
-		}
+		c.items(q, body.By, body.Items)
 		if body.Until != nil {
 			q.until = c.stage(body.Until.Event, slices.Concat(body.By, body.Until.By))
 		}
+	case *syntax.Sample:
+		q.sample = true
+		c.items(q, body.By, body.Items)
 	}
+	q.arrange()
 	return q, nil
+}
+
+func (c *compiler) items(q *Query, by []*syntax.Field, items []*syntax.Item) {
+	for _, it := range items {
+		s := c.stage(it.Event, slices.Concat(by, it.By))
+		s.missing = it.Missing
+		q.stages = append(q.stages, s)
+		for range it.Runs {
+			q.slots = append(q.slots, s)
+		}
+	}
+}
+
+// arrange separates the missing events from the others.
+func (q *Query) arrange() {
+	for _, s := range q.slots {
+		if s.missing {
+			q.missing = append(q.missing, hole{s, len(q.steps)})
+		} else {
+			q.steps = append(q.steps, s)
+		}
+	}
 }
 
 // Query is a compiled query.
 type Query struct {
 	stages   []*Stage
-	steps    []*Stage // stages, each as often as it runs
+	slots    []*Stage // stages, each as often as it runs
+	steps    []*Stage // the slots without those that ought to be missing
+	missing  []hole
 	until    *Stage
 	sequence bool
+	sample   bool
 	maxSpan  time.Duration
+	pipes    []*syntax.Pipe
 	warnings syntax.ErrorList
 }
 
@@ -141,9 +173,22 @@ type Query struct {
 // events.
 func (q *Query) IsSequence() bool { return q.sequence }
 
-// Stages are the events that q describes, as written: one unless q is a
-// sequence, and one for "with runs=3" too.
+// IsSample reports whether q is a sample, events with equal keys in any order.
+func (q *Query) IsSample() bool { return q.sample }
+
+// Late reports whether q is a sequence that ends in a missing event. Its matches
+// are known only when its span is over: nothing can be stopped by them.
+func (q *Query) Late() bool {
+	return len(q.missing) > 0 && q.missing[len(q.missing)-1].after == len(q.steps)
+}
+
+// Stages are the events that q describes, as written: one unless q is a sequence
+// or a sample, and one for "with runs=3" too.
 func (q *Query) Stages() []*Stage { return slices.Clone(q.stages) }
+
+// Counts reports whether a sequence has events "with runs", which say more together
+// than each by itself.
+func (q *Query) Counts() bool { return len(q.slots) > len(q.stages) }
 
 // Until is the event that ends the chains of a sequence, or nil.
 func (q *Query) Until() *Stage { return q.until }
@@ -151,8 +196,8 @@ func (q *Query) Until() *Stage { return q.until }
 // MaxSpan is how long a sequence may take, inclusive; zero means for ever.
 func (q *Query) MaxSpan() time.Duration { return q.maxSpan }
 
-// Warnings are what the author of the query should know although it works:
-// optional fields that no event has.
+// Warnings are what the author of the query should know although it works: fields
+// that no event has, conditions that are never true, sequences without an end.
 func (q *Query) Warnings() []*syntax.Error { return slices.Clone(q.warnings) }
 
 // A Stage is one event that a query describes. Its methods may be called from
@@ -166,13 +211,18 @@ type Stage struct {
 	keys      []Field
 	optional  []bool // which of the keys may be missing
 	fields    []Field
+	missing   bool
 }
+
+// Missing reports whether a sequence has the stage as ![...]: as an event that
+// must not come.
+func (s *Stage) Missing() bool { return s.missing }
 
 // Category is the category that the event must have, or any.
 func (s *Stage) Category() (name string, any bool) { return s.event.Category, s.event.Any }
 
 // Fields are the fields that the stage reads, its keys included and the category
-// not, by name. Unknown optional fields are not among them.
+// not, by name. Those that no event has are not among them.
 func (s *Stage) Fields() []Field { return slices.Clone(s.fields) }
 
 // Match reports whether an event has the category and satisfies the condition.

@@ -23,16 +23,26 @@ type Exclusion struct {
 // own working directory, arguments and program. So for each stage every
 // conjunct (see Conjuncts) that is a negation (not, !=, not in; != null too) and
 // mentions a field that callerChosen reports is removed, and so is an until
-// event that mentions one. A stage that consists of nothing else then matches
-// every event of its category.
+// event and a missing one that mention one: whoever can make them happen has no
+// match. A stage that consists of nothing else then matches every event of its
+// category.
 //
 // Only the outermost negations are looked at: an alternative of an "or" cannot
 // be dropped without making the rule match less.
 func (q *Query) WithoutExclusions(callerChosen func(field string) bool) (*Query, []Exclusion) {
 	var out []Exclusion
 	stricter := *q
-	stricter.stages, stricter.steps = nil, nil
+	stricter.stages, stricter.slots, stricter.steps, stricter.missing = nil, nil, nil, nil
+	excluded := make([]bool, len(q.stages))
 	for i, s := range q.stages {
+		if s.missing {
+			if chosen := mentions(s.event, callerChosen); len(chosen) > 0 {
+				out = append(out, Exclusion{s.event.Pos, i, "![" + syntax.Format(s.event) + "]", chosen})
+				excluded[i] = true
+			}
+			stricter.stages = append(stricter.stages, s)
+			continue
+		}
 		t := *s
 		t.conjuncts = nil
 		for _, c := range s.conjuncts {
@@ -45,9 +55,12 @@ func (q *Query) WithoutExclusions(callerChosen func(field string) bool) (*Query,
 		t.match = t.all()
 		stricter.stages = append(stricter.stages, &t)
 	}
-	for _, s := range q.steps {
-		stricter.steps = append(stricter.steps, stricter.stages[slices.Index(q.stages, s)])
+	for _, s := range q.slots {
+		if i := slices.Index(q.stages, s); !excluded[i] {
+			stricter.slots = append(stricter.slots, stricter.stages[i])
+		}
 	}
+	stricter.arrange()
 	if q.until != nil {
 		if chosen := mentions(q.until.event, callerChosen); len(chosen) > 0 {
 			out = append(out, Exclusion{q.until.event.Pos, len(q.stages), "until [" + syntax.Format(q.until.event) + "]", chosen})

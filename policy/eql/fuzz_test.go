@@ -11,16 +11,21 @@ import (
 	"github.com/imdsgate/imdsgate/policy/eql/syntax"
 )
 
-// FuzzQuery compiles anything and asks it about random events.
+// FuzzQuery compiles anything and asks it about random events: in a batch and, if it
+// can be asked so, inline.
 func FuzzQuery(f *testing.F) {
 	r := newRandom(3)
 	for seed := range uint64(20) {
 		f.Add("any where "+r.condition(3), seed)
-		f.Add(r.sequence(), seed)
+		f.Add(r.query(), seed)
 	}
 	f.Add(`a where cidrMatch(ip, "10.0.0.0/8") and s regex~ "[^a-c]{1,3}\\d" or at > "2025-01-01" and -9223372036854775807 - n * 7 % d == 1 / m`, uint64(0))
 	f.Fuzz(func(t *testing.T, src string, seed uint64) {
-		q, err := tryCompile(letters, "fuzz", src)
+		tree, err := syntax.Parse("fuzz", src)
+		var q *eql.Query
+		if err == nil {
+			q, err = eql.CompileBatch(tree, letters)
+		}
 		if err != nil {
 			var list syntax.ErrorList
 			if !errors.As(err, &list) || len(list) == 0 {
@@ -28,11 +33,24 @@ func FuzzQuery(f *testing.F) {
 			}
 			return
 		}
-		r := newRandom(seed)
-		m := q.NewMachine(4)
+		events := newRandom(seed).events(10)
+		found := search(q.NewBatch(0), events)
+		few := q.NewBatch(4)
+		search(few, events)
+		if inline, err := eql.Compile(tree, letters); err == nil {
+			if got := observe(inline.NewMachine(0), events); !slices.EqualFunc(got, found, slices.Equal) {
+				t.Errorf("inline %s, in a batch %s", matchList(got), matchList(found))
+			}
+			m := inline.NewMachine(4)
+			if observe(m, events); m.Pending() > 8 {
+				t.Errorf("%d chains", m.Pending())
+			}
+		} else if !errors.Is(err, errors.ErrUnsupported) {
+			t.Errorf("not inline: %v", err)
+		}
 		strict, _ := q.WithoutExclusions(func(field string) bool { return field < "p" })
-		for _, e := range r.events(10) {
-			m.Observe(e)
+		search(strict.NewBatch(4), events)
+		for _, e := range events {
 			for i, s := range q.Stages() {
 				all := !slices.ContainsFunc(s.Conjuncts(), func(c eql.Conjunct) bool { return !c.Match(e) })
 				matches := s.Match(e)
@@ -43,9 +61,6 @@ func FuzzQuery(f *testing.F) {
 					t.Error("it matches only with its exclusions")
 				}
 			}
-		}
-		if m.Pending() > 4 {
-			t.Errorf("%d chains", m.Pending())
 		}
 	})
 }

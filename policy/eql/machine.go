@@ -35,7 +35,11 @@ import (
 // It keeps at most limit unfinished chains, with their events. When there would
 // be more, the chain that began first is given up and counted: it is the next to
 // exceed its span, and without a span it has waited longest. Chains that exceeded
-// their span are dropped as time goes on, and not counted.
+// their span are dropped as time goes on, and not counted. What missing events
+// need is bounded likewise; missing.go says how.
+//
+// A chain takes about 320 bytes beside its events, if it waits for the second of two
+// and its keys have 50 characters; with a missing event 400.
 //
 // Events should be observed in order. One that is late, because its time is
 // before that of its predecessors, is judged where it arrives: it can begin
@@ -53,14 +57,13 @@ type Machine struct {
 	newest  *chain
 	matches []Match
 
-	value []Value // the key that is being tried
-	key   []byte  // its encoding
-	keys  int     // how many more may be tried
+	joined  joined
+	absence *absence // nil unless the query has missing events
 }
 
 // Match is what a query describes, found.
 type Match struct {
-	Events []Event // one for each step, in order
+	Events []Event // one for each stage and run, as written; nil for a missing event
 	Key    []Value // those of the sequence, then those of the last event; nil without keys
 }
 
@@ -78,6 +81,7 @@ type chain struct {
 	events      []Event
 	older       *chain
 	newer       *chain
+	known       *known // nil unless the query has missing events
 }
 
 // defaultLimit is for 8192 children of different parents within the span of one
@@ -86,27 +90,46 @@ type chain struct {
 const defaultLimit = 8192
 
 // NewMachine returns a machine that has seen nothing. A limit of zero is 8192
-// chains.
+// chains. It panics if only a Batch can answer q.
 func (q *Query) NewMachine(limit int) *Machine {
+	if q.sample || len(q.pipes) > 0 {
+		panic("eql: NewMachine of a query that CompileBatch made for a Batch")
+	}
+	return q.newMachine(limit)
+}
+
+func (q *Query) newMachine(limit int) *Machine {
 	if limit <= 0 {
 		limit = defaultLimit
 	}
-	return &Machine{
+	m := &Machine{
 		query:   q,
 		limit:   limit,
 		groups:  make(map[string]*group),
 		waiting: make([]int, len(q.steps)),
 	}
+	if len(q.missing) > 0 {
+		m.absence = newAbsence()
+	}
+	return m
 }
 
-// Evicted is how often a chain, or the further keys of an event that has more of
-// them than there may be chains, was given up to stay within the limit.
+// Evicted is how often something was given up to stay within the limit: a chain,
+// the further keys of an event that has more of them than there may be chains, or
+// what is kept for missing events.
 func (m *Machine) Evicted() uint64 { return m.evicted }
 
-// Pending is the number of unfinished chains.
-func (m *Machine) Pending() int { return m.pending }
+// Pending is the number of unfinished chains, and of complete ones that wait to
+// be told that an event is missing.
+func (m *Machine) Pending() int {
+	if m.absence != nil {
+		return m.pending + m.absence.undecided.Len()
+	}
+	return m.pending
+}
 
-// Observe shows an event to the machine and returns what it completes.
+// Observe shows an event to the machine and returns the matches that it
+// completes, and those of earlier events that its time decides.
 func (m *Machine) Observe(e Event) []Match {
 	m.matches = nil
 	now := e.Time()
@@ -122,67 +145,43 @@ func (m *Machine) Observe(e Event) []Match {
 			asked, matches = s, s.Match(e)
 		}
 		if matches {
-			m.keys = m.limit
-			m.eachKey(steps[i], i, e, now)
+			m.join(steps[i], i, e, now)
 		}
 	}
 	if u := m.query.until; u != nil && m.pending > 0 && u.Match(e) {
-		m.keys = m.limit
-		m.eachKey(u, len(steps), e, now)
+		m.join(u, len(steps), e, now)
+	}
+	if m.absence != nil {
+		m.observeMissing(e, now)
 	}
 	return m.matches
 }
 
-// eachKey calls act for each combination of the keys of e, of which len(m.value)
-// are chosen already. It returns false when it had to stop.
-func (m *Machine) eachKey(s *Stage, step int, e Event, now time.Time) bool {
-	n := len(m.value)
-	if n == len(s.keys) {
-		if m.keys == 0 {
-			m.evicted++
-			return false
-		}
-		m.keys--
-		m.act(step, e, now)
-		return true
-	}
-	mark := len(m.key)
-	defer func() { m.key, m.value = m.key[:mark], m.value[:n] }()
-	f, v := s.keys[n], Value{}
-	if f.Slot >= 0 {
-		v = e.Value(f.Slot)
-	}
-	if !v.present(f.Type) {
-		if !s.optional[n] {
-			return true
-		}
-		m.choose(Value{})
-		return m.eachKey(s, step, e, now)
-	}
-	for i := range v.len() {
-		x := v.single(i)
-		if !x.fits(f.Type) {
-			continue
-		}
-		m.key, m.value = m.key[:mark], m.value[:n]
-		m.choose(x)
-		if !m.eachKey(s, step, e, now) {
-			return false
-		}
-	}
-	return true
+// Tick tells the machine that no event from before now is to be expected, and
+// returns the matches that this decides. Only a query that ends in a missing event
+// has such: that it did not come is known once the span is over. Without a Tick
+// the next event brings them. A machine that is shown only what its stages match
+// forgets by it what has exceeded its span.
+func (m *Machine) Tick(now time.Time) []Match {
+	m.matches = nil
+	m.expire(now)
+	return m.matches
 }
 
-func (m *Machine) choose(v Value) {
-	m.key = v.appendKey(m.key)
-	m.value = append(m.value, v)
+// join lets an event take a step with each combination of its keys.
+func (m *Machine) join(s *Stage, step int, e Event, now time.Time) {
+	if !m.joined.each(s, step, e, now, m.limit, m) {
+		m.evicted++
+	}
 }
 
-// act lets an event with the current key take a step; the one after the last is
-// until.
-func (m *Machine) act(step int, e Event, now time.Time) {
-	g, last := m.groups[string(m.key)], len(m.query.steps)-1
+// take lets an event with the current key take a step; the one after the last is
+// until, and those after that are the missing events.
+func (m *Machine) take(step int, e Event, now time.Time) {
+	g, last := m.groups[string(m.joined.key)], len(m.query.steps)-1
 	switch {
+	case step > last+1:
+		m.came(m.query.missing[step-last-2], now)
 	case step == 0:
 		m.begin(g, e, now)
 	case g == nil:
@@ -203,12 +202,15 @@ func (m *Machine) begin(g *group, e Event, now time.Time) {
 	steps := len(m.query.steps)
 	c := &chain{group: g, start: now, last: now}
 	c.events = append(make([]Event, 0, min(steps, 4)), e)
+	if m.absence != nil {
+		c.known = m.absence.before(m.joined.key, now)
+	}
 	if steps == 1 {
 		m.complete(c)
 		return
 	}
 	if g == nil {
-		c.group = &group{key: string(m.key), chains: make([]*chain, steps-1)}
+		c.group = &group{key: string(m.joined.key), chains: make([]*chain, steps-1)}
 		m.groups[c.group.key] = c.group
 	} else if old := g.chains[0]; old != nil && old.last.After(now) {
 		return
@@ -232,6 +234,9 @@ func (m *Machine) advance(c *chain, e Event, now time.Time) {
 	}
 	c.events = append(c.events, e)
 	c.last = now
+	if c.known != nil {
+		c.known.touched = m.absence.seq
+	}
 	next := c.step + 1
 	if next == len(m.query.steps)-1 {
 		m.drop(c)
@@ -248,7 +253,12 @@ func (m *Machine) advance(c *chain, e Event, now time.Time) {
 }
 
 func (m *Machine) complete(c *chain) {
-	m.matches = append(m.matches, Match{c.events, slices.Clone(m.value)})
+	match := Match{c.events, slices.Clone(m.joined.value)}
+	if m.absence != nil {
+		m.completeMissing(c, match)
+		return
+	}
+	m.matches = append(m.matches, match)
 }
 
 func (m *Machine) exceeds(now time.Time, c *chain) bool {
@@ -259,6 +269,9 @@ func (m *Machine) exceeds(now time.Time, c *chain) bool {
 func (m *Machine) expire(now time.Time) {
 	for m.oldest != nil && m.exceeds(now, m.oldest) {
 		m.drop(m.oldest)
+	}
+	if m.absence != nil {
+		m.expireMissing(now)
 	}
 }
 
@@ -315,7 +328,3 @@ func (m *Machine) unlink(c *chain) {
 	}
 	c.older, c.newer = nil, nil
 }
-
-// Expire drops the chains that have exceeded their span. Observe does so, too; call
-// it for a machine that is only shown what its stages match.
-func (m *Machine) Expire(now time.Time) { m.expire(now) }

@@ -10,9 +10,12 @@ import (
 )
 
 // random makes queries and events from so few words that they often meet.
-type random struct{ *rand.Rand }
+type random struct {
+	*rand.Rand
+	untyped bool // without addresses and dates
+}
 
-func newRandom(seed uint64) random { return random{rand.New(rand.NewPCG(seed, 0))} }
+func newRandom(seed uint64) random { return random{Rand: rand.New(rand.NewPCG(seed, 0))} }
 
 func (r random) pick(words ...string) string { return words[r.IntN(len(words))] }
 
@@ -24,15 +27,113 @@ func (r random) some(of func() string) string {
 	return "(" + strings.Join(list, ", ") + ")"
 }
 
+// query is a sequence, a sample or a condition, and perhaps pipes.
+func (r random) query() string {
+	src := ""
+	switch r.IntN(6) {
+	case 0:
+		src = r.pick("any", "a", "b") + " where " + r.condition(2)
+	case 1:
+		src = r.sample()
+	case 2:
+		src = r.sequence()
+	default:
+		src = r.withMissing()
+	}
+	for r.IntN(4) == 0 {
+		src += r.pick(" | head ", " | tail ") + r.pick("0", "1", "2", "5")
+	}
+	return src
+}
+
+// mangled is a query with some tokens removed, added, replaced or swapped.
+func (r random) mangled() string {
+	toks := strings.Fields(strings.NewReplacer("(", " ( ", ")", " ) ", "[", " [ ", "]", " ] ", ",", " , ").Replace(r.query()))
+	for range r.IntN(4) {
+		i := r.IntN(len(toks))
+		switch r.IntN(4) {
+		case 0:
+			toks = slices.Delete(toks, i, i+1)
+		case 1:
+			toks = slices.Insert(toks, i, r.token())
+		case 2:
+			toks[i] = r.token()
+		case 3:
+			j := r.IntN(len(toks))
+			toks[i], toks[j] = toks[j], toks[i]
+		}
+		if len(toks) == 0 {
+			return ""
+		}
+	}
+	return strings.Join(toks, r.pick(" ", "\n"))
+}
+
+func (r random) token() string {
+	return r.pick("and", "or", "not", "any", "by", "false", "true", "null", "in", "in~", "join", "like", "like~", "maxspan", "of",
+		"regex", "regex~", "sequence", "where", "with", "runs", "head", "a", "s", "n", "`a b`.`x``y`", "@t", "_x", "f~", "length",
+		"0", "5", "1.", ".5", "1e3", "1s", "ms", `"x"`, `"""y"""`, `""""q"""""`, `"\n\""`, `"\u{41}"`, `'x'`, `?"x"`,
+		"(", ")", "[", "]", "![", ",", ".", "?", ":", "==", "!=", "<", "<=", "=", "+", "-", "*", "/", "%", "|",
+		"/* c /* d */ */", "// z\n", "[0]", "~")
+}
+
 func (r random) sequence() string {
-	src := "sequence" + r.pick("", " by s", " by ?s", " by args", " by ?args, n") + r.pick("", " with maxspan=5ms", " with maxspan=3ms")
+	return r.sequenceOf(r.pick("", " with maxspan=5ms", " with maxspan=3ms"), 2+r.IntN(2), func() string { return "" })
+}
+
+// withMissing is a sequence with missing events, as often as not.
+func (r random) withMissing() string {
+	return r.sequenceOf(r.pick(" with maxspan=9ms", " with maxspan=5ms", " with maxspan=3ms", " with maxspan=1ms"), 1+r.IntN(3), func() string { return r.pick("", "", "!") })
+}
+
+// sequenceOf has some items that are not missing, and between them what absent
+// says.
+func (r random) sequenceOf(span string, items int, absent func() string) string {
+	src := "sequence" + r.pick("", "", "", " by s", " by ?s", " by args", " by ?args, n") + span
 	own := r.pick("", "", "n", "t", "args")
-	items := 2 + r.IntN(2)
+	simple := r.IntN(2) == 0
+	if simple {
+		own = ""
+	}
+	all := 0
+	item := func() {
+		if simple {
+			src += "[" + r.pick("a", "b", "c") + " where " + r.pick("true", "true", "n > 1") + "]"
+		} else {
+			src += r.item(own)
+		}
+		all++
+		if r.IntN(4) == 0 {
+			src += " with runs=2"
+			all++
+		}
+	}
+	gap := func() {
+		for absent() != "" {
+			src += " !"
+			item()
+		}
+	}
 	for range items {
-		src += " " + r.item(own) + r.pick("", "", "", " with runs=2")
+		gap()
+		src += " "
+		item()
+	}
+	gap()
+	if all == 1 {
+		src += " " + r.item(own)
 	}
 	if r.IntN(3) == 0 {
 		src += " until " + r.item(own)
+	}
+	return src
+}
+
+func (r random) sample() string {
+	own := r.pick("n", "t", "args")
+	src := "sample" + r.pick("", " by s", " by ?s", " by args, n")
+	for range 2 + r.IntN(2) {
+		src += " " + r.item(own)
 	}
 	return src
 }
@@ -63,7 +164,11 @@ func (r random) condition(depth int) string {
 }
 
 func (r random) atom() string {
-	switch r.IntN(14) {
+	kind := r.IntN(14)
+	if r.untyped && (kind == 10 || kind == 11) {
+		kind = 9
+	}
+	switch kind {
 	case 0, 1, 2:
 		return r.text() + " " + r.pick(":", "like", "like~") + " " + r.some(r.pattern)
 	case 3:
@@ -95,15 +200,23 @@ func (r random) comparison() string { return " " + r.pick("==", "!=", "<", "<=",
 func (r random) text() string {
 	switch r.IntN(10) {
 	case 0:
-		return "concat(" + r.pick("s", "t", "n", "d", "ok") + ", " + r.pick("args", r.word(), "null", "ip") + ")"
+		return "concat(" + r.pick("s", "t", "n", "d", "ok") + ", " + r.pick("args", r.word(), "null", r.printed()) + ")"
 	case 1:
 		return "substring(" + r.field() + ", " + r.integer() + r.pick("", ", "+r.integer()) + ")"
 	case 2:
 		return r.pick("between", "between~") + "(" + r.field() + ", " + r.word() + ", " + r.word() + r.pick("", ", true", ", ok") + ")"
 	case 3:
-		return "string(" + r.pick("s", "n", "ok", "d", "at", "ip") + ")"
+		return "string(" + r.pick("s", "n", "ok", "d", r.printed()) + ")"
 	}
 	return r.field()
+}
+
+// printed is a field whose value is not a string.
+func (r random) printed() string {
+	if r.untyped {
+		return "n"
+	}
+	return r.pick("at", "ip")
 }
 
 func (r random) field() string { return r.pick("s", "t", "args", "?s", "?gone") }

@@ -192,11 +192,14 @@ func slowCompare(op string, x, y any) any {
 			}
 		case time.Time:
 			if ok {
-				for _, layout := range []string{time.RFC3339Nano, "2006-01-02T15:04:05", "2006-01-02T15:04", time.DateOnly} {
+				for _, layout := range []string{time.RFC3339Nano, "2006-01-02T15:04:05", "2006-01-02T15:04", time.DateOnly, "2006-01", "2006", "2006-01-02T15", "2006-01-02T15Z0700"} {
 					if d, err := time.Parse(layout, text); err == nil {
 						y = d
 					}
 				}
+			}
+			if ms, ok := y.(int64); ok {
+				y = time.UnixMilli(ms)
 			}
 		}
 	}
@@ -478,31 +481,63 @@ func slowCall(name string, fold bool, args []any) any {
 	panic(name)
 }
 
-// slowSequence finds sequences by keeping, for every stage and key, the chain
-// that waits there, as a list of events.
-func slowSequence(s schema, q *syntax.Query, events []*event) [][]int {
-	seq := q.Body.(*syntax.Sequence)
-	var steps []*syntax.Item
-	for _, it := range seq.Items {
-		for range it.Runs {
-			steps = append(steps, it)
+// slowSearch answers a query from all events, which are in order.
+func slowSearch(s schema, q *syntax.Query, events []*event) [][]int {
+	var found [][]int
+	switch body := q.Body.(type) {
+	case *syntax.Event:
+		for _, e := range events {
+			if slowMatch(s, body, e) {
+				found = append(found, []int{e.id})
+			}
+		}
+	case *syntax.Sequence:
+		found = slowSequence(s, body, events)
+	case *syntax.Sample:
+		found = slowSample(s, body, events)
+	}
+	for _, p := range q.Pipes {
+		n := min(p.Count, len(found))
+		if p.Name == "tail" {
+			n = len(found) - n
+			found = found[n:]
+		} else {
+			found = found[:n]
 		}
 	}
-	type waiting struct {
-		keys  []any
-		chain []*event
+	return found
+}
+
+// slowChain is events with the keys that they have in common.
+type slowChain struct {
+	keys   []any
+	events []*event
+}
+
+// slowSequence finds sequences by keeping, for every stage and key, the chain
+// that waits there, as a list of events; and then looks for events that ought to
+// be missing among all that there are.
+func slowSequence(s schema, seq *syntax.Sequence, events []*event) [][]int {
+	var all, steps []*syntax.Item
+	for _, it := range seq.Items {
+		for range it.Runs {
+			all = append(all, it)
+			if !it.Missing {
+				steps = append(steps, it)
+			}
+		}
 	}
-	stages := make([][]waiting, len(steps))
+	stages := make([][]slowChain, len(steps))
 	take := func(stage int, keys []any) []*event {
 		for i, w := range stages[stage] {
 			if reflect.DeepEqual(w.keys, keys) {
 				stages[stage] = slices.Delete(stages[stage], i, i+1)
-				return w.chain
+				return w.events
 			}
 		}
 		return nil
 	}
-	var found [][]int
+	var complete []slowChain
 	for _, e := range events {
 		for i := len(steps) - 1; i >= 0; i-- {
 			if !slowMatch(s, steps[i].Event, e) {
@@ -520,15 +555,11 @@ func slowSequence(s schema, q *syntax.Query, events []*event) [][]int {
 				}
 				chain = append(slices.Clone(chain), e)
 				if i == len(steps)-1 {
-					var ids []int
-					for _, e := range chain {
-						ids = append(ids, e.id)
-					}
-					found = append(found, ids)
+					complete = append(complete, slowChain{keys, chain})
 					continue
 				}
 				take(i, keys)
-				stages[i] = append(stages[i], waiting{keys, chain})
+				stages[i] = append(stages[i], slowChain{keys, chain})
 			}
 		}
 		if seq.Until != nil && slowMatch(s, seq.Until.Event, e) {
@@ -539,7 +570,116 @@ func slowSequence(s schema, q *syntax.Query, events []*event) [][]int {
 			}
 		}
 	}
+	var found [][]int
+	for _, c := range complete {
+		if ids := slowVeto(s, seq, all, c, events); ids != nil {
+			found = append(found, ids)
+		}
+	}
 	return found
+}
+
+// slowVeto is the numbers of a chain's events, with -1 for those that are missing,
+// or nil if one is not. Events are numbered in their order.
+func slowVeto(s schema, seq *syntax.Sequence, items []*syntax.Item, c slowChain, events []*event) []int {
+	var ids []int
+	var before, after []*event // that ought to be missing at the beginning and at the end
+	first, last := c.events[0], c.events[len(c.events)-1]
+	n := 0
+	for _, it := range items {
+		if !it.Missing {
+			ids = append(ids, c.events[n].id)
+			n++
+			continue
+		}
+		ids = append(ids, -1)
+		for _, e := range events {
+			if !slowMatch(s, it.Event, e) || !slices.ContainsFunc(slowKeys(slices.Concat(seq.By, it.By), e), func(k []any) bool { return reflect.DeepEqual(k, c.keys) }) {
+				continue
+			}
+			switch {
+			case n == 0:
+				if e.id < first.id && last.at.Sub(e.at) <= seq.MaxSpan {
+					before = append(before, e)
+				}
+			case n == len(c.events):
+				if e.id > last.id && e.at.Sub(first.at) <= seq.MaxSpan {
+					after = append(after, e)
+				}
+			case c.events[n-1].id < e.id && e.id < c.events[n].id:
+				return nil
+			}
+		}
+	}
+	switch begins, ends := items[0].Missing, items[len(items)-1].Missing; {
+	case begins && ends:
+		for _, b := range before {
+			if slices.ContainsFunc(after, func(a *event) bool { return a.at.Sub(b.at) <= seq.MaxSpan }) {
+				return nil
+			}
+		}
+	case len(before)+len(after) > 0:
+		return nil
+	}
+	return ids
+}
+
+// slowSample tries all choices of events for each key, the first ones first.
+func slowSample(s schema, sample *syntax.Sample, events []*event) [][]int {
+	var chains []slowChain // one for each key
+	for _, e := range events {
+		for _, it := range sample.Items {
+			if !slowMatch(s, it.Event, e) {
+				continue
+			}
+			for _, keys := range slowKeys(slices.Concat(sample.By, it.By), e) {
+				if !slices.ContainsFunc(chains, func(c slowChain) bool { return reflect.DeepEqual(c.keys, keys) }) {
+					chains = append(chains, slowChain{keys: keys})
+				}
+			}
+		}
+	}
+	slices.SortFunc(chains, func(a, b slowChain) int { return slices.CompareFunc(a.keys, b.keys, slowOrder) })
+	var found [][]int
+	for _, c := range chains {
+		var choose func(ids []int) []int
+		choose = func(ids []int) []int {
+			if len(ids) == len(sample.Items) {
+				return ids
+			}
+			it := sample.Items[len(ids)]
+			for _, e := range events {
+				if slices.Contains(ids, e.id) || !slowMatch(s, it.Event, e) ||
+					!slices.ContainsFunc(slowKeys(slices.Concat(sample.By, it.By), e), func(k []any) bool { return reflect.DeepEqual(k, c.keys) }) {
+					continue
+				}
+				if all := choose(append(slices.Clone(ids), e.id)); all != nil {
+					return all
+				}
+			}
+			return nil
+		}
+		if ids := choose(nil); ids != nil {
+			found = append(found, ids)
+		}
+	}
+	return found
+}
+
+func slowOrder(a, b any) int {
+	switch {
+	case a == nil && b == nil:
+		return 0
+	case a == nil:
+		return -1
+	case b == nil:
+		return 1
+	case slowCompare("==", a, b) == true:
+		return 0
+	case slowCompare("<", a, b) == true:
+		return -1
+	}
+	return 1
 }
 
 func slowKeys(by []*syntax.Field, e *event) [][]any {

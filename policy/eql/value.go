@@ -213,8 +213,11 @@ func formatFloat(f float64) string {
 }
 
 // appendKey appends an encoding of a single value, or of none, that no other
-// value has, also if more is appended.
-func (v *Value) appendKey(b []byte) []byte {
+// value has, also if more is appended. 1 and 1.0 are the same value.
+func (v Value) appendKey(b []byte) []byte {
+	if f := v.float(); v.kind == isFloat && f == math.Trunc(f) && math.Abs(f) < 1<<63 {
+		v = Int(int64(f))
+	}
 	b = append(b, byte(v.kind))
 	switch v.kind {
 	case none:
@@ -267,11 +270,15 @@ func (bs blocks) contain(v Value) bool {
 	return slices.ContainsFunc(bs, func(b block) bool { return v.hi&b.maskHi == b.hi && v.lo&b.maskLo == b.lo })
 }
 
-// parseDate reads the constants that may be compared with a Date field.
+// parseDate reads the constants that may be compared with a Date field: what
+// Elasticsearch calls strict_date_optional_time. What is left out is the least it
+// can be, and the time zone UTC.
 func parseDate(s string) (time.Time, bool) {
-	for _, layout := range []string{time.RFC3339Nano, "2006-01-02T15:04:05", "2006-01-02T15:04", time.DateOnly} {
-		if t, err := time.Parse(layout, s); err == nil {
-			return t, true
+	for _, zone := range []string{"", "Z07:00", "Z0700", "Z07"} {
+		for _, layout := range []string{"2006-01-02T15:04:05", "2006-01-02T15:04", "2006-01-02T15", time.DateOnly, "2006-01", "2006"} {
+			if t, err := time.Parse(layout+zone, s); err == nil {
+				return t, zone == "" || strings.Contains(layout, "T")
+			}
 		}
 	}
 	return time.Time{}, false

@@ -83,6 +83,10 @@ type Target struct {
 	// Suspect says of an Unknown path that a segment of it speaks of
 	// credentials, tokens, secrets or keys.
 	Suspect bool
+	// Container says that the endpoint is one of those that give tasks of ECS and
+	// pods of EKS their credentials. They know no session tokens; at that of ECS the
+	// path is the secret by which the agent knows the task.
+	Container bool
 }
 
 // Guarded reports whether a request for this target asks for something that a
@@ -137,6 +141,11 @@ func Classify(endpoint netip.Addr, target string) (Target, error) {
 	}
 	segments, odd := resolve(cut)
 	t := Target{Path: join(segments, cut), Evasive: odd || cut != target}
+	classify := classifyEC2
+	switch endpoint {
+	case ecsEndpoint, eksEndpoint, eksEndpoint6:
+		classify, t.Container = classifyContainer, true
+	}
 	if len(segments) > 0 && version(segments[0]) {
 		t.Version = segments[0]
 	}
@@ -149,11 +158,6 @@ func Classify(endpoint netip.Addr, target string) (Target, error) {
 		return t, nil
 	}
 
-	classify := classifyEC2
-	switch endpoint {
-	case ecsEndpoint, eksEndpoint, eksEndpoint6:
-		classify = classifyContainer
-	}
 	best := classify(segments, target)
 	if folded := strings.ToLower(target); folded != target {
 		s, _ := resolve(folded)

@@ -85,8 +85,11 @@ func TestClassify(t *testing.T) {
 		{"fd00:ec2::23", "/v1/credentials", imds.Credentials},
 		{"fd00:ec2::254", "/latest/meta-data/iam/security-credentials/", imds.Credentials},
 	} {
-		if got, err := imds.Classify(netip.MustParseAddr(c.endpoint), c.target); err != nil || got.Class != c.want {
-			t.Errorf("%s at %s: %+v, %v", c.target, c.endpoint, got, err)
+		container := !strings.HasSuffix(c.endpoint, "254")
+		for _, spelled := range []string{c.target, "/." + c.target} {
+			if got, err := imds.Classify(netip.MustParseAddr(c.endpoint), spelled); err != nil || got.Container != container || spelled == c.target && got.Class != c.want {
+				t.Errorf("%s at %s: %+v, %v", spelled, c.endpoint, got, err)
+			}
 		}
 	}
 }

@@ -47,6 +47,7 @@ var arrows = []struct{ from, to, reason string }{
 	{"proxy", "policy", "asks whether"},
 	{"proxy", "event", "fills the record"},
 	{"proxy", "proxy/imds", "knows the protocol"},
+	{"proxy", "proxy/loop", "waits for both sides at once"},
 	{"attribution", "attribution/diag", "asks the kernel for a socket"},
 	{"attribution", "attribution/procwatch", "asks who forked whom, and when a program was executed"},
 	{"attribution/witness", "attribution", "answers its questions"},

@@ -20,6 +20,22 @@ have found no credentials, and few name the 403; the table has the words to look
 is in imdsgate's event (` + "`imdsgate events`" + `), never in the answer. It takes effect at once: no client here tries for longer than the
 table says, and none that has a token asks again without one.
 
+## Why 403, for everybody
+
+It is the one answer to which every client that was tried gives up at once. Measured earlier with most of the programs below, against a
+stand-in that refuses in another way: with 401 one release of the CRT asks 900,000 times in a minute; with 503, or a connection that ends without an
+answer, the SDKs for Go ask six to twelve times in four to ten seconds; silence costs every client seconds, and cloud-init minutes of
+the boot; a body is taken for the name of the role by the CRT. 404 does as well with most, says "this instance has no role" instead of
+"you may not", and is tried again by the SDK for PHP and by nodeadm. No client is known for which another answer is better, so there is
+no setting for one. An answer by client would go by the User-Agent, which a thief writes himself.
+
+The session token is the exception: a 403 for that sends the SDKs for Go, JavaScript, .NET and Ruby back to IMDSv1 for as long as the
+process lives. So nothing refuses it, unless ` + "`rules.actions`" + ` has a rule block the class ` + "`token`" + `. Who asks too often
+(` + "`limits.requests_per_second`" + `) gets 503, which is what the service itself says then: that client has done nothing wrong and shall try again.
+
+A block is no revocation. A program that has credentials goes on with them until they expire, after up to six hours, and asks
+again every few minutes.
+
 ## What was run
 
 Each client four times, each time in a lab of its own with a stand-in for the service, and the real daemon:

@@ -837,16 +837,21 @@ func TestRedirectVerbs(t *testing.T) {
 	}
 }
 
+// xtablesLock does what packaging/systemd/imdsgate.tmpfiles does at boot.
+func xtablesLock(t *testing.T) {
+	t.Helper()
+	f, err := os.OpenFile("/run/xtables.lock", os.O_CREATE, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+}
+
 // The same with the older back end of iptables.
 func TestLegacyBackend(t *testing.T) {
 	t.Parallel()
 	h := prepare(t, netlab.Options{})
-	// What packaging/systemd/imdsgate.tmpfiles does at boot.
-	if f, err := os.OpenFile("/run/xtables.lock", os.O_CREATE, 0o600); err != nil {
-		t.Fatal(err)
-	} else {
-		f.Close()
-	}
+	xtablesLock(t)
 	h.start("mode: enforce\nredirect: {backend: legacy}\n")
 	if got := h.curl(client{uid: ordinaryUser}, role, "-H", "X-aws-ec2-metadata-token: "+h.token()); got != "403" {
 		t.Errorf("credentials: %s", got)

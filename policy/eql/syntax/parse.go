@@ -24,6 +24,14 @@ const (
 	maxErrors = 20
 
 	maxRuns = 100
+
+	// maxSteps bounds the events of a sequence, runs counted, because for each key
+	// there may be as many chains. Published rules have a dozen or two.
+	maxSteps = 1000
+
+	// maxSample bounds the events of a sample, because what it takes to find one
+	// grows with the fourth power of them. Published rules have up to 5.
+	maxSample = 20
 )
 
 // Parse reads a query. The name is that of the file or the rule that it comes
@@ -178,8 +186,13 @@ func (p *parser) unexpected(due string, could ...kind) {
 		found, hint = "!", "negation is not"
 	default:
 		found = t.kind.String()
-		if t.kind >= kwAnd && slices.Contains(could, ident) {
-			hint = fmt.Sprintf("a name that is a keyword is written `%s`", t.kind)
+		if slices.Contains(could, ident) {
+			switch t.kind {
+			case kwNot:
+				hint = "put parentheses around not and what it negates"
+			case kwAny, kwBy, kwIn, kwJoin, kwLike, kwMaxspan, kwOf, kwRegex, kwSample, kwSequence, kwUntil, kwWhere, kwWith:
+				hint = fmt.Sprintf("a name that is a keyword is written `%s`", t.kind)
+			}
 		}
 	}
 	p.fail(t.pos, hint, "expected %s, found %s", due, found)
@@ -230,6 +243,15 @@ func (p *parser) parse() {
 	if !p.at(eof) {
 		p.unexpected("the end of the query", kwAnd, kwOr, kwIn, kwLike, kwRegex, kwUntil)
 	}
+	if len(p.errs) > 0 {
+		return
+	}
+	switch body := p.query.Body.(type) {
+	case *Sequence:
+		p.checkSequence(body)
+	case *Sample:
+		p.checkSample(body)
+	}
 }
 
 func (p *parser) event() *Event {
@@ -243,8 +265,15 @@ func (p *parser) event() *Event {
 		p.next++
 	case quoted:
 		p.fail(t.pos, "write it as a string", "the category of an event cannot be back-quoted")
+	case integer, float:
+		p.fail(t.pos, "write it as a string", "the category of an event cannot begin with a digit")
+	case lbracket, missing:
+		p.fail(t.pos, "write sequence or sample before the first", "events in brackets belong to a sequence or a sample")
 	default:
 		p.unexpected("the category of an event", kwAny, kwSequence, kwSample)
+	}
+	if !e.Any && p.at(minus, dot) {
+		p.fail(e.Pos, "write all of it as a string", "the category of an event has letters, digits and _ only")
 	}
 	p.want(kwWhere)
 	e.Where = p.expr()
@@ -275,9 +304,6 @@ func (p *parser) sequence() *Sequence {
 		}
 		s.Until = p.item()
 	}
-	if len(p.errs) == 0 {
-		p.checkSequence(s)
-	}
 	return s
 }
 
@@ -294,6 +320,9 @@ func (p *parser) checkSequence(s *Sequence) {
 	}
 	if steps < 2 {
 		p.report(s.Pos, "", "a sequence needs at least two events")
+	}
+	if steps > maxSteps {
+		p.report(s.Pos, "", "a sequence has at most %d events, runs counted", maxSteps)
 	}
 	if !positive {
 		p.report(s.Pos, "", "a sequence needs at least one event that is not missing")
@@ -329,9 +358,10 @@ func (p *parser) sample() *Sample {
 	if p.at(kwUntil) {
 		p.fail(p.tok().pos, "", "a sample has no until")
 	}
-	if len(p.errs) > 0 {
-		return s
-	}
+	return s
+}
+
+func (p *parser) checkSample(s *Sample) {
 	for _, it := range s.Items {
 		if it.Missing {
 			p.report(it.Pos, "", "a sample has no missing events")
@@ -343,11 +373,13 @@ func (p *parser) sample() *Sample {
 	if len(s.Items) < 2 {
 		p.report(s.Pos, "", "a sample needs at least two events")
 	}
+	if len(s.Items) > maxSample {
+		p.report(s.Pos, "", "a sample has at most %d events", maxSample)
+	}
 	if len(s.By)+len(s.Items[0].By) == 0 {
-		p.report(s.Pos, "", "a sample needs a key")
+		p.report(s.Pos, "add by and a field", "a sample needs a key")
 	}
 	p.checkKeys(s.Items)
-	return s
 }
 
 func (p *parser) checkKeys(items []*Item) {
@@ -368,9 +400,16 @@ func (p *parser) item() *Item {
 		p.unexpected("]", kwAnd, kwOr, kwIn, kwLike, kwRegex)
 		p.skipPast(rbracket)
 	}
+	if t := p.tok(); t.kind == ident && (t.text == "fork" || t.text == "as") {
+		p.failed = true
+		p.refuse(t.pos, "", "%s is not supported", t.text)
+	}
 	it.By = p.by()
 	if p.got(kwWith) {
 		it.Runs = p.runs()
+		if p.at(kwBy) {
+			p.fail(p.tok().pos, "", "by must come before with runs")
+		}
 	}
 	if p.failed {
 		p.skipTo(lbracket, missing, kwUntil, bar)
@@ -465,12 +504,17 @@ func (p *parser) pipe() *Pipe {
 		return pipe
 	}
 	if t.text != "head" && t.text != "tail" {
+		hint := "there are head and tail"
+		if near := Nearest(t.text, slices.Values([]string{"head", "tail"})); near != "" {
+			hint = "did you mean " + near + "?"
+		}
 		p.failed = true
-		p.refuse(t.pos, "", "the pipe %s is not supported; there are head and tail", t.text)
+		p.refuse(t.pos, hint, "the pipe %s is not supported", t.text)
 		return pipe
 	}
 	n := p.tok()
-	if !p.want(integer) {
+	if !p.got(integer) || !p.at(bar, eof) {
+		p.fail(n.pos, "", "%s takes a whole number and nothing else", t.text)
 		return pipe
 	}
 	if i := n.num.(int64); i <= math.MaxInt32 {
@@ -585,6 +629,9 @@ func (p *parser) predicate() Expr {
 	if p.at(kwNot) {
 		p.next++
 		in.Not = true
+		if _, ok := patterns[p.tok().kind]; ok {
+			p.fail(t.pos, "write not before what it negates", "there is no not %s", p.tok().kind)
+		}
 		if !p.at(kwIn, kwInFold) {
 			p.unexpected("in", kwIn, kwInFold)
 		}
@@ -603,30 +650,39 @@ func (p *parser) predicate() Expr {
 
 // constants is a constant, or a list of them in parentheses.
 func (p *parser) constants() []*Literal {
-	var xs []Expr
-	if p.got(lparen) {
-		xs = p.list()
-	} else {
-		xs = []Expr{p.primary()}
+	if !p.got(lparen) {
+		return []*Literal{p.constant()}
 	}
-	lits := make([]*Literal, 0, len(xs))
-	for _, x := range xs {
-		if l, ok := x.(*Literal); ok {
-			lits = append(lits, l)
-		} else {
-			p.fail(x.Position(), "", "a pattern must be a constant")
-		}
+	lits := []*Literal{p.constant()}
+	for p.got(comma) {
+		p.notLast()
+		lits = append(lits, p.constant())
 	}
+	p.want(rparen)
 	return lits
+}
+
+func (p *parser) constant() *Literal {
+	t := p.tok()
+	if l, ok := p.primary().(*Literal); ok && t.kind != lparen {
+		return l
+	}
+	p.fail(t.pos, "", "a pattern must be a constant")
+	return &Literal{Pos: t.pos}
+}
+
+// notLast complains about a list that ends in a comma.
+func (p *parser) notLast() {
+	if p.at(rparen) {
+		p.fail(p.tok().pos, "remove the comma before it", "the list ends where an element is due")
+	}
 }
 
 // list is what follows an opening parenthesis: at least one expression.
 func (p *parser) list() []Expr {
 	xs := []Expr{p.expr()}
 	for p.got(comma) {
-		if p.at(rparen) {
-			p.fail(p.tok().pos, "remove the comma before it", "the list ends where an element is due")
-		}
+		p.notLast()
 		xs = append(xs, p.expr())
 	}
 	p.want(rparen)

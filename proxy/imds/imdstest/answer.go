@@ -15,6 +15,7 @@ type answer struct {
 	body     []byte
 	allow    string
 	old      bool // in the manner of Config.HTTP10
+	json     bool // in the manner of Config.Agent
 	keep     bool
 	headOnly bool
 }
@@ -23,6 +24,9 @@ type answer struct {
 func (i *instance) answer(r *Request, p place, readable bool, now time.Time, serial int64) answer {
 	if i.EndpointDisabled {
 		return answer{status: 403}
+	}
+	if i.Agent != nil {
+		return i.agentAnswer(r, now)
 	}
 	forwarded := false
 	if _, ok := r.Header("X-Forwarded-For"); ok {
@@ -78,8 +82,8 @@ func (i *instance) tokenAnswer(r *Request, p place, forwarded bool, now time.Tim
 	return answer{status: 200, token: true, ttl: ttl, body: i.mint(now, ttl, serial)}
 }
 
-// append renders the answer. Three orders of headers are known: data, errors without a page together with tokens,
-// and the second generation's; an error with a page is ordered like data.
+// append renders the answer. Four orders of headers are known: data, errors without a page together with tokens,
+// the second generation's, and that of agents; an error with a page is ordered like data.
 func (i *instance) append(b []byte, a *answer, now time.Time) []byte {
 	body, contentType := a.body, "text/plain"
 	if a.page != nil {
@@ -118,6 +122,13 @@ func (i *instance) append(b []byte, a *answer, now time.Time) []byte {
 	b = append(b, reason(a.status)...)
 	b = append(b, "\r\n"...)
 	switch {
+	case a.json:
+		field("Content-Type", "application/json")
+		date("Date", now)
+		number("Content-Length", int64(len(body)))
+		if !a.keep {
+			field("Connection", "close")
+		}
 	case a.old:
 		field("Accept-Ranges", "bytes")
 		number("Content-Length", int64(len(body)))

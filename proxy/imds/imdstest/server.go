@@ -66,6 +66,9 @@ type Config struct {
 	// headers in another order, always closed.
 	HTTP10 []string
 
+	// Agent makes it another service than that of metadata; nil means none.
+	Agent *Agent
+
 	// Fault is asked after each request's head was read and says what goes wrong with the answer; nil means
 	// nothing. It is called from the connections' goroutines, several at once, and must not keep the Request.
 	Fault func(*Request) Fault

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/aws/aws-sdk-go-v2/config"
 	"github.com/aws/aws-sdk-go-v2/credentials/ec2rolecreds"
 	"github.com/aws/aws-sdk-go-v2/feature/ec2/imds"
 )
@@ -30,6 +31,7 @@ func run(args []string, stdin io.Reader, stdout io.Writer) error {
 	flags := flag.NewFlagSet("sdkclient", flag.ExitOnError)
 	mode := flags.String("endpoint-mode", "ipv4", "ask 169.254.169.254 (ipv4) or fd00:ec2::254 (ipv6)")
 	path := flags.String("path", "", "get this path below meta-data/ instead of credentials")
+	chain := flags.Bool("default-chain", false, "ask where the environment says, as a program in a task of ECS or a pod of EKS")
 	repeat := flags.Int("repeat", 1, "ask this many times, the last failure being the result")
 	wait := flags.Bool("wait-stdin", false, "wait for a line on standard input before each time")
 	flags.Parse(args)
@@ -39,9 +41,16 @@ func run(args []string, stdin io.Reader, stdout io.Writer) error {
 		return err
 	}
 	client := imds.New(options)
-	provider := ec2rolecreds.New(func(o *ec2rolecreds.Options) { o.Client = client })
+	retrieve := ec2rolecreds.New(func(o *ec2rolecreds.Options) { o.Client = client }).Retrieve
+	if *chain {
+		c, err := config.LoadDefaultConfig(context.Background())
+		if err != nil {
+			return err
+		}
+		retrieve = c.Credentials.Retrieve
+	}
 	ask := func(ctx context.Context) (string, error) {
-		c, err := provider.Retrieve(ctx)
+		c, err := retrieve(ctx)
 		return fmt.Sprintf("credentials %s expires %s", c.AccessKeyID, c.Expires.UTC().Format(time.RFC3339)), err
 	}
 	if *path != "" {

@@ -45,6 +45,7 @@ type Lab struct {
 	IMDS               *imdstest.Server // nil with Options.NoIMDS
 	Cgroup             *Cgroup          // of every process that is started in one of the namespaces
 
+	agents  []*imdstest.Server
 	here    bool // Instance is this process's
 	closing sync.Once
 	closed  error // of Close
@@ -94,23 +95,28 @@ func (l *Lab) build(o Options) (err error) {
 	return l.serve(o.IMDS)
 }
 
-func (l *Lab) serve(cfg *imdstest.Config) error {
+func (l *Lab) serve(cfg *imdstest.Config) (err error) {
 	if cfg == nil {
 		cfg = new(imdstest.Config)
 	}
+	l.IMDS, err = serve(l.Metadata, *cfg, "169.254.169.254:80", "[fd00:ec2::254]:80")
+	return err
+}
+
+// serve runs an emulator in a namespace.
+func serve(in *Namespace, cfg imdstest.Config, addrs ...string) (*imdstest.Server, error) {
 	var listeners []net.Listener
-	for _, addr := range []string{"169.254.169.254:80", "[fd00:ec2::254]:80"} {
-		ln, err := l.Metadata.Listen(context.Background(), nil, "tcp", addr)
+	for _, addr := range addrs {
+		ln, err := in.Listen(context.Background(), nil, "tcp", addr)
 		if err != nil {
 			for _, ln := range listeners {
 				ln.Close()
 			}
-			return err
+			return nil, err
 		}
 		listeners = append(listeners, ln)
 	}
-	l.IMDS = imdstest.Serve(*cfg, listeners...)
-	return nil
+	return imdstest.Serve(cfg, listeners...), nil
 }
 
 func (l *Lab) namespaces() []*Namespace {
@@ -135,6 +141,9 @@ func (l *Lab) Close() error {
 		errs := []error{evict(all)}
 		if l.IMDS != nil {
 			errs = append(errs, l.IMDS.Close())
+		}
+		for _, a := range l.agents {
+			errs = append(errs, a.Close())
 		}
 		if l.here {
 			errs = append(errs, l.unplug())

@@ -1,0 +1,114 @@
+package proxy
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/test/lab/netlab"
+)
+
+// Connections that are ready are used once each, as many are made as are wanted, and
+// what nobody uses ends.
+func TestDialAhead(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}, policy: policy.Config{Mode: policy.Enforce}, ahead: 4})
+	stats := r.proxy.Ahead()
+	ready := func() int {
+		r.proxy.ahead.mu.Lock()
+		defer r.proxy.ahead.mu.Unlock()
+		n := 0
+		for _, s := range r.proxy.ahead.stocks {
+			n += len(s.ready)
+		}
+		return n
+	}
+	for i := range 20 {
+		if got, end := talk(t, r.dial(false), ask, 2*time.Second); !strings.HasPrefix(got, "HTTP/1.1 200") || end != "FIN" {
+			t.Fatalf("%d: %q, %s", i, got, end)
+		}
+		r.settled()
+	}
+	if made, used := stats.Made.Load(), stats.Used.Load(); used < 15 || used > 19 || made-used > 4+stats.Unused.Load() {
+		t.Errorf("%d were made, and %d used, of 20 requests", made, used)
+	}
+	if n := ready(); n != 1 {
+		t.Errorf("%d are ready, want 1", n)
+	}
+	for end := time.Now().Add(5 * time.Second); ready() > 0; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("they are kept although nobody asks")
+		}
+	}
+	if unused := stats.Made.Load() - stats.Used.Load() - stats.Unused.Load(); unused != 0 {
+		t.Errorf("%d are unaccounted for", unused)
+	}
+}
+
+// The service ends what is ready, in either way and at any moment. No client notices.
+func TestAheadEnds(t *testing.T) {
+	for _, how := range []string{"FIN", "RST", "FIN when asked", "RST when asked"} {
+		t.Run(how, func(t *testing.T) {
+			r := newRig(t, setting{lab: netlab.Options{NoIMDS: true}, ahead: 1})
+			ended := make(chan struct{}, 16)
+			s := serve(t, r, func(n int, c *net.TCPConn, asked func() error) {
+				if n == 2 { // the first that is ready
+					if strings.HasSuffix(how, "when asked") && asked() != nil {
+						return
+					}
+					if strings.HasPrefix(how, "RST") {
+						c.SetLinger(0)
+					}
+					c.Close()
+					ended <- struct{}{}
+					return
+				}
+				if asked() == nil {
+					io.WriteString(c, strings.Replace(kept, "\r\n\r\n", "\r\nConnection: close\r\n\r\n", 1))
+				}
+			})
+			for i := range 2 {
+				if i == 1 && !strings.HasSuffix(how, "when asked") {
+					<-ended
+					time.Sleep(10 * time.Millisecond)
+				}
+				if got, end := talk(t, r.dial(false), ask, 5*time.Second); !strings.HasSuffix(got, "ok") || end != "FIN" {
+					t.Errorf("%d: %q, %s; the service saw %s", i, got, end, s.saw())
+				}
+				r.settled()
+			}
+			if used := r.proxy.Ahead().Used.Load(); used == 0 && strings.HasSuffix(how, "when asked") {
+				t.Error("none was used: the test tests nothing")
+			}
+		})
+	}
+}
+
+// Forwarded clients get none of them, and neither does anybody while requests are
+// counted.
+func TestAheadIsNotFor(t *testing.T) {
+	for _, s := range []setting{
+		{lab: netlab.Options{IMDS: emulator(), Containers: true}, ahead: 4},
+		{lab: netlab.Options{IMDS: emulator()}, ahead: 4, rate: 1000},
+	} {
+		t.Run(fmt.Sprintf("rate %d", s.rate), func(t *testing.T) {
+			r := newRig(t, s)
+			for range 3 {
+				c := r.dial
+				if s.lab.Containers {
+					c = func(bool) *net.TCPConn { return r.dialFrom(r.lab.Bridged) }
+				}
+				if got, _ := talk(t, c(false), ask, 2*time.Second); !strings.HasPrefix(got, "HTTP/1.1 200") {
+					t.Fatalf("%q", got)
+				}
+				r.settled()
+			}
+			if made := r.proxy.Ahead().Made.Load(); made != 0 {
+				t.Errorf("%d were made", made)
+			}
+		})
+	}
+}

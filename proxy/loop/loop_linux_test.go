@@ -1,0 +1,479 @@
+package loop
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func run(t testing.TB) *Loop {
+	t.Helper()
+	before := descriptors(t)
+	l, err := New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	go l.Run()
+	t.Cleanup(func() {
+		l.Close()
+		if after := descriptors(t); after > before {
+			t.Errorf("%d descriptors are left open", after-before)
+		}
+		if _, ok := l.Start(func(*Task) {}); ok {
+			t.Error("a closed loop began a task")
+		}
+	})
+	return l
+}
+
+func descriptors(t testing.TB) int {
+	t.Helper()
+	all, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(all)
+}
+
+// do runs a function as a task, and waits for its end.
+func do(t testing.TB, l *Loop, f func(*Task)) {
+	t.Helper()
+	done := make(chan struct{})
+	if _, ok := l.Start(func(t *Task) { defer close(done); f(t) }); !ok {
+		t.Fatal("the loop is closed")
+	}
+	select {
+	case <-done:
+	case <-time.After(10 * time.Second):
+		t.Fatal("the task does not end")
+	}
+}
+
+// pair is a connection with one end for a loop.
+func pair(t testing.TB) (fd int, far *net.UnixConn) {
+	t.Helper()
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := os.NewFile(uintptr(fds[1]), "")
+	defer f.Close()
+	c, err := net.FileConn(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return fds[0], c.(*net.UnixConn)
+}
+
+func TestReadAndWrite(t *testing.T) {
+	l := run(t)
+	fd, far := pair(t)
+	go func() {
+		io.Copy(far, far)
+		far.CloseWrite()
+	}()
+	sent := bytes.Repeat([]byte("0123456789abcdef"), 1<<16) // more than the buffers between
+	var got []byte
+	do(t, l, func(k *Task) {
+		c := k.Adopt(fd)
+		defer c.Close()
+		written := make(chan struct{})
+		left := sent
+		buf := make([]byte, 4096)
+		for {
+			n, err := c.Write(left)
+			if left = left[n:]; err == nil && len(left) == 0 && written != nil {
+				c.CloseWrite()
+				close(written)
+				written = nil
+			}
+			n, err = c.Read(buf)
+			got = append(got, buf[:n]...)
+			if err == io.EOF {
+				return
+			}
+			if err == ErrAgain {
+				want := In
+				if len(left) > 0 {
+					want |= Out
+				}
+				err = k.Wait(time.Now().Add(5*time.Second), Interest{c, want})
+			}
+			if err != nil {
+				t.Errorf("after %d bytes: %v", len(got), err)
+				return
+			}
+		}
+	})
+	if !bytes.Equal(got, sent) {
+		t.Errorf("%d bytes came back, want %d", len(got), len(sent))
+	}
+}
+
+// The end may come with the last bytes, in one event.
+func TestEndWithBytes(t *testing.T) {
+	l := run(t)
+	for range 100 {
+		fd, far := pair(t)
+		do(t, l, func(k *Task) {
+			c := k.Adopt(fd)
+			defer c.Close()
+			buf := make([]byte, 64)
+			if _, err := c.Read(buf); err != ErrAgain {
+				t.Errorf("%v before anything was sent", err)
+			}
+			go func() {
+				far.Write([]byte("last"))
+				far.Close()
+			}()
+			for i := 0; ; i++ {
+				n, err := c.Read(buf)
+				if err == io.EOF {
+					return
+				}
+				if err == ErrAgain {
+					err = k.Wait(time.Now().Add(2*time.Second), Interest{c, In})
+				}
+				if err != nil {
+					t.Errorf("after %d bytes: %v", n, err)
+					return
+				}
+			}
+		})
+	}
+}
+
+func TestDeadline(t *testing.T) {
+	l := run(t)
+	fd, far := pair(t)
+	do(t, l, func(k *Task) {
+		c := k.Adopt(fd)
+		defer c.Close()
+		for _, d := range []time.Duration{time.Hour, 20 * time.Millisecond, time.Millisecond, -time.Second, 20 * time.Millisecond} {
+			begin := time.Now()
+			if d == time.Hour {
+				go far.Write([]byte("x"))
+				if err := k.Wait(begin.Add(d), Interest{c, In}); err != nil {
+					t.Error(err)
+				}
+				c.Read(make([]byte, 8))
+				continue
+			}
+			err := k.Wait(begin.Add(d), Interest{c, In})
+			if took := time.Since(begin); !errors.Is(err, os.ErrDeadlineExceeded) || took < d || took > d+2*time.Second {
+				t.Errorf("%v after %v, want the deadline after %v", err, took, d)
+			}
+		}
+	})
+	if len(l.timers) != 0 {
+		t.Errorf("%d timers are left", len(l.timers))
+	}
+}
+
+// What is called away runs beside the others, and its task goes on after it.
+func TestAway(t *testing.T) {
+	l := run(t)
+	release := make(chan struct{})
+	var first, second atomic.Bool
+	gone := make(chan *Task, 1)
+	done := make(chan struct{})
+	l.Start(func(k *Task) {
+		gone <- k
+		k.Away(func() { <-release })
+		first.Store(true)
+		close(done)
+	})
+	k := <-gone
+	do(t, l, func(*Task) { second.Store(true) })
+	k.Wake()
+	k.Cancel()
+	do(t, l, func(*Task) {})
+	if first.Load() || !second.Load() {
+		t.Errorf("the one that is away went on: %v; another ran: %v", first.Load(), second.Load())
+	}
+	close(release)
+	<-done
+	// More at a time than there are goroutines that rest.
+	const many = 4 * maxWorkers
+	var left atomic.Int32
+	left.Store(many)
+	all := make(chan struct{})
+	for range many {
+		l.Start(func(k *Task) {
+			k.Away(func() { time.Sleep(time.Millisecond) })
+			if left.Add(-1) == 0 {
+				close(all)
+			}
+		})
+	}
+	<-all
+}
+
+func TestCancelAndWake(t *testing.T) {
+	l := run(t)
+	fd, _ := pair(t)
+	tasks := make(chan *Task, 1)
+	result := make(chan error, 8)
+	l.Start(func(k *Task) {
+		c := k.Adopt(fd)
+		defer c.Close()
+		tasks <- k
+		for {
+			err := k.Wait(time.Time{}, Interest{c, In})
+			result <- err
+			if err != nil {
+				return
+			}
+		}
+	})
+	k := <-tasks
+	k.Wake()
+	if err := <-result; err != nil {
+		t.Errorf("woken: %v", err)
+	}
+	k.Cancel()
+	for err := range result {
+		if err == nil {
+			continue // a wake may count twice
+		}
+		if err != ErrCancelled || !k.Cancelled() {
+			t.Errorf("cancelled: %v", err)
+		}
+		break
+	}
+	k.Cancel() // nothing is left to cancel
+	k.Wake()
+	do(t, l, func(*Task) {})
+}
+
+// Events that were under way for a connection never reach the one that has its
+// descriptor, and its place, since. All of it happens in one round: the events of
+// both are there when the first task runs.
+func TestReusedDescriptor(t *testing.T) {
+	l := run(t)
+	stale := 0
+	for range 200 {
+		first, firstFar := pair(t)
+		second, secondFar := pair(t)
+		var a, b *Conn
+		woken := make(chan error, 1)
+		do(t, l, func(k *Task) {
+			a, b = k.Adopt(first), k.Adopt(second)
+			for _, c := range []*Conn{a, b} {
+				if err := c.Watch(); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+		do(t, l, func(k *Task) {
+			firstFar.Write([]byte("x"))
+			secondFar.Write([]byte("x"))
+			// The round that brings both events is collected here, by hand, and told
+			// after b was closed and another has its number and place.
+			l.n = 0
+			l.pollOnce(uintptr(l.ep))
+			before := b.place
+			b.Close()
+			again, _ := pair(t)
+			if again != second {
+				if err := unix.Dup3(again, second, unix.O_CLOEXEC); err != nil {
+					t.Error(err)
+				}
+				unix.Close(again)
+			}
+			c := k.Adopt(second)
+			if err := c.Watch(); err != nil || c.place != before {
+				t.Errorf("%v; place %d, want %d", err, c.place, before)
+			}
+			for i := range l.events[:l.n] {
+				if l.events[i].Fd == before && l.events[i].Events&unix.EPOLLIN != 0 {
+					stale++
+				}
+			}
+			l.tell()
+			if c.seen != 0 || a.seen&unix.EPOLLIN == 0 {
+				t.Errorf("the new one has %#x of the old one's, the other %#x", c.seen, a.seen)
+			}
+			a.Close()
+			c.Close()
+			woken <- nil
+		})
+		<-woken
+	}
+	if stale == 0 {
+		t.Error("no event was under way: the test tests nothing")
+	}
+}
+
+// A connection that is closed wakes who waits for it, and has no events any more.
+func TestCloseWakes(t *testing.T) {
+	l := run(t)
+	fd, _ := pair(t)
+	conns := make(chan *Conn, 1)
+	result := make(chan error, 1)
+	l.Start(func(k *Task) {
+		c := k.Adopt(fd)
+		conns <- c
+		k.Wait(time.Time{}, Interest{c, In})
+		_, err := c.Read(make([]byte, 1))
+		result <- err
+	})
+	c := <-conns
+	do(t, l, func(*Task) { c.Close(); c.Close() })
+	if err := <-result; err != net.ErrClosed {
+		t.Errorf("%v, want %v", err, net.ErrClosed)
+	}
+}
+
+// A task that always has something to do lets others run, and lets events in.
+func TestYield(t *testing.T) {
+	l := run(t)
+	fd, far := pair(t)
+	var stop atomic.Bool
+	l.Start(func(k *Task) {
+		for !stop.Load() {
+			k.Yield()
+		}
+	})
+	defer stop.Store(true)
+	do(t, l, func(k *Task) {
+		c := k.Adopt(fd)
+		defer c.Close()
+		go far.Write([]byte("x"))
+		if err := k.Wait(time.Now().Add(5*time.Second), Interest{c, In}); err != nil {
+			t.Error(err)
+		}
+		if err := k.Wait(time.Now().Add(10 * time.Millisecond)); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Error(err)
+		}
+	})
+}
+
+func TestAcceptAndPause(t *testing.T) {
+	l := run(t)
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := ln.Addr().String()
+	accepted := make(chan string, 8)
+	paused, goOn := make(chan struct{}), make(chan *Task, 1)
+	ended := make(chan error, 1)
+	listening := make(chan struct{})
+	listener, _ := l.Start(func(k *Task) {
+		from, err := k.Listen(ln.(*net.TCPListener))
+		close(listening)
+		if err != nil {
+			ended <- err
+			return
+		}
+		defer from.Close()
+		for n := 1; ; n++ {
+			c, peer, err := k.Accept(from)
+			if err != nil {
+				ended <- err
+				return
+			}
+			c.Control(func(fd int) {
+				if v, err := unix.GetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY); v == 0 || err != nil {
+					t.Errorf("TCP_NODELAY is %d, %v", v, err)
+				}
+			})
+			c.Close()
+			accepted <- peer.String()
+			if n == 1 {
+				from.Pause()
+				goOn <- k
+				close(paused)
+				k.Wait(time.Time{})
+			}
+		}
+	})
+	dial := func() string {
+		c, err := net.Dial("tcp4", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		return c.LocalAddr().String()
+	}
+	<-listening
+	if one := dial(); <-accepted != one {
+		t.Error("another's address")
+	}
+	<-paused
+	two := dial()
+	select {
+	case <-accepted:
+		t.Error("accepted while paused")
+	case <-time.After(20 * time.Millisecond):
+	}
+	(<-goOn).Wake()
+	if <-accepted != two {
+		t.Error("another's address")
+	}
+	listener.Cancel()
+	if err := <-ended; err != ErrCancelled {
+		t.Error(err)
+	}
+	if c, err := net.Dial("tcp4", address); err == nil {
+		c.Close()
+		t.Error("it still listens")
+	}
+}
+
+// BenchmarkRoundTrip is one wait for one connection: a byte there and back.
+func BenchmarkRoundTrip(b *testing.B) {
+	l := run(b)
+	fd, far := pair(b)
+	l.Start(func(k *Task) {
+		c := k.Adopt(fd)
+		defer c.Close()
+		var one [1]byte
+		for {
+			n, err := c.Read(one[:])
+			if err == ErrAgain {
+				err = k.Wait(time.Time{}, Interest{c, In})
+			}
+			if n > 0 {
+				_, err = c.Write(one[:n])
+			}
+			if err != nil {
+				return
+			}
+		}
+	})
+	var one [1]byte
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := far.Write(one[:]); err != nil {
+			b.Fatal(err)
+		}
+		if _, err := far.Read(one[:]); err != nil {
+			b.Fatal(err)
+		}
+	}
+	far.Close()
+}
+
+// BenchmarkAway is what it costs to call something away that takes no time.
+func BenchmarkAway(b *testing.B) {
+	l := run(b)
+	done := make(chan struct{})
+	b.ReportAllocs()
+	l.Start(func(k *Task) {
+		for b.Loop() {
+			k.Away(func() {})
+		}
+		close(done)
+	})
+	<-done
+}
