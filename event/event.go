@@ -155,7 +155,16 @@ type Process struct {
 
 	clean   atomic.Pointer[[]string] // Args, redacted
 	written atomic.Pointer[[]written]
+	kept    atomic.Value
 }
+
+// Keep leaves something with the process that can be found out from it alone, for as
+// long as the process is remembered. It takes the place of what was kept before, and
+// must be of the same type.
+func (p *Process) Keep(v any) { p.kept.Store(v) }
+
+// Kept is what was kept last, or nil.
+func (p *Process) Kept() any { return p.kept.Load() }
 
 // redactedArgs are the arguments as documents have them. They are redacted once,
 // since that takes long, and a process is in many documents.

@@ -188,11 +188,24 @@ func TestCut(t *testing.T) {
 	}
 }
 
+// The zone of an address is the name of an interface, which root chooses.
+func TestZone(t *testing.T) {
+	e := denied()
+	e.Connection.Source = netip.AddrPortFrom(netip.MustParseAddr(`fe80::1%a"b`), 1)
+	doc := render(t, e)[0]
+	for _, name := range []string{"source.address", "source.ip"} {
+		if got := at(doc, name); got != `fe80::1%a"b` {
+			t.Errorf("%s is %v", name, got)
+		}
+	}
+}
+
 func TestPod(t *testing.T) {
 	e := denied()
 	if doc := render(t, e)[0]; at(doc, "orchestrator") != nil {
 		t.Errorf("no pod is rendered as %v", at(doc, "orchestrator"))
 	}
+	e = denied()
 	e.Subjects[0].Pod = "1e597579-417e-482f-bf65-5fe170c3aebd"
 	doc := render(t, e)[0]
 	if at(doc, "orchestrator.resource.type") != "pod" || at(doc, "orchestrator.resource.id") != e.Subjects[0].Pod {

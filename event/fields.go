@@ -56,13 +56,16 @@ type Field struct {
 	Type  Type
 	Array bool // may have several values
 
-	docs  docs
-	asked bool // only of requests
-	free  bool // text that a process or client chose, and that may carry a secret
-	first bool // only the first of several values is written; ECS wants one
-	get   func(*View) Value
-	parts []string
-	key   string // the last part, as JSON has it before a value
+	docs    docs
+	lasting docs // where it says the same of a process at all times
+	asked   bool // only of requests
+	free    bool // text that a process or client chose, and that may carry a secret
+	first   bool // only the first of several values is written; ECS wants one
+	fixed   bool // depends on the document alone
+	get     func(*View) Value
+	write   func(*View, []byte) (_ []byte, short bool) // renders the value without making it; nil where get will do
+	parts   []string
+	key     string // the last part, as JSON has it before a value
 }
 
 // Value reads the field in a document.
@@ -73,7 +76,11 @@ func (f *Field) Value(v *View) Value {
 	return f.get(v)
 }
 
-// docs is the set of documents that have a field.
+// Lasting reports whether all documents of this kind that are about the same process of
+// the same host, seen as the child of the same parent, have the same value.
+func (f *Field) Lasting(d Document) bool { return (f.lasting|^f.docs)&(1<<d) != 0 }
+
+// docs is a set of documents.
 type docs uint8
 
 const (
@@ -124,11 +131,12 @@ func fields() []Field {
 	array := func(d docs, t Type, name string, get func(*View) Value) { add(d, t, name, get).Array = true }
 
 	add(everywhere, Date, "@timestamp", func(v *View) Value { return date(v.Timestamp()) })
-	add(everywhere, Keyword, "ecs.version", func(*View) Value { return text(ECSVersion) })
-	add(everywhere, Keyword, "message", func(v *View) Value { return text(v.message()) }).free = true
+	add(everywhere, Keyword, "ecs.version", func(*View) Value { return text(ECSVersion) }).fixed = true
+	message := add(everywhere, Keyword, "message", func(v *View) Value { return text(v.message()) })
+	message.free, message.write = true, (*View).writeMessage
 	add(onRequest|onState, Keyword, "log.level", func(v *View) Value { return text(v.level()) })
-	add(everywhere, Keyword, "data_stream.type", func(*View) Value { return text("logs") })
-	add(everywhere, Keyword, "data_stream.dataset", func(v *View) Value { return text(datasets[v.Document]) })
+	add(everywhere, Keyword, "data_stream.type", func(*View) Value { return text("logs") }).fixed = true
+	add(everywhere, Keyword, "data_stream.dataset", func(v *View) Value { return text(datasets[v.Document]) }).fixed = true
 	add(everywhere, Keyword, "data_stream.namespace", func(v *View) Value {
 		if v.Host.Namespace == "" {
 			return text("default")
@@ -158,14 +166,15 @@ func fields() []Field {
 	add(everywhere, Keyword, "event.id", func(v *View) Value { return known(v.ID) })
 	add(everywhere, Long, "event.sequence", func(v *View) Value { return positive(int64(v.Sequence)) })
 	add(everywhere, Date, "event.created", func(v *View) Value { return date(v.Created) })
-	add(everywhere, Keyword, "event.module", func(*View) Value { return text("imdsgate") })
-	add(everywhere, Keyword, "event.dataset", func(v *View) Value { return text(datasets[v.Document]) })
-	add(everywhere, Keyword, "event.kind", func(v *View) Value { return text(v.kind()) })
-	array(everywhere, Keyword, "event.category", func(v *View) Value { return texts(categories[v.Document]...) })
+	add(everywhere, Keyword, "event.module", func(*View) Value { return text("imdsgate") }).fixed = true
+	add(everywhere, Keyword, "event.dataset", func(v *View) Value { return text(datasets[v.Document]) }).fixed = true
+	add(everywhere, Keyword, "event.kind", func(v *View) Value { return text(v.kind()) }).fixed = true
+	category := add(everywhere, Keyword, "event.category", func(v *View) Value { return texts(categories[v.Document]...) })
+	category.Array, category.fixed = true, true
 	array(everywhere, Keyword, "event.type", func(v *View) Value { return texts(v.types()...) })
 	add(everywhere, Keyword, "event.action", func(v *View) Value { return text(v.action()) })
 	add(everywhere, Keyword, "event.outcome", func(v *View) Value { return text(v.outcome()) })
-	add(onRequest|onState, Keyword, "event.provider", func(v *View) Value { return text(providers[v.Document]) })
+	add(onRequest|onState, Keyword, "event.provider", func(v *View) Value { return text(providers[v.Document]) }).fixed = true
 	add(onRequest|onState, Keyword, "event.code", func(v *View) Value { return text(v.code()) })
 	add(onRequest|onState, Keyword, "event.reason", func(v *View) Value { return known(v.reason()) }).free = true
 	add(onRequest, Date, "event.start", func(v *View) Value { return date(v.Time) })
@@ -208,15 +217,19 @@ func fields() []Field {
 		})
 	})
 
-	add(onNetwork, Keyword, "source.address", func(v *View) Value { return text(v.Connection.Source.Addr().String()) })
+	add(onNetwork, Keyword, "source.address", func(v *View) Value { return text(v.Connection.Source.Addr().String()) }).write = func(v *View, b []byte) ([]byte, bool) {
+		return appendAddr(b, v.Connection.Source.Addr()), false
+	}
 	add(onNetwork, IP, "source.ip", func(v *View) Value { return addr(v.Connection.Source.Addr()) })
 	add(onNetwork, Long, "source.port", func(v *View) Value { return number(int64(v.Connection.Source.Port())) })
-	add(onNetwork, Keyword, "destination.address", func(v *View) Value { return text(v.Connection.Destination.Addr().String()) })
+	add(onNetwork, Keyword, "destination.address", func(v *View) Value { return text(v.Connection.Destination.Addr().String()) }).write = func(v *View, b []byte) ([]byte, bool) {
+		return appendAddr(b, v.Connection.Destination.Addr()), false
+	}
 	add(onNetwork, IP, "destination.ip", func(v *View) Value { return addr(v.Connection.Destination.Addr()) })
 	add(onNetwork, Long, "destination.port", func(v *View) Value { return number(int64(v.Connection.Destination.Port())) })
-	add(onNetwork, Keyword, "network.direction", func(*View) Value { return text("egress") })
-	add(onNetwork, Keyword, "network.transport", func(*View) Value { return text("tcp") })
-	add(onNetwork, Keyword, "network.protocol", func(*View) Value { return text("http") })
+	add(onNetwork, Keyword, "network.direction", func(*View) Value { return text("egress") }).fixed = true
+	add(onNetwork, Keyword, "network.transport", func(*View) Value { return text("tcp") }).fixed = true
+	add(onNetwork, Keyword, "network.protocol", func(*View) Value { return text("http") }).fixed = true
 	add(onNetwork, Keyword, "network.type", func(v *View) Value {
 		if v.Connection.Destination.Addr().Is4() {
 			return text("ipv4")
@@ -229,7 +242,7 @@ func fields() []Field {
 	add(onRequest, Long, "http.request.bytes", func(v *View) Value { return positive(v.Request.Bytes) })
 	add(onRequest, Long, "http.response.status_code", func(v *View) Value { return positive(v.Response.Status) })
 	add(onRequest, Long, "http.response.bytes", func(v *View) Value { return number(v.Response.Bytes) })
-	add(onRequest, Keyword, "url.scheme", func(*View) Value { return text("http") })
+	add(onRequest, Keyword, "url.scheme", func(*View) Value { return text("http") }).fixed = true
 	add(onRequest, Keyword, "url.domain", func(v *View) Value { return known(v.Request.Host) }).free = true
 	add(onRequest, Long, "url.port", func(v *View) Value { return number(int64(v.Connection.Destination.Port())) })
 	add(onRequest, Keyword, "url.path", func(v *View) Value { return known(v.Request.Path) }).free = true
@@ -242,9 +255,14 @@ func fields() []Field {
 	add(onRequest, Keyword, "user_agent.original", func(v *View) Value { return known(v.Request.UserAgent) }).free = true
 
 	ruleFields(add, array)
-	array(onRequest, IP, "related.ip", func(v *View) Value {
+	related := add(onRequest, IP, "related.ip", func(v *View) Value {
 		return texts(v.Connection.Source.Addr().String(), v.Connection.Destination.Addr().String())
 	})
+	related.Array, related.write = true, func(v *View, b []byte) ([]byte, bool) {
+		b = appendAddr(append(b, '['), v.Connection.Source.Addr())
+		b = appendAddr(append(b, ','), v.Connection.Destination.Addr())
+		return append(b, ']'), false
+	}
 	array(onRequest, Keyword, "related.hosts", func(v *View) Value { return texts(v.Host.Name) })
 	array(onRequest, Keyword, "related.user", func(v *View) Value {
 		return v.of(func(p *Process) Value {
@@ -260,10 +278,29 @@ func fields() []Field {
 
 	for i := range all {
 		all[i].asked = ofRequest(all[i].Name)
+		all[i].lasting = lasting(all[i].Name)
 		all[i].key = string(append(appendString(nil, all[i].parts[len(all[i].parts)-1]), ':'))
 	}
 	slices.SortFunc(all, func(a, b Field) int { return slices.Compare(a.parts, b.parts) })
 	return all
+}
+
+// lasting is the documents in which a field depends on nothing but the process, the host
+// and the kind of document.
+func lasting(name string) docs {
+	switch name {
+	case "ecs.version", "event.module", "event.dataset", "event.kind", "event.category", "event.provider":
+		return everywhere
+	case "event.type", "event.action":
+		return inProcess | inConn
+	}
+	for _, prefix := range []string{"process.", "user.", "container.", "orchestrator.", "related.user", "related.hosts", "imdsgate.executable.",
+		"imdsgate.process.", "imdsgate.ancestors.", "host.", "agent.", "observer.", "data_stream."} {
+		if strings.HasPrefix(name, prefix) {
+			return everywhere
+		}
+	}
+	return 0
 }
 
 // ofRequest reports whether a field says something about a connection or a request.

@@ -1,6 +1,7 @@
 package event
 
 import (
+	"net/netip"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -20,7 +21,7 @@ const (
 // whatever is in the event, the line parses.
 func (v *View) AppendJSON(b []byte) []byte {
 	b = append(b, '{')
-	b, cut := v.appendRows(b, rows, 0)
+	b, cut := v.appendRows(b, rows[v.Document], 0)
 	if cut {
 		b = append(b, `,"labels":{"imdsgate_truncated":"true"}`...)
 	}
@@ -31,56 +32,63 @@ func (v *View) AppendJSON(b []byte) []byte {
 // that a value was cut.
 func (v *View) appendRows(b []byte, rows []row, depth int) (_ []byte, cut bool) {
 	start := len(b)
-	open := make([]string, 0, 8) // the objects below that one that are open
+	open, shared := depth, depth // objects that are, and those among them that the row is in, too
 	for i := range rows {
 		r := &rows[i]
-		if r.docs&(1<<v.Document) == 0 {
-			continue
-		}
+		shared = min(shared, max(r.shared, depth))
 		var value Value
 		var whole written
-		if r.field != nil {
-			value = r.field.Value(v)
-		} else if all := r.of(v); all != nil {
-			whole = (*all)[r.ordinal]
-		}
-		if !value.Set && len(whole.json) == 0 {
+		switch {
+		case r.field == nil:
+			if all := r.of(v); all != nil {
+				whole = (*all)[r.ordinal]
+			}
+			if len(whole.json) == 0 {
+				continue
+			}
+		case r.field.asked && v.Kind == Started:
 			continue
+		case r.fixed == "":
+			if r.field.write != nil {
+				break
+			}
+			if value = r.field.get(v); !value.Set {
+				continue
+			}
 		}
-		objects := r.path[depth:]
-		same := 0
-		for same < len(open) && same < len(objects) && open[same] == objects[same] {
-			same++
-		}
-		for len(open) > same {
+		for ; open > shared; open-- {
 			b = append(b, '}')
-			open = open[:len(open)-1]
 		}
 		if len(b) > start && b[len(b)-1] != '{' {
 			b = append(b, ',')
 		}
-		for _, name := range objects[same:] {
-			b = appendString(b, name)
-			b = append(b, ':', '{')
-			open = append(open, name)
+		for ; open < len(r.path); open++ {
+			b = append(b, r.heads[open]...)
 		}
+		shared = open
 		short := whole.cut
-		if r.field == nil {
+		switch {
+		case r.field == nil:
 			b = append(b, whole.json...)
-		} else {
+		case r.fixed != "":
+			b = append(b, r.fixed...)
+		case r.field.write != nil:
 			b = append(b, r.field.key...)
-			b, short = r.field.append(b, value)
+			b, short = r.field.write(v, b)
+		default:
+			b = append(b, r.field.key...)
+			b, short = r.field.append(b, &value)
 		}
 		cut = cut || short
 	}
-	for range open {
+	for ; open > depth; open-- {
 		b = append(b, '}')
 	}
 	return b, cut
 }
 
 // append renders one value. short says that something was cut.
-func (f *Field) append(b []byte, v Value) (_ []byte, short bool) {
+func (f *Field) append(b []byte, v *Value) (_ []byte, short bool) {
 	switch f.Type {
 	case Long:
 		if v.Ints == nil {
@@ -102,28 +110,27 @@ func (f *Field) append(b []byte, v Value) (_ []byte, short bool) {
 		return append(b, '"'), false
 	case IP:
 		if v.Texts == nil {
-			b = append(b, '"')
-			b = v.Addr.AppendTo(b)
-			return append(b, '"'), false
+			return appendAddr(b, v.Addr), false
 		}
 	}
+	texts := v.Texts
 	switch {
 	case v.hidden:
 		return appendString(b, redacted), false
 	case v.command == nil:
 	case v.Texts != nil:
-		v.Texts = v.command.redactedArgs()
+		texts = v.command.redactedArgs()
 	case suspicious(v.Text):
 		return appendCut(b, strings.Join(v.command.redactedArgs(), " "), maxText)
 	}
-	if v.Texts == nil {
+	if texts == nil {
 		return f.appendText(b, v.Text, maxText)
 	}
 	if f.first {
-		return f.appendText(b, v.Texts[0], maxText)
+		return f.appendText(b, texts[0], maxText)
 	}
-	all := v.Texts[:min(len(v.Texts), maxTexts)]
-	short = len(all) < len(v.Texts)
+	all := texts[:min(len(texts), maxTexts)]
+	short = len(all) < len(texts)
 	b = append(b, '[')
 	left := maxText
 	for i, s := range all {
@@ -149,7 +156,16 @@ func (f *Field) appendText(b []byte, s string, limit int) (_ []byte, short bool)
 	return appendCut(b, s, limit)
 }
 
-func appendCut(b []byte, s string, limit int) (_ []byte, short bool) {
+// appendAddr renders an address. A zone is the name of an interface, and those may have
+// any characters.
+func appendAddr(b []byte, a netip.Addr) []byte {
+	if !a.IsValid() || a.Zone() != "" {
+		return appendString(b, a.String())
+	}
+	return append(a.AppendTo(append(b, '"')), '"')
+}
+
+func appendCut[text string | []byte](b []byte, s text, limit int) (_ []byte, short bool) {
 	if len(s) > limit {
 		end := limit
 		for end > max(0, limit-utf8.UTFMax) && !utf8.RuneStart(s[end]) {
@@ -163,7 +179,7 @@ func appendCut(b []byte, s string, limit int) (_ []byte, short bool) {
 // appendString appends s as a JSON string (RFC 8259 section 7). Bytes that are
 // no UTF-8 become U+FFFD, and line separators that JavaScript knows are
 // escaped, so that a line stays a line for every reader.
-func appendString(b []byte, s string) []byte {
+func appendString[text string | []byte](b []byte, s text) []byte {
 	const hex = "0123456789abcdef"
 	b = append(b, '"')
 	start := 0
@@ -176,7 +192,7 @@ func appendString(b []byte, s string) []byte {
 		size := 1
 		var r rune
 		if c >= utf8.RuneSelf {
-			r, size = utf8.DecodeRuneInString(s[i:])
+			r, size = utf8.DecodeRuneInString(string(s[i:min(len(s), i+utf8.UTFMax)]))
 			if (r != utf8.RuneError || size > 1) && r != '\u2028' && r != '\u2029' && r != '\u0085' {
 				i += size
 				continue

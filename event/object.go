@@ -13,7 +13,7 @@ import (
 // tell of it.
 var (
 	ofHost    = objects("agent", "host", "observer")
-	ofProcess = objects("imdsgate.ancestors", "imdsgate.executable", "imdsgate.process", "process")
+	ofProcess = objects("container", "imdsgate.ancestors", "imdsgate.executable", "imdsgate.process", "orchestrator", "process", "user")
 	ofRule    = objects("rule", "threat")
 )
 
@@ -31,9 +31,10 @@ func objects(names ...string) []object {
 		for i := range Fields {
 			if f := &Fields[i]; strings.HasPrefix(f.Name, name+".") {
 				o.docs = f.docs
-				o.rows = append(o.rows, row{path: f.parts[:len(f.parts)-1], docs: f.docs, field: f})
+				o.rows = append(o.rows, row{path: f.parts[:len(f.parts)-1], field: f})
 			}
 		}
+		follow(o.rows)
 		all = append(all, o)
 	}
 	return all
@@ -41,14 +42,24 @@ func objects(names ...string) []object {
 
 // row is what a document has in one place: a field, or an object.
 type row struct {
-	path    []string // the objects that it is in
-	docs    docs
+	path    []string               // the objects that it is in
+	heads   []string               // with which they begin: the names, as JSON has them before an object
+	shared  int                    // how many of them the row before is in, too
 	field   *Field                 // nil for an object
+	fixed   string                 // the field with its value, if that is always the same
 	of      func(*View) *[]written // what has the object, if there is one
 	ordinal int                    // of the object
 }
 
-var rows = func() []row {
+// rows are those of each kind of document.
+var rows = func() (all [IntegrityFinding + 1][]row) {
+	for d := range all {
+		all[d] = rowsOf(Document(d))
+	}
+	return all
+}()
+
+func rowsOf(d Document) []row {
 	var all []row
 	// in reports whether a field is in one of these objects, the first of whose
 	// fields stands for all.
@@ -56,7 +67,7 @@ var rows = func() []row {
 		for i, o := range list {
 			if len(f.parts) > len(o.path) && slices.Equal(f.parts[:len(o.path)], o.path) {
 				if o.rows[0].field == f {
-					all = append(all, row{path: o.path[:len(o.path)-1], docs: o.docs, of: of, ordinal: i})
+					all = append(all, row{path: o.path[:len(o.path)-1], of: of, ordinal: i})
 				}
 				return true
 			}
@@ -65,12 +76,36 @@ var rows = func() []row {
 	}
 	for i := range Fields {
 		f := &Fields[i]
-		if !in(f, ofHost, (*View).ofHost) && !in(f, ofProcess, (*View).ofProcess) && !in(f, ofRule, (*View).ofRule) {
-			all = append(all, row{path: f.parts[:len(f.parts)-1], docs: f.docs, field: f})
+		if f.docs&(1<<d) == 0 || in(f, ofHost, (*View).ofHost) || in(f, ofProcess, (*View).ofProcess) || in(f, ofRule, (*View).ofRule) {
+			continue
+		}
+		r := row{path: f.parts[:len(f.parts)-1], field: f}
+		if f.fixed {
+			v := View{Event: &Event{}, Document: d}
+			value := f.get(&v)
+			b, _ := f.append([]byte(f.key), &value)
+			r.fixed = string(b)
+		}
+		all = append(all, r)
+	}
+	follow(all)
+	return all
+}
+
+// follow completes rows that are written one after the other.
+func follow(rows []row) {
+	for i := range rows {
+		r := &rows[i]
+		for _, name := range r.path {
+			r.heads = append(r.heads, string(append(appendString(nil, name), ':', '{')))
+		}
+		if i > 0 {
+			for r.shared < min(len(r.path), len(rows[i-1].path)) && r.path[r.shared] == rows[i-1].path[r.shared] {
+				r.shared++
+			}
 		}
 	}
-	return all
-}()
+}
 
 // written is an object with its name, as it stands in documents. It is empty if no
 // field has a value.

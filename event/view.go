@@ -175,17 +175,32 @@ func (v *View) level() string {
 }
 
 func (v *View) message() string {
+	b := make([]byte, 0, 256) // not allocated, if that is enough
+	return string(v.appendMessage(b))
+}
+
+// writeMessage renders the message, which is free text.
+func (v *View) writeMessage(b []byte) (_ []byte, short bool) {
+	buf := make([]byte, 0, 512)
+	m := v.appendMessage(buf)
+	if suspicious(m) {
+		return appendCut(b, Redact(string(m)), maxText)
+	}
+	return appendCut(b, m, maxText)
+}
+
+func (v *View) appendMessage(b []byte) []byte {
 	switch v.Document {
 	case ProcessStart:
-		return "process start: " + string(v.appendWho(nil))
+		return v.appendWho(append(b, "process start: "...))
 	case ConnectionAttempt:
-		return "connection attempted: " + string(v.appendWho(nil)) + " to " + v.Connection.Destination.String()
+		b = v.appendWho(append(b, "connection attempted: "...))
+		return append(append(b, " to "...), v.Connection.Destination.String()...)
 	case Alert:
-		return v.Match.Rule.Name
+		return append(b, v.Match.Rule.Name...)
 	case LifecycleChange, IntegrityFinding:
-		return v.State.Message
+		return append(b, v.State.Message...)
 	}
-	b := make([]byte, 0, 256) // not allocated, if that is enough
 	switch {
 	case v.Decision.Verdict == Deny:
 		b = append(b, "denied "...)
@@ -203,7 +218,7 @@ func (v *View) message() string {
 	if v.Decision.Rule != nil {
 		b = append(append(b, " by rule "...), v.Decision.Rule.Name...)
 	}
-	return string(b)
+	return b
 }
 
 func (v *View) appendWho(b []byte) []byte {

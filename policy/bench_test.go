@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"fmt"
 	"path/filepath"
 	"testing"
 
@@ -50,4 +51,68 @@ func BenchmarkRequest(b *testing.B) {
 			}
 		})
 	}
+}
+
+// BenchmarkJudge is a verdict. A process that is known has asked before; a new one is
+// asked about by all rules, and so are those of which something is left to ask with
+// every request.
+func BenchmarkJudge(b *testing.B) {
+	shipped := Config{Mode: Enforce}
+	policies := []struct {
+		name   string
+		config Config
+	}{
+		{"shipped rules", shipped},
+		{"200 rules about processes", Config{Mode: Enforce, Rules: RulesConfig{WithoutShipped: true, Paths: []string{ruleFiles(b, processRules(200))}}}},
+		{"200 rules about requests", Config{Mode: Enforce, Rules: RulesConfig{WithoutShipped: true, Paths: []string{ruleFiles(b, requestRules(200))}}}},
+		{"shipped and 190 about processes", Config{Mode: Enforce, Rules: RulesConfig{Paths: []string{ruleFiles(b, processRules(190))}}}},
+	}
+	for _, p := range policies {
+		e := NewEngine(compile(b, p.config))
+		ev := asking("/opt/app/bin/app", nil)
+		b.Run(p.name+"/known", func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				e.Judge(ev)
+			}
+		})
+		b.Run(p.name+"/new", func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				ev.Subjects[0].Keep(&settled{})
+				e.Judge(ev)
+			}
+		})
+	}
+	e := NewEngine(compile(b, shipped))
+	ev := asking("/usr/bin/curl", nil)
+	b.Run("shipped rules/known, refused", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			e.Judge(ev)
+		}
+	})
+}
+
+// processRules are like those for Linux hosts: a program that is executed, and the
+// connection that it makes.
+func processRules(n int) []string {
+	var all []string
+	for i := range n {
+		all = append(all, fmt.Sprintf(`sequence by host.id, process.parent.entity_id with maxspan=%ds
+  [process where host.os.type == "linux" and event.type == "start" and event.action == "exec" and
+    process.name in ("tool%[2]d", "helper%[2]d", "sh%[2]d") and process.args : ("-%[2]d*", "*run%[2]d*") and not process.parent.executable : "/opt/%[2]d/*"]
+  [network where host.os.type == "linux" and event.action == "connection_attempted" and destination.ip == "169.254.169.254"]`, 1+i%60, i))
+	}
+	return all
+}
+
+// requestRules look at requests first of all.
+func requestRules(n int) []string {
+	var all []string
+	for i := range n {
+		all = append(all, fmt.Sprintf(`network where http.request.method == "GET" and url.path : ("/latest/meta-data/%[1]d/*", "*secret%[1]d*") and
+  not user_agent.original : "agent%[1]d/*" and process.executable : ("/opt/*", "/usr/*")`, i))
+	}
+	return all
 }

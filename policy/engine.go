@@ -1,12 +1,15 @@
 package policy
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"fmt"
+	"iter"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy/eql"
@@ -54,12 +57,7 @@ func (e *Engine) Decisive(q *event.Request) bool {
 	if q.Guarded {
 		return true
 	}
-	for _, r := range e.Policy().rules {
-		if r.on(q) == Block {
-			return true
-		}
-	}
-	return false
+	return e.Policy().blocks[q.Class]
 }
 
 // stage is one stage of a rule with the documents that it may be about.
@@ -84,66 +82,15 @@ func stages(q *eql.Query) []*stage {
 	return all
 }
 
-// documents are what a rule may be asked about a request of one subject: the
-// start of the process, its connection, and the request.
-type documents [event.RequestDecision + 1]document
-
-func documentsOf(ev *event.Event, subject *event.Process) documents {
-	var all documents
-	for d := range all {
-		all[d].View = event.View{Event: ev, Document: event.Document(d), Subject: subject}
-	}
-	return all
-}
-
-// holds reports whether the conditions of all stages hold for one subject: of
-// the process that owns the connection, whenever it started, and of what it does
-// now.
-func holds(stages []*stage, about *documents) bool {
-	for _, s := range stages {
-		if !s.holds(about) {
-			return false
-		}
-	}
-	return len(stages) > 0
-}
-
-// blocks reports whether a rule's conditions hold for a subject as the child of the
-// process that forked it or, if that is another, of the one that has adopted it.
-func (r *rule) blocks(about *documents) bool {
-	if holds(r.blocking, about) {
-		return true
-	}
-	if s := about[event.ProcessStart].Subject; s == nil || s.ParentNow == nil {
-		return false
-	}
-	about.adopt(true)
-	defer about.adopt(false)
-	return holds(r.blocking, about)
-}
-
-func (d *documents) adopt(adopted bool) {
-	for i := range d {
-		d[i].Adopted = adopted
-	}
-}
-
-func (s *stage) holds(about *documents) bool {
-	for _, d := range s.documents {
-		if (d != event.ProcessStart || about[d].Subject != nil) && s.Match(&about[d]) {
-			return true
-		}
-	}
-	return false
-}
-
 // subjects are those who are judged: nobody, if nobody is known.
 func subjects(ev *event.Event) []*event.Process {
 	if len(ev.Subjects) == 0 {
-		return []*event.Process{nil}
+		return nobody
 	}
 	return ev.Subjects
 }
+
+var nobody = []*event.Process{nil}
 
 // Judge decides about an event and completes its Decision. The subject on whom
 // it turned comes first. It may be called again when more is known.
@@ -171,22 +118,24 @@ func (p *state) outcome(ev *event.Event) event.Verdict {
 	}
 	var blocked *event.Match
 	how := ""
+	a := p.set.asker()
+	defer a.done()
+	var matches []event.Match // which rules do not see before all are asked
 	for _, subject := range subjects(ev) {
-		about := documentsOf(ev, subject)
-		for i, r := range p.rules {
-			verb := "matches"
-			if !r.blocks(&about) {
-				if !p.memory.latched(i, subject) {
-					continue
+		a.blocks(ev, subject)
+		p.memory.latched(subject, a.latched)
+		for i := range a.matching.or(a.latched) {
+			r := p.rules[i]
+			m := event.Match{Rule: &r.Rule.Rule, Subject: subject, Action: r.on(q).String(), Bound: true}
+			matches = append(matches, m)
+			if how == "" && m.Action == actionNames[Block] {
+				if how = "matches"; !a.matching.has(i) {
+					how = "has blocked before"
 				}
-				verb = "has blocked before"
-			}
-			d.Matches = append(d.Matches, event.Match{Rule: &r.Rule.Rule, Subject: subject, Action: r.on(q).String(), Bound: true})
-			if how == "" && d.Matches[len(d.Matches)-1].Action == actionNames[Block] {
-				how = verb
 			}
 		}
 	}
+	d.Matches = matches
 	for i := range d.Matches {
 		if d.Matches[i].Action == actionNames[Block] {
 			blocked = &d.Matches[i]
@@ -274,22 +223,19 @@ func describe(p *event.Process) string {
 func (e *Engine) Observe(ev *event.Event) {
 	p := e.state.Load()
 	m, d := p.memory, &ev.Decision
-	all := m.news(ev)
-	for i, r := range p.rules {
-		for j := range all {
-			n := &all[j]
-			if !m.observe(i, r, n) {
-				continue
-			}
-			k := 0
-			for k < len(d.Matches) && (d.Matches[k].Rule != &r.Rule.Rule || d.Matches[k].Subject != n.subject) {
-				k++
-			}
-			if k == len(d.Matches) {
-				d.Matches = append(d.Matches, event.Match{Rule: &r.Rule.Rule, Subject: n.subject, Action: r.on(&ev.Request).String()})
-			}
-			d.Matches[k].Literal = true
+	a := p.set.asker()
+	defer a.done()
+	all := a.news(m, ev)
+	for h := range a.literally(m, ev, all) {
+		r, subject := p.rules[h.rule], all[h.subject].subject
+		k := 0
+		for k < len(d.Matches) && (d.Matches[k].Rule != &r.Rule.Rule || d.Matches[k].Subject != subject) {
+			k++
 		}
+		if k == len(d.Matches) {
+			d.Matches = append(d.Matches, event.Match{Rule: &r.Rule.Rule, Subject: subject, Action: r.on(&ev.Request).String()})
+		}
+		d.Matches[k].Literal = true
 	}
 	m.seen(all)
 	for k := range d.Matches {
@@ -310,15 +256,9 @@ func (e *Engine) Observe(ev *event.Event) {
 // event of the kind event.Started it needs the subject, and may be told little of
 // that: what is not known is asked as if it were not there.
 func (e *Engine) Concerns(ev *event.Event) bool {
-	about := documentsOf(ev, ev.Subjects[0])
-	for _, r := range e.Policy().rules {
-		for _, s := range r.literal {
-			if slices.Contains(s.documents, event.ProcessStart) && s.Match(&about[event.ProcessStart]) {
-				return true
-			}
-		}
-	}
-	return false
+	a := e.Policy().set.asker()
+	defer a.done()
+	return a.concerned(ev, ev.Subjects[0])
 }
 
 // ObserveStart gives the start of a program to the rules as they are written, so that
@@ -328,17 +268,17 @@ func (e *Engine) ObserveStart(ev *event.Event) (alert bool) {
 	p := e.state.Load()
 	m, d := p.memory, &ev.Decision
 	d.Mode = e.Mode().String()
-	all := m.news(ev)
-	n := &all[0]
-	if !n.adds[event.ProcessStart] {
+	a := p.set.asker()
+	defer a.done()
+	all := a.news(m, ev)
+	if !all[0].adds[event.ProcessStart] {
 		return false // a request of it was faster
 	}
-	for i, r := range p.rules {
-		if m.observe(i, r, n) {
-			action := r.on(&ev.Request)
-			d.Matches = append(d.Matches, event.Match{Rule: &r.Rule.Rule, Subject: n.subject, Action: action.String(), Literal: true, Alert: action != Log})
-			alert = alert || action != Log
-		}
+	for h := range a.literally(m, ev, all) {
+		r := p.rules[h.rule]
+		action := r.on(&ev.Request)
+		d.Matches = append(d.Matches, event.Match{Rule: &r.Rule.Rule, Subject: all[0].subject, Action: action.String(), Literal: true, Alert: action != Log})
+		alert = alert || action != Log
 	}
 	m.seen(all)
 	return alert
@@ -356,7 +296,7 @@ func (p *Policy) find(r *event.Rule) *rule {
 const (
 	// maxRemembered bounds the processes whose start the rules have seen, and
 	// those that a rule has blocked. When one more comes, the oldest is
-	// forgotten: it is judged anew then.
+	// forgotten: it is judged anew then, once it is another event.Process.
 	maxRemembered = 16 << 10
 	// maxChains bounds what one sequence remembers: processes that started and
 	// whose connection may follow within the span. Each keeps its event.
@@ -367,9 +307,12 @@ const (
 type memory struct {
 	machines []machine
 
-	mu      sync.Mutex          // guards the following
-	started remembered[imageID] // process images that the rules have seen start
-	blocked remembered[latch]
+	mu      sync.Mutex                    // guards the following
+	swept   time.Time                     // when sequences last forgot what is too old
+	started remembered[imageID, struct{}] // process images that the rules have seen start
+	blocked remembered[string, bitset]    // rules that have blocked a process, by its entity ID
+
+	latches atomic.Bool // whether anything is in blocked
 }
 
 type machine struct {
@@ -388,64 +331,91 @@ func newMemory(p *Policy) *memory {
 }
 
 // news is what an event tells the rules of one subject that they have not been told
-// before. A sequence keeps it while it waits for more.
+// before.
 type news struct {
 	subject *event.Process
-	image   imageID // of the subject, if there is one
-	about   documents
-	adds    [len(documents{})]bool // which of the documents are new
+	*settled
+	adds [documentKinds]bool // which of the documents are new
 }
 
 // news lists what an event adds: the start of a process when it is first seen, and
-// of a request its connection once, and itself.
-func (m *memory) news(ev *event.Event) []news {
-	about := subjects(ev)
-	all := make([]news, len(about))
+// of a request its connection once, and itself. It is valid until the next call.
+func (a *asker) news(m *memory, ev *event.Event) []news {
+	a.fresh = a.fresh[:0]
 	asked := ev.Kind == event.Asked
-	for i, subject := range about {
-		n := &all[i]
-		n.subject, n.about = subject, documentsOf(ev, subject)
-		if subject != nil {
-			n.image = imageOf(subject)
-			n.adds[event.ProcessStart] = m.isNew(n.image)
+	for _, subject := range subjects(ev) {
+		n := news{subject: subject, settled: a.settled(ev.Host, subject)}
+		if subject != nil && n.started.Load() != m {
+			if n.adds[event.ProcessStart] = m.isNew(n.image); !n.adds[event.ProcessStart] {
+				n.started.Store(m)
+			}
 		}
 		n.adds[event.ConnectionAttempt] = asked && ev.Connection.First
 		n.adds[event.RequestDecision] = asked
+		a.fresh = append(a.fresh, n)
 	}
-	return all
+	return a.fresh
 }
 
-// observe feeds one rule with what is new of a subject, and reports whether it
-// matches as it is written.
-func (m *memory) observe(i int, r *rule, n *news) bool {
-	if r.Query.IsSequence() {
-		return m.machines[i].observe(n)
+// literally lists the rules that match as they are written, each once for a subject,
+// in order. Sequences are told of what one of their stages matches.
+func (a *asker) literally(m *memory, ev *event.Event, all []news) iter.Seq[literalHit] {
+	m.sweep(ev.Time)
+	a.hits = a.hits[:0]
+	for j := range all {
+		a.written(ev, j, &all[j])
 	}
-	return r.observed(n)
-}
-
-// observed asks a rule that is no sequence.
-func (r *rule) observed(n *news) bool {
-	for _, s := range r.literal {
-		for _, d := range s.documents {
-			if n.adds[d] && s.Match(&n.about[d]) {
-				return true
+	slices.SortFunc(a.hits, func(x, y literalHit) int {
+		return cmp.Or(x.rule-y.rule, x.subject-y.subject, int(x.document)-int(y.document))
+	})
+	return func(yield func(literalHit) bool) {
+		matched := false
+		for i, h := range a.hits {
+			if s := &m.machines[h.rule]; s.Machine == nil {
+				matched = true
+			} else {
+				// The sequence keeps it while it waits for more.
+				d := &document{event.View{Event: ev, Document: h.document, Subject: all[h.subject].subject}}
+				matched = s.observe(d) || matched
 			}
+			if next := i + 1; next < len(a.hits) && a.hits[next].rule == h.rule && a.hits[next].subject == h.subject {
+				continue
+			}
+			if matched && !yield(h) {
+				return
+			}
+			matched = false
 		}
 	}
-	return false
 }
 
-func (m *machine) observe(n *news) bool {
+func (m *machine) observe(d *document) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	matched := false
-	for d, added := range n.adds {
-		if added {
-			matched = len(m.Observe(&n.about[d])) > 0 || matched
+	return len(m.Observe(d)) > 0
+}
+
+// sweepEvery is how long a sequence keeps what exceeds its span, if nothing comes that
+// one of its stages matches. It is a matter of memory alone.
+const sweepEvery = time.Second
+
+func (m *memory) sweep(now time.Time) {
+	m.mu.Lock()
+	due := now.Sub(m.swept) >= sweepEvery
+	if due {
+		m.swept = now
+	}
+	m.mu.Unlock()
+	if !due {
+		return
+	}
+	for i := range m.machines {
+		if s := &m.machines[i]; s.Machine != nil {
+			s.mu.Lock()
+			s.Tick(now) // decides nothing: no rule ends in a missing event
+			s.mu.Unlock()
 		}
 	}
-	return matched
 }
 
 // imageOf names a process in one image. The command line can be long and is the
@@ -469,11 +439,12 @@ func (m *memory) isNew(image imageID) bool {
 
 // seen remembers the subjects of an event.
 func (m *memory) seen(all []news) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	for i := range all {
-		if all[i].subject != nil {
-			m.started.add(all[i].image)
+		if n := &all[i]; n.adds[event.ProcessStart] {
+			m.mu.Lock()
+			m.started.add(n.image, struct{}{})
+			m.mu.Unlock()
+			n.started.Store(m)
 		}
 	}
 }
@@ -487,46 +458,51 @@ func (p *state) latch(match *event.Match) {
 	}
 	for i, r := range p.rules {
 		if &r.Rule.Rule == match.Rule && r.aboutProcess {
-			p.memory.mu.Lock()
-			p.memory.blocked.add(latch{i, match.Subject.EntityID})
-			p.memory.mu.Unlock()
+			p.memory.latch(i, len(p.rules), match.Subject.EntityID)
 		}
 	}
 }
 
-func (m *memory) latched(rule int, p *event.Process) bool {
-	if p == nil {
-		return false
+func (m *memory) latch(rule, of int, entity string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.blocked.has(entity) {
+		m.blocked.add(entity, newBitset(of))
+		m.latches.Store(true)
+	}
+	m.blocked.keys[entity].set(rule)
+}
+
+// latched sets to to the rules that have blocked a process before.
+func (m *memory) latched(p *event.Process, to bitset) {
+	clear(to)
+	if p == nil || !m.latches.Load() {
+		return
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return len(m.blocked.keys) > 0 && m.blocked.has(latch{rule, p.EntityID})
+	to.add(m.blocked.keys[p.EntityID])
 }
 
-// latch is a rule, by its place in the policy, that has blocked a process.
-type latch struct {
-	rule   int
-	entity string
-}
-
-// remembered is a set that forgets its oldest.
-type remembered[K comparable] struct {
-	keys  map[K]struct{}
+// remembered is a map that forgets its oldest keys.
+type remembered[K comparable, V any] struct {
+	keys  map[K]V
 	order []K
 	next  int
 }
 
-func (r *remembered[K]) has(key K) bool {
+func (r *remembered[K, V]) has(key K) bool {
 	_, ok := r.keys[key]
 	return ok
 }
 
-func (r *remembered[K]) add(key K) {
+// add takes a key that is not there.
+func (r *remembered[K, V]) add(key K, value V) {
 	if r.has(key) {
 		return
 	}
 	if r.keys == nil {
-		r.keys = map[K]struct{}{}
+		r.keys = map[K]V{}
 	}
 	if len(r.order) < maxRemembered {
 		r.order = append(r.order, key)
@@ -535,5 +511,5 @@ func (r *remembered[K]) add(key K) {
 		r.order[r.next] = key
 		r.next = (r.next + 1) % maxRemembered
 	}
-	r.keys[key] = struct{}{}
+	r.keys[key] = value
 }

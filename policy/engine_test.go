@@ -770,16 +770,3 @@ func FuzzParseRule(f *testing.F) {
 		}
 	})
 }
-
-func BenchmarkJudge(b *testing.B) {
-	for _, c := range []struct{ name, executable string }{{"no match", "/opt/app/bin/app"}, {"match", "/usr/bin/curl"}} {
-		b.Run(c.name, func(b *testing.B) {
-			e := NewEngine(compile(b, Config{Mode: Enforce}))
-			ev := asking(c.executable, nil)
-			b.ReportAllocs()
-			for b.Loop() {
-				e.Judge(ev)
-			}
-		})
-	}
-}

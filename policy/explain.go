@@ -41,9 +41,12 @@ func (e *Engine) Explain(requests []*event.Event) (rules []RuleFinding, grants [
 	if len(requests) == 0 || len(requests[0].Subjects) == 0 {
 		return nil, nil, nil
 	}
-	about := documentsOf(requests[0], requests[0].Subjects[0])
-	for _, r := range p.rules {
-		f := RuleFinding{ID: r.ID, Name: r.Name, Matches: r.blocks(&about)}
+	subject := requests[0].Subjects[0]
+	a := p.set.asker()
+	defer a.done()
+	a.blocks(requests[0], subject)
+	for i, r := range p.rules {
+		f := RuleFinding{ID: r.ID, Name: r.Name, Matches: a.matching.has(i)}
 		kept := map[string]bool{}
 		for _, s := range r.blocking {
 			for _, c := range s.Conjuncts() {
@@ -57,7 +60,8 @@ func (e *Engine) Explain(requests []*event.Event) (rules []RuleFinding, grants [
 			for _, c := range s.Conjuncts() {
 				clause := Clause{Text: c.Text, Excuse: !kept[c.Text] && !r.alertsOnly}
 				for _, d := range s.documents {
-					clause.Holds = clause.Holds || c.Match(&about[d])
+					about := document{event.View{Event: requests[0], Document: d, Subject: subject}}
+					clause.Holds = clause.Holds || c.Match(&about)
 				}
 				f.Clauses = append(f.Clauses, clause)
 			}
@@ -65,7 +69,7 @@ func (e *Engine) Explain(requests []*event.Event) (rules []RuleFinding, grants [
 		rules = append(rules, f)
 	}
 	for i := range p.grants {
-		ok, missed := p.grants[i].allows(requests[0].Subjects[0], requests[0])
+		ok, missed := p.grants[i].allows(subject, requests[0])
 		grants = append(grants, GrantFinding{p.grants[i].Name, ok, missed})
 	}
 	for _, ev := range requests {

@@ -68,6 +68,8 @@ type Policy struct {
 	Digest  string // of all that was configured, to compare hosts
 
 	rules      []*rule
+	set        *ruleSet
+	blocks     map[string]bool // classes of requests that are not guarded and that a rule blocks all the same
 	grants     []Grant
 	tokenScope event.TokenScope
 }
@@ -90,7 +92,7 @@ var shipped embed.FS
 // the names of the classes that requests can have. All errors come together, as
 // far as they can be found in one go.
 func Compile(c Config, classes []string) (*Policy, error) {
-	p := &Policy{Mode: c.Mode, Posture: c.Posture, grants: c.Grants, tokenScope: c.Tokens.Scope}
+	p := &Policy{Mode: c.Mode, Posture: c.Posture, grants: c.Grants, tokenScope: c.Tokens.Scope, blocks: map[string]bool{}}
 	var errs []error
 	var loaded []*Rule
 	if !c.Rules.WithoutShipped {
@@ -144,6 +146,12 @@ func Compile(c Config, classes []string) (*Policy, error) {
 	fmt.Fprintln(digest, c.Posture, c.Tokens.Scope)
 	if c.Tokens.Action != nil {
 		fmt.Fprintln(digest, *c.Tokens.Action)
+	}
+	p.set = newRuleSet(p.rules)
+	for _, r := range p.rules {
+		for class, action := range r.action.Classes {
+			p.blocks[class] = p.blocks[class] || action == Block
+		}
 	}
 	p.Digest = "sha256:" + hex.EncodeToString(digest.Sum(nil))
 	return p, errors.Join(errs...)

@@ -1,7 +1,6 @@
 package eql
 
 import (
-	"cmp"
 	"math"
 	"slices"
 	"strings"
@@ -39,16 +38,30 @@ import (
 // a function of one value that is there, and nothing else is needed. The general
 // case evaluates terms in an environment with the values that are being tried.
 
-// pred is a compiled condition.
-type pred func(Event) bool
-
-func always(Event) bool { return true }
-func never(Event) bool  { return false }
-
 // test is a condition on one single value: str on a string, val on any other.
 type test struct {
-	str func(string) bool
-	val func(Value) bool
+	str   func(string) bool
+	val   func(Value) bool
+	words *words // if that is all there is to str
+}
+
+// passes reports whether a field of type t, whose value is v, has one that passes.
+func (t *test) passes(v *Value, of Type) bool {
+	if of == Keyword {
+		switch v.kind {
+		case isString:
+			return t.str(v.str())
+		case isStrings:
+			return slices.ContainsFunc(v.strs(), t.str)
+		case isList:
+			return slices.ContainsFunc(v.list(), func(v Value) bool { return v.kind == isString && t.str(v.str()) })
+		}
+		return false
+	}
+	if v.kind == isList {
+		return slices.ContainsFunc(v.list(), func(v Value) bool { return v.fits(of) && t.val(v) })
+	}
+	return v.fits(of) && t.val(*v)
 }
 
 // term is a compiled expression.
@@ -68,17 +81,18 @@ type env struct {
 const maxCombinations = 1 << 20
 
 // holds compiles a condition.
-func (c *compiler) holds(e syntax.Expr) pred {
+func (c *compiler) holds(e syntax.Expr) *cond {
 	switch e := e.(type) {
 	case *syntax.Logic:
-		ps := make([]priced, len(e.X))
-		for i, x := range e.X {
-			ps[i] = priced{c.holds(x), cost(x)}
-		}
+		k := &cond{op: opAnd, cost: cost(e)}
 		if e.Op == syntax.Or {
-			return or(ps)
+			k.op = opOr
 		}
-		return and(ps)
+		for _, x := range e.X {
+			k.of = append(k.of, c.holds(x))
+		}
+		slices.SortStableFunc(k.of, cheaper)
+		return k
 	case *syntax.Not:
 		return not(c.holds(e.X))
 	case *syntax.Binary:
@@ -118,22 +132,7 @@ func (c *compiler) derived(e, from syntax.Expr) syntax.Expr {
 	return e
 }
 
-// priced is a condition with an estimate of what it costs to evaluate. None has
-// side effects, so they are asked in the order of their costs.
-type priced struct {
-	pred pred
-	cost int
-}
-
-func cheapest(ps []priced) []pred {
-	slices.SortStableFunc(ps, func(a, b priced) int { return cmp.Compare(a.cost, b.cost) })
-	preds := make([]pred, len(ps))
-	for i, p := range ps {
-		preds[i] = p.pred
-	}
-	return preds
-}
-
+// cost estimates what it takes to evaluate a condition.
 func cost(e syntax.Expr) int {
 	sum := 1
 	syntax.Walk(e, func(n syntax.Node) bool {
@@ -155,56 +154,28 @@ func cost(e syntax.Expr) int {
 	return sum
 }
 
-func and(ps []priced) pred {
-	all := cheapest(ps)
-	if len(all) == 1 {
-		return all[0]
-	}
-	return func(e Event) bool {
-		for _, p := range all {
-			if !p(e) {
-				return false
-			}
-		}
-		return true
-	}
-}
-
-func or(ps []priced) pred {
-	all := cheapest(ps)
-	return func(e Event) bool {
-		for _, p := range all {
-			if p(e) {
-				return true
-			}
-		}
-		return false
-	}
-}
-
-func not(p pred) pred { return func(e Event) bool { return !p(e) } }
-
-func (c *compiler) atom(e syntax.Expr) pred {
+func (c *compiler) atom(e syntax.Expr) *cond {
+	a := &atom{expr: e}
+	k := &cond{op: opAtom, atom: a, cost: cost(e)}
 	if !c.varies[e] {
-		if v := c.constant(e); v.kind == isBool && v.bool() {
-			return always
-		}
-		return never
+		v := c.constant(e)
+		return constant(v.kind == isBool && v.bool())
 	}
 	if f, ok := e.(*syntax.Field); ok {
-		return anyOf(c.fields[f], test{val: func(v Value) bool { return v.bool() }})
+		return a.on(c.fields[f], test{val: func(v Value) bool { return v.bool() }}, k)
 	}
 	if x, ok := existence(e); ok {
 		if f, ok := x.(*syntax.Field); ok {
-			return absent(c.fields[f])
+			return a.without(c.fields[f], k)
 		}
 	}
 	if x, ok := c.operand(e); ok {
 		if f, ok := x.(*syntax.Field); ok {
-			return anyOf(c.fields[f], c.test(e))
+			return a.on(c.fields[f], c.test(e), k)
 		}
 	}
-	return c.general(e)
+	a.fields, a.pred = c.general(e)
+	return k
 }
 
 // existence returns x if e is x == null.
@@ -217,46 +188,6 @@ func existence(e syntax.Expr) (syntax.Expr, bool) {
 		}
 	}
 	return nil, false
-}
-
-func absent(f Field) pred {
-	if f.Slot < 0 {
-		return always
-	}
-	return func(e Event) bool {
-		v := e.Value(f.Slot)
-		return !v.present(f.Type)
-	}
-}
-
-// anyOf holds if some value of a field passes a test.
-func anyOf(f Field, t test) pred {
-	slot := f.Slot
-	if slot < 0 {
-		return never
-	}
-	if f.Type == Keyword {
-		str := t.str
-		return func(e Event) bool {
-			v := e.Value(slot)
-			switch v.kind {
-			case isString:
-				return str(v.str)
-			case isStrings:
-				return slices.ContainsFunc(v.strs, str)
-			case isList:
-				return slices.ContainsFunc(v.list, func(v Value) bool { return v.kind == isString && str(v.str) })
-			}
-			return false
-		}
-	}
-	return func(e Event) bool {
-		v := e.Value(slot)
-		if v.kind == isList {
-			return slices.ContainsFunc(v.list, func(v Value) bool { return v.fits(f.Type) && t.val(v) })
-		}
-		return v.fits(f.Type) && t.val(v)
-	}
 }
 
 // operand returns x if e is a condition on x and otherwise constants: one that has
@@ -299,11 +230,12 @@ func (c *compiler) test(e syntax.Expr) test {
 		if f.part == nil {
 			return inBlocks(e.Args[1:])
 		}
-		part := c.constant(e.Args[1]).str
+		k := c.constant(e.Args[1])
+		part := k.str()
 		if e.Fold {
 			part = lower(part)
 		}
-		return test{str: func(s string) bool { return f.part(s, part, e.Fold) }}
+		return test{str: func(s string) bool { return f.part(s, part, e.Fold) }, words: f.words(part, e.Fold)}
 	}
 	panic("unreachable: a condition without an operand")
 }
@@ -346,7 +278,7 @@ func (c *compiler) constantFor(t Type, e syntax.Expr) Value {
 	v := c.constant(e)
 	switch {
 	case t == Date && v.kind == isString:
-		d, _ := parseDate(v.str)
+		d, _ := parseDate(v.str())
 		return Time(d)
 	case t == Date && v.kind == isInt:
 		return Time(time.UnixMilli(v.int()))
@@ -357,13 +289,13 @@ func (c *compiler) constantFor(t Type, e syntax.Expr) Value {
 // compareWith tests values of type t against a constant.
 func compareWith(op syntax.Op, t Type, k Value) test {
 	if t == IP && k.kind == isString {
-		b, _ := parseBlock(k.str)
+		b, _ := parseBlock(k.str())
 		return test{val: blocks{b}.contain}
 	}
 	if k.kind == isString {
-		s := k.str
+		s := k.str()
 		if op == syntax.Eq {
-			return test{str: func(v string) bool { return v == s }}
+			return test{str: func(v string) bool { return v == s }, words: &words{exact: []string{s}}}
 		}
 		return test{str: func(v string) bool { return holdsFor(op, strings.Compare(v, s)) }}
 	}
@@ -404,18 +336,18 @@ func (c *compiler) oneOf(e *syntax.In) test {
 	}
 	switch t {
 	case Keyword:
-		var words []string
+		w := &words{fold: e.Fold}
 		for _, k := range ks {
 			if k.kind != none {
-				words = append(words, k.str)
+				w.exact = append(w.exact, w.spelled(k.str()))
 			}
 		}
-		s := newSet(words, e.Fold)
-		return test{str: s.has}
+		s := newSet(w.exact, e.Fold)
+		return test{str: s.has, words: w}
 	case IP:
 		var bs blocks
 		for _, k := range ks {
-			if b, ok := parseBlock(k.str); ok {
+			if b, ok := parseBlock(k.str()); ok {
 				bs = append(bs, b)
 			}
 		}
@@ -438,7 +370,8 @@ func (c *compiler) matches(m *syntax.Match) test {
 	for i, p := range m.Patterns {
 		patterns[i] = p.Value.(string)
 	}
-	return test{str: compileWildcards(patterns, m.Op != syntax.Like, &c.tables)}
+	w := sortByShape(patterns, m.Op != syntax.Like)
+	return test{str: w.compile(&c.tables), words: w}
 }
 
 // inBlocks is the test of cidrMatch. It is also true of strings that are addresses.
@@ -457,9 +390,8 @@ func inBlocks(args []syntax.Expr) test {
 	}
 }
 
-// general compiles any atom.
-func (c *compiler) general(e syntax.Expr) pred {
-	var fields []Field
+// general compiles any atom, and lists its fields.
+func (c *compiler) general(e syntax.Expr) (fields []Field, p pred) {
 	slots := map[string]int{}
 	syntax.Walk(e, func(n syntax.Node) bool {
 		if f, ok := n.(*syntax.Field); ok {
@@ -474,7 +406,7 @@ func (c *compiler) general(e syntax.Expr) pred {
 	pool := &sync.Pool{New: func() any {
 		return &env{fields: make([]Value, len(fields)), tried: make([]Value, len(fields))}
 	}}
-	return func(event Event) bool {
+	return fields, func(event Event) bool {
 		env := pool.Get().(*env)
 		defer pool.Put(env)
 		for i, f := range fields {
@@ -500,7 +432,7 @@ func (env *env) try(fields []Field, n int, t term) bool {
 		return env.try(fields, n+1, t)
 	}
 	for i := range v.len() {
-		x := v.at(i)
+		x := v.single(i)
 		if !x.fits(fields[n].Type) {
 			continue
 		}
@@ -536,7 +468,7 @@ func (c *compiler) term(e syntax.Expr, slots map[string]int) term {
 			case none:
 				return v
 			case isString:
-				return Bool(t.str(v.str))
+				return Bool(t.str(v.str()))
 			default:
 				return Bool(t.val(v))
 			}

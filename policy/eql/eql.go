@@ -3,11 +3,12 @@
 //
 // A query is compiled once, against a Schema that says which fields events have,
 // and is then immutable; any number of goroutines may use it. A Stage of it
-// answers whether one event matches. A Machine holds what a sequence remembers
-// between events: make one for each stream of events and feed it from one
-// goroutine. Judging an event never fails. It takes time in proportion to the rule
-// and to the length of the values that the rule reads, and where nothing matches
-// it allocates nothing (concat and string, which make new strings, excepted).
+// answers whether one event matches; a Set asks many stages about it at once. A
+// Machine holds what a sequence remembers between events: make one for each stream
+// of events and feed it from one goroutine. Judging an event never fails. It takes
+// time in proportion to the rule and to the length of the values that the rule
+// reads, and where nothing matches it allocates nothing (concat and string, which
+// make new strings, excepted).
 //
 //	tree, err := syntax.Parse("curl.eql", src)
 //	query, err := eql.Compile(tree, schema)
@@ -207,6 +208,7 @@ func (q *Query) Warnings() []*syntax.Error { return slices.Clone(q.warnings) }
 // any goroutine.
 type Stage struct {
 	event     *syntax.Event
+	category  Field // that inCat reads, unless any will do
 	inCat     pred
 	conjuncts []Conjunct // as written
 	match     pred       // all of them, the cheapest first
@@ -247,6 +249,7 @@ type Conjunct struct {
 	syntax.Pos
 	Text  string // canonical
 	match pred
+	cond  *cond
 	expr  syntax.Expr
 }
 
@@ -256,10 +259,13 @@ func (c Conjunct) Match(e Event) bool { return c.match(e) }
 func (c *compiler) stage(e *syntax.Event, keys []*syntax.Field) *Stage {
 	s := &Stage{event: e, inCat: always}
 	if !e.Any {
-		s.inCat = anyOf(c.schema.Category(), test{str: func(v string) bool { return v == e.Category }})
+		s.category = c.schema.Category()
+		a := &atom{}
+		s.inCat = a.on(s.category, test{str: func(v string) bool { return v == e.Category }}, &cond{atom: a}).pred()
 	}
 	for _, x := range conjuncts(e.Where, nil) {
-		s.conjuncts = append(s.conjuncts, Conjunct{x.Position(), syntax.Format(x), c.holds(x), x})
+		k := c.holds(x)
+		s.conjuncts = append(s.conjuncts, Conjunct{x.Position(), syntax.Format(x), k.pred(), k, x})
 	}
 	s.match = s.all()
 	for _, k := range keys {
@@ -285,11 +291,12 @@ func (s *Stage) read(f Field) {
 
 // all joins the conjuncts.
 func (s *Stage) all() pred {
-	var ps []priced
+	k := &cond{op: opAnd}
 	for _, c := range s.conjuncts {
-		ps = append(ps, priced{c.match, cost(c.expr)})
+		k.of = append(k.of, c.cond)
 	}
-	return and(ps)
+	slices.SortStableFunc(k.of, cheaper)
+	return k.pred()
 }
 
 // conjuncts appends to list the conditions that e requires all of.
@@ -302,4 +309,25 @@ func conjuncts(e syntax.Expr, list []syntax.Expr) []syntax.Expr {
 		list = conjuncts(x, list)
 	}
 	return list
+}
+
+// Split cuts the condition of a stage in two: the category with the conjuncts that
+// read no fields but those that fixed reports, and what is left, which any category
+// has; neither has the keys. An event matches the stage if it matches both parts. The
+// first can be asked once about many events that have these fields in common.
+func (s *Stage) Split(fixed func(Field) bool) (first, second *Stage) {
+	first = &Stage{event: s.event, category: s.category, inCat: s.inCat}
+	second = &Stage{event: &syntax.Event{Pos: s.event.Pos, Any: true}, inCat: always}
+	for _, c := range s.conjuncts {
+		part := first
+		if slices.ContainsFunc(c.cond.fields(nil), func(f Field) bool { return !fixed(f) }) {
+			part = second
+		}
+		part.conjuncts = append(part.conjuncts, c)
+		for _, f := range c.cond.fields(nil) {
+			part.read(f)
+		}
+	}
+	first.match, second.match = first.all(), second.all()
+	return first, second
 }

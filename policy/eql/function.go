@@ -23,6 +23,24 @@ type function struct {
 	part func(s, part string, fold bool) bool
 }
 
+// words is what a part of a string comes to as a pattern; nil if it is none.
+func (f *function) words(part string, fold bool) *words {
+	w := &words{fold: fold}
+	switch {
+	case part == "":
+		return nil
+	case f.name == "startsWith":
+		w.prefixes = []string{part}
+	case f.name == "endsWith":
+		w.suffixes = []string{part}
+	case f.name == "stringContains":
+		w.contained = []string{part}
+	default:
+		return nil
+	}
+	return w
+}
+
 // kinds is a set of types that an argument may have.
 type kinds uint8
 
@@ -88,7 +106,7 @@ func between(args []Value, fold bool) Value {
 	if isNull(args[:3]...) {
 		return Value{}
 	}
-	s, left, right := args[0].str, args[1].str, args[2].str
+	s, left, right := args[0].str(), args[1].str(), args[2].str()
 	if fold {
 		left, right = lower(left), lower(right)
 	}
@@ -124,11 +142,11 @@ func callPart(test func(s, part string, fold bool) bool) func([]Value, bool) Val
 		if isNull(args...) {
 			return Value{}
 		}
-		part := args[1].str
+		part := args[1].str()
 		if fold {
 			part = lower(part)
 		}
-		return Bool(test(args[0].str, part, fold))
+		return Bool(test(args[0].str(), part, fold))
 	}
 }
 
@@ -140,7 +158,7 @@ func indexOf(args []Value, fold bool) Value {
 	if isNull(args[:2]...) {
 		return Value{}
 	}
-	s, part, start := args[0].str, args[1].str, int64(0)
+	s, part, start := args[0].str(), args[1].str(), int64(0)
 	if fold {
 		part = lower(part)
 	}
@@ -181,14 +199,14 @@ func length(args []Value, _ bool) Value {
 	if isNull(args[0]) {
 		return Value{}
 	}
-	return Int(int64(utf8.RuneCountInString(args[0].str)))
+	return Int(int64(utf8.RuneCountInString(args[0].str())))
 }
 
 func number(args []Value, _ bool) Value {
 	if isNull(args[0]) {
 		return Value{}
 	}
-	s := strings.TrimSpace(args[0].str)
+	s := strings.TrimSpace(args[0].str())
 	base := int64(0)
 	if len(args) > 1 && args[1].kind != none {
 		if base = whole(args[1]); base < 2 || base > 36 {
@@ -233,7 +251,7 @@ func substring(args []Value, _ bool) Value {
 	if isNull(args[0]) {
 		return Value{}
 	}
-	s := args[0].str
+	s := args[0].str()
 	n := int64(utf8.RuneCountInString(s))
 	place := func(v Value) int64 {
 		i := whole(v)

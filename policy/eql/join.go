@@ -52,7 +52,7 @@ func (j *joined) choose(s *Stage, step int, e Event, now time.Time, to joiner) b
 		j.seen = map[string]struct{}{}
 	}
 	for i := range v.len() {
-		x := v.at(i)
+		x := v.single(i)
 		if !x.fits(f.Type) {
 			continue
 		}

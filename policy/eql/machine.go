@@ -160,7 +160,8 @@ func (m *Machine) Observe(e Event) []Match {
 // Tick tells the machine that no event from before now is to be expected, and
 // returns the matches that this decides. Only a query that ends in a missing event
 // has such: that it did not come is known once the span is over. Without a Tick
-// the next event brings them.
+// the next event brings them. A machine that is shown only what its stages match
+// forgets by it what has exceeded its span.
 func (m *Machine) Tick(now time.Time) []Match {
 	m.matches = nil
 	m.expire(now)

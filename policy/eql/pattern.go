@@ -11,58 +11,80 @@ import (
 // the dozen, and four of five begin or end with their only star, so a list is
 // sorted by shape and each shape is looked up in its own way.
 
-// wildcards is a list of patterns; a string matches if any of them does.
-type wildcards struct {
-	fold     bool
-	exact    set
-	prefixes []string
-	suffixes []string
-	contains *automaton // nil if there are none
-	globs    []glob
+// words is a list of patterns by shape, or of the words of another condition that
+// comes to the same; a string matches if it matches any. They are lower case if they
+// fold.
+type words struct {
+	fold      bool
+	all       bool // any string matches
+	exact     []string
+	prefixes  []string
+	suffixes  []string
+	contained []string
+	globs     []glob
 }
 
-// compileWildcards returns the test for a list of patterns. The budget is that of
-// automata.
-func compileWildcards(patterns []string, fold bool, budget *int) func(string) bool {
-	w := &wildcards{fold: fold}
-	var exact, contained []string
+func sortByShape(patterns []string, fold bool) *words {
+	w := &words{fold: fold}
 	for _, p := range patterns {
-		if fold {
-			p = lower(p)
-		}
+		p = w.spelled(p)
 		inner := strings.Trim(p, "*")
 		switch {
 		case strings.ContainsAny(inner, "*?"):
 			w.globs = append(w.globs, newGlob(p))
 		case p == inner:
-			exact = append(exact, p)
+			w.exact = append(w.exact, p)
 		case inner == "":
-			return func(string) bool { return true }
+			w.all = true
 		case p[0] != '*':
 			w.prefixes = append(w.prefixes, inner)
 		case p[len(p)-1] != '*':
 			w.suffixes = append(w.suffixes, inner)
 		default:
-			contained = append(contained, inner)
+			w.contained = append(w.contained, inner)
 		}
 	}
-	w.exact = newSet(exact, fold)
-	n, size := affordable(contained, *budget)
+	return w
+}
+
+// spelled is a word as it is in the list.
+func (w *words) spelled(word string) string {
+	if w.fold {
+		return lower(word)
+	}
+	return word
+}
+
+// compile returns the test for the list. The budget is that of automata.
+func (w *words) compile(budget *int) func(string) bool {
+	if w.all {
+		return func(string) bool { return true }
+	}
+	c := &wildcards{words: w, set: newSet(w.exact, w.fold), rest: slices.Clip(w.globs)}
+	if len(w.prefixes)+len(w.suffixes)+len(w.contained)+len(w.globs) == 0 {
+		return c.set.has
+	}
+	n, size := affordable(w.contained, *budget)
 	*budget -= size
 	if n > 0 {
-		w.contains = newAutomaton(contained[:n], fold)
+		c.contains = newAutomaton(w.contained[:n], w.fold)
 	}
-	for _, word := range contained[n:] {
-		w.globs = append(w.globs, newGlob("*"+word+"*"))
+	for _, word := range w.contained[n:] {
+		c.rest = append(c.rest, newGlob("*"+word+"*"))
 	}
-	if len(patterns) == len(exact) {
-		return w.exact.has
-	}
-	return w.match
+	return c.match
+}
+
+// wildcards is a compiled list.
+type wildcards struct {
+	*words
+	set      set        // of exact
+	contains *automaton // of contained; nil if there are none
+	rest     []glob     // globs, and what the automaton has no room for
 }
 
 func (w *wildcards) match(s string) bool {
-	if w.exact.has(s) {
+	if w.set.has(s) {
 		return true
 	}
 	for _, p := range w.prefixes {
@@ -78,8 +100,8 @@ func (w *wildcards) match(s string) bool {
 	if w.contains != nil && w.contains.find(s) {
 		return true
 	}
-	for i := range w.globs {
-		if w.globs[i].match(s, w.fold) {
+	for i := range w.rest {
+		if w.rest[i].match(s, w.fold) {
 			return true
 		}
 	}
@@ -255,12 +277,11 @@ func lastIndex(s, word string, fold bool) int {
 
 // lower folds ASCII only, as Lucene does.
 func lower(s string) string {
-	return strings.Map(func(r rune) rune {
-		if 'A' <= r && r <= 'Z' {
-			r += 'a' - 'A'
-		}
-		return r
-	}, s)
+	b := []byte(s)
+	for i, c := range b {
+		b[i] = lowerByte(c)
+	}
+	return string(b)
 }
 
 func lowerByte(c byte) byte {

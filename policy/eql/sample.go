@@ -92,7 +92,7 @@ func order(a, b Value) int {
 	case a.kind != b.kind && !(a.isNumber() && b.isNumber()):
 		return cmp.Compare(a.kind, b.kind)
 	case a.kind == isString:
-		return strings.Compare(a.str, b.str)
+		return strings.Compare(a.str(), b.str())
 	case a.kind == isAddr:
 		return cmp.Or(cmp.Compare(a.hi, b.hi), cmp.Compare(a.lo, b.lo))
 	}

@@ -10,17 +10,18 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unsafe"
 )
 
 // Value is what one field of one event holds: nothing, which is the zero Value,
 // or one value, or several. A value whose type is not that of its field counts
 // as nothing (but a Double field may hold an Int).
 type Value struct {
+	// Four words, so that a Value is handed over in registers: events are asked for
+	// one with every condition.
 	kind   kind
-	hi, lo uint64 // an address; lo alone: a number, a boolean, a time
-	str    string
-	strs   []string
-	list   []Value
+	hi, lo uint64         // an address; lo alone: a number, a boolean, a time, how many there are at
+	at     unsafe.Pointer // the bytes of a string, or the first of several strings or values
 }
 
 type kind uint8
@@ -38,10 +39,14 @@ const (
 )
 
 // String is a Value for a Keyword field.
-func String(s string) Value { return Value{kind: isString, str: s} }
+func String(s string) Value {
+	return Value{kind: isString, lo: uint64(len(s)), at: unsafe.Pointer(unsafe.StringData(s))}
+}
 
 // Strings is several values for a Keyword field. The slice is shared.
-func Strings(s []string) Value { return Value{kind: isStrings, strs: s} }
+func Strings(s []string) Value {
+	return Value{kind: isStrings, lo: uint64(len(s)), at: unsafe.Pointer(unsafe.SliceData(s))}
+}
 
 // Int is a Value for a Long or a Double field.
 func Int(i int64) Value { return Value{kind: isInt, lo: uint64(i)} }
@@ -76,7 +81,14 @@ func Time(t time.Time) Value {
 }
 
 // List is several values of one field.
-func List(vs ...Value) Value { return Value{kind: isList, list: vs} }
+func List(vs ...Value) Value {
+	return Value{kind: isList, lo: uint64(len(vs)), at: unsafe.Pointer(unsafe.SliceData(vs))}
+}
+
+// str, strs and list are for values of these kinds alone.
+func (v *Value) str() string    { return unsafe.String((*byte)(v.at), int(v.lo)) }
+func (v *Value) strs() []string { return unsafe.Slice((*string)(v.at), int(v.lo)) }
+func (v *Value) list() []Value  { return unsafe.Slice((*Value)(v.at), int(v.lo)) }
 
 func (v *Value) int() int64     { return int64(v.lo) }
 func (v *Value) bool() bool     { return v.lo != 0 }
@@ -89,25 +101,23 @@ func (v *Value) float() float64 {
 	return math.Float64frombits(v.lo)
 }
 
-// len and at see v as a list of single values.
+// len and single see v as a list of single values.
 func (v *Value) len() int {
 	switch v.kind {
 	case none:
 		return 0
-	case isStrings:
-		return len(v.strs)
-	case isList:
-		return len(v.list)
+	case isStrings, isList:
+		return int(v.lo)
 	}
 	return 1
 }
 
-func (v *Value) at(i int) Value {
+func (v *Value) single(i int) Value {
 	switch v.kind {
 	case isStrings:
-		return String(v.strs[i])
+		return String(v.strs()[i])
 	case isList:
-		return v.list[i]
+		return v.list()[i]
 	}
 	return *v
 }
@@ -133,13 +143,11 @@ func (v *Value) fits(t Type) bool {
 
 // present reports whether v holds anything, as the value of a field of type t.
 func (v *Value) present(t Type) bool {
-	if v.kind == isStrings {
-		return t == Keyword && len(v.strs) > 0
-	}
-	for i := range v.list {
-		if v.list[i].fits(t) {
-			return true
-		}
+	switch v.kind {
+	case isStrings:
+		return t == Keyword && v.lo > 0
+	case isList:
+		return slices.ContainsFunc(v.list(), func(v Value) bool { return v.fits(t) })
 	}
 	return v.fits(t)
 }
@@ -158,7 +166,7 @@ func compare(a, b *Value) (int, bool) {
 func (v Value) String() string {
 	switch v.kind {
 	case isString:
-		return v.str
+		return v.str()
 	case isInt:
 		return strconv.FormatInt(v.int(), 10)
 	case isFloat:
@@ -172,7 +180,7 @@ func (v Value) String() string {
 	}
 	all := make([]string, v.len())
 	for i := range all {
-		all[i] = v.at(i).String()
+		all[i] = v.single(i).String()
 	}
 	return strings.Join(all, ", ")
 }
@@ -214,8 +222,8 @@ func (v Value) appendKey(b []byte) []byte {
 	switch v.kind {
 	case none:
 	case isString:
-		b = binary.AppendUvarint(b, uint64(len(v.str)))
-		b = append(b, v.str...)
+		b = binary.AppendUvarint(b, v.lo)
+		b = append(b, v.str()...)
 	case isAddr:
 		b = binary.BigEndian.AppendUint64(b, v.hi)
 		fallthrough
