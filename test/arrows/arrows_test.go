@@ -55,11 +55,13 @@ var arrows = []struct{ from, to, reason string }{
 	{"policy", "policy/eql", "runs rules"},
 	{"policy", "policy/eql/syntax", "moves errors to the line of the file"},
 	{"policy/eql", "policy/eql/syntax", "compiles what was parsed"},
+	{"policy/kql", "policy/eql", "compiles what it has translated"},
+	{"policy/kql", "policy/eql/syntax", "translates to its tree"},
 	{"event/sink", "event", "writes the record"},
 }
 
 // portable packages build on the laptops on which rules are written.
-var portable = []string{"policy", "policy/eql", "policy/eql/syntax", "event", "event/sink", "proxy/imds"}
+var portable = []string{"policy", "policy/eql", "policy/eql/syntax", "policy/kql", "event", "event/sink", "proxy/imds"}
 
 type listed struct {
 	ImportPath string
