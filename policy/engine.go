@@ -10,6 +10,7 @@ import (
 
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy/eql"
+	"github.com/imdsgate/imdsgate/policy/firstseen"
 )
 
 // Engine applies the present policy. Its methods may be called from any
@@ -17,6 +18,7 @@ import (
 type Engine struct {
 	state atomic.Pointer[state]
 	mode  atomic.Uint32
+	terms *firstseen.Store // what rules of the type new_terms have seen
 }
 
 // state is a policy with what its rules remember.
@@ -27,15 +29,17 @@ type state struct {
 
 // NewEngine makes an Engine with a policy, in the mode that it asks for.
 func NewEngine(p *Policy) *Engine {
-	e := &Engine{}
+	e := &Engine{terms: firstseen.New()}
 	e.SetPolicy(p)
 	return e
 }
 
 // SetPolicy replaces the policy and its mode. What sequences and latches
-// remember begins anew, because it is about other rules.
+// remember begins anew, because it is about other rules; what a rule has seen for
+// the first time it goes on to know.
 func (e *Engine) SetPolicy(p *Policy) {
-	e.state.Store(&state{p, newMemory(p)})
+	e.terms.Rules(p.windows())
+	e.state.Store(&state{p, newMemory(p, e.terms)})
 	e.mode.Store(uint32(p.Mode))
 }
 
@@ -175,7 +179,7 @@ func (p *state) outcome(ev *event.Event) event.Verdict {
 		about := documentsOf(ev, subject)
 		for i, r := range p.rules {
 			verb := "matches"
-			if !r.blocks(&about) {
+			if !r.blocks(&about) || !p.memory.novel(r, &about) {
 				if !p.memory.latched(i, subject) {
 					continue
 				}
@@ -366,6 +370,7 @@ const (
 // memory is what rules remember from one event to the next.
 type memory struct {
 	machines []machine
+	terms    *firstseen.Store // of the engine
 
 	mu      sync.Mutex          // guards the following
 	started remembered[imageID] // process images that the rules have seen start
@@ -377,8 +382,8 @@ type machine struct {
 	*eql.Machine
 }
 
-func newMemory(p *Policy) *memory {
-	m := &memory{machines: make([]machine, len(p.rules))}
+func newMemory(p *Policy, terms *firstseen.Store) *memory {
+	m := &memory{machines: make([]machine, len(p.rules)), terms: terms}
 	for i, r := range p.rules {
 		if r.Query.IsSequence() {
 			m.machines[i].Machine = r.Query.NewMachine(maxChains)
@@ -420,6 +425,9 @@ func (m *memory) news(ev *event.Event) []news {
 func (m *memory) observe(i int, r *rule, n *news) bool {
 	if r.Query.IsSequence() {
 		return m.machines[i].observe(n)
+	}
+	if r.NewTerms != nil {
+		return m.observeTerms(r, n)
 	}
 	return r.observed(n)
 }

@@ -674,3 +674,13 @@ func BenchmarkJudge(b *testing.B) {
 		})
 	}
 }
+
+// write makes a file in a directory of its own.
+func write(t testing.TB, name, text string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), name)
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}

@@ -38,12 +38,13 @@ type VerdictFinding struct {
 // nothing.
 func (e *Engine) Explain(requests []*event.Event) (rules []RuleFinding, grants []GrantFinding, verdicts []VerdictFinding) {
 	p := e.Policy()
+	memory := newMemory(p, e.terms)
 	if len(requests) == 0 || len(requests[0].Subjects) == 0 {
 		return nil, nil, nil
 	}
 	about := documentsOf(requests[0], requests[0].Subjects[0])
 	for _, r := range p.rules {
-		f := RuleFinding{ID: r.ID, Name: r.Name, Matches: r.blocks(&about)}
+		f := RuleFinding{ID: r.ID, Name: r.Name, Matches: r.blocks(&about) && memory.novel(r, &about)}
 		kept := map[string]bool{}
 		for _, s := range r.blocking {
 			for _, c := range s.Conjuncts() {
@@ -59,6 +60,9 @@ func (e *Engine) Explain(requests []*event.Event) (rules []RuleFinding, grants [
 				f.Clauses = append(f.Clauses, clause)
 			}
 		}
+		if r.NewTerms != nil {
+			f.Clauses = append(f.Clauses, Clause{Text: r.NewTerms.String(), Holds: memory.novel(r, &about)})
+		}
 		rules = append(rules, f)
 	}
 	for i := range p.grants {
@@ -67,7 +71,7 @@ func (e *Engine) Explain(requests []*event.Event) (rules []RuleFinding, grants [
 	}
 	for _, ev := range requests {
 		ev.Decision = event.Decision{}
-		verdict := (&state{p, newMemory(p)}).outcome(ev)
+		verdict := (&state{p, memory}).outcome(ev)
 		verdicts = append(verdicts, VerdictFinding{ev.Request.Class, verdict.String(), ev.Decision.Reason})
 	}
 	return rules, grants, verdicts

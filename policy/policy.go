@@ -17,7 +17,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"slices"
 	"strings"
@@ -98,7 +97,7 @@ func Compile(c Config, classes []string) (*Policy, error) {
 	}
 	loaded, err := c.Tokens.rules(loaded)
 	errs = append(errs, err)
-	rules, err := ParseRules(host{}, c.Rules.Paths...)
+	rules, err := ParseRules(Host{}, c.Rules.Paths...)
 	loaded, errs = append(loaded, rules...), append(errs, err)
 
 	known := map[string]string{}
@@ -196,5 +195,3 @@ func (p *Policy) granted(subject *event.Process, ev *event.Event) (name string, 
 	}
 	return "", false
 }
-
-var _ fs.FS = host{}

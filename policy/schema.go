@@ -6,6 +6,7 @@ import (
 
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy/eql"
+	"github.com/imdsgate/imdsgate/policy/eql/syntax"
 )
 
 // schema shows the fields of events to the language.
@@ -32,6 +33,14 @@ func (schema) Names() iter.Seq[string] {
 			}
 		}
 	}
+}
+
+// didYouMean is a hint for a field that there is not.
+func didYouMean(name string) string {
+	if near := syntax.Nearest(name, schema{}.Names()); near != "" {
+		return "did you mean " + near + "?"
+	}
+	return ""
 }
 
 var types = [...]eql.Type{

@@ -124,7 +124,7 @@ func (d *daemon) load() (config.Config, *policy.Policy, error) {
 // warnings are what the authors of rules should know although their rules work.
 func warnings(p *policy.Policy) (all []string) {
 	for _, r := range p.Rules() {
-		for _, w := range r.Query.Warnings() {
+		for _, w := range r.Warnings {
 			all = append(all, w.Error())
 		}
 	}

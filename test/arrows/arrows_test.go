@@ -54,6 +54,8 @@ var arrows = []struct{ from, to, reason string }{
 	{"policy", "event", "judges the record"},
 	{"policy", "policy/eql", "runs rules"},
 	{"policy", "policy/eql/syntax", "moves errors to the line of the file"},
+	{"policy", "policy/kql", "runs rules"},
+	{"policy", "policy/firstseen", "remembers what is new to a rule"},
 	{"policy/eql", "policy/eql/syntax", "compiles what was parsed"},
 	{"policy/kql", "policy/eql", "compiles what it has translated"},
 	{"policy/kql", "policy/eql/syntax", "translates to its tree"},
@@ -61,7 +63,7 @@ var arrows = []struct{ from, to, reason string }{
 }
 
 // portable packages build on the laptops on which rules are written.
-var portable = []string{"policy", "policy/eql", "policy/eql/syntax", "policy/kql", "event", "event/sink", "proxy/imds"}
+var portable = []string{"policy", "policy/eql", "policy/eql/syntax", "policy/kql", "policy/firstseen", "event", "event/sink", "proxy/imds"}
 
 type listed struct {
 	ImportPath string
