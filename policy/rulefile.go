@@ -143,14 +143,16 @@ func (r *Rule) read(s source) error {
 		s.relocate(f.Rule.Query, errorList(err))
 		return err
 	}
-	s.relocate(f.Rule.Query, r.Warnings)
 	if r.NewTerms != nil && r.Query.IsSequence() {
 		return s.refuse("rule", "query", "", "first-seen values are those of single events, and this is a sequence")
 	}
 	r.Bound, r.Excluded = r.Query.WithoutExclusions(callerChosen)
-	for i := range r.Excluded {
-		e := &syntax.Error{Pos: r.Excluded[i].Pos}
-		s.relocate(f.Rule.Query, syntax.ErrorList{e})
+	places := slices.Clone(r.Warnings)
+	for _, x := range r.Excluded {
+		places = append(places, &syntax.Error{Pos: x.Pos})
+	}
+	s.relocate(f.Rule.Query, places)
+	for i, e := range places[len(r.Warnings):] {
 		r.Excluded[i].Pos = e.Pos
 	}
 	return nil

@@ -3,7 +3,6 @@ package policy
 import (
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"unicode/utf8"
 
@@ -121,5 +120,5 @@ func (s source) relocate(query string, list syntax.ErrorList) {
 func errorList(err error) syntax.ErrorList {
 	list := syntax.ErrorList(nil)
 	errors.As(err, &list)
-	return slices.Clone(list)
+	return list
 }
