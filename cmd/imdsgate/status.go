@@ -164,6 +164,12 @@ func printStatus(w io.Writer, s report.Status) error {
 	if s.Events.Error != "" {
 		row("", "! %s", s.Events.Error)
 	}
+	if f := s.FirstSeen; f.Rules > 0 {
+		row("first seen", "%s: %d combinations of %d rules, %d forgotten for want of room", f.Path, f.Terms, f.Rules, f.Forgotten)
+		if f.Error != "" {
+			row("", "! new again after a restart, because they are not kept: %s", f.Error)
+		}
+	}
 	row("process", "uid %d, %d MB resident, %d descriptors", s.Process.UID, s.Process.ResidentMB, s.Process.Descriptors)
 	return t.Flush()
 }

@@ -42,6 +42,7 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 		Policy:      report.Policy{Posture: p.Posture.String(), Digest: p.Digest},
 		Attribution: d.attributionStatus(),
 		Events:      report.Events{Path: d.spool.Path(), Stats: d.spool.Stats()},
+		FirstSeen:   d.terms.Stats(),
 	}
 	for _, r := range p.Rules() {
 		rule := report.Rule{ID: r.ID, Name: r.Name, Version: r.Version, File: r.File}

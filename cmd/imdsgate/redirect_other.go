@@ -1,0 +1,20 @@
+//go:build !linux
+
+package main
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/spf13/cobra"
+)
+
+func newRedirect(*options) *cobra.Command {
+	return &cobra.Command{
+		Use:   "redirect",
+		Short: "The rules that bring metadata traffic to the daemon (on Linux)",
+		RunE: func(*cobra.Command, []string) error {
+			return fmt.Errorf("the redirect is made with iptables, on Linux: %w", errors.ErrUnsupported)
+		},
+	}
+}
