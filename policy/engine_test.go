@@ -640,6 +640,13 @@ func TestRuleDirectory(t *testing.T) {
 			t.Errorf("%v\nwant it to name %s", err, want)
 		}
 	}
+	p, err = Compile(Config{Rules: RulesConfig{Paths: []string{dir}, WithoutShipped: true, SkipRefused: true}}, classes)
+	if err != nil || len(p.Rules()) != 2 || len(p.Skipped) != 2 || !strings.Contains(p.Skipped[0].Error(), "c.toml") {
+		t.Errorf("%v, %d rules, skipped %v", err, len(p.Rules()), p.Skipped)
+	}
+	if _, err = Compile(Config{Rules: RulesConfig{Paths: []string{filepath.Join(dir, "none")}, SkipRefused: true}}, classes); err == nil {
+		t.Error("a path that is not there is no error")
+	}
 }
 
 func FuzzParseRule(f *testing.F) {

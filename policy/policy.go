@@ -41,6 +41,9 @@ type RulesConfig struct {
 	Paths []string `yaml:"paths"`
 	// WithoutShipped leaves out the rules that are built in.
 	WithoutShipped bool `yaml:"without_shipped"`
+	// SkipRefused leaves out the files that are refused, as some of a directory of
+	// Elastic's are. Without it one of them keeps the whole configuration out.
+	SkipRefused bool `yaml:"skip_refused"`
 	// Actions are by rule_id. A rule that is not named blocks guarded requests
 	// and alerts on others.
 	Actions map[string]RuleAction `yaml:"actions"`
@@ -64,7 +67,8 @@ type RuleAction struct {
 type Policy struct {
 	Mode    Mode // that the configuration asks for
 	Posture Posture
-	Digest  string // of all that was configured, to compare hosts
+	Digest  string  // of all that was configured, to compare hosts
+	Skipped []error // why files were left out
 
 	rules      []*rule
 	grants     []Grant
@@ -97,8 +101,13 @@ func Compile(c Config, classes []string) (*Policy, error) {
 	}
 	loaded, err := c.Tokens.rules(loaded)
 	errs = append(errs, err)
-	rules, err := ParseRules(Host{}, c.Rules.Paths...)
+	rules, refused, err := readRules(Host{}, c.Rules.Paths...)
 	loaded, errs = append(loaded, rules...), append(errs, err)
+	if c.Rules.SkipRefused {
+		p.Skipped = refused
+	} else {
+		errs = append(errs, refused...)
+	}
 
 	known := map[string]string{}
 	digest := sha256.New()

@@ -386,17 +386,20 @@ func CheckRules(fsys fs.FS, paths ...string) ([]Checked, error) {
 // ParseRules is CheckRules for those who want all rules or none. All errors of all
 // files come together.
 func ParseRules(fsys fs.FS, paths ...string) ([]*Rule, error) {
+	rules, refused, err := readRules(fsys, paths...)
+	return rules, errors.Join(append(refused, err)...)
+}
+
+func readRules(fsys fs.FS, paths ...string) (rules []*Rule, refused []error, err error) {
 	checked, err := CheckRules(fsys, paths...)
-	var rules []*Rule
-	var errs []error
 	for _, c := range checked {
 		if c.Err != nil {
-			errs = append(errs, c.Err)
+			refused = append(refused, c.Err)
 		} else {
 			rules = append(rules, c.Rule)
 		}
 	}
-	return rules, errors.Join(append(errs, err)...)
+	return rules, refused, err
 }
 
 // Host is the file system with the names that people use.

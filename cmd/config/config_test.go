@@ -37,6 +37,7 @@ posture: strict
 rules:
   paths: []
   without_shipped: false
+  skip_refused: true
   actions:
     5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a01:
       action: alert
@@ -77,7 +78,7 @@ log: {level: debug}
 	}
 	g := c.Grants[0]
 	if c.Mode != policy.Enforce || c.Posture != policy.Strict || c.Redirect.HostPort != 251 || !c.Redirect.OverrideForeign ||
-		c.Redirect.ForwardedAddrs[0].String() != "169.254.213.81" || c.Events.Keep != 3 || c.FirstSeen.Path != "/tmp/f" || c.Limits.Connections != 100 ||
+		c.Redirect.ForwardedAddrs[0].String() != "169.254.213.81" || c.Events.Keep != 3 || c.FirstSeen.Path != "/tmp/f" || !c.Rules.SkipRefused || c.Limits.Connections != 100 ||
 		g.Expires.Format("2006-01-02") != "2027-01-01" || g.Unit != "app.service" || c.Control.Group != "wheel" ||
 		c.Attribution.RequireLevel != attribution.Level2 || c.Attribution.Uncovered != Report {
 		t.Errorf("%+v", c)

@@ -31,6 +31,7 @@ type Policy struct {
 	Posture string   `json:"posture"`
 	Digest  string   `json:"digest"`
 	Rules   []Rule   `json:"rules"`
+	Skipped int      `json:"rules_skipped"` // files that were refused
 	Grants  []string `json:"grants"`
 }
 

@@ -93,8 +93,13 @@ func (p *parser) got(k kind) bool {
 	return false
 }
 
-func (p *parser) want(k kind) {
-	if !p.got(k) {
+// close takes the bracket that ends what open began.
+func (p *parser) close(open token, k kind) {
+	switch {
+	case p.got(k):
+	case p.at(eof):
+		p.fail(open.pos, "", "this %s is not closed", open.kind)
+	default:
 		p.unexpected(k.String())
 	}
 }
@@ -161,7 +166,7 @@ func (p *parser) not(operand func() Expr) Expr {
 		return &Not{t.pos, p.not(operand)}
 	case p.got(lparen):
 		x := p.or(operand)
-		p.want(rparen)
+		p.close(t, rparen)
 		return x
 	}
 	return operand()
@@ -178,9 +183,9 @@ func (p *parser) condition() Expr {
 	switch op := p.tok(); op.kind {
 	case colon:
 		p.next++
-		if p.got(lbrace) {
+		if open := p.tok(); p.got(lbrace) {
 			x := p.or(p.condition)
-			p.want(rbrace)
+			p.close(open, rbrace)
 			return &Nested{t.pos, field, x}
 		}
 		return &Is{t.pos, field, p.values()}
