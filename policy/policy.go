@@ -82,7 +82,7 @@ type rule struct {
 	blocking []*stage // of the query that blocks
 	literal  []*stage // of the query as written
 
-	aboutProcess bool // blocks because of what the process is, not of a request alone
+	aboutProcess bool // blocks because of what the process is, not of a request alone, nor of what is new
 }
 
 //go:embed rules/*.toml
@@ -170,7 +170,7 @@ func newRule(r *Rule, a RuleAction) *rule {
 	}
 	own := &rule{Rule: r, action: a, blocking: stages(blocking), literal: stages(r.Query)}
 	for _, s := range own.blocking {
-		own.aboutProcess = own.aboutProcess || slices.ContainsFunc(s.Fields(), func(f eql.Field) bool {
+		own.aboutProcess = own.aboutProcess || r.NewTerms == nil && slices.ContainsFunc(s.Fields(), func(f eql.Field) bool {
 			return strings.HasPrefix(f.Name, "process.") || strings.HasPrefix(f.Name, "imdsgate.executable.")
 		})
 	}

@@ -101,10 +101,12 @@ func (s source) relocate(query string, list syntax.ErrorList) {
 	lines := strings.SplitAfter(strings.ReplaceAll(string(s.text), "\r\n", "\n"), "\n")
 	file := strings.Join(lines[from.Line-1:], "")
 	query = strings.ReplaceAll(query, "\r\n", "\n")
-	at := strings.Index(file, query)
+	key := len(string([]rune(lines[from.Line-1])[:from.Col-1])) // before the value
+	at := strings.Index(file[key:], query)
 	if at < 0 {
 		return
 	}
+	at += key
 	above := from.Line - 1 + strings.Count(file[:at], "\n")
 	before := file[strings.LastIndexByte(file[:at], '\n')+1 : at] // on the query's first line
 	for _, e := range list {
