@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -312,15 +313,16 @@ func override(tree *syntax.Query, field string) {
 
 // missing lists the fields of a query that no event here has.
 func (r *Rule) missing(tree *syntax.Query) {
+	missing := map[string]bool{}
 	syntax.Walk(tree, func(n syntax.Node) bool {
 		if f, ok := n.(*syntax.Field); ok {
-			if _, known := (schema{}).Field(f.Name); !known && !slices.Contains(r.Missing, f.Name) {
-				r.Missing = append(r.Missing, f.Name)
+			if _, known := (schema{}).Field(f.Name); !known {
+				missing[f.Name] = true
 			}
 		}
 		return true
 	})
-	slices.Sort(r.Missing)
+	r.Missing = slices.Sorted(maps.Keys(missing))
 }
 
 // categories of the documents that rules are asked about; see stages.

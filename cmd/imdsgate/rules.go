@@ -10,7 +10,6 @@ import (
 	"text/tabwriter"
 	"unicode"
 
-	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy"
 	"github.com/imdsgate/imdsgate/policy/eql/syntax"
 	"github.com/spf13/cobra"
@@ -84,27 +83,34 @@ type rulesReport struct {
 }
 
 type checkedRule struct {
-	File           string         `json:"file"`
-	ID             string         `json:"rule_id,omitempty"`
-	Name           string         `json:"name,omitempty"`
-	Type           string         `json:"type,omitempty"`
-	OK             bool           `json:"ok"`
-	Reason         string         `json:"reason,omitempty"`      // the first line of Error
-	Unsupported    bool           `json:"unsupported,omitempty"` // rather than wrong
-	Error          string         `json:"error,omitempty"`
-	Missing        []string       `json:"missing_fields,omitempty"`
-	Warnings       []string       `json:"warnings,omitempty"`
-	Notes          []string       `json:"notes,omitempty"`
-	Exclusions     []string       `json:"exclusions_that_do_not_excuse,omitempty"`
-	FirstSeen      string         `json:"first_seen,omitempty"`
-	Action         string         `json:"action,omitempty"`
-	Severity       string         `json:"severity,omitempty"`
-	RiskScore      int64          `json:"risk_score"`
-	Version        string         `json:"version,omitempty"`
-	Tags           []string       `json:"tags,omitempty"`
-	References     []string       `json:"references,omitempty"`
-	FalsePositives []string       `json:"false_positives,omitempty"`
-	Threat         []event.Threat `json:"threat,omitempty"`
+	File           string   `json:"file"`
+	ID             string   `json:"rule_id,omitempty"`
+	Name           string   `json:"name,omitempty"`
+	Type           string   `json:"type,omitempty"`
+	OK             bool     `json:"ok"`
+	Reason         string   `json:"reason,omitempty"`      // the first line of Error
+	Unsupported    bool     `json:"unsupported,omitempty"` // rather than wrong
+	Error          string   `json:"error,omitempty"`
+	Missing        []string `json:"missing_fields,omitempty"`
+	Warnings       []string `json:"warnings,omitempty"`
+	Notes          []string `json:"notes,omitempty"`
+	Exclusions     []string `json:"exclusions_that_do_not_excuse,omitempty"`
+	FirstSeen      string   `json:"first_seen,omitempty"`
+	Action         string   `json:"action,omitempty"`
+	Severity       string   `json:"severity,omitempty"`
+	RiskScore      int64    `json:"risk_score"`
+	Version        string   `json:"version,omitempty"`
+	Tags           []string `json:"tags,omitempty"`
+	References     []string `json:"references,omitempty"`
+	FalsePositives []string `json:"false_positives,omitempty"`
+	Threat         []threat `json:"threat,omitempty"`
+}
+
+type threat struct {
+	Framework     string   `json:"framework"`
+	Tactic        string   `json:"tactic"`
+	Techniques    []string `json:"techniques,omitempty"`
+	Subtechniques []string `json:"subtechniques,omitempty"`
 }
 
 func checkReport(checked []policy.Checked) rulesReport {
@@ -113,7 +119,10 @@ func checkReport(checked []policy.Checked) rulesReport {
 		row := checkedRule{
 			File: c.File, ID: c.ID, Name: c.Name, Type: c.Type, OK: c.Err == nil, Missing: c.Missing, Notes: c.Notes,
 			Severity: c.Severity, RiskScore: c.RiskScore, Version: c.Version,
-			Tags: c.Tags, References: c.References, FalsePositives: c.FalsePositives, Threat: c.Threat,
+			Tags: c.Tags, References: c.References, FalsePositives: c.FalsePositives,
+		}
+		for _, t := range c.Threat {
+			row.Threat = append(row.Threat, threat{t.Framework, t.TacticID, t.TechniqueIDs, t.SubtechniqueIDs})
 		}
 		if c.Err != nil {
 			r.Refused++

@@ -173,6 +173,9 @@ func (s *Store) read() error {
 	for rule, terms := range found {
 		s.take(rule, terms)
 	}
+	if s.windows != nil {
+		s.apply()
+	}
 	return nil
 }
 

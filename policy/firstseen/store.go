@@ -31,7 +31,8 @@ type Key [16]byte
 type Store struct {
 	mu        sync.RWMutex // guards the following, and what they lead to
 	rules     map[string]*history
-	dropped   map[string]struct{} // rules that are in the file, and no longer here
+	windows   map[string]time.Duration // as Rules has them; nil before it is called
+	dropped   map[string]struct{}      // rules that are in the file, and no longer here
 	forgotten uint64
 	failure   error
 
@@ -57,19 +58,25 @@ type term struct {
 func New() *Store { return &Store{rules: map[string]*history{}} }
 
 // Rules says which rules there are, and how long each remembers. What others have seen
-// is forgotten.
+// is forgotten. The map must not be changed afterwards.
 func (s *Store) Rules(windows map[string]time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.windows = windows
+	s.apply()
+}
+
+// apply makes the rules those that there are.
+func (s *Store) apply() {
 	for rule := range s.rules {
-		if _, ok := windows[rule]; !ok {
+		if _, ok := s.windows[rule]; !ok {
 			delete(s.rules, rule)
 			if s.file != nil {
 				s.dropped[rule] = struct{}{}
 			}
 		}
 	}
-	for rule, window := range windows {
+	for rule, window := range s.windows {
 		s.history(rule).window = window
 	}
 }

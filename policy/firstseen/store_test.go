@@ -306,8 +306,9 @@ func TestUnwritable(t *testing.T) {
 func TestTwoProcesses(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "x.db")
 	first, _ := open(t, path)
-	first.Rules(only("r"))
+	first.Rules(only("r", "gone"))
 	first.See("r", key(1), noon)
+	first.See("gone", key(1), noon)
 	second, reports := open(t, path)
 	second.Rules(only("r"))
 	second.See("r", key(2), noon)
@@ -320,8 +321,9 @@ func TestTwoProcesses(t *testing.T) {
 	if err := first.Close(); err != nil {
 		t.Fatal(err)
 	}
+	second.Rules(only("r", "s"))
 	second.outcome(second.flush())
-	if !second.Seen("r", key(1), noon) || second.Stats().Error != "" {
+	if !second.Seen("r", key(1), noon) || second.Stats().Error != "" || second.Stats().Rules != 2 {
 		t.Errorf("what the other has written is not taken up: %+v", second.Stats())
 	}
 }

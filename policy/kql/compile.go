@@ -12,19 +12,10 @@ import (
 	"github.com/imdsgate/imdsgate/policy/eql/syntax"
 )
 
-// Compile checks a condition against a schema and translates it. Its error is a
-// syntax.ErrorList of all that is wrong; that a field is not known is a warning of
-// the compiled query.
-func Compile(q *Query, schema eql.Schema) (*eql.Query, error) {
-	tree, err := Translate(q, schema)
-	if err != nil {
-		return nil, err
-	}
-	return eql.Compile(tree, schema)
-}
-
-// Translate says in EQL what a condition means for events of a schema. Where it
-// demands one category, so does the event query; else that is about any event.
+// Translate says in EQL what a condition means for events of a schema, for eql.Compile
+// and the same schema. Where it demands one category, so does the event query; else
+// that is about any event. Its error is a syntax.ErrorList of all that is wrong. Fields
+// that are not known are optional in EQL, so that compiling it warns of them.
 func Translate(q *Query, schema eql.Schema) (*syntax.Query, error) {
 	t := &translator{query: q, schema: schema}
 	where := t.condition(q.Where)
@@ -41,11 +32,17 @@ type translator struct {
 	query  *Query
 	schema eql.Schema
 	prefix string // of names in field:{ ... }
+	found  int    // fields, for names with wildcards
 	errs   syntax.ErrorList
 }
 
-// maxErrors bounds the report.
-const maxErrors = 100
+const (
+	// maxErrors bounds the report.
+	maxErrors = 100
+	// maxFound bounds how much longer a query becomes by names with wildcards, of which
+	// published rules have one or two.
+	maxFound = 10_000
+)
 
 func (t *translator) errorf(at syntax.Pos, hint, format string, args ...any) {
 	if len(t.errs) < maxErrors {
@@ -140,6 +137,10 @@ func (t *translator) each(name *Text, condition func(f *syntax.Field, typ eql.Ty
 			continue
 		}
 		known = true
+		if t.found++; t.found > maxFound {
+			t.errorf(name.Pos, "", "names with wildcards stand for more than %d fields", maxFound)
+			break
+		}
 		f, _ := t.schema.Field(n)
 		if x := condition(&syntax.Field{Pos: name.Pos, Name: n}, f.Type, true); x != nil {
 			any.X = append(any.X, x)

@@ -108,8 +108,16 @@ func compile(file, src string) (*kql.Query, *eql.Query, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	q, err := kql.Compile(tree, fields)
+	q, err := translated(tree)
 	return tree, q, err
+}
+
+func translated(q *kql.Query) (*eql.Query, error) {
+	tree, err := kql.Translate(q, fields)
+	if err != nil {
+		return nil, err
+	}
+	return eql.Compile(tree, fields)
 }
 
 // TestTruth reads testdata/*.truth: a line "event" with the fields of an event, and
@@ -480,7 +488,7 @@ func FuzzQuery(f *testing.F) {
 		if d := cmp.Diff(tree.Where, again.Where, cmpopts.IgnoreTypes(syntax.Pos{})); d != "" {
 			t.Fatalf("%s\n%s", text, d)
 		}
-		q, err := kql.Compile(tree, fields)
+		q, err := translated(tree)
 		if err != nil {
 			var list syntax.ErrorList
 			if !errors.As(err, &list) || len(list) == 0 {
@@ -510,9 +518,13 @@ func TestBounds(t *testing.T) {
 			t.Errorf("%s: %.200v", name, err)
 		}
 	}
+	if _, _, err := compile("names", "*:a"+strings.Repeat(" or *:a", 10_000)); err == nil || !strings.Contains(err.Error(), "stand for more than") {
+		t.Errorf("%.200v", err)
+	}
 	for name, src := range map[string]string{
 		"list":  "process.name:(a" + strings.Repeat(" or b*c", 20_000) + ")",
 		"chain": "process.name:a" + strings.Repeat(" and not ok:true", 20_000),
+		"lines": "process.name:" + strings.Repeat("a\n", 100_000),
 		"stars": "process.name:" + strings.Repeat("*a", 10_000),
 	} {
 		if _, _, err := compile(name, src); err != nil {

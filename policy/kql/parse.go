@@ -15,6 +15,8 @@ const (
 	// that somebody wrote comes near them.
 	maxSource = 1 << 20
 	maxDepth  = 200
+
+	maxWarnings = 20
 )
 
 // Parse reads a condition. The name is that of the file or the rule that it comes
@@ -223,23 +225,35 @@ func (p *parser) value() *Text {
 		p.unexpected("a value")
 		return v
 	}
-	v.Parts = slices.Clone(v.Parts)
 	from := t.from
+	var parts []string
+	var part strings.Builder
+	add := func(t token) {
+		for i, s := range t.parts {
+			if i > 0 {
+				parts = append(parts, part.String())
+				part.Reset()
+			}
+			part.WriteString(s)
+		}
+	}
+	add(t)
 	for p.at(word) {
 		more := p.tok()
 		if next := p.toks[p.next+1].kind; next == colon || lt <= next && next <= ge {
 			p.fail(more.pos, "write and, or or, before it", "expected and, or, or the end of the query, found %s", p.source(more))
 		}
-		if between := p.query.Source[t.to:more.from]; strings.Contains(between, "\n") {
+		between := p.query.Source[t.to:more.from]
+		if strings.Contains(between, "\n") && len(p.query.Warnings) < maxWarnings {
 			p.query.Warnings = append(p.query.Warnings, p.query.errorf(more.pos, "is an or missing before it?", nil,
 				"%s continues the value of the line before", p.source(more)))
 		}
-		last := len(v.Parts) - 1
-		v.Parts[last] += p.query.Source[t.to:more.from] + more.parts[0]
-		v.Parts = append(v.Parts, more.parts[1:]...)
+		part.WriteString(between)
+		add(more)
 		t = more
 		p.next++
 	}
+	v.Parts = append(parts, part.String())
 	if p.query.Source[from:t.to] == "null" {
 		p.refuse(v.Pos, "a field without a value is found by not field:*", "null is no value")
 	}

@@ -3,7 +3,8 @@
 // events by them: there is one engine, and one meaning of a missing value.
 //
 //	q, err := kql.Parse("rule.toml", src)
-//	query, err := kql.Compile(q, schema)
+//	tree, err := kql.Translate(q, schema)
+//	query, err := eql.Compile(tree, schema)
 //
 // It has what published detection rules use: fields with quoted and bare values,
 // wildcards in values and in names of fields, and, or and not, groups of values,

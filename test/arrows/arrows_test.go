@@ -35,7 +35,6 @@ var arrows = []struct{ from, to, reason string }{
 	{"cmd/imdsgate", "control", "asks the daemon"},
 	{"cmd/imdsgate", "event/sink", "reads events without the daemon"},
 	{"cmd/imdsgate", "iptables", "prints, installs and removes the redirect without the daemon"},
-	{"cmd/imdsgate", "event", "prints the threats of rules"},
 	{"cmd/imdsgate", "policy", "knows the mode that the configuration asks for, and checks rules"},
 	{"cmd/imdsgate", "policy/eql/syntax", "prints the errors of rules"},
 	{"cmd/config", "attribution", "has its levels"},
