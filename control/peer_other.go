@@ -7,6 +7,5 @@ import (
 	"net"
 )
 
-// peerOf is for the daemon, which runs on Linux. Elsewhere there is the client alone,
-// for the operator's command.
+// The daemon runs on Linux. Elsewhere there is the command, for files.
 func peerOf(net.Conn) (Peer, error) { return Peer{}, errors.ErrUnsupported }

@@ -12,9 +12,9 @@ import (
 func newRedirect(*options) *cobra.Command {
 	return &cobra.Command{
 		Use:   "redirect",
-		Short: "The rules that bring metadata traffic to the daemon (on Linux)",
+		Short: "The rules that bring metadata traffic to the daemon, on Linux",
 		RunE: func(*cobra.Command, []string) error {
-			return fmt.Errorf("the redirect is made with iptables, on Linux: %w", errors.ErrUnsupported)
+			return fmt.Errorf("the redirect is made by iptables, on Linux: %w", errors.ErrUnsupported)
 		},
 	}
 }
