@@ -3,7 +3,9 @@ package policy
 import (
 	"crypto/sha256"
 	"encoding/binary"
+	"maps"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -15,13 +17,12 @@ import (
 // A rule of the type new_terms matches an event for which its query holds, if this
 // combination of values of some fields was in no such event within its window before.
 //
-// Judge only asks; Observe remembers, since an event is judged more than once. What
-// was refused is not remembered: a rule that blocks what is new would else let the
-// second try pass. So in audit mode everything that is asked becomes known, and in
-// enforce mode, under a rule whose action is block, what was not is refused until it
-// has a grant. That is nothing for a host that has just been born, to which every
-// client is new, and so the action of these rules is alert unless somebody asks for
-// another.
+// Judge only asks; Observe remembers, since an event is judged more than once. A rule
+// that may block learns in audit mode alone. In enforce mode it would else let the
+// second try pass, or credentials after a harmless request; and what has a grant would
+// open the door for others who run the same program. There it only goes on to know what
+// it knows. That is nothing for a host that has just been born, to which every client is
+// new, and so the action of these rules is alert unless somebody asks for another.
 
 const newTermsType = "new_terms"
 
@@ -216,7 +217,7 @@ func (m *memory) unseen(r *rule, about *documents) bool {
 // it matches as it is written.
 func (m *memory) observeTerms(r *rule, n *news) bool {
 	ev := n.about[event.RequestDecision].Event
-	refused := ev.Kind == event.Asked && ev.Decision.Verdict == event.Deny
+	learns := ev.Decision.Mode != Enforce.String() || !r.mayBlock()
 	first := false
 	for _, s := range r.literal {
 		for _, d := range s.documents {
@@ -224,13 +225,18 @@ func (m *memory) observeTerms(r *rule, n *news) bool {
 				continue
 			}
 			for _, k := range r.NewTerms.keys(&n.about[d]) {
-				look := m.terms.See
-				if refused {
-					look = m.terms.Seen
+				known := m.terms.Seen(r.ID, k, ev.Time)
+				if learns || known {
+					known = m.terms.See(r.ID, k, ev.Time)
 				}
-				first = !look(r.ID, k, ev.Time) || first
+				first = first || !known
 			}
 		}
 	}
 	return first
+}
+
+// mayBlock reports whether the rule blocks requests of any class.
+func (r *rule) mayBlock() bool {
+	return r.on(&event.Request{Guarded: true}) == Block || slices.Contains(slices.Collect(maps.Values(r.action.Classes)), Block)
 }

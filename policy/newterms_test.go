@@ -85,11 +85,16 @@ func TestNewTerms(t *testing.T) {
 
 const week = 7 * day
 
-// A rule that blocks what is new refuses every try, until audit mode has seen it.
+// A rule that blocks what is new refuses every try, until audit mode has seen it. It
+// learns neither from what it refuses nor from what passes.
 func TestNewTermsBlock(t *testing.T) {
 	block := Block
 	config := Config{Mode: Enforce, Rules: RulesConfig{Actions: map[string]RuleAction{"first": {Action: &block}}}}
 	e := NewEngine(compile(t, only(t, firstClient, config)))
+	harmless := asking("/opt/app", func(ev *event.Event, p *event.Process) { ev.Request.Class, ev.Request.Guarded = "inventory", false })
+	if judge(e, harmless); harmless.Decision.Verdict != event.Allow || !alerts(harmless, "first") {
+		t.Errorf("a harmless request: %v", harmless.Decision)
+	}
 	for i := range 3 {
 		ev := judge(e, asking("/opt/app", func(_ *event.Event, p *event.Process) { p.EntityID = strings.Repeat("x", i) }))
 		if ev.Decision.Verdict != event.Deny || !alerts(ev, "first") {
@@ -106,9 +111,25 @@ func TestNewTermsBlock(t *testing.T) {
 	if ev := judge(e, asking("/opt/app", func(_ *event.Event, p *event.Process) { p.EntityID = "y" })); ev.Decision.Verdict != event.Allow {
 		t.Errorf("known from audit mode: %v", ev.Decision)
 	}
+	for _, after := range []time.Duration{week, 2 * week} { // each sighting begins the window anew
+		if ev := judge(e, asking("/opt/app", later(after))); ev.Decision.Verdict != event.Allow {
+			t.Errorf("known and seen since, after %v: %v", after, ev.Decision)
+		}
+	}
 	// What the caller could make the rule's exception of does not excuse him.
 	if ev := judge(e, asking("/usr/bin/known", nil)); ev.Decision.Verdict != event.Deny {
 		t.Errorf("an exception that the caller chooses: %v", ev.Decision)
+	}
+}
+
+// One that only alerts does so once, whatever others make of the request.
+func TestNewTermsOfRefused(t *testing.T) {
+	e := NewEngine(compile(t, Config{Mode: Enforce}))
+	const first = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a0d"
+	for i, want := range []bool{true, false} {
+		if ev := judge(e, asking("/usr/bin/curl", nil)); ev.Decision.Verdict != event.Deny || alerts(ev, first) != want {
+			t.Errorf("try %d: %v, alert %v", i, ev.Decision.Verdict, alerts(ev, first))
+		}
 	}
 }
 
