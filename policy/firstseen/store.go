@@ -4,7 +4,7 @@
 //
 // Everything is kept in memory, and written behind to a file, from which the next
 // start takes it up. Asking and remembering take a lock for as long as a map takes,
-// and never wait for the file: changes are written in batches, Flush apart at most.
+// and never wait for the file: changes are written in batches, every few seconds.
 // What a crash loses is what came after the last of them, and is new once more.
 // A file that cannot be read or written stops nothing: the store goes on in memory,
 // says so in Stats and to whom Open was told to report, and tries again.
@@ -20,7 +20,7 @@ import (
 	"time"
 )
 
-// MaxTerms is how many combinations are remembered of one rule, in about 200 bytes
+// MaxTerms is how many combinations are remembered of one rule, in about 150 bytes
 // each. With too few, programs that are well known raise alerts again.
 const MaxTerms = 16 << 10
 

@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"testing"
 	"time"
@@ -363,5 +364,40 @@ func BenchmarkSeen(b *testing.B) {
 		if !s.Seen("r", key(77), noon) {
 			b.Fatal("not seen")
 		}
+	}
+}
+
+// BenchmarkChanges is how long rules wait, at most, for what is written.
+func BenchmarkChanges(b *testing.B) {
+	s := New()
+	s.file = &file{}
+	s.Rules(only("r"))
+	at := noon
+	for b.Loop() {
+		b.StopTimer()
+		at = at.Add(24 * time.Hour)
+		for i := range MaxTerms {
+			s.See("r", key(i), at)
+		}
+		b.StartTimer()
+		s.changes()
+	}
+}
+
+// BenchmarkMemory is what one combination takes.
+func BenchmarkMemory(b *testing.B) {
+	for b.Loop() {
+		var before, after runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&before)
+		s := New()
+		s.Rules(only("r"))
+		for i := range MaxTerms {
+			s.See("r", key(i), noon)
+		}
+		runtime.GC()
+		runtime.ReadMemStats(&after)
+		b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/MaxTerms, "B/term")
+		runtime.KeepAlive(s)
 	}
 }
