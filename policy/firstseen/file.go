@@ -269,7 +269,7 @@ type changes struct {
 	gone  map[Key]struct{}
 }
 
-// maxBatch bounds how many terms are looked at while rules wait: about a tenth of a
+// maxBatch bounds how many terms are looked at while rules wait: a quarter of a
 // millisecond.
 const maxBatch = 256
 
