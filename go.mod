@@ -20,6 +20,7 @@ require (
 	github.com/spf13/cobra v1.10.2 // the verbs of imdsgate, help and completion
 	github.com/vishvananda/netlink v1.3.1 // links, routes and notifications of the kernel
 	github.com/vishvananda/netns v0.0.5 // the lab's network namespaces
+	go.etcd.io/bbolt v1.5.0 // what rules have seen for the first time, beyond a restart
 	go.uber.org/goleak v1.3.0 // tests: goroutines that were left behind
 	golang.org/x/sys v0.50.0 // system calls
 	golang.org/x/time v0.15.0 // requests a second of one caller

@@ -166,7 +166,15 @@ func fields() []Field {
 	add(everywhere, Keyword, "event.id", func(v *View) Value { return known(v.ID) })
 	add(everywhere, Long, "event.sequence", func(v *View) Value { return positive(int64(v.Sequence)) })
 	add(everywhere, Date, "event.created", func(v *View) Value { return date(v.Created) })
-	add(everywhere, Keyword, "event.module", func(*View) Value { return text("imdsgate") }).fixed = true
+	// Rules about requests are written for Elastic's network_traffic, whose fields these
+	// documents have. What is written is who we are.
+	module := add(everywhere, Keyword, "event.module", func(v *View) Value {
+		if v.Document == RequestDecision {
+			return texts(requestModules...)
+		}
+		return text(requestModules[0])
+	})
+	module.Array, module.first, module.fixed = true, true, true
 	add(everywhere, Keyword, "event.dataset", func(v *View) Value { return text(datasets[v.Document]) }).fixed = true
 	add(everywhere, Keyword, "event.kind", func(v *View) Value { return text(v.kind()) }).fixed = true
 	category := add(everywhere, Keyword, "event.category", func(v *View) Value { return texts(categories[v.Document]...) })
@@ -284,6 +292,8 @@ func fields() []Field {
 	slices.SortFunc(all, func(a, b Field) int { return slices.Compare(a.parts, b.parts) })
 	return all
 }
+
+var requestModules = []string{"imdsgate", "network_traffic"}
 
 // lasting is the documents in which a field depends on nothing but the process, the host
 // and the kind of document.

@@ -31,4 +31,4 @@ fi
 if getent group imdsgate >/dev/null; then
 	groupdel imdsgate
 fi
-echo "imdsgate is gone; /etc/imdsgate and /var/log/imdsgate are left for you to delete"
+echo "imdsgate is gone; /etc/imdsgate, /var/log/imdsgate and /var/lib/imdsgate are left for you to delete"

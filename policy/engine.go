@@ -13,6 +13,7 @@ import (
 
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy/eql"
+	"github.com/imdsgate/imdsgate/policy/firstseen"
 )
 
 // Engine applies the present policy. Its methods may be called from any
@@ -20,6 +21,7 @@ import (
 type Engine struct {
 	state atomic.Pointer[state]
 	mode  atomic.Uint32
+	terms *firstseen.Store // what rules of the type new_terms have seen
 }
 
 // state is a policy with what its rules remember.
@@ -30,15 +32,17 @@ type state struct {
 
 // NewEngine makes an Engine with a policy, in the mode that it asks for.
 func NewEngine(p *Policy) *Engine {
-	e := &Engine{}
+	e := &Engine{terms: firstseen.New()}
 	e.SetPolicy(p)
 	return e
 }
 
 // SetPolicy replaces the policy and its mode. What sequences and latches
-// remember begins anew, because it is about other rules.
+// remember begins anew, because it is about other rules; what a rule has seen for
+// the first time it goes on to know.
 func (e *Engine) SetPolicy(p *Policy) {
-	e.state.Store(&state{p, newMemory(p)})
+	e.terms.Rules(p.windows())
+	e.state.Store(&state{p, newMemory(p, e.terms)})
 	e.mode.Store(uint32(p.Mode))
 }
 
@@ -126,6 +130,9 @@ func (p *state) outcome(ev *event.Event) event.Verdict {
 		p.memory.latched(subject, a.latched)
 		for i := range a.matching.or(a.latched) {
 			r := p.rules[i]
+			if r.NewTerms != nil && !a.latched.has(i) && !p.memory.novel(r, ev, subject) {
+				continue
+			}
 			m := event.Match{Rule: &r.Rule.Rule, Subject: subject, Action: r.on(q).String(), Bound: true}
 			matches = append(matches, m)
 			if how == "" && m.Action == actionNames[Block] {
@@ -306,6 +313,7 @@ const (
 // memory is what rules remember from one event to the next.
 type memory struct {
 	machines []machine
+	terms    *firstseen.Store // of the engine
 
 	mu      sync.Mutex                    // guards the following
 	swept   time.Time                     // when sequences last forgot what is too old
@@ -320,8 +328,8 @@ type machine struct {
 	*eql.Machine
 }
 
-func newMemory(p *Policy) *memory {
-	m := &memory{machines: make([]machine, len(p.rules))}
+func newMemory(p *Policy, terms *firstseen.Store) *memory {
+	m := &memory{machines: make([]machine, len(p.rules)), terms: terms}
 	for i, r := range p.rules {
 		if r.Query.IsSequence() {
 			m.machines[i].Machine = r.Query.NewMachine(maxChains)
@@ -371,12 +379,14 @@ func (a *asker) literally(m *memory, ev *event.Event, all []news) iter.Seq[liter
 	return func(yield func(literalHit) bool) {
 		matched := false
 		for i, h := range a.hits {
-			if s := &m.machines[h.rule]; s.Machine == nil {
+			d := &document{event.View{Event: ev, Document: h.document, Subject: all[h.subject].subject}}
+			switch s, r := &m.machines[h.rule], a.rules[h.rule]; {
+			case s.Machine != nil:
+				matched = s.observe(d) || matched // and keeps it while it waits for more
+			case r.NewTerms != nil:
+				matched = m.observeTerms(r, d) || matched
+			default:
 				matched = true
-			} else {
-				// The sequence keeps it while it waits for more.
-				d := &document{event.View{Event: ev, Document: h.document, Subject: all[h.subject].subject}}
-				matched = s.observe(d) || matched
 			}
 			if next := i + 1; next < len(a.hits) && a.hits[next].rule == h.rule && a.hits[next].subject == h.subject {
 				continue

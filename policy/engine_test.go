@@ -27,8 +27,8 @@ const (
 	handTool  = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a07"
 	riddle    = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a08"
 	elsewhere = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a09"
-	searched  = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a0b"
-	hoarded   = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a0c"
+	searched  = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a10"
+	hoarded   = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a11"
 )
 
 func compile(t testing.TB, c Config) *Policy {
@@ -749,6 +749,13 @@ func TestRuleDirectory(t *testing.T) {
 			t.Errorf("%v\nwant it to name %s", err, want)
 		}
 	}
+	p, err = Compile(Config{Rules: RulesConfig{Paths: []string{dir}, WithoutShipped: true, SkipRefused: true}}, classes)
+	if err != nil || len(p.Rules()) != 2 || len(p.Skipped) != 2 || !strings.Contains(p.Skipped[0].Error(), "c.toml") {
+		t.Errorf("%v, %d rules, skipped %v", err, len(p.Rules()), p.Skipped)
+	}
+	if _, err = Compile(Config{Rules: RulesConfig{Paths: []string{filepath.Join(dir, "none")}, SkipRefused: true}}, classes); err == nil {
+		t.Error("a path that is not there is no error")
+	}
 }
 
 func FuzzParseRule(f *testing.F) {
@@ -769,4 +776,14 @@ func FuzzParseRule(f *testing.F) {
 			t.Errorf("rule %v and error %v", r, err)
 		}
 	})
+}
+
+// write makes a file in a directory of its own.
+func write(t testing.TB, name, text string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), name)
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
 }

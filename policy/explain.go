@@ -38,6 +38,7 @@ type VerdictFinding struct {
 // nothing.
 func (e *Engine) Explain(requests []*event.Event) (rules []RuleFinding, grants []GrantFinding, verdicts []VerdictFinding) {
 	p := e.Policy()
+	memory := newMemory(p, e.terms)
 	if len(requests) == 0 || len(requests[0].Subjects) == 0 {
 		return nil, nil, nil
 	}
@@ -46,7 +47,7 @@ func (e *Engine) Explain(requests []*event.Event) (rules []RuleFinding, grants [
 	defer a.done()
 	a.blocks(requests[0], subject)
 	for i, r := range p.rules {
-		f := RuleFinding{ID: r.ID, Name: r.Name, Matches: a.matching.has(i)}
+		f := RuleFinding{ID: r.ID, Name: r.Name, Matches: a.matching.has(i) && memory.novel(r, requests[0], subject)}
 		kept := map[string]bool{}
 		for _, s := range r.blocking {
 			for _, c := range s.Conjuncts() {
@@ -66,6 +67,9 @@ func (e *Engine) Explain(requests []*event.Event) (rules []RuleFinding, grants [
 				f.Clauses = append(f.Clauses, clause)
 			}
 		}
+		if r.NewTerms != nil {
+			f.Clauses = append(f.Clauses, Clause{Text: r.NewTerms.String(), Holds: memory.novel(r, requests[0], subject)})
+		}
 		rules = append(rules, f)
 	}
 	for i := range p.grants {
@@ -74,7 +78,7 @@ func (e *Engine) Explain(requests []*event.Event) (rules []RuleFinding, grants [
 	}
 	for _, ev := range requests {
 		ev.Decision = event.Decision{}
-		verdict := (&state{p, newMemory(p)}).outcome(ev)
+		verdict := (&state{p, memory}).outcome(ev)
 		verdicts = append(verdicts, VerdictFinding{ev.Request.Class, verdict.String(), ev.Decision.Reason})
 	}
 	return rules, grants, verdicts

@@ -17,7 +17,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"slices"
 	"strings"
@@ -42,6 +41,9 @@ type RulesConfig struct {
 	Paths []string `yaml:"paths"`
 	// WithoutShipped leaves out the rules that are built in.
 	WithoutShipped bool `yaml:"without_shipped"`
+	// SkipRefused leaves out the files that are refused, as some of a directory of
+	// Elastic's are. Without it one of them keeps the whole configuration out.
+	SkipRefused bool `yaml:"skip_refused"`
 	// Actions are by rule_id. A rule that is not named blocks guarded requests
 	// and alerts on others.
 	Actions map[string]RuleAction `yaml:"actions"`
@@ -65,7 +67,8 @@ type RuleAction struct {
 type Policy struct {
 	Mode    Mode // that the configuration asks for
 	Posture Posture
-	Digest  string // of all that was configured, to compare hosts
+	Digest  string  // of all that was configured, to compare hosts
+	Skipped []error // why files were left out
 
 	rules      []*rule
 	set        *ruleSet
@@ -81,7 +84,7 @@ type rule struct {
 	blocking []*stage // of the query that blocks
 	literal  []*stage // of the query as written
 
-	aboutProcess bool // blocks because of what the process is, not of a request alone
+	aboutProcess bool // blocks because of what the process is, not of a request alone, nor of what is new
 	alertsOnly   bool // of counts and of what did not come before: neither says anything of one process
 }
 
@@ -101,8 +104,13 @@ func Compile(c Config, classes []string) (*Policy, error) {
 	}
 	loaded, err := c.Tokens.rules(loaded)
 	errs = append(errs, err)
-	rules, err := ParseRules(host{}, c.Rules.Paths...)
+	rules, refused, err := readRules(Host{}, c.Rules.Paths...)
 	loaded, errs = append(loaded, rules...), append(errs, err)
+	if c.Rules.SkipRefused {
+		p.Skipped = refused
+	} else {
+		errs = append(errs, refused...)
+	}
 
 	known := map[string]string{}
 	digest := sha256.New()
@@ -180,7 +188,7 @@ func newRule(r *Rule, a RuleAction) *rule {
 		own.blocking = nil
 	}
 	for _, s := range own.blocking {
-		own.aboutProcess = own.aboutProcess || slices.ContainsFunc(s.Fields(), func(f eql.Field) bool {
+		own.aboutProcess = own.aboutProcess || r.NewTerms == nil && slices.ContainsFunc(s.Fields(), func(f eql.Field) bool {
 			return strings.HasPrefix(f.Name, "process.") || strings.HasPrefix(f.Name, "imdsgate.executable.")
 		})
 	}
@@ -219,5 +227,3 @@ func (p *Policy) granted(subject *event.Process, ev *event.Event) (name string, 
 	}
 	return "", false
 }
-
-var _ fs.FS = host{}

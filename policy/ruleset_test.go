@@ -257,7 +257,14 @@ func compare(t *testing.T, r random, p *Policy, requests int) {
 	for i := range requests {
 		ev := r.request(host, who, base.Add(time.Duration(i)*300*time.Millisecond))
 		want := a.matches(ev)
-		if got := told(judge(e, ev)); !slices.Equal(got, want) {
+		got := told(judge(e, ev))
+		for _, rule := range p.rules {
+			if rule.NewTerms != nil { // which remembers, and has tests of its own
+				isIts := func(s string) bool { return strings.HasPrefix(s, rule.ID) }
+				got, want = slices.DeleteFunc(got, isIts), slices.DeleteFunc(want, isIts)
+			}
+		}
+		if !slices.Equal(got, want) {
 			t.Errorf("request %d:\ngot  %q\nwant %q", i, got, want)
 			for _, rule := range p.Rules() {
 				if slices.ContainsFunc(slices.Concat(got, want), func(s string) bool {

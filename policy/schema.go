@@ -6,6 +6,7 @@ import (
 
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy/eql"
+	"github.com/imdsgate/imdsgate/policy/eql/syntax"
 )
 
 // Schema is the fields that events have, for the language.
@@ -35,6 +36,14 @@ func (schema) Names() iter.Seq[string] {
 			}
 		}
 	}
+}
+
+// didYouMean is a hint for a field that there is not.
+func didYouMean(name string) string {
+	if near := syntax.Nearest(name, schema{}.Names()); near != "" {
+		return "did you mean " + near + "?"
+	}
+	return ""
 }
 
 var types = [...]eql.Type{

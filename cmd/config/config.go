@@ -29,12 +29,16 @@ const DefaultPath = "/etc/imdsgate/config.yaml"
 // DefaultEvents is where events are written.
 const DefaultEvents = "/var/log/imdsgate/events.ndjson"
 
+// DefaultFirstSeen is where rules remember what they have seen.
+const DefaultFirstSeen = "/var/lib/imdsgate/first-seen.db"
+
 // Config is the whole file.
 type Config struct {
 	policy.Config `yaml:",inline"`
 	Redirect      iptables.Config `yaml:"redirect"`
 	Events        sink.Options    `yaml:"events"`
 	Attribution   Attribution     `yaml:"attribution"`
+	FirstSeen     FirstSeen       `yaml:"first_seen"`
 	Control       Control         `yaml:"control"`
 	Limits        Limits          `yaml:"limits"`
 	Upstream      Upstream        `yaml:"upstream"`
@@ -72,6 +76,12 @@ func (u *Uncovered) UnmarshalText(text []byte) error {
 		return fmt.Errorf("unknown value %q; there are deny and report", text)
 	}
 	return nil
+}
+
+// FirstSeen is what rules of the type new_terms know.
+type FirstSeen struct {
+	// Path is a file that the daemon alone uses. A change takes a restart.
+	Path string `yaml:"path"`
 }
 
 // Control is where operators ask.
@@ -126,6 +136,7 @@ func Parse(name string, src []byte) (Config, error) {
 		return Config{}, fmt.Errorf("%s:%w", name, err)
 	}
 	c.Events.Path = cmp.Or(c.Events.Path, DefaultEvents)
+	c.FirstSeen.Path = cmp.Or(c.FirstSeen.Path, DefaultFirstSeen)
 	c.Control.Socket = cmp.Or(c.Control.Socket, control.DefaultSocket)
 	c.Log.Level = cmp.Or(c.Log.Level, "info")
 	return c, nil

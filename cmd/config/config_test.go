@@ -17,7 +17,7 @@ func TestDefaults(t *testing.T) {
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
-		if c.Mode != policy.Audit || c.Events.Path != DefaultEvents || c.Control.Socket == "" || c.Log.Level != "info" {
+		if c.Mode != policy.Audit || c.Events.Path != DefaultEvents || c.FirstSeen.Path != DefaultFirstSeen || c.Control.Socket == "" || c.Log.Level != "info" {
 			t.Errorf("%s: %+v", name, c)
 		}
 		if p, err := c.Policy(); err != nil || len(p.Rules()) == 0 {
@@ -37,6 +37,7 @@ posture: strict
 rules:
   paths: []
   without_shipped: false
+  skip_refused: true
   actions:
     5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a01:
       action: alert
@@ -62,6 +63,7 @@ redirect:
   override_conntrack: true
   forwarded_addrs: [169.254.213.81, "fd69:6d64:7367::81"]
 events: {path: /tmp/x, max_size: 1000, keep: 3, queue: 10}
+first_seen: {path: /tmp/f}
 attribution: {require_level: L2, uncovered: report}
 control: {socket: /tmp/s, group: wheel}
 limits: {connections: 100}
@@ -76,7 +78,7 @@ log: {level: debug}
 	}
 	g := c.Grants[0]
 	if c.Mode != policy.Enforce || c.Posture != policy.Strict || c.Redirect.HostPort != 251 || !c.Redirect.OverrideForeign ||
-		c.Redirect.ForwardedAddrs[0].String() != "169.254.213.81" || c.Events.Keep != 3 || c.Limits.Connections != 100 ||
+		c.Redirect.ForwardedAddrs[0].String() != "169.254.213.81" || c.Events.Keep != 3 || c.FirstSeen.Path != "/tmp/f" || !c.Rules.SkipRefused || c.Limits.Connections != 100 ||
 		g.Expires.Format("2006-01-02") != "2027-01-01" || g.Unit != "app.service" || c.Control.Group != "wheel" ||
 		c.Attribution.RequireLevel != attribution.Level2 || c.Attribution.Uncovered != Report {
 		t.Errorf("%+v", c)

@@ -89,6 +89,9 @@ func printStatus(w io.Writer, s report.Status) error {
 		row("", "a program that no rule matches gets what it asks for; in posture strict only one with a grant does")
 	}
 	row("policy", "%d rules, %d grants, %.19s", len(s.Policy.Rules), len(s.Policy.Grants), s.Policy.Digest)
+	if n := s.Policy.Skipped; n > 0 {
+		row("", "%d rule files were left out: imdsgate rules check says why", n)
+	}
 	row("redirect", "%s %s, %d repairs", s.Redirect.Backend, strings.Join(s.Redirect.Covered, ", "), s.Redirect.Repairs)
 	for _, problem := range [][]string{{s.Redirect.Error}, s.Redirect.Differences, s.Redirect.Locks} {
 		for _, p := range problem {
@@ -166,6 +169,12 @@ func printStatus(w io.Writer, s report.Status) error {
 	row("events", "%s: %d written, %d dropped, %d lost", s.Events.Path, s.Events.Written, s.Events.Dropped, s.Events.Failed)
 	if s.Events.Error != "" {
 		row("", "! %s", s.Events.Error)
+	}
+	if f := s.FirstSeen; f.Rules > 0 {
+		row("first seen", "%s: %d combinations of %d rules, %d forgotten for want of room", f.Path, f.Terms, f.Rules, f.Forgotten)
+		if f.Error != "" {
+			row("", "! new again after a restart, because they are not kept: %s", f.Error)
+		}
 	}
 	row("process", "uid %d, %d MB resident, %d descriptors", s.Process.UID, s.Process.ResidentMB, s.Process.Descriptors)
 	return t.Flush()

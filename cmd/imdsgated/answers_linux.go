@@ -40,9 +40,10 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 	p := d.engine.Policy()
 	s := report.Status{
 		Version: version, PID: os.Getpid(), Since: d.since, Mode: d.engine.Mode().String(),
-		Policy:      report.Policy{Posture: p.Posture.String(), Digest: p.Digest},
+		Policy:      report.Policy{Posture: p.Posture.String(), Digest: p.Digest, Skipped: len(p.Skipped)},
 		Attribution: d.attributionStatus(),
 		Events:      report.Events{Path: d.spool.Path(), Stats: d.spool.Stats()},
+		FirstSeen:   d.terms.Stats(),
 	}
 	for _, r := range p.Rules() {
 		rule := report.Rule{ID: r.ID, Name: r.Name, Version: r.Version, File: r.File}

@@ -27,6 +27,7 @@ import (
 	"github.com/imdsgate/imdsgate/event/sink"
 	"github.com/imdsgate/imdsgate/iptables"
 	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/policy/firstseen"
 	"github.com/imdsgate/imdsgate/proxy"
 	"github.com/rs/zerolog"
 	"golang.org/x/sys/unix"
@@ -46,6 +47,7 @@ type daemon struct {
 	required  attribution.Level
 	endpoints []netip.AddrPort
 	engine    *policy.Engine
+	terms     *firstseen.Store
 	redirect  *iptables.Redirect
 	proxy     *proxy.Proxy
 
@@ -91,6 +93,9 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	d.endpoints = rules.Endpoints
 
 	d.engine = policy.NewEngine(p)
+	d.terms = firstseen.Open(c.FirstSeen.Path, d.keptTerms)
+	defer func() { d.keptTerms(d.terms.Close()) }()
+	d.engine.KeepTerms(d.terms)
 	closeAttribution, err := d.openAttribution(c.Attribution, rules, connector)
 	if err != nil {
 		return err
@@ -155,6 +160,16 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 		return context.Cause(ctx)
 	}
 	return nil
+}
+
+// keptTerms says whether what rules have seen outlives a restart. Without that they go
+// on, and raise an alert for each client once more after the next.
+func (d *daemon) keptTerms(err error) {
+	if err != nil {
+		d.log.Warn().Err(err).Msg("what rules have seen for the first time is not kept beyond a restart")
+	} else {
+		d.log.Debug().Msg("what rules have seen for the first time is kept")
+	}
 }
 
 // connectorName is FileDescriptorName= of a socket of the proc connector.

@@ -121,12 +121,16 @@ func (d *daemon) load() (config.Config, *policy.Policy, error) {
 	return c, p, err
 }
 
-// warnings are what the authors of rules should know although their rules work.
+// warnings are what the authors of rules should know although their rules work, and
+// which files are left out.
 func warnings(p *policy.Policy) (all []string) {
 	for _, r := range p.Rules() {
-		for _, w := range r.Query.Warnings() {
+		for _, w := range r.Warnings {
 			all = append(all, w.Error())
 		}
+	}
+	for _, err := range p.Skipped {
+		all = append(all, "left out, as skip_refused says: "+err.Error())
 	}
 	return all
 }

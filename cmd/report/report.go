@@ -7,6 +7,7 @@ import (
 
 	"github.com/imdsgate/imdsgate/event/sink"
 	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/policy/firstseen"
 )
 
 // Status is what `imdsgate status` shows.
@@ -20,7 +21,9 @@ type Status struct {
 	Attribution Attribution `json:"attribution"`
 	Requests    Requests    `json:"requests"`
 	Events      Events      `json:"events"`
-	Process     Process     `json:"process"`
+	// FirstSeen is what rules of the type new_terms remember.
+	FirstSeen firstseen.Stats `json:"first_seen"`
+	Process   Process         `json:"process"`
 }
 
 // Policy is the policy in force.
@@ -28,6 +31,7 @@ type Policy struct {
 	Posture string   `json:"posture"`
 	Digest  string   `json:"digest"`
 	Rules   []Rule   `json:"rules"`
+	Skipped int      `json:"rules_skipped"` // files that were refused
 	Grants  []string `json:"grants"`
 }
 

@@ -34,6 +34,13 @@ func TestScenariosOfTheSeed(t *testing.T) {
 	scenarios(t, compile(t, host, src))
 }
 
+// TestScenariosOfThePack asks the rule that is shipped.
+func TestScenariosOfThePack(t *testing.T) {
+	var f struct{ Rule struct{ Query string } }
+	readTOML(t, "../rules/odd-client.toml", &f)
+	scenarios(t, compile(t, host, f.Rule.Query))
+}
+
 func scenarios(t *testing.T, q *eql.Query) {
 	data, err := os.ReadFile("testdata/rules/imds.scenarios")
 	if err != nil {

@@ -27,6 +27,7 @@ var arrows = []struct{ from, to, reason string }{
 	{"cmd/imdsgated", "event/sink", "puts it together"},
 	{"cmd/imdsgated", "iptables", "puts it together"},
 	{"cmd/imdsgated", "policy", "puts it together"},
+	{"cmd/imdsgated", "policy/firstseen", "puts it together"},
 	{"cmd/imdsgated", "proxy", "puts it together"},
 	{"cmd/imdsgated", "proxy/imds", "knows the classes of requests"},
 	{"cmd/imdsgate", "cmd/config", "reads what the operator wrote"},
@@ -34,10 +35,10 @@ var arrows = []struct{ from, to, reason string }{
 	{"cmd/imdsgate", "control", "asks the daemon"},
 	{"cmd/imdsgate", "event/sink", "reads events without the daemon"},
 	{"cmd/imdsgate", "iptables", "prints, installs and removes the redirect without the daemon"},
-	{"cmd/imdsgate", "policy", "knows the mode that the configuration asks for, and the fields that events have"},
+	{"cmd/imdsgate", "policy", "knows the mode that the configuration asks for, the fields that events have, and checks rules"},
 	{"cmd/imdsgate", "policy/eql", "explains a query"},
 	{"cmd/imdsgate", "policy/eql/ndjson", "searches files of events"},
-	{"cmd/imdsgate", "policy/eql/syntax", "reads the query that is searched for"},
+	{"cmd/imdsgate", "policy/eql/syntax", "reads the query that is searched for, and prints the errors of rules"},
 	{"cmd/config", "attribution", "has its levels"},
 	{"cmd/config", "control", "has its settings"},
 	{"cmd/config", "event/sink", "has its settings"},
@@ -46,6 +47,7 @@ var arrows = []struct{ from, to, reason string }{
 	{"cmd/config", "proxy/imds", "knows the classes of requests"},
 	{"cmd/report", "event/sink", "shows its counters"},
 	{"cmd/report", "policy", "shows its findings"},
+	{"cmd/report", "policy/firstseen", "shows its counters"},
 	{"proxy", "attribution", "asks who"},
 	{"proxy", "policy", "asks whether"},
 	{"proxy", "event", "fills the record"},
@@ -58,14 +60,18 @@ var arrows = []struct{ from, to, reason string }{
 	{"policy", "event", "judges the record"},
 	{"policy", "policy/eql", "runs rules"},
 	{"policy", "policy/eql/syntax", "moves errors to the line of the file"},
+	{"policy", "policy/kql", "runs rules"},
+	{"policy", "policy/firstseen", "remembers what is new to a rule"},
 	{"policy/eql", "policy/eql/syntax", "compiles what was parsed"},
 	{"policy/eql/ndjson", "policy/eql", "runs queries over lines"},
 	{"policy/eql/ndjson", "policy/eql/syntax", "asks which fields a query reads"},
+	{"policy/kql", "policy/eql", "compiles what it has translated"},
+	{"policy/kql", "policy/eql/syntax", "translates to its tree"},
 	{"event/sink", "event", "writes the record"},
 }
 
 // portable packages build on the laptops on which rules are written, and events searched.
-var portable = []string{"policy", "policy/eql", "policy/eql/syntax", "policy/eql/ndjson", "event", "event/sink", "proxy/imds", "cmd/imdsgate"}
+var portable = []string{"policy", "policy/eql", "policy/eql/syntax", "policy/eql/ndjson", "policy/kql", "policy/firstseen", "event", "event/sink", "proxy/imds", "cmd/imdsgate"}
 
 type listed struct {
 	ImportPath string

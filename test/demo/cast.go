@@ -21,9 +21,12 @@ const (
 	ruleUntrusted = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a02"
 	ruleV1        = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a03"
 	ruleRelayed   = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a04"
+	rulePath      = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a0c"
+	ruleFirstSeen = "5d0c5b5e-5f0b-4d8e-9b42-1f5f6e1c2a0d"
 )
 
-// policy is the demo's: one rule logs, one alerts, and two block.
+// policy is the demo's: one rule logs, one alerts, and two block. The two that raise
+// an alert for each program that is new here would do so for all.
 const policy = `mode: enforce
 rules:
   actions:
@@ -31,6 +34,10 @@ rules:
       action: log
     ` + ruleOdd + `:
       classes: {inventory: log, token: log, listing: log}
+    ` + rulePath + `:
+      action: log
+    ` + ruleFirstSeen + `:
+      action: log
 grants:
   - name: demo-app
     executable: ` + stage + `/app
