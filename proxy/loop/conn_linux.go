@@ -264,24 +264,22 @@ func (t *Task) Listen(ln *net.TCPListener) (*Listener, error) {
 }
 
 // Accept waits for the next connection, and tells where it comes from. Its error is
-// one of Wait, or of accept4(2).
+// one of Wait, of accept4(2), or ErrAgain if there is none after all.
 func (t *Task) Accept(ln *Listener) (*Conn, netip.AddrPort, error) {
-	for {
-		if err := t.Wait(time.Time{}, Interest{ln.conn, In}); err != nil {
-			return nil, netip.AddrPort{}, err
-		}
-		var from unix.RawSockaddrAny
-		size := uint32(unsafe.Sizeof(from))
-		fd, _, errno := unix.RawSyscall6(unix.SYS_ACCEPT4, uintptr(ln.conn.fd), uintptr(unsafe.Pointer(&from)), uintptr(unsafe.Pointer(&size)),
-			unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
-		switch errno {
-		case 0:
-			return t.Adopt(int(fd)), addrPort(&from), nil
-		case unix.EAGAIN, unix.EINTR:
-			return nil, netip.AddrPort{}, ErrAgain
-		}
-		return nil, netip.AddrPort{}, errno
+	if err := t.Wait(time.Time{}, Interest{ln.conn, In}); err != nil {
+		return nil, netip.AddrPort{}, err
 	}
+	var from unix.RawSockaddrAny
+	size := uint32(unsafe.Sizeof(from))
+	fd, _, errno := unix.RawSyscall6(unix.SYS_ACCEPT4, uintptr(ln.conn.fd), uintptr(unsafe.Pointer(&from)), uintptr(unsafe.Pointer(&size)),
+		unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
+	switch errno {
+	case 0:
+		return t.Adopt(int(fd)), addrPort(&from), nil
+	case unix.EAGAIN, unix.EINTR:
+		return nil, netip.AddrPort{}, ErrAgain
+	}
+	return nil, netip.AddrPort{}, errno
 }
 
 // Pause lets connections wait in the backlog until Accept is called again.
