@@ -239,7 +239,13 @@ func (c *Conn) Look() State {
 }
 
 // Listener accepts connections. Its methods must be called on the Loop.
-type Listener struct{ conn *Conn }
+type Listener struct {
+	conn *Conn
+	more int // how many may be accepted before the others have their turn
+}
+
+// many is how many events come at once when more than one connection may have come.
+const many = 4
 
 // Listen takes the socket of a listener, which it closes. What is accepted has the
 // listener's socket options (tcp(7)), and is sent without delay.
@@ -260,30 +266,41 @@ func (t *Task) Listen(ln *net.TCPListener) (*Listener, error) {
 	}
 	c := t.Adopt(fd)
 	c.level = true
-	return &Listener{c}, nil
+	return &Listener{conn: c}, nil
 }
 
 // Accept waits for the next connection, and tells where it comes from. Its error is
 // one of Wait, of accept4(2), or ErrAgain if there is none after all.
 func (t *Task) Accept(ln *Listener) (*Conn, netip.AddrPort, error) {
-	if err := t.Wait(time.Time{}, Interest{ln.conn, In}); err != nil {
-		return nil, netip.AddrPort{}, err
+	if ln.more == 0 {
+		if err := t.Wait(time.Time{}, Interest{ln.conn, In}); err != nil {
+			return nil, netip.AddrPort{}, err
+		}
+		if t.loop.n >= many {
+			ln.more = maxRuns
+		}
+	} else {
+		ln.more--
 	}
 	var from unix.RawSockaddrAny
 	size := uint32(unsafe.Sizeof(from))
 	fd, _, errno := unix.RawSyscall6(unix.SYS_ACCEPT4, uintptr(ln.conn.fd), uintptr(unsafe.Pointer(&from)), uintptr(unsafe.Pointer(&size)),
 		unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
-	switch errno {
-	case 0:
+	if errno == 0 {
 		return t.Adopt(int(fd)), addrPort(&from), nil
-	case unix.EAGAIN, unix.EINTR:
+	}
+	ln.more = 0
+	if errno == unix.EAGAIN || errno == unix.EINTR {
 		return nil, netip.AddrPort{}, ErrAgain
 	}
 	return nil, netip.AddrPort{}, errno
 }
 
 // Pause lets connections wait in the backlog until Accept is called again.
-func (ln *Listener) Pause() { ln.conn.unwatch() }
+func (ln *Listener) Pause() {
+	ln.more = 0
+	ln.conn.unwatch()
+}
 
 // Close closes the listener; the backlog is reset.
 func (ln *Listener) Close() { ln.conn.Close() }

@@ -165,8 +165,9 @@ func (l *Loop) ring() {
 func (l *Loop) Run() {
 	defer close(l.done)
 	defer l.end()
-	for rounds := 0; ; {
+	for ran := 0; ; {
 		run := l.ready
+		ran += len(run)
 		l.ready = l.spare[:0]
 		for i, t := range run {
 			run[i] = nil
@@ -179,12 +180,12 @@ func (l *Loop) Run() {
 		}
 		switch l.collect() {
 		case busy:
-			if rounds++; rounds == maxRounds {
-				rounds = 0
+			if ran >= maxRuns {
+				ran = 0
 				l.look()
 			}
 		case idle:
-			rounds = 0
+			ran = 0
 			l.wait()
 		case over:
 			return
@@ -204,8 +205,10 @@ func (l *Loop) end() {
 	unix.Close(l.alarm)
 }
 
-// maxRounds is how often tasks may run while others may have become ready.
-const maxRounds = 8
+// maxRuns is how many tasks may run before it is looked whether events have made others
+// ready. Fewer, and looking costs as much as what is found; more, and those who are
+// connected keep out who is not.
+const maxRuns = 32
 
 const (
 	busy = iota

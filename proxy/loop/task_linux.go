@@ -133,7 +133,7 @@ func (t *Task) Away(f func()) {
 
 // maxWorkers bounds the goroutines that are kept for tasks that go away: their stacks
 // have grown to what is needed.
-const maxWorkers = 16
+const maxWorkers = 8
 
 func (l *Loop) work(job func()) {
 	for ok := true; ok; {
@@ -184,7 +184,7 @@ type fiber struct {
 
 // maxIdle bounds the stacks that are kept for tasks to come. They have grown to what
 // tasks need, some 8 KiB.
-const maxIdle = 64
+const maxIdle = 32
 
 func (l *Loop) fiber() *fiber {
 	if n := len(l.idle); n > 0 {

@@ -43,8 +43,9 @@ const (
 	files = 1 << 17
 	// pins are descriptors that the daemon keeps of processes that asked.
 	pins = 2 * 256
-	// loops are goroutines that come and go whoever is connected.
-	loops = 16
+	// loops are goroutines that come and go whoever is connected, or that the daemon keeps
+	// for whoever comes next.
+	loops = 64
 	// deferred has the daemon connect to the service when it is asked, and bounds nothing: a connection on which
 	// nobody has asked costs it one descriptor instead of two.
 	deferred = ", requests_per_second: 65535"
