@@ -67,7 +67,7 @@ unit: bin/toolchain/go
 
 # The race detector needs cgo. What is concurrent runs under it.
 race: bin/toolchain/go
-	CGO_ENABLED=1 go test -count=1 -race ./attribution/... ./policy ./policy/eql/ndjson ./event/... ./control ./proxy ./proxy/imds/...
+	CGO_ENABLED=1 go test -count=1 -race ./attribution/... ./policy ./policy/eql/ndjson ./policy/firstseen ./event/... ./control ./proxy ./proxy/loop ./proxy/imds/...
 
 # Every parser, a few seconds each; go test -fuzz takes one target at a time.
 fuzz: bin/toolchain/go
