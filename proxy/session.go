@@ -96,6 +96,7 @@ var start = time.Now()
 var errClient = errors.New("the client has left")
 
 func (s *session) run() {
+	defer s.release()
 	defer s.close()
 	stats := &s.p.stats
 	stats.Connections.Add(1)
@@ -106,7 +107,6 @@ func (s *session) run() {
 		s.refuse("not redirected from an endpoint of the metadata service")
 		return
 	}
-	defer s.release()
 	admitted := false
 	s.task.Away(func() { admitted = s.enter() })
 	if !admitted {
@@ -246,7 +246,7 @@ func (s *session) release() {
 		return
 	}
 	if !s.pending {
-		s.lookup.Close()
+		s.task.Away(s.lookup.Close) // which may wait for a search that is under way
 		return
 	}
 	s.p.wg.Add(1)

@@ -597,7 +597,7 @@ func (s *session) tunnel() {
 		if out.more || back.more {
 			err = s.task.Yield()
 		} else {
-			err = s.task.Wait(over.until(silent), s.fromClient(out.source()|back.sink()), s.fromUp(back.source()|out.sink()))
+			err = s.task.Wait(over.until(silent), s.fromClient(loop.Gone|out.source()|back.sink()), s.fromUp(back.source()|out.sink()))
 		}
 		if err != nil || s.client.Gone() && s.client.Look() == loop.Broken {
 			return
@@ -658,7 +658,7 @@ func unless(err, is error) error {
 
 func (f *flow) source() loop.Events {
 	if f.over || len(f.left) > 0 {
-		return loop.Gone
+		return 0
 	}
 	return loop.In
 }
@@ -667,7 +667,7 @@ func (f *flow) sink() loop.Events {
 	if len(f.left) > 0 {
 		return loop.Out
 	}
-	return loop.Gone
+	return 0
 }
 
 func (f *flow) release() {

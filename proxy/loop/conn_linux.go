@@ -31,14 +31,15 @@ var ErrAgain = errors.New("would block")
 // that read and write may return ErrAgain, and after Close they return
 // net.ErrClosed.
 type Conn struct {
-	loop  *Loop
-	fd    int
-	level bool  // it is reported again for as long as it is not dealt with
-	place int32 // by which epoll knows it; negative if it does not
-	seen  Events
-	gone  bool
-	task  *Task // that waits for it
-	want  Events
+	loop   *Loop
+	fd     int
+	level  bool   // it is reported again for as long as it is not dealt with
+	place  int32  // by which epoll knows it; negative if it does not
+	seen   Events // and not dealt with
+	gone   bool
+	unread bool  // something has come that was not read
+	task   *Task // that waits for it
+	want   Events
 }
 
 // Adopt takes a socket, which must be non-blocking and have no other descriptor.
@@ -94,6 +95,7 @@ func (c *Conn) unwatch() {
 func (c *Conn) happened(what uint32) {
 	c.seen |= Events(what)
 	c.gone = c.gone || c.seen&Gone != 0
+	c.unread = c.unread || c.seen&unix.EPOLLIN != 0
 	if c.task != nil && c.seen&c.want != 0 {
 		c.loop.makeReady(c.task)
 	}
@@ -109,7 +111,8 @@ func (c *Conn) Read(b []byte) (int, error) {
 		switch {
 		case errno == unix.EINTR:
 		case errno == unix.EAGAIN:
-			c.seen &^= unix.EPOLLIN
+			c.seen &^= In
+			c.unread = false
 			return 0, ErrAgain
 		case errno != 0:
 			c.gone = true
@@ -118,11 +121,9 @@ func (c *Conn) Read(b []byte) (int, error) {
 			c.gone = true
 			return 0, io.EOF
 		default:
-			switch {
-			case c.gone:
-				c.seen |= unix.EPOLLIN // the end is still to be read, and may come with no event of its own
-			case int(n) < len(b):
-				c.seen &^= unix.EPOLLIN // that was all; more is another event
+			if int(n) < len(b) && !c.gone { // that was all; more is another event, but for the end that was seen
+				c.seen &^= unix.EPOLLIN
+				c.unread = false
 			}
 			return int(n), nil
 		}
@@ -140,7 +141,7 @@ func (c *Conn) Write(b []byte) (int, error) {
 		switch {
 		case errno == unix.EINTR:
 		case errno == unix.EAGAIN:
-			c.seen &^= unix.EPOLLOUT
+			c.seen &^= Out
 			return done, ErrAgain
 		case errno != 0:
 			c.gone = true
@@ -192,7 +193,7 @@ func (c *Conn) Gone() bool { return c.gone }
 
 // Stirred reports whether something has happened to the connection since it was last
 // read from, as far as is known.
-func (c *Conn) Stirred() bool { return c.fd < 0 || c.gone || c.seen&In != 0 }
+func (c *Conn) Stirred() bool { return c.fd < 0 || c.gone || c.unread }
 
 // NoDelay has small pieces be sent at once (TCP_NODELAY, tcp(7)).
 func (c *Conn) NoDelay() {
@@ -220,11 +221,12 @@ const (
 	Broken
 )
 
-// Look tells the state of a connection.
+// Look tells the state of a connection. Waits end when it changes.
 func (c *Conn) Look() State {
 	if c.fd < 0 {
 		return Broken
 	}
+	c.seen &^= In
 	var one [1]byte
 	n, _, errno := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(c.fd), uintptr(unsafe.Pointer(&one)), 1, unix.MSG_PEEK|unix.MSG_DONTWAIT, 0, 0)
 	switch {
@@ -282,6 +284,7 @@ func (t *Task) Accept(ln *Listener) (*Conn, netip.AddrPort, error) {
 	} else {
 		ln.more--
 	}
+	ln.conn.seen = 0 // it is told again
 	var from unix.RawSockaddrAny
 	size := uint32(unsafe.Sizeof(from))
 	fd, _, errno := unix.RawSyscall6(unix.SYS_ACCEPT4, uintptr(ln.conn.fd), uintptr(unsafe.Pointer(&from)), uintptr(unsafe.Pointer(&size)),

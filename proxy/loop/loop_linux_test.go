@@ -477,3 +477,71 @@ func BenchmarkAway(b *testing.B) {
 	})
 	<-done
 }
+
+// What happens to two connections at once is dealt with one after the other: the second
+// ends the next wait, however long ago it was.
+func TestNothingIsForgotten(t *testing.T) {
+	l := run(t)
+	first, firstFar := pair(t)
+	second, secondFar := pair(t)
+	do(t, l, func(k *Task) {
+		a, b := k.Adopt(first), k.Adopt(second)
+		defer a.Close()
+		defer b.Close()
+		for _, c := range []*Conn{a, b} {
+			if err := c.Watch(); err != nil {
+				t.Error(err)
+			}
+		}
+		firstFar.Write([]byte("x"))
+		secondFar.Close()
+		wait := func(for1, for2 Events) error {
+			return k.Wait(time.Now().Add(50*time.Millisecond), Interest{a, for1}, Interest{b, for2})
+		}
+		buf := make([]byte, 8)
+		if err := wait(In, Gone); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := a.Read(buf); n != 1 || err != nil {
+			t.Fatal(n, err)
+		}
+		if _, err := a.Read(buf); err != ErrAgain {
+			t.Fatal(err)
+		}
+		if err := wait(In, Gone); err != nil || !b.Gone() {
+			t.Fatalf("the end of the second was forgotten: %v", err)
+		}
+		if s := b.Look(); s != Ended {
+			t.Errorf("%v", s)
+		}
+		if err := wait(In, Gone); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("what was dealt with ends a wait: %v", err)
+		}
+		if n, err := b.Read(buf); n != 0 || err != io.EOF {
+			t.Error(n, err)
+		}
+	})
+}
+
+// What came unasked is known until it is read, whatever waits it has ended.
+func TestStirred(t *testing.T) {
+	l := run(t)
+	fd, far := pair(t)
+	do(t, l, func(k *Task) {
+		c := k.Adopt(fd)
+		defer c.Close()
+		far.Write([]byte("x"))
+		if err := k.Wait(time.Now().Add(time.Second), Interest{c, In}); err != nil || !c.Stirred() {
+			t.Fatal(err)
+		}
+		if s := c.Look(); s != Ready || !c.Stirred() {
+			t.Errorf("%v, %v", s, c.Stirred())
+		}
+		if err := k.Wait(time.Now().Add(20*time.Millisecond), Interest{c, In}); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("what was looked at ends a wait: %v", err)
+		}
+		if _, err := c.Read(make([]byte, 8)); err != nil || c.Stirred() {
+			t.Errorf("%v, %v", err, c.Stirred())
+		}
+	})
+}

@@ -47,9 +47,10 @@ type Interest struct {
 }
 
 // Wait waits until something that is of interest may have happened, Wake was
-// called, or the time is up; the zero time never is. It may return early: look. The
-// error is os.ErrDeadlineExceeded or ErrCancelled. Only one task may wait for a
-// connection.
+// called, or the time is up; the zero time never is. It may return early: look. What
+// has happened ends waits until it is dealt with: In by reading until ErrAgain, Out by
+// writing until that, and Gone by either, or by Look. The error is
+// os.ErrDeadlineExceeded or ErrCancelled. Only one task may wait for a connection.
 func (t *Task) Wait(until time.Time, interests ...Interest) error {
 	if t.cancelled.Load() {
 		return ErrCancelled
@@ -60,10 +61,7 @@ func (t *Task) Wait(until time.Time, interests ...Interest) error {
 		if err := i.Conn.Watch(); err != nil {
 			return err
 		}
-		if i.Conn.seen&i.For != 0 {
-			i.Conn.seen &^= i.For
-			now = true
-		}
+		now = now || i.Conn.seen&i.For != 0
 	}
 	if now {
 		return nil
@@ -80,7 +78,6 @@ func (t *Task) Wait(until time.Time, interests ...Interest) error {
 	t.state = running
 	for _, i := range interests {
 		i.Conn.task = nil
-		i.Conn.seen &^= i.For
 	}
 	late := t.late
 	t.late = false
