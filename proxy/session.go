@@ -40,13 +40,12 @@ type session struct {
 	near     atomic.Pointer[netip.AddrPort] // the near end of up; nil if there is none
 	looped   atomic.Bool                    // up came back to us
 
-	conn    event.Connection
-	minTTL  int
-	lookup  *attribution.Lookup
-	later   sync.WaitGroup // of what still uses lookup
-	pending bool           // something did
-	count   int            // of requests
-	told    bool           // there is an event of this connection
+	conn   event.Connection
+	minTTL int
+	lookup *attribution.Lookup
+	later  sync.WaitGroup // of what still uses lookup
+	count  int            // of requests
+	told   bool           // there is an event of this connection
 
 	buf []byte // of in; nil while nothing is there
 	in  []byte // bytes of the client that were read and not passed on
@@ -54,6 +53,8 @@ type session struct {
 
 	reset   bool         // the client's connection ends with a reset
 	guarded *event.Event // the request under way, if its answer may yet be withheld
+
+	half halfClosed // for the request under way
 
 	owed bool   // the client has yet to send its body
 	sent []byte // of in: the request under way, while it may be sent again
@@ -199,7 +200,7 @@ func (s *session) connect() error {
 const descriptorsIn = 250 * time.Millisecond
 
 func (s *session) dial() error {
-	if !s.forwarded {
+	if !s.forwarded && !s.resent { // a second try needs one that is alive for certain
 		if p, ok := s.p.ahead.take(s.conn.Destination); ok {
 			s.up, s.prepared = p.conn, true
 			s.near.Store(&p.near)
@@ -224,6 +225,7 @@ func (s *session) hangUp() {
 	if s.up != nil {
 		s.near.Store(nil)
 		s.up.Close()
+		s.half.told = false
 	}
 }
 
@@ -240,13 +242,9 @@ func (s *session) unused() bool {
 }
 
 // release gives the lookup back when nothing needs it any more: the evidence for
-// an event may come after the client has left.
+// an event may come after the client has left, and a search may be under way.
 func (s *session) release() {
 	if s.lookup == nil {
-		return
-	}
-	if !s.pending {
-		s.task.Away(s.lookup.Close) // which may wait for a search that is under way
 		return
 	}
 	s.p.wg.Add(1)
@@ -286,6 +284,7 @@ func (s *session) event() *event.Event {
 
 // exchange serves one request. It returns nil when the connection goes on.
 func (s *session) exchange() error {
+	s.half = halfClosed{}
 	r, err := s.read()
 	if err != nil {
 		if errors.Is(err, errMalformed) {
@@ -338,7 +337,10 @@ func (s *session) exchange() error {
 			s.guarded = ev
 		}
 	}
-	s.resent = !repeatable(r.method)
+	if s.resent = !repeatable(r.method); s.resent && s.prepared {
+		s.hangUp() // it might have ended, and then there is no second try
+		s.up = nil
+	}
 	if err := s.reach(s.in[:size]); err != nil {
 		return s.upstreamFailed(ev, err, enforce)
 	}
@@ -391,7 +393,6 @@ func (s *session) exchange() error {
 	case <-decided:
 		s.answered(ev, answer, failed)
 	default:
-		s.pending = true
 		s.later.Add(1)
 		go func() {
 			defer s.later.Done()
@@ -436,7 +437,6 @@ func (s *session) complete(ev *event.Event, how search, then func()) bool {
 	default:
 		return false
 	}
-	s.pending = true
 	s.later.Add(1)
 	go func() {
 		defer s.later.Done()

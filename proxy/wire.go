@@ -234,14 +234,9 @@ func (s *session) stale(err error) bool {
 // made.
 func (s *session) forward(b []byte) error {
 	silent := time.Now().Add(s.p.silence)
-	var half halfClosed
 	for {
 		n, err := s.up.Write(b)
 		if b = b[n:]; err != loop.ErrAgain {
-			return err
-		}
-		err = s.task.Wait(half.until(silent), s.fromUp(loop.Out), s.fromClient(loop.Gone))
-		if err := half.waited(err); err != nil {
 			return err
 		}
 		if s.client.Gone() {
@@ -249,23 +244,27 @@ func (s *session) forward(b []byte) error {
 			case loop.Broken:
 				return errClient
 			case loop.Ended:
-				half.begin()
+				s.half.begin()
 			}
+		}
+		err = s.task.Wait(s.half.until(silent), s.fromUp(loop.Out), s.fromClient(loop.Gone))
+		if err := s.half.waited(err); err != nil {
+			return err
 		}
 	}
 }
 
 // halfClosed is about a client that may only have said that it sends no more. The
 // service has a while to answer it.
-type halfClosed struct{ over time.Time }
+type halfClosed struct {
+	over time.Time
+	told bool // the service knows
+}
 
-// begin reports whether it was not known before.
-func (h *halfClosed) begin() bool {
-	first := h.over.IsZero()
-	if first {
+func (h *halfClosed) begin() {
+	if h.over.IsZero() {
 		h.over = time.Now().Add(headTimeout)
 	}
-	return first
 }
 
 func (h *halfClosed) until(silent time.Time) time.Time {
@@ -358,12 +357,19 @@ var errWithheld = errors.New("the answer is withheld")
 
 // withheld judges a guarded request again before the first byte of its answer leaves, if
 // the connection has changed hands or programs since.
-func (s *session) withheld() bool {
-	if s.guarded == nil || !s.lookup.Changed() {
+func (s *session) withheld() (withheld bool) {
+	if s.guarded != nil {
+		s.task.Away(func() { withheld = s.changedHands() })
+	}
+	return withheld
+}
+
+func (s *session) changedHands() bool {
+	if !s.lookup.Changed() {
 		return false
 	}
 	ev, before := s.guarded, *s.guarded
-	s.task.Away(func() { s.judge(ev, AttributeIn, whole) })
+	s.judge(ev, AttributeIn, whole)
 	if ev.Decision.Verdict == event.Deny {
 		s.p.engine.Observe(ev)
 		return true
@@ -447,7 +453,6 @@ var errOwed = errors.New("the body has come")
 // receive reads once from upstream, for as long as the client is there.
 func (s *session) receive(b []byte) (int, error) {
 	silent := time.Now().Add(s.p.silence)
-	var half halfClosed
 	for {
 		n, err := s.up.Read(b)
 		if err != loop.ErrAgain {
@@ -457,24 +462,25 @@ func (s *session) receive(b []byte) (int, error) {
 		if s.owed {
 			client = loop.In // it may come any moment
 		}
-		err = s.task.Wait(half.until(silent), s.fromUp(loop.In), s.fromClient(client))
-		if err := half.waited(err); err != nil {
+		if s.owed || s.client.Gone() {
+			switch s.client.Look() {
+			case loop.Ready:
+				if s.owed {
+					return 0, errOwed
+				}
+			case loop.Broken:
+				return 0, errClient
+			case loop.Ended:
+				s.half.begin()
+				if len(s.in) == 0 && !s.half.told {
+					s.half.told = true
+					s.up.CloseWrite()
+				}
+			}
+		}
+		err = s.task.Wait(s.half.until(silent), s.fromUp(loop.In), s.fromClient(client))
+		if err := s.half.waited(err); err != nil {
 			return 0, err
-		}
-		if !s.owed && !s.client.Gone() {
-			continue
-		}
-		switch s.client.Look() {
-		case loop.Ready:
-			if s.owed {
-				return 0, errOwed
-			}
-		case loop.Broken:
-			return 0, errClient
-		case loop.Ended:
-			if len(s.in) == 0 && half.begin() {
-				s.up.CloseWrite()
-			}
 		}
 	}
 }
@@ -576,16 +582,13 @@ func (s *session) tunnel() {
 	defer back.release()
 	var over halfClosed
 	for silent := time.Now().Add(s.p.silence); ; {
-		moved, err := out.move()
-		if err != nil {
-			return
-		}
+		// What the service has said is the client's, also if it takes no more.
 		more, err := back.move()
-		if err != nil {
-			s.client.Reset()
+		if s.reset = err != nil; s.reset || back.broken {
 			return
 		}
-		if out.over && back.over {
+		moved, err := out.move()
+		if err != nil || out.over && back.over {
 			return
 		}
 		if out.over || back.over {
@@ -594,12 +597,15 @@ func (s *session) tunnel() {
 		if moved || more {
 			silent = time.Now().Add(s.p.silence)
 		}
+		if s.reset = !time.Now().Before(over.until(silent)); s.reset {
+			return
+		}
 		if out.more || back.more {
 			err = s.task.Yield()
 		} else {
 			err = s.task.Wait(over.until(silent), s.fromClient(loop.Gone|out.source()|back.sink()), s.fromUp(back.source()|out.sink()))
 		}
-		if err != nil || s.client.Gone() && s.client.Look() == loop.Broken {
+		if s.reset = err != nil; s.reset || s.client.Gone() && s.client.Look() == loop.Broken {
 			return
 		}
 	}
@@ -611,10 +617,11 @@ type flow struct {
 	buf      []byte // nil while nothing is on its way
 	left     []byte // of buf
 	over     bool   // there will be no more, and the other end knows
+	broken   bool   // the other end takes no more
 	more     bool   // there may be more now, after as much as one may move at a time
 }
 
-// move moves what there is and what there is room for.
+// move moves what there is and what there is room for. The error is one of reading.
 func (f *flow) move() (moved bool, err error) {
 	f.more = false
 	for range maxMoves {
@@ -628,18 +635,28 @@ func (f *flow) move() (moved bool, err error) {
 			n, err := f.from.Read(f.buf)
 			if err != nil {
 				f.release()
-				if f.over = err == io.EOF; f.over {
-					return true, f.to.CloseWrite()
+				switch err {
+				case loop.ErrAgain:
+					return moved, nil
+				case io.EOF:
+					f.over = true
+					f.to.CloseWrite()
+					return true, nil
 				}
-				return moved, unless(err, loop.ErrAgain)
+				return moved, err
 			}
 			f.left = f.buf[:n]
 		}
 		n, err := f.to.Write(f.left)
 		f.left = f.left[n:]
 		moved = moved || n > 0
+		if err == loop.ErrAgain {
+			return moved, nil
+		}
 		if err != nil {
-			return moved, unless(err, loop.ErrAgain)
+			f.over, f.broken = true, true
+			f.release()
+			return moved, nil
 		}
 	}
 	f.more = true
@@ -648,13 +665,6 @@ func (f *flow) move() (moved bool, err error) {
 
 // maxMoves bounds what a tunnel moves before others have their turn, in buffers.
 const maxMoves = 16
-
-func unless(err, is error) error {
-	if err == is {
-		return nil
-	}
-	return err
-}
 
 func (f *flow) source() loop.Events {
 	if f.over || len(f.left) > 0 {

@@ -305,8 +305,12 @@ func (ln *Listener) Pause() {
 	ln.conn.unwatch()
 }
 
-// Close closes the listener; the backlog is reset.
-func (ln *Listener) Close() { ln.conn.Close() }
+// Close gives the listener up. If nobody else has its socket, its backlog is reset;
+// if somebody has, as the service manager does, epoll would go on to tell of it.
+func (ln *Listener) Close() {
+	ln.conn.unwatch()
+	ln.conn.Close()
+}
 
 // Near is the near end of a socket (getsockname(2)). It may be called anywhere.
 func Near(fd int) (netip.AddrPort, error) {

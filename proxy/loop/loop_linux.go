@@ -263,6 +263,7 @@ func (l *Loop) resume(t *Task) {
 	}
 	f := t.fiber
 	if f.next(); f.task == nil {
+		t.fiber, t.f = nil, nil
 		l.tasks--
 		l.timers.remove(t)
 		if len(l.idle) < maxIdle {
@@ -311,7 +312,7 @@ func (l *Loop) tell() {
 func (l *Loop) pollOnce(ep uintptr) bool {
 	n, _, errno := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, ep, uintptr(unsafe.Pointer(&l.events)), uintptr(len(l.events)), 0, 0, 0)
 	if errno != 0 {
-		return errno != unix.EINTR // an empty round finds out more
+		return true // an empty round finds out more
 	}
 	l.n = int(n)
 	return n > 0
