@@ -97,7 +97,8 @@ type Proxy struct {
 	local, forwarded *slots
 	loop             *loop.Loop   // nil before the first Serve
 	standing         []*loop.Task // end with Shutdown
-	closing          bool
+
+	closing atomic.Bool // set with mu held
 
 	// evidence has a place for each event that waits for its evidence, in audit
 	// mode, after its client was served and has perhaps left. Events for which
@@ -183,7 +184,7 @@ func (p *Proxy) Serve(ln net.Listener, forwarded bool) error {
 func (p *Proxy) listen(ln *net.TCPListener, forwarded bool, ended chan<- error) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.closing {
+	if p.closing.Load() {
 		ended <- nil
 		return ln.Close()
 	}
@@ -281,7 +282,7 @@ func (p *Proxy) Shutdown(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, drainTimeout)
 	defer cancel()
 	p.mu.Lock()
-	p.closing = true
+	p.closing.Store(true)
 	for _, t := range p.standing {
 		t.Cancel()
 	}
@@ -374,12 +375,6 @@ func (p *Proxy) For(near netip.AddrPort) (client netip.AddrPort, ok bool) {
 		}
 	}
 	return netip.AddrPort{}, false
-}
-
-func (p *Proxy) stopping() bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.closing
 }
 
 // serves reports whether a destination is one of the endpoints.

@@ -128,7 +128,7 @@ func (s *session) run() {
 		s.count++
 		s.idle.Store(int64(time.Since(start)))
 		s.busy.Store(false)
-		if s.p.stopping() {
+		if s.p.closing.Load() {
 			s.goodbye(false)
 			return
 		}

@@ -21,28 +21,20 @@ func freebind(_, _ string, c syscall.RawConn) error {
 // was not redirected it is our own address, or an error when conntrack does not
 // know the connection. v4 is about the listener.
 func originalDst(c *loop.Conn, v4 bool) (dst netip.AddrPort, err error) {
+	level, size := unix.IPPROTO_IP, unsafe.Sizeof(unix.RawSockaddrInet4{})
+	if !v4 {
+		level, size = unix.IPPROTO_IPV6, unsafe.Sizeof(unix.RawSockaddrInet6{})
+	}
 	c.Control(func(fd int) {
-		if v4 {
-			var sa unix.RawSockaddrInet4
-			if err = getsockopt(fd, unix.IPPROTO_IP, unix.SO_ORIGINAL_DST, unsafe.Pointer(&sa), unsafe.Sizeof(sa)); err == nil {
-				dst = netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), port(sa.Port))
-			}
-			return
-		}
-		var sa unix.RawSockaddrInet6
-		if err = getsockopt(fd, unix.IPPROTO_IPV6, unix.SO_ORIGINAL_DST, unsafe.Pointer(&sa), unsafe.Sizeof(sa)); err == nil {
-			dst = netip.AddrPortFrom(netip.AddrFrom16(sa.Addr), port(sa.Port))
+		var sa unix.RawSockaddrAny
+		if err = getsockopt(fd, level, unix.SO_ORIGINAL_DST, unsafe.Pointer(&sa), size); err == nil {
+			dst = loop.AddrPort(&sa)
 		}
 	})
 	if err != nil {
 		return netip.AddrPort{}, fmt.Errorf("read the original destination: %w", err)
 	}
 	return dst, nil
-}
-
-func port(networkOrder uint16) uint16 {
-	b := (*[2]byte)(unsafe.Pointer(&networkOrder))
-	return uint16(b[0])<<8 | uint16(b[1])
 }
 
 func getsockopt(fd int, level, name int, value unsafe.Pointer, size uintptr) error {
@@ -83,13 +75,23 @@ func dial(dst netip.AddrPort, mark uint32, minTTL int) (fd int, near netip.AddrP
 		}
 	}
 	if err == nil {
-		near, err = loop.Near(fd)
+		near, err = nearEnd(fd)
 	}
 	if err != nil {
 		unix.Close(fd)
 		return -1, near, fmt.Errorf("connect to %v: %w", dst, err)
 	}
 	return fd, near, nil
+}
+
+func nearEnd(fd int) (netip.AddrPort, error) {
+	var sa unix.RawSockaddrAny
+	size := uint32(unsafe.Sizeof(sa))
+	_, _, errno := unix.RawSyscall(unix.SYS_GETSOCKNAME, uintptr(fd), uintptr(unsafe.Pointer(&sa)), uintptr(unsafe.Pointer(&size)))
+	if errno != 0 {
+		return netip.AddrPort{}, errno
+	}
+	return loop.AddrPort(&sa), nil
 }
 
 func as4(a netip.Addr) [4]byte {

@@ -254,7 +254,7 @@ func TestShutdownAnswers(t *testing.T) {
 			}
 			done := make(chan error)
 			go func() { done <- r.proxy.Shutdown(context.Background()) }()
-			for !r.proxy.stopping() {
+			for !r.proxy.closing.Load() {
 				time.Sleep(time.Millisecond)
 			}
 			got, end := talk(t, young, askB, 5*time.Second)

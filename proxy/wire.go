@@ -55,7 +55,7 @@ func (s *session) read() (*request, error) {
 		wait := [2]loop.Interest{s.fromClient(loop.In)}
 		waits := 1
 		if !begun {
-			if woken && s.p.stopping() && s.unused() {
+			if woken && s.p.closing.Load() && s.unused() {
 				s.goodbye(false)
 				return nil, io.EOF
 			}

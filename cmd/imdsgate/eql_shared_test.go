@@ -101,7 +101,7 @@ func TestReference(t *testing.T) {
 	c := elasticCases(t)
 	python, err := exec.LookPath("python3")
 	if err != nil {
-		t.Skipf("no python3: %v", err)
+		t.Fatalf("needs python3, as test/deps.sh installs it: %v", err)
 	}
 	for _, e := range c.events {
 		ticks, err := e["timestamp"].(json.Number).Int64()

@@ -1,6 +1,7 @@
 package loop
 
 import (
+	"encoding/binary"
 	"errors"
 	"io"
 	"net"
@@ -241,13 +242,7 @@ func (c *Conn) Look() State {
 }
 
 // Listener accepts connections. Its methods must be called on the Loop.
-type Listener struct {
-	conn *Conn
-	more int // how many may be accepted before the others have their turn
-}
-
-// many is how many events come at once when more than one connection may have come.
-const many = 4
+type Listener struct{ conn *Conn }
 
 // Listen takes the socket of a listener, which it closes. What is accepted has the
 // listener's socket options (tcp(7)), and is sent without delay.
@@ -268,42 +263,43 @@ func (t *Task) Listen(ln *net.TCPListener) (*Listener, error) {
 	}
 	c := t.Adopt(fd)
 	c.level = true
-	return &Listener{conn: c}, nil
+	return &Listener{c}, nil
 }
 
-// Accept waits for the next connection, and tells where it comes from. Its error is
-// one of Wait, of accept4(2), or ErrAgain if there is none after all.
+// Accept waits for the next connection, and tells where it comes from. Where some are
+// waiting it returns one after the other, before other tasks have their turn. Its error
+// is one of Wait, of accept4(2), or ErrAgain if there is none after all.
 func (t *Task) Accept(ln *Listener) (*Conn, netip.AddrPort, error) {
-	if ln.more == 0 {
-		if err := t.Wait(time.Time{}, Interest{ln.conn, In}); err != nil {
-			return nil, netip.AddrPort{}, err
-		}
-		if t.loop.n >= many {
-			ln.more = maxRuns
-		}
-	} else {
-		ln.more--
+	c, from, err := t.accept(ln)
+	if err != ErrAgain {
+		return c, from, err
+	}
+	if err := t.Wait(time.Time{}, Interest{ln.conn, In}); err != nil {
+		return nil, netip.AddrPort{}, err
+	}
+	return t.accept(ln)
+}
+
+func (t *Task) accept(ln *Listener) (*Conn, netip.AddrPort, error) {
+	if t.cancelled.Load() {
+		return nil, netip.AddrPort{}, ErrCancelled
 	}
 	ln.conn.seen = 0 // it is told again
 	var from unix.RawSockaddrAny
 	size := uint32(unsafe.Sizeof(from))
 	fd, _, errno := unix.RawSyscall6(unix.SYS_ACCEPT4, uintptr(ln.conn.fd), uintptr(unsafe.Pointer(&from)), uintptr(unsafe.Pointer(&size)),
 		unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
-	if errno == 0 {
-		return t.Adopt(int(fd)), addrPort(&from), nil
-	}
-	ln.more = 0
-	if errno == unix.EAGAIN || errno == unix.EINTR {
+	switch errno {
+	case 0:
+		return t.Adopt(int(fd)), AddrPort(&from), nil
+	case unix.EAGAIN, unix.EINTR:
 		return nil, netip.AddrPort{}, ErrAgain
 	}
 	return nil, netip.AddrPort{}, errno
 }
 
 // Pause lets connections wait in the backlog until Accept is called again.
-func (ln *Listener) Pause() {
-	ln.more = 0
-	ln.conn.unwatch()
-}
+func (ln *Listener) Pause() { ln.conn.unwatch() }
 
 // Close gives the listener up. If nobody else has its socket, its backlog is reset;
 // if somebody has, as the service manager does, epoll would go on to tell of it.
@@ -312,30 +308,20 @@ func (ln *Listener) Close() {
 	ln.conn.Close()
 }
 
-// Near is the near end of a socket (getsockname(2)). It may be called anywhere.
-func Near(fd int) (netip.AddrPort, error) {
-	var near unix.RawSockaddrAny
-	size := uint32(unsafe.Sizeof(near))
-	_, _, errno := unix.RawSyscall(unix.SYS_GETSOCKNAME, uintptr(fd), uintptr(unsafe.Pointer(&near)), uintptr(unsafe.Pointer(&size)))
-	if errno != 0 {
-		return netip.AddrPort{}, errno
-	}
-	return addrPort(&near), nil
-}
-
-func addrPort(sa *unix.RawSockaddrAny) netip.AddrPort {
+// AddrPort is an address of the Internet as the kernel writes it (ip(7), ipv6(7)). The
+// zero AddrPort stands for any other.
+func AddrPort(sa *unix.RawSockaddrAny) netip.AddrPort {
 	switch sa.Addr.Family {
 	case unix.AF_INET:
 		v4 := (*unix.RawSockaddrInet4)(unsafe.Pointer(sa))
-		return netip.AddrPortFrom(netip.AddrFrom4(v4.Addr), port(v4.Port))
+		return netip.AddrPortFrom(netip.AddrFrom4(v4.Addr), port(&v4.Port))
 	case unix.AF_INET6:
 		v6 := (*unix.RawSockaddrInet6)(unsafe.Pointer(sa))
-		return netip.AddrPortFrom(netip.AddrFrom16(v6.Addr), port(v6.Port))
+		return netip.AddrPortFrom(netip.AddrFrom16(v6.Addr), port(&v6.Port))
 	}
 	return netip.AddrPort{}
 }
 
-func port(networkOrder uint16) uint16 {
-	b := (*[2]byte)(unsafe.Pointer(&networkOrder))
-	return uint16(b[0])<<8 | uint16(b[1])
+func port(networkOrder *uint16) uint16 {
+	return binary.BigEndian.Uint16((*[2]byte)(unsafe.Pointer(networkOrder))[:])
 }
