@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/proxy/imds"
+	"github.com/imdsgate/imdsgate/proxy/loop"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
 )
 
@@ -108,6 +110,46 @@ func TestAheadIsNotFor(t *testing.T) {
 			}
 			if made := r.proxy.Ahead().Made.Load(); made != 0 {
 				t.Errorf("%d were made", made)
+			}
+		})
+	}
+}
+
+// All that is ready is dead, and only the first byte tells. No client notices, whether
+// it may be asked twice or not.
+func TestAheadAllDead(t *testing.T) {
+	for _, method := range []string{"GET", "POST"} {
+		t.Run(method, func(t *testing.T) {
+			r := newRig(t, setting{lab: netlab.Options{NoIMDS: true}, ahead: 3})
+			s := serve(t, r, func(n int, c *net.TCPConn, asked func() error) {
+				if asked() != nil {
+					return
+				}
+				if n >= 2 && n <= 4 {
+					c.SetLinger(0)
+					return
+				}
+				io.WriteString(c, strings.Replace(kept, "\r\n\r\n", "\r\nConnection: close\r\n\r\n", 1))
+			})
+			ask := method + " /latest/meta-data/instance-id HTTP/1.1\r\n" + host + "\r\n"
+			for i := range 2 {
+				if got, end := talk(t, r.dial(false), ask, 5*time.Second); !strings.HasSuffix(got, "ok") || end != "FIN" {
+					t.Errorf("%d: %q, %s; the service saw %s", i, got, end, s.saw())
+				}
+				r.settled()
+				filled := make(chan struct{})
+				r.loop().Start(func(k *loop.Task) {
+					defer close(filled)
+					dst := imds.Endpoints[0]
+					r.proxy.ahead.mu.Lock()
+					r.proxy.ahead.stock(dst).wanted = 3 * perReady
+					r.proxy.ahead.mu.Unlock()
+					r.proxy.ahead.fill(k, dst)
+				})
+				<-filled
+			}
+			if made := r.proxy.Ahead().Made.Load(); made < 3 {
+				t.Errorf("%d were made: the test tests nothing", made)
 			}
 		})
 	}

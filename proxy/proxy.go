@@ -91,6 +91,7 @@ type Proxy struct {
 
 	uid     uint32         // our own
 	silence time.Duration  // idleTimeout
+	half    time.Duration  // headTimeout, for the answer to a client that sends no more
 	wg      sync.WaitGroup // listeners, sessions, and events that wait for their evidence
 
 	mu               sync.Mutex // guards the following
@@ -136,7 +137,7 @@ func New(o Options, finder *attribution.Finder, engine *policy.Engine) *Proxy {
 		o.MaxConns = 4096
 	}
 	forwarded := max(o.MaxConns/4, 1)
-	p := &Proxy{options: o, finder: finder, engine: engine, uid: uint32(os.Geteuid()), silence: idleTimeout,
+	p := &Proxy{options: o, finder: finder, engine: engine, uid: uint32(os.Geteuid()), silence: idleTimeout, half: headTimeout,
 		local: newSlots(o.MaxConns - forwarded), forwarded: newSlots(forwarded), evidence: make(chan struct{}, o.MaxConns),
 		pace: pace{each: rate.Limit(o.Rate), burst: cmp.Or(o.Burst, 2*o.Rate)}, tokens: newTokens(), ledger: newLedger()}
 	if o.Rate == 0 { // or else requests are counted, since they cost the service packets

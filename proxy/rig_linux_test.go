@@ -52,6 +52,8 @@ type setting struct {
 	ahead  int
 	// silence bounds the silence of either side; 0 is as long as outside of tests.
 	silence time.Duration
+	// half bounds the wait for a client that sends no more; likewise.
+	half time.Duration
 }
 
 func newRig(t testing.TB, s setting) *rig {
@@ -87,6 +89,9 @@ func newRig(t testing.TB, s setting) *rig {
 	}, finder, r.engine)
 	if s.silence > 0 {
 		r.proxy.silence = s.silence
+	}
+	if s.half > 0 {
+		r.proxy.half = s.half
 	}
 	var serving sync.WaitGroup
 	serve := func(addr string, forwarded bool) {

@@ -271,3 +271,66 @@ func TestShutdownAnswers(t *testing.T) {
 		t.Error("no client was answered")
 	}
 }
+
+// The service begins to answer a client that sends no more, and stalls. The client is
+// not kept for as long as the service says nothing.
+func TestHalfClosedAndStalled(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{NoIMDS: true}, half: 300 * time.Millisecond})
+	over := make(chan struct{})
+	defer close(over)
+	serve(t, r, func(_ int, c *net.TCPConn, ask func() error) {
+		if ask() == nil {
+			time.Sleep(50 * time.Millisecond)
+			io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n0123456789")
+			<-over
+		}
+	})
+	c := r.dial(false)
+	io.WriteString(c, askA)
+	c.CloseWrite()
+	c.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if got, err := io.ReadAll(c); outcome(err) == "open" || !strings.HasSuffix(string(got), "0123456789") {
+		t.Errorf("%q, %s", got, outcome(err))
+	}
+	r.settled()
+}
+
+// What cannot be read goes through a tunnel in audit mode. The service may answer and
+// end while the client goes on sending: the answer arrives.
+func TestTunnelAnswers(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{NoIMDS: true}})
+	const no = "HTTP/1.1 413 Too Large\r\nConnection: close\r\nContent-Length: 2\r\n\r\nno"
+	serve(t, r, func(_ int, c *net.TCPConn, _ func() error) {
+		b := make([]byte, 64<<10)
+		c.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+		for {
+			if _, err := c.Read(b); err != nil {
+				break
+			}
+		}
+		io.WriteString(c, no)
+		c.Close()
+	})
+	for try := range 20 {
+		c := r.dial(false)
+		io.WriteString(c, "POST /latest/meta-data/x HTTP/1.1\r\n"+host+"Content-Length: 10000000\r\n\r\n")
+		sent := make(chan struct{})
+		go func() {
+			defer close(sent)
+			b := make([]byte, 32<<10)
+			for {
+				if _, err := c.Write(b); err != nil {
+					return
+				}
+				time.Sleep(2 * time.Millisecond)
+			}
+		}()
+		c.SetReadDeadline(time.Now().Add(3 * time.Second))
+		got, err := io.ReadAll(c)
+		if string(got) != no {
+			t.Errorf("%d: %q, %s", try, got, outcome(err))
+		}
+		c.Close()
+		<-sent
+	}
+}

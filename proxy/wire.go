@@ -244,7 +244,7 @@ func (s *session) forward(b []byte) error {
 			case loop.Broken:
 				return errClient
 			case loop.Ended:
-				s.half.begin()
+				s.half.begin(s.p.half)
 			}
 		}
 		err = s.task.Wait(s.half.until(silent), s.fromUp(loop.Out), s.fromClient(loop.Gone))
@@ -261,9 +261,9 @@ type halfClosed struct {
 	told bool // the service knows
 }
 
-func (h *halfClosed) begin() {
+func (h *halfClosed) begin(lasts time.Duration) {
 	if h.over.IsZero() {
-		h.over = time.Now().Add(headTimeout)
+		h.over = time.Now().Add(lasts)
 	}
 }
 
@@ -471,7 +471,7 @@ func (s *session) receive(b []byte) (int, error) {
 			case loop.Broken:
 				return 0, errClient
 			case loop.Ended:
-				s.half.begin()
+				s.half.begin(s.p.half)
 				if len(s.in) == 0 && !s.half.told {
 					s.half.told = true
 					s.up.CloseWrite()
@@ -592,7 +592,7 @@ func (s *session) tunnel() {
 			return
 		}
 		if out.over || back.over {
-			over.begin()
+			over.begin(s.p.half)
 		}
 		if moved || more {
 			silent = time.Now().Add(s.p.silence)

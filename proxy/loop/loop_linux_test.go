@@ -430,6 +430,43 @@ func TestAcceptAndPause(t *testing.T) {
 	}
 }
 
+// The service manager may have the socket of a listener, too: what still comes there is
+// nothing to us when ours is closed.
+func TestSharedListener(t *testing.T) {
+	l := run(t)
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	others, err := ln.(*net.TCPListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer others.Close()
+	do(t, l, func(k *Task) {
+		from, err := k.Listen(ln.(*net.TCPListener))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := from.conn.Watch(); err != nil {
+			t.Fatal(err)
+		}
+		from.Close()
+		c, err := net.Dial("tcp4", ln.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		l.n = 0
+		l.pollOnce(uintptr(l.ep))
+		for _, e := range l.events[:l.n] {
+			if e.Fd != alarmPlace {
+				t.Errorf("events %#x of a listener that is closed", e.Events)
+			}
+		}
+	})
+}
+
 // BenchmarkRoundTrip is one wait for one connection: a byte there and back.
 func BenchmarkRoundTrip(b *testing.B) {
 	l := run(b)
