@@ -39,6 +39,10 @@ func (v *View) appendRows(b []byte, rows []row, depth int) (_ []byte, cut bool) 
 		var value Value
 		var whole written
 		switch {
+		case r.others:
+			if len(v.Subjects) < 2 {
+				continue
+			}
 		case r.field == nil:
 			if all := r.of(v); all != nil {
 				whole = (*all)[r.ordinal]
@@ -68,6 +72,8 @@ func (v *View) appendRows(b []byte, rows []row, depth int) (_ []byte, cut bool) 
 		shared = open
 		short := whole.cut
 		switch {
+		case r.others:
+			b, short = v.appendOthers(b)
 		case r.field == nil:
 			b = append(b, whole.json...)
 		case r.fixed != "":

@@ -68,6 +68,8 @@ func (e *Engine) Decisive(q *event.Request) bool {
 type stage struct {
 	*eql.Stage
 	documents []event.Document
+	rests     event.Gaps // facts that its conditions look at
+	cuts      cuts
 }
 
 func stages(q *eql.Query) []*stage {
@@ -75,6 +77,9 @@ func stages(q *eql.Query) []*stage {
 	for _, s := range q.Stages() {
 		category, any := s.Category()
 		st := &stage{Stage: s}
+		for _, f := range s.Fields() {
+			st.rests |= event.Fields[f.Slot].Rests()
+		}
 		if any || category == "process" {
 			st.documents = append(st.documents, event.ProcessStart)
 		}
@@ -163,7 +168,7 @@ func (p *state) outcome(ev *event.Event) event.Verdict {
 	}
 	switch {
 	case blocked != nil:
-		d.Rule = blocked.Rule
+		d.Rule, d.Latched = blocked.Rule, how != "matches"
 		d.Reason = fmt.Sprintf("rule %q %s %s", blocked.Rule.Name, how, describe(blocked.Subject))
 		p.first(ev, blocked.Subject)
 		return event.Deny
@@ -329,6 +334,7 @@ type memory struct {
 	swept   time.Time                     // when sequences last forgot what is too old
 	started remembered[imageID, struct{}] // process images that the rules have seen start
 	blocked remembered[string, bitset]    // rules that have blocked a process, by its entity ID
+	doubted remembered[string, struct{}]  // processes that a rule may have blocked, for all that was read of them
 
 	latches atomic.Bool // whether anything is in blocked
 }
@@ -502,6 +508,17 @@ func (m *memory) latched(p *event.Process, to bitset) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	to.add(m.blocked.keys[p.EntityID])
+}
+
+// hasBlocked reports whether a rule has blocked a process before.
+func (m *memory) hasBlocked(r *rule, rules []*rule, p *event.Process) bool {
+	if p == nil || !m.latches.Load() {
+		return false
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	of, ok := m.blocked.keys[p.EntityID]
+	return ok && of.has(slices.Index(rules, r))
 }
 
 // remembered is a map that forgets its oldest keys.
