@@ -3,6 +3,7 @@ package event
 import (
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"net/netip"
 	"time"
 )
@@ -39,16 +40,21 @@ type Reader struct {
 	issuers   cache[issuerPart]
 	lists     cache[[]string]
 	matches   cache[[]Match]
+	seen      seen
+	byNumbers map[numbers]*Process
 	key       []byte
 	first     subjectParts
 	others    []subjectParts
 }
 
+// numbers are those of a process's objects, and of its host.
+type numbers [7]uint64
+
 // NewReader makes one. With fewer bytes of processes than the busiest hosts have in an
 // hour, each document takes several times as long; each byte takes another five.
 func NewReader() *Reader {
 	return &Reader{
-		texts: cache[string]{max: 2 << 20}, hosts: cache[*Host]{max: 1 << 20}, processes: cache[*Process]{max: 6 << 20},
+		seen: seen{seed: maphash.MakeSeed()}, byNumbers: map[numbers]*Process{}, texts: cache[string]{max: 2 << 20}, hosts: cache[*Host]{max: 1 << 20}, processes: cache[*Process]{max: 6 << 20},
 		rules: cache[*Rule]{max: 256 << 10}, issuers: cache[issuerPart]{max: 1 << 20},
 		lists: cache[[]string]{max: 256 << 10}, matches: cache[[]Match]{max: 256 << 10},
 	}
@@ -57,7 +63,7 @@ func NewReader() *Reader {
 // subjectParts are the objects of a document that are about one subject, as they stand
 // there.
 type subjectParts struct {
-	container, ancestors, executable, place, pod, process []byte
+	container, ancestors, executable, place, pod, process part
 
 	issuer []byte // of the token
 	scope  []byte
@@ -73,13 +79,15 @@ type reading struct {
 	*Reader
 	*Record
 	dataset, module, namespace []byte
-	agent, host, rule          []byte
+	agent, host                part
+	rule                       []byte
 	roles, matched             []byte
 	action                     []byte
 	policy                     []byte
 	mode                       []byte
 	severity, risk             int64
 	subjects                   int
+	pid                        int64 // of the first
 	truncated                  bool
 	has                        has
 }
@@ -120,9 +128,9 @@ func (d *reading) line() {
 			d.Event.Time = d.time()
 			d.has |= hasTime
 		case "agent":
-			d.agent = d.raw()
+			d.agent = d.part(0)
 		case "host":
-			d.host = d.raw()
+			d.host = d.part(0)
 		case "rule":
 			d.rule = d.raw()
 		case "data_stream":
@@ -175,11 +183,11 @@ func (d *reading) line() {
 				}
 			}
 		case "container":
-			d.first.container = d.raw()
+			d.first.container = d.part(d.salt())
 		case "orchestrator":
-			d.first.pod = d.raw()
+			d.first.pod = d.part(d.salt())
 		case "process":
-			d.first.process = d.raw()
+			d.first.process = d.part(d.salt() ^ uint64(d.pid)<<32)
 		default:
 			d.skip()
 		}
@@ -254,7 +262,7 @@ func (d *reading) own() {
 	for more := d.begin('{', '}'); more; more = d.more('}') {
 		switch string(d.name()) {
 		case "ancestors":
-			d.first.ancestors = d.raw()
+			d.first.ancestors = d.part(d.salt())
 		case "attribution":
 			d.attribution()
 		case "audit_verdict":
@@ -272,7 +280,7 @@ func (d *reading) own() {
 				}
 			}
 		case "executable":
-			d.first.executable = d.raw()
+			d.first.executable = d.part(d.salt())
 		case "forwarded":
 			d.Event.Connection.Forwarded = d.bool()
 		case "deny":
@@ -298,7 +306,7 @@ func (d *reading) own() {
 				}
 			}
 		case "process":
-			d.first.place = d.raw()
+			d.first.place = d.part(d.salt())
 		case "request":
 			d.request()
 		case "response":
@@ -314,7 +322,9 @@ func (d *reading) own() {
 				switch string(d.name()) {
 				case "pid":
 					for more := d.begin('[', ']'); more; more = d.more(']') {
-						d.int()
+						if pid := d.int(); d.subjects == 0 {
+							d.pid = pid
+						}
 						d.subjects++
 					}
 				case "role":
@@ -416,20 +426,20 @@ func (d *reading) other() {
 	for more := d.begin('{', '}'); more; more = d.more('}') {
 		switch string(d.name()) {
 		case "container":
-			p.container = d.raw()
+			p.container = d.part(d.salt())
 		case "orchestrator":
-			p.pod = d.raw()
+			p.pod = d.part(d.salt())
 		case "process":
-			p.process = d.raw()
+			p.process = d.part(d.salt() ^ uint64(len(d.others))<<56)
 		case "imdsgate":
 			for more := d.begin('{', '}'); more; more = d.more('}') {
 				switch string(d.name()) {
 				case "ancestors":
-					p.ancestors = d.raw()
+					p.ancestors = d.part(d.salt())
 				case "executable":
-					p.executable = d.raw()
+					p.executable = d.part(d.salt())
 				case "process":
-					p.place = d.raw()
+					p.place = d.part(d.salt())
 				case "token":
 					d.token(&p)
 				default:
@@ -526,7 +536,7 @@ func (d *reading) kind() error {
 }
 
 func (d *reading) ofSubjects() error {
-	if d.first.process == nil {
+	if d.first.process.raw == nil {
 		if d.subjects > 0 {
 			return errors.New("the document has imdsgate.subjects, and no process")
 		}
@@ -657,16 +667,16 @@ func (d *reading) endpoint() netip.AddrPort {
 }
 
 func (d *reading) ofHost() (*Host, error) {
-	if d.host == nil && d.agent == nil {
+	if d.host.raw == nil && d.agent.raw == nil {
 		return nil, errors.New("the document lacks host.id")
 	}
 	r := d.Reader
-	r.key = append(append(append(append(append(r.key[:0], d.host...), 0), d.agent...), 0), d.namespace...)
+	r.key = append(append(append(append(append(r.key[:0], d.host.raw...), 0), d.agent.raw...), 0), d.namespace...)
 	if h, ok := r.hosts.get(r.key); ok {
 		return h, nil
 	}
 	h := &Host{Namespace: string(d.namespace)}
-	s := scanner{text: d.host}
+	s := scanner{text: d.host.raw}
 	s.members(func(name string) {
 		switch name {
 		case "architecture":
@@ -702,7 +712,7 @@ func (d *reading) ofHost() (*Host, error) {
 			s.skip()
 		}
 	})
-	a := scanner{text: d.agent}
+	a := scanner{text: d.agent.raw}
 	a.members(func(name string) {
 		switch name {
 		case "id":
@@ -856,27 +866,48 @@ func (d *reading) ofIssuer(raw []byte) (issuerPart, error) {
 	return i, nil
 }
 
+// salt tells the objects of different hosts apart.
+func (d *reading) salt() uint64 { return uint64(d.host.number) }
+
 // ofProcess makes a process of its objects, or remembers what it has made of the same.
 func (d *reading) ofProcess(of *subjectParts) (*Process, error) {
-	key := append(append(d.key[:0], d.Event.Host.ID...), d.Event.Host.BootID...)
-	for _, raw := range [...][]byte{of.process, of.place, of.executable, of.ancestors, of.container, of.pod} {
-		key = append(append(key, 0), raw...)
+	objects := [...]*part{&d.host, &of.process, &of.place, &of.executable, &of.ancestors, &of.container, &of.pod}
+	var n numbers
+	numbered := true
+	for i, o := range objects {
+		n[i] = o.number
+		numbered = numbered && (o.number != 0 || o.raw == nil)
+	}
+	if numbered {
+		if p := d.byNumbers[n]; p != nil {
+			return p, nil
+		}
+	}
+	key := d.key[:0]
+	for _, o := range objects {
+		key = append(append(key, 0), o.raw...)
 	}
 	d.key = key
-	if p, ok := d.processes.get(key); ok {
-		return p, nil
+	p, ok := d.processes.get(key)
+	if !ok {
+		p = &Process{}
+		r := processReader{p: p}
+		r.process(of.process.raw)
+		r.place(of.place.raw)
+		r.executable(of.executable.raw)
+		r.ancestors(of.ancestors.raw)
+		r.container(of.container.raw, of.pod.raw)
+		if r.err != nil {
+			return nil, r.err
+		}
+		d.processes.put(key, p)
 	}
-	p := &Process{}
-	r := processReader{p: p}
-	r.process(of.process)
-	r.place(of.place)
-	r.executable(of.executable)
-	r.ancestors(of.ancestors)
-	r.container(of.container, of.pod)
-	if r.err != nil {
-		return nil, r.err
+	if numbered {
+		if len(d.byNumbers) >= placesSeen {
+			clear(d.byNumbers)
+		}
+		d.byNumbers[n] = p
 	}
-	d.processes.put(key, p)
 	return p, nil
 }
 
