@@ -42,9 +42,16 @@ type Reader struct {
 	matches   cache[[]Match]
 	seen      seen
 	byNumbers map[numbers]*Process
+	hostOf    map[hostNumbers]*Host
 	key       []byte
 	first     subjectParts
 	others    []subjectParts
+}
+
+// hostNumbers are those of the objects about a host.
+type hostNumbers struct {
+	host, agent uint64
+	namespace   string
 }
 
 // numbers are those of a process's objects, and of its host.
@@ -54,7 +61,7 @@ type numbers [7]uint64
 // hour, each document takes several times as long; each byte takes another five.
 func NewReader() *Reader {
 	return &Reader{
-		seen: seen{seed: maphash.MakeSeed()}, byNumbers: map[numbers]*Process{}, texts: cache[string]{max: 2 << 20}, hosts: cache[*Host]{max: 1 << 20}, processes: cache[*Process]{max: 6 << 20},
+		seen: seen{seed: maphash.MakeSeed()}, byNumbers: map[numbers]*Process{}, hostOf: map[hostNumbers]*Host{}, texts: cache[string]{max: 2 << 20}, hosts: cache[*Host]{max: 1 << 20}, processes: cache[*Process]{max: 6 << 20},
 		rules: cache[*Rule]{max: 256 << 10}, issuers: cache[issuerPart]{max: 1 << 20},
 		lists: cache[[]string]{max: 256 << 10}, matches: cache[[]Match]{max: 256 << 10},
 	}
@@ -673,10 +680,29 @@ func (d *reading) ofHost() (*Host, error) {
 		return nil, errors.New("the document lacks host.id")
 	}
 	r := d.Reader
-	r.key = append(append(append(append(append(r.key[:0], d.host.raw...), 0), d.agent.raw...), 0), d.namespace...)
-	if h, ok := r.hosts.get(r.key); ok {
+	n := hostNumbers{d.host.number, d.agent.number, d.kept(d.namespace)}
+	if h := r.hostOf[n]; h != nil && n.host != 0 && n.agent != 0 {
 		return h, nil
 	}
+	r.key = append(append(append(append(append(r.key[:0], d.host.raw...), 0), d.agent.raw...), 0), d.namespace...)
+	h, ok := r.hosts.get(r.key)
+	if !ok {
+		var err error
+		if h, err = d.makeHost(); err != nil {
+			return nil, err
+		}
+		r.hosts.put(r.key, h)
+	}
+	if n.host != 0 && n.agent != 0 {
+		if len(r.hostOf) >= placesSeen {
+			clear(r.hostOf)
+		}
+		r.hostOf[n] = h
+	}
+	return h, nil
+}
+
+func (d *reading) makeHost() (*Host, error) {
 	h := &Host{Namespace: string(d.namespace)}
 	s := scanner{text: d.host.raw}
 	s.members(func(name string) {
@@ -728,7 +754,6 @@ func (d *reading) ofHost() (*Host, error) {
 	if err := errors.Join(s.err, a.err); err != nil {
 		return nil, fmt.Errorf("host or agent: %w", err)
 	}
-	r.hosts.put(r.key, h)
 	return h, nil
 }
 

@@ -8,24 +8,25 @@ import "hash/maphash"
 // object another stands behind its beginning, and so it takes the salt: who it is about.
 type seen struct {
 	seed   maphash.Seed
-	places [placesSeen]seenObject
-	number uint64 // of the last one
+	places [placesSeen][2]seenObject // the one that was used last comes first
+	size   int                       // of the texts
+	number uint64                    // of the last one
 }
 
-// placesSeen is how many there are. With fewer than there are processes at a time, they
-// drive each other out, and are looked through each time.
-const placesSeen = 1 << 12
+const (
+	// placesSeen is how many there are, each for two. With fewer than there are processes
+	// at a time, they drive each other out, and are looked through each time.
+	placesSeen = 1 << 12
+	// beginning is how much of an object says its place.
+	beginning = 64
+	// longestSeen is how much of one is kept, and maxSeen of all.
+	longestSeen, maxSeen = 16 << 10, 16 << 20
+)
 
 type seenObject struct {
 	text   string
 	number uint64
 }
-
-// beginning is how much of an object says its place, and longestSeen how much is kept.
-const (
-	beginning   = 64
-	longestSeen = 16 << 10
-)
 
 // part is an object of a document with a number that is its own, or 0.
 type part struct {
@@ -38,18 +39,29 @@ func (r *Reader) part(salt uint64) part {
 	if r.next() != '{' {
 		return part{raw: r.raw()}
 	}
-	start := r.at
-	h := maphash.Bytes(r.seen.seed, r.scanner.text[start:min(start+beginning, len(r.scanner.text))]) ^ salt*0x9e3779b97f4a7c15
-	place := &r.seen.places[h>>(64-12)]
-	if end := start + len(place.text); place.text != "" && end <= len(r.scanner.text) && string(r.scanner.text[start:end]) == place.text {
-		r.at = end
-		return part{r.scanner.text[start:end], place.number}
+	rest := r.scanner.text[r.at:]
+	h := maphash.Bytes(r.seen.seed, rest[:min(beginning, len(rest))]) ^ salt*0x9e3779b97f4a7c15
+	place := &r.seen.places[(h^h>>32)%placesSeen]
+	for i := range place {
+		o := &place[i]
+		if n := len(o.text); n > 0 && n <= len(rest) && string(rest[:n]) == o.text {
+			r.at += n
+			number := o.number
+			if i > 0 {
+				place[0], place[i] = place[i], place[0]
+			}
+			return part{rest[:n], number}
+		}
 	}
 	raw := r.raw()
 	if len(raw) > longestSeen || r.err != nil {
 		return part{raw: raw}
 	}
+	if r.seen.size += len(raw) - len(place[1].text); r.seen.size > maxSeen {
+		clear(r.seen.places[:])
+		r.seen.size = len(raw)
+	}
 	r.seen.number++
-	*place = seenObject{string(raw), r.seen.number}
-	return part{raw, place.number}
+	place[0], place[1] = seenObject{string(raw), r.seen.number}, place[0]
+	return part{raw, r.seen.number}
 }
