@@ -107,6 +107,7 @@ type Proxy struct {
 	evidence chan struct{}
 
 	ahead    ahead
+	ours     ours
 	pace     pace
 	rendered rendered
 	tokens   *tokens
@@ -353,29 +354,23 @@ func (p *Proxy) looped(client *session) bool {
 		p.stats.Looped.Add(1)
 		return true
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for s := range p.sessions() {
-		if s.goesOutFrom(client.conn.Source) {
-			p.stats.Looped.Add(1)
-			s.looped.Store(true)
-			return true
-		}
+	s := p.ours.find(client.conn.Source)
+	if s == nil {
+		return false
 	}
-	return false
+	p.stats.Looped.Add(1)
+	s.looped.Store(true)
+	return true
 }
 
 // For names the client for whom a connection of ours to the service is, by the near
 // end of that connection. It is false for every other connection.
 func (p *Proxy) For(near netip.AddrPort) (client netip.AddrPort, ok bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for s := range p.sessions() {
-		if s.goesOutFrom(near) {
-			return s.conn.Source, true
-		}
+	s := p.ours.find(near)
+	if s == nil {
+		return netip.AddrPort{}, false
 	}
-	return netip.AddrPort{}, false
+	return s.conn.Source, true
 }
 
 // serves reports whether a destination is one of the endpoints.

@@ -35,10 +35,11 @@ type session struct {
 	held     *int // by its owner, with this one
 	part     *int // from its cgroup
 	arriving bool // has a place among those without a slot
+	room     bool // for many more, when it was accepted
 
-	prepared bool                           // up was made before it was asked for
-	near     atomic.Pointer[netip.AddrPort] // the near end of up; nil if there is none
-	looped   atomic.Bool                    // up came back to us
+	prepared bool           // up was made before it was asked for
+	near     netip.AddrPort // of up; the zero value if there is none
+	looped   atomic.Bool    // up came back to us
 
 	conn   event.Connection
 	minTTL int
@@ -108,21 +109,18 @@ func (s *session) run() {
 		s.refuse("not redirected from an endpoint of the metadata service")
 		return
 	}
+	// While it is found out who asks, and the request is on its way, so is the connection
+	// for it; but not where requests are counted, since that costs the service packets.
+	if s.p.pace.each == 0 && !s.forwarded && s.room && !s.p.ours.has(s.conn.Source) && !s.ready() {
+		return
+	}
 	admitted := false
 	s.task.Away(func() { admitted = s.enter() })
 	if !admitted {
 		return
 	}
-	// While the client's request is on its way, so is the connection for it; but not
-	// where requests are counted, since that costs the service packets, too.
-	if s.p.pace.each == 0 {
-		if err := s.connect(); err != nil {
-			if !errors.Is(err, loop.ErrCancelled) {
-				stats.UpstreamFailed.Add(1)
-				s.client.Reset()
-			}
-			return
-		}
+	if s.p.pace.each == 0 && s.up == nil && !s.ready() {
+		return
 	}
 	for s.exchange() == nil {
 		s.count++
@@ -182,6 +180,17 @@ func (s *session) ownedBy() part {
 	return part{owner{known: known, uid: uid}, s.lookup.CgroupID()}
 }
 
+// ready connects before there is a request. It reports false if that cannot be done, and
+// the client sees what it would see of the service.
+func (s *session) ready() bool {
+	err := s.connect()
+	if err != nil && !errors.Is(err, loop.ErrCancelled) {
+		s.p.stats.UpstreamFailed.Add(1)
+		s.client.Reset()
+	}
+	return err == nil
+}
+
 // connect begins a connection upstream. Where descriptors have run out it waits a
 // little for some: the client has a connection, and nobody to tell it why it ends.
 func (s *session) connect() error {
@@ -202,8 +211,7 @@ const descriptorsIn = 250 * time.Millisecond
 func (s *session) dial() error {
 	if !s.forwarded && !s.resent { // a second try needs one that is alive for certain
 		if p, ok := s.p.ahead.take(s.conn.Destination); ok {
-			s.up, s.prepared = p.conn, true
-			s.near.Store(&p.near)
+			s.reached(p.conn, p.near, true)
 			return nil
 		}
 	}
@@ -211,9 +219,13 @@ func (s *session) dial() error {
 	if err != nil {
 		return err
 	}
-	s.up, s.prepared = s.task.Adopt(fd), false
-	s.near.Store(&near)
+	s.reached(s.task.Adopt(fd), near, false)
 	return nil
+}
+
+func (s *session) reached(up *loop.Conn, near netip.AddrPort, prepared bool) {
+	s.up, s.near, s.prepared = up, near, prepared
+	s.p.ours.add(near, s)
 }
 
 // old reports whether the connection to the service may have waited for a request so
@@ -223,17 +235,10 @@ func (s *session) old() bool { return s.count > 0 || s.prepared }
 // hangUp ends the connection to the service.
 func (s *session) hangUp() {
 	if s.up != nil {
-		s.near.Store(nil)
+		s.p.ours.remove(s.near, s)
 		s.up.Close()
 		s.half.told = false
 	}
-}
-
-// goesOutFrom reports whether an address is the near end of the connection
-// upstream. It may be called from any goroutine.
-func (s *session) goesOutFrom(a netip.AddrPort) bool {
-	near := s.near.Load()
-	return near != nil && *near == a
 }
 
 // unused reports whether nothing of a request has come for a while.
