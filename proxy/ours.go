@@ -37,5 +37,3 @@ func (o *ours) find(near netip.AddrPort) *session {
 	defer o.mu.Unlock()
 	return o.near[near]
 }
-
-func (o *ours) has(near netip.AddrPort) bool { return o.find(near) != nil }

@@ -363,6 +363,9 @@ func (p *Proxy) looped(client *session) bool {
 	return true
 }
 
+// own reports whether an address is the near end of a connection of ours to the service.
+func (p *Proxy) own(a netip.AddrPort) bool { return p.ours.find(a) != nil || p.ahead.has(a) }
+
 // For names the client for whom a connection of ours to the service is, by the near
 // end of that connection. It is false for every other connection.
 func (p *Proxy) For(near netip.AddrPort) (client netip.AddrPort, ok bool) {

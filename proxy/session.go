@@ -109,17 +109,12 @@ func (s *session) run() {
 		s.refuse("not redirected from an endpoint of the metadata service")
 		return
 	}
-	// While it is found out who asks, and the request is on its way, so is the connection
-	// for it; but not where requests are counted, since that costs the service packets.
-	if s.p.pace.each == 0 && !s.forwarded && s.room && !s.p.ours.has(s.conn.Source) && !s.ready() {
-		return
-	}
-	admitted := false
-	s.task.Away(func() { admitted = s.enter() })
-	if !admitted {
-		return
-	}
-	if s.p.pace.each == 0 && s.up == nil && !s.ready() {
+	switch {
+	case !s.early():
+		if !s.known() || s.p.pace.each == 0 && !s.ready() {
+			return
+		}
+	case !s.ready(), !s.first() && !s.known():
 		return
 	}
 	for s.exchange() == nil {
@@ -131,6 +126,29 @@ func (s *session) run() {
 			return
 		}
 	}
+}
+
+// early reports whether the connection to the service may begin before it is known who
+// asks: where there is room for both, and it is none of ours that came back. Where
+// requests are counted it waits even for those, since it costs the service packets.
+func (s *session) early() bool {
+	return s.p.pace.each == 0 && !s.forwarded && s.room && !s.p.own(s.conn.Source)
+}
+
+// first reports whether the request is there, and may be passed on before it is known
+// who asks: in audit mode, where the kernel has kept who called connect.
+func (s *session) first() bool {
+	return s.p.engine.Mode() == policy.Audit && s.p.finder.Level() >= attribution.Level2 && s.fill() == nil
+}
+
+// known finds out whose the connection is, unless it was. It reports false if there is
+// no room for it.
+func (s *session) known() bool {
+	admitted := true
+	if s.lookup == nil {
+		s.task.Away(func() { admitted = s.enter() })
+	}
+	return admitted
 }
 
 // enter finds out whose the connection is, and whether there is room for it. It is
@@ -457,6 +475,9 @@ func (s *session) complete(ev *event.Event, how search, then func()) bool {
 func (s *session) hint(ev *event.Event, within time.Duration, how search) (enough bool) {
 	ctx, cancel := context.WithTimeout(context.Background(), within)
 	defer cancel()
+	if s.lookup == nil {
+		s.enter() // there was room
+	}
 	var owner attribution.Owner
 	if how != likely {
 		owner, enough = s.lookup.Accounted(ctx)

@@ -25,6 +25,14 @@ func (s *session) fromClient(e loop.Events) loop.Interest {
 }
 func (s *session) fromUp(e loop.Events) loop.Interest { return loop.Interest{Conn: s.up, For: e} }
 
+// await waits, after it was found out whose the connection is.
+func (s *session) await(until time.Time, interests ...loop.Interest) error {
+	if !s.known() {
+		return loop.ErrCancelled
+	}
+	return s.task.Wait(until, interests...)
+}
+
 // read reads until a request head is there.
 func (s *session) read() (*request, error) {
 	deadline := time.Now().Add(s.p.silence)
@@ -74,7 +82,7 @@ func (s *session) read() (*request, error) {
 				}
 			}
 		}
-		err := s.task.Wait(deadline, wait[:waits]...)
+		err := s.await(deadline, wait[:waits]...)
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			switch {
 			case begun:
@@ -147,7 +155,7 @@ func (s *session) readBody(behind int) error {
 		}
 		err := s.fill()
 		if err == loop.ErrAgain {
-			err = s.task.Wait(deadline, s.fromClient(loop.In))
+			err = s.await(deadline, s.fromClient(loop.In))
 		}
 		switch {
 		case err == io.EOF, errors.Is(err, os.ErrDeadlineExceeded):
@@ -247,7 +255,7 @@ func (s *session) forward(b []byte) error {
 				s.half.begin(s.p.half)
 			}
 		}
-		err = s.task.Wait(s.half.until(silent), s.fromUp(loop.Out), s.fromClient(loop.Gone))
+		err = s.await(s.half.until(silent), s.fromUp(loop.Out), s.fromClient(loop.Gone))
 		if err := s.half.waited(err); err != nil {
 			return err
 		}
@@ -545,6 +553,9 @@ const lingerFor = 250 * time.Millisecond
 
 // odd deals with what cannot be read one way only. r is what can be read of it.
 func (s *session) odd(why error, r *request) {
+	if !s.known() {
+		return
+	}
 	s.p.stats.Malformed.Add(1)
 	ev := s.event()
 	ev.Request = readable(r)
