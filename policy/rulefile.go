@@ -242,7 +242,7 @@ func (f *file) supported(s source) error {
 	case r.EndpointID != "" && !slices.Contains(r.OSList, "linux") && len(r.OSList) > 0:
 		return s.refuse("rule", "os_list", "", "this rule is for %s, and not for linux", strings.Join(r.OSList, " and "))
 	case len(r.Filters) > 0:
-		return s.refuse("rule", "filters", "put them into the query", "filters narrow the search beside the query, and are not applied here")
+		return f.refuseFilters(s)
 	case r.Query == "":
 		return s.at("rule", "query", "", "the rule has no query")
 	}
@@ -263,6 +263,10 @@ func (f *file) supported(s source) error {
 		}
 	}
 	return nil
+}
+
+func (f *file) refuseFilters(s source) error {
+	return s.refuse("rule", "filters", "put them into the query", "filters narrow the search beside the query, and are not applied here")
 }
 
 // compile turns the query into one that is run, whatever language it is written in.
