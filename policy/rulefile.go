@@ -294,8 +294,8 @@ func (r *Rule) parse(f *file, s source) (*syntax.Query, error) {
 		}
 		return tree, err
 	}
-	query, lines := s.embedded(f.Rule.Query)
-	q, err := kql.Parse(s.name, query)
+	name, query, lines := s.embedded(f.Rule.Query)
+	q, err := kql.Parse(name, query)
 	if err != nil {
 		return nil, quoting(lines, err)
 	}
@@ -306,8 +306,8 @@ func (r *Rule) parse(f *file, s source) (*syntax.Query, error) {
 
 // eql parses a query in EQL.
 func (f *file) eql(s source) (*syntax.Query, error) {
-	query, lines := s.embedded(f.Rule.Query)
-	tree, err := syntax.Parse(s.name, query)
+	name, query, lines := s.embedded(f.Rule.Query)
+	tree, err := syntax.Parse(name, query)
 	if err != nil {
 		return nil, quoting(lines, err)
 	}

@@ -23,7 +23,12 @@ func (s source) decode(f *file) error {
 	err := toml.Unmarshal(s.text, f)
 	if decode := (*toml.DecodeError)(nil); errors.As(err, &decode) {
 		line, column := decode.Position()
-		return s.errorf(syntax.Pos{Line: line, Col: column}, "", "%s", strings.TrimPrefix(decode.Error(), "toml: "))
+		said := strings.TrimPrefix(decode.Error(), "toml: ")
+		if found, ok := strings.CutPrefix(said, "cannot decode TOML "); ok { // and then Go types
+			found, _, _ = strings.Cut(found, " ")
+			said = fmt.Sprintf("%s cannot be of the type %s", strings.Join(decode.Key(), "."), found)
+		}
+		return s.errorf(syntax.Pos{Line: line, Col: column}, "", "%s", said)
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", s.name, err)
@@ -93,8 +98,9 @@ func (s source) position(offset int) syntax.Pos {
 
 // embedded is a query, which stands in the file as the value of a key, as it stands there:
 // behind blanks, so that its lines and columns are those of the file, and with the
-// file's lines for what is said of them. One that is written with escapes keeps its own.
-func (s source) embedded(query string) (padded, lines string) {
+// file's lines for what is said of them. One that is written with escapes has its own, and
+// its own name.
+func (s source) embedded(query string) (name, padded, lines string) {
 	from := s.find("rule", "query")
 	lines = strings.ReplaceAll(string(s.text), "\r\n", "\n")
 	query = strings.ReplaceAll(query, "\r\n", "\n")
@@ -104,11 +110,11 @@ func (s source) embedded(query string) (padded, lines string) {
 	}
 	at := strings.Index(lines[value:], query)
 	if at < 0 {
-		return query, query
+		return s.name + ": query", query, query
 	}
 	before := lines[:value+at]
 	first := before[strings.LastIndexByte(before, '\n')+1:]
-	return strings.Repeat("\n", strings.Count(before, "\n")) + strings.Repeat(" ", utf8.RuneCountInString(first)) + query, lines
+	return s.name, strings.Repeat("\n", strings.Count(before, "\n")) + strings.Repeat(" ", utf8.RuneCountInString(first)) + query, lines
 }
 
 // quoting gives errors about the text in which a query was parsed the lines of another,

@@ -160,6 +160,9 @@ func reason(file string, err error) string {
 	}
 	if fault != nil {
 		first = fmt.Sprintf("line %d: %s", fault.Line, fault.Msg)
+		if fault.File != file {
+			first = "query, " + first
+		}
 	} else {
 		first, _, _ = strings.Cut(strings.TrimPrefix(err.Error(), file+": "), "\n")
 	}
