@@ -26,7 +26,8 @@
 //     field that this event lacks; only == and != have null for it, as there.
 //     Elasticsearch lets it silence the whole rule.
 //   - number("x"), division by zero and integer overflow are null rather than
-//     failures; so is between where it finds nothing, rather than "".
+//     failures. Where between finds nothing it is null, which is what
+//     Elasticsearch's tests expect; its manual says "".
 //   - Letters are folded in ASCII only, everywhere.
 //   - Events are taken as they come, not sorted; Machine says what that means for
 //     a late one.
