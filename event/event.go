@@ -231,7 +231,9 @@ type Decision struct {
 	Reason  string // for a person, one line
 	Rule    *Rule  // that decided; nil if none did
 	Grant   string // that decided
-	Matches []Match
+	// Operator is the ID of an operator's decision that decided.
+	Operator string
+	Matches  []Match
 }
 
 // Match is one rule that one subject matched.

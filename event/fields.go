@@ -422,6 +422,7 @@ func ownFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 	add(onRequest, Keyword, "imdsgate.verdict", func(v *View) Value { return text(v.Decision.Verdict.String()) })
 	add(onRequest, Keyword, "imdsgate.audit_verdict", func(v *View) Value { return text(v.Decision.WouldBe.String()) })
 	add(onRequest, Keyword, "imdsgate.grant", func(v *View) Value { return known(v.Decision.Grant) })
+	add(onRequest, Keyword, "imdsgate.decision.id", func(v *View) Value { return known(v.Decision.Operator) })
 	array(inDecision, Keyword, "imdsgate.matched", func(v *View) Value {
 		var all []string
 		for _, m := range v.Decision.Matches {
