@@ -211,8 +211,18 @@ func fields() []Field {
 		}
 		return v.Subject.Parent
 	})
-	add(onProcess, Keyword, "user.id", func(v *View) Value { return v.of(func(p *Process) Value { return known(p.UserID) }) })
-	add(onProcess, Keyword, "user.name", func(v *View) Value { return v.of(func(p *Process) Value { return known(p.UserName) }) })
+	add(onProcess|onState, Keyword, "user.id", func(v *View) Value {
+		if v.Document == LifecycleChange || v.Document == IntegrityFinding {
+			return known(v.State.Actor.UserID)
+		}
+		return v.of(func(p *Process) Value { return known(p.UserID) })
+	})
+	add(onProcess|onState, Keyword, "user.name", func(v *View) Value {
+		if v.Document == LifecycleChange || v.Document == IntegrityFinding {
+			return known(v.State.Actor.UserName)
+		}
+		return v.of(func(p *Process) Value { return known(p.UserName) })
+	})
 	add(onProcess, Keyword, "container.id", func(v *View) Value { return v.of(func(p *Process) Value { return known(p.Container) }) })
 	add(onProcess, Keyword, "container.runtime", func(v *View) Value { return v.of(func(p *Process) Value { return known(p.Runtime) }) })
 	add(onProcess, Keyword, "orchestrator.resource.id", func(v *View) Value { return v.of(func(p *Process) Value { return known(p.Pod) }) })
@@ -422,7 +432,12 @@ func ownFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 	add(onRequest, Keyword, "imdsgate.verdict", func(v *View) Value { return text(v.Decision.Verdict.String()) })
 	add(onRequest, Keyword, "imdsgate.audit_verdict", func(v *View) Value { return text(v.Decision.WouldBe.String()) })
 	add(onRequest, Keyword, "imdsgate.grant", func(v *View) Value { return known(v.Decision.Grant) })
-	add(onRequest, Keyword, "imdsgate.decision.id", func(v *View) Value { return known(v.Decision.Operator) })
+	add(onRequest|onState, Keyword, "imdsgate.decision.id", func(v *View) Value {
+		if v.Kind == Asked || v.Kind == Started {
+			return known(v.Decision.Operator)
+		}
+		return known(v.State.Decision)
+	})
 	array(inDecision, Keyword, "imdsgate.matched", func(v *View) Value {
 		var all []string
 		for _, m := range v.Decision.Matches {
@@ -588,6 +603,9 @@ func stateFields(add adder) {
 	add(onState, Keyword, "service.type", func(*View) Value { return text("imdsgate") })
 	add(onState, Keyword, "service.version", func(v *View) Value { return known(v.Host.Version) })
 	add(onState, Keyword, "imdsgate.previous_mode", func(v *View) Value { return known(v.State.Previous) })
+	add(onState, Date, "imdsgate.until", func(v *View) Value { return date(v.State.Until) })
+	add(onState, Keyword, "imdsgate.actor.login", func(v *View) Value { return known(v.State.Actor.Login) })
+	add(onState, Long, "imdsgate.actor.pid", func(v *View) Value { return positive(v.State.Actor.PID) })
 	add(onState, Keyword, "imdsgate.policy.digest", func(v *View) Value { return known(v.State.Policy) })
 	add(onState, Long, "imdsgate.rules_loaded", func(v *View) Value { return positive(v.State.Rules) })
 	add(onState, Long, "imdsgate.grants_loaded", func(v *View) Value { return positive(v.State.Grants) })

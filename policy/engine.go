@@ -35,16 +35,16 @@ type state struct {
 func NewEngine(p *Policy) *Engine {
 	e := &Engine{terms: firstseen.New()}
 	e.SetPolicy(p)
+	e.SetMode(p.Mode)
 	return e
 }
 
-// SetPolicy replaces the policy and its mode. What sequences and latches
+// SetPolicy replaces the policy, and leaves the mode as it is. What sequences and latches
 // remember begins anew, because it is about other rules; what a rule has seen for
 // the first time it goes on to know.
 func (e *Engine) SetPolicy(p *Policy) {
 	e.terms.Rules(p.windows())
 	e.state.Store(&state{p, newMemory(p, e.terms)})
-	e.mode.Store(uint32(p.Mode))
 }
 
 // Policy is the present policy.
@@ -104,15 +104,20 @@ func subjects(ev *event.Event) []*event.Process {
 var nobody = []*event.Process{nil}
 
 // Judge decides about an event and completes its Decision. The subject on whom
-// it turned comes first. It may be called again when more is known.
+// it turned comes first. It may be called again when more is known. The mode is the one
+// that the Decision has, if any: what becomes of a request was settled when it came, and
+// another mode since then does not change what its record says.
 func (e *Engine) Judge(ev *event.Event) {
-	mode := e.Mode()
-	ev.Decision = event.Decision{Mode: mode.String()}
+	mode := ev.Decision.Mode
+	if mode == "" {
+		mode = e.Mode().String()
+	}
+	ev.Decision = event.Decision{Mode: mode}
 	ev.Decision.WouldBe = e.state.Load().outcome(ev, e.Decisions())
 	if ev.Attribution.Unawaited && ev.Decision.WouldBe == event.Allow && ev.Request.Guarded {
 		ev.Decision.Reason = strings.TrimPrefix(ev.Decision.Reason+"; the client left before every process was searched, for which enforce mode makes it wait", "; ")
 	}
-	if mode == Enforce {
+	if mode == Enforce.String() {
 		ev.Decision.Verdict = ev.Decision.WouldBe
 	}
 }
