@@ -211,18 +211,8 @@ func fields() []Field {
 		}
 		return v.Subject.Parent
 	})
-	add(onProcess|onState, Keyword, "user.id", func(v *View) Value {
-		if v.Document == LifecycleChange || v.Document == IntegrityFinding {
-			return known(v.State.Actor.UserID)
-		}
-		return v.of(func(p *Process) Value { return known(p.UserID) })
-	})
-	add(onProcess|onState, Keyword, "user.name", func(v *View) Value {
-		if v.Document == LifecycleChange || v.Document == IntegrityFinding {
-			return known(v.State.Actor.UserName)
-		}
-		return v.of(func(p *Process) Value { return known(p.UserName) })
-	})
+	add(onProcess, Keyword, "user.id", func(v *View) Value { return v.of(func(p *Process) Value { return known(p.UserID) }) })
+	add(onProcess, Keyword, "user.name", func(v *View) Value { return v.of(func(p *Process) Value { return known(p.UserName) }) })
 	add(onProcess, Keyword, "container.id", func(v *View) Value { return v.of(func(p *Process) Value { return known(p.Container) }) })
 	add(onProcess, Keyword, "container.runtime", func(v *View) Value { return v.of(func(p *Process) Value { return known(p.Runtime) }) })
 	add(onProcess, Keyword, "orchestrator.resource.id", func(v *View) Value { return v.of(func(p *Process) Value { return known(p.Pod) }) })
@@ -604,6 +594,8 @@ func stateFields(add adder) {
 	add(onState, Keyword, "service.version", func(v *View) Value { return known(v.Host.Version) })
 	add(onState, Keyword, "imdsgate.previous_mode", func(v *View) Value { return known(v.State.Previous) })
 	add(onState, Date, "imdsgate.until", func(v *View) Value { return date(v.State.Until) })
+	add(onState, Keyword, "imdsgate.actor.user.id", func(v *View) Value { return known(v.State.Actor.UserID) })
+	add(onState, Keyword, "imdsgate.actor.user.name", func(v *View) Value { return known(v.State.Actor.UserName) })
 	add(onState, Keyword, "imdsgate.actor.login", func(v *View) Value { return known(v.State.Actor.Login) })
 	add(onState, Long, "imdsgate.actor.pid", func(v *View) Value { return positive(v.State.Actor.PID) })
 	add(onState, Keyword, "imdsgate.policy.digest", func(v *View) Value { return known(v.State.Policy) })
