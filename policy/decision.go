@@ -21,7 +21,7 @@ const (
 	// configuration, where others read it.
 	MaxDecisionFor = 30 * 24 * time.Hour
 	// maxText bounds each text of a decision; all of them are in every answer to a list.
-	maxText = 4096
+	maxText = 1024
 )
 
 // Decision is what an operator has decided about programs, for a time and over
@@ -74,13 +74,19 @@ type Actor struct {
 	UID  uint32 `json:"uid"`
 	PID  int32  `json:"pid"`
 	Name string `json:"name,omitempty"` // of the account; "" if it has none
+	// Login is the account with which he came, if another: who calls sudo is root.
+	Login string `json:"login,omitempty"`
 }
 
 func (a Actor) String() string {
-	if a.Name == "" {
-		return fmt.Sprintf("uid %d", a.UID)
+	name := a.Name
+	if name == "" {
+		name = fmt.Sprintf("uid %d", a.UID)
 	}
-	return a.Name
+	if a.Login != "" && a.Login != name {
+		name += " (" + a.Login + ")"
+	}
+	return name
 }
 
 // Check says what is wrong with a decision. Whether its executable is the host's own
@@ -111,7 +117,7 @@ func (d *Decision) Check() error {
 			return fmt.Errorf("user %q is not a uid", d.User)
 		}
 	}
-	for _, text := range []string{d.ID, d.Executable, d.Unit, d.Reason, d.By.Name} {
+	for _, text := range []string{d.ID, d.Executable, d.Unit, d.Reason, d.By.Name, d.By.Login} {
 		if len(text) > maxText {
 			return fmt.Errorf("%.20q… has %d bytes, more than %d", text, len(text), maxText)
 		}
