@@ -30,7 +30,9 @@ func (h *host) verified() (string, bool) {
 func (h *host) redirected() bool { return strings.Contains(h.output("iptables-save"), "IMDSGATE") }
 
 // guarded reports whether packets past the redirect are refused.
-func (h *host) guarded() bool { return strings.Contains(h.output("iptables-save"), "tcp-reset") }
+func (h *host) guarded() bool {
+	return strings.Contains(h.output("iptables-save"), "-A IMDSGATE-OUTPUT -p tcp -j REJECT")
+}
 
 func (h *host) setMode(args ...string) {
 	h.t.Helper()
