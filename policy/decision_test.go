@@ -327,3 +327,24 @@ func BenchmarkDecisions(b *testing.B) {
 		})
 	}
 }
+
+// What becomes of a request was settled when it came: another mode since then, and more
+// that is known of it, do not make its record say otherwise.
+func TestJudgeInItsMode(t *testing.T) {
+	e := NewEngine(compile(t, Config{Mode: Audit}))
+	ev := asking(curl, nil)
+	if e.Judge(ev); ev.Decision.Verdict != event.Allow || ev.Decision.WouldBe != event.Deny {
+		t.Fatalf("%+v", ev.Decision)
+	}
+	e.SetMode(Enforce)
+	if e.Judge(ev); ev.Decision.Mode != "audit" || ev.Decision.Verdict != event.Allow {
+		t.Errorf("%+v", ev.Decision)
+	}
+	if ev := judge(e, asking(curl, nil)); ev.Decision.Mode != "enforce" || ev.Decision.Verdict != event.Deny {
+		t.Errorf("%+v", ev.Decision)
+	}
+	e.SetPolicy(compile(t, Config{Mode: Audit}))
+	if e.Mode() != Enforce {
+		t.Error("another policy has changed the mode")
+	}
+}
