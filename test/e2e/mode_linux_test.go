@@ -99,7 +99,7 @@ func TestModeSet(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer tunnel.Close()
-	fmt.Fprintf(tunnel, "GET %s HTTP/1.1\r\nHost: x\r\nX y: z\r\n\r\n", silent)
+	fmt.Fprintf(tunnel, "GET %s HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", silent)
 	if _, err := h.Await("the tunnel", func(d gate.Document) bool { return d.At("imdsgate.request.malformed") != nil }); err != nil {
 		t.Fatal(err)
 	}
