@@ -231,7 +231,9 @@ type Decision struct {
 	Reason  string // for a person, one line
 	Rule    *Rule  // that decided; nil if none did
 	Grant   string // that decided
-	Matches []Match
+	// Operator is the ID of an operator's decision that decided.
+	Operator string
+	Matches  []Match
 }
 
 // Match is one rule that one subject matched.
@@ -283,6 +285,17 @@ type State struct {
 	Rules    int64
 	Grants   int64
 	Level    string // of attribution
+	Actor    Actor  // who has had it done; zero if nobody has
+	Decision string // ID of the operator's decision that it is about
+	Until    time.Time
+}
+
+// Actor is who has asked the daemon for something, as the kernel knows him.
+type Actor struct {
+	UserID   string // "" if there is none
+	UserName string
+	Login    string // name under which he logged in, before he became another user
+	PID      int64
 }
 
 // SeverityNumber gives event.severity as Kibana's alerts have it: 21, 47, 73

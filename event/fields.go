@@ -422,6 +422,12 @@ func ownFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 	add(onRequest, Keyword, "imdsgate.verdict", func(v *View) Value { return text(v.Decision.Verdict.String()) })
 	add(onRequest, Keyword, "imdsgate.audit_verdict", func(v *View) Value { return text(v.Decision.WouldBe.String()) })
 	add(onRequest, Keyword, "imdsgate.grant", func(v *View) Value { return known(v.Decision.Grant) })
+	add(onRequest|onState, Keyword, "imdsgate.decision.id", func(v *View) Value {
+		if v.Kind == Asked || v.Kind == Started {
+			return known(v.Decision.Operator)
+		}
+		return known(v.State.Decision)
+	})
 	array(inDecision, Keyword, "imdsgate.matched", func(v *View) Value {
 		var all []string
 		for _, m := range v.Decision.Matches {
@@ -587,6 +593,11 @@ func stateFields(add adder) {
 	add(onState, Keyword, "service.type", func(*View) Value { return text("imdsgate") })
 	add(onState, Keyword, "service.version", func(v *View) Value { return known(v.Host.Version) })
 	add(onState, Keyword, "imdsgate.previous_mode", func(v *View) Value { return known(v.State.Previous) })
+	add(onState, Date, "imdsgate.until", func(v *View) Value { return date(v.State.Until) })
+	add(onState, Keyword, "imdsgate.actor.user.id", func(v *View) Value { return known(v.State.Actor.UserID) })
+	add(onState, Keyword, "imdsgate.actor.user.name", func(v *View) Value { return known(v.State.Actor.UserName) })
+	add(onState, Keyword, "imdsgate.actor.login", func(v *View) Value { return known(v.State.Actor.Login) })
+	add(onState, Long, "imdsgate.actor.pid", func(v *View) Value { return positive(v.State.Actor.PID) })
 	add(onState, Keyword, "imdsgate.policy.digest", func(v *View) Value { return known(v.State.Policy) })
 	add(onState, Long, "imdsgate.rules_loaded", func(v *View) Value { return positive(v.State.Rules) })
 	add(onState, Long, "imdsgate.grants_loaded", func(v *View) Value { return positive(v.State.Grants) })

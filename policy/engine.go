@@ -19,9 +19,10 @@ import (
 // Engine applies the present policy. Its methods may be called from any
 // goroutine.
 type Engine struct {
-	state atomic.Pointer[state]
-	mode  atomic.Uint32
-	terms *firstseen.Store // what rules of the type new_terms have seen
+	state     atomic.Pointer[state]
+	mode      atomic.Uint32
+	decisions atomic.Pointer[Decisions]
+	terms     *firstseen.Store // what rules of the type new_terms have seen
 }
 
 // state is a policy with what its rules remember.
@@ -34,16 +35,16 @@ type state struct {
 func NewEngine(p *Policy) *Engine {
 	e := &Engine{terms: firstseen.New()}
 	e.SetPolicy(p)
+	e.SetMode(p.Mode)
 	return e
 }
 
-// SetPolicy replaces the policy and its mode. What sequences and latches
+// SetPolicy replaces the policy, and leaves the mode as it is. What sequences and latches
 // remember begins anew, because it is about other rules; what a rule has seen for
 // the first time it goes on to know.
 func (e *Engine) SetPolicy(p *Policy) {
 	e.terms.Rules(p.windows())
 	e.state.Store(&state{p, newMemory(p, e.terms)})
-	e.mode.Store(uint32(p.Mode))
 }
 
 // Policy is the present policy.
@@ -55,10 +56,16 @@ func (e *Engine) Mode() Mode { return Mode(e.mode.Load()) }
 // SetMode changes the mode alone.
 func (e *Engine) SetMode(m Mode) { e.mode.Store(uint32(m)) }
 
+// Decisions are those of operators that are judged by.
+func (e *Engine) Decisions() *Decisions { return e.decisions.Load() }
+
+// SetDecisions replaces them all at once.
+func (e *Engine) SetDecisions(ds *Decisions) { e.decisions.Store(ds) }
+
 // Decisive reports whether policy may refuse a request of this kind, so that
 // it must be known for certain who asks.
 func (e *Engine) Decisive(q *event.Request) bool {
-	if q.Guarded {
+	if q.Guarded || e.Decisions().deny() {
 		return true
 	}
 	return e.Policy().blocks[q.Class]
@@ -97,23 +104,28 @@ func subjects(ev *event.Event) []*event.Process {
 var nobody = []*event.Process{nil}
 
 // Judge decides about an event and completes its Decision. The subject on whom
-// it turned comes first. It may be called again when more is known.
+// it turned comes first. It may be called again when more is known. The mode is the one
+// that the Decision has, if any: what becomes of a request was settled when it came, and
+// another mode since then does not change what its record says.
 func (e *Engine) Judge(ev *event.Event) {
-	mode := e.Mode()
-	ev.Decision = event.Decision{Mode: mode.String()}
-	ev.Decision.WouldBe = e.state.Load().outcome(ev)
+	mode := ev.Decision.Mode
+	if mode == "" {
+		mode = e.Mode().String()
+	}
+	ev.Decision = event.Decision{Mode: mode}
+	ev.Decision.WouldBe = e.state.Load().outcome(ev, e.Decisions())
 	if ev.Attribution.Unawaited && ev.Decision.WouldBe == event.Allow && ev.Request.Guarded {
 		ev.Decision.Reason = strings.TrimPrefix(ev.Decision.Reason+"; the client left before every process was searched, for which enforce mode makes it wait", "; ")
 	}
-	if mode == Enforce {
+	if mode == Enforce.String() {
 		ev.Decision.Verdict = ev.Decision.WouldBe
 	}
 }
 
 // outcome is the verdict of enforce mode. The order of the reasons is that of
-// DESIGN: what cannot be read; a grant; a rule that blocks; nobody known; the
-// class's default.
-func (p *state) outcome(ev *event.Event) event.Verdict {
+// DESIGN: what cannot be read; a decision that denies; one that allows, or a grant; a
+// rule that blocks; nobody known; the class's default.
+func (p *state) outcome(ev *event.Event, decisions *Decisions) event.Verdict {
 	d, q := &ev.Decision, &ev.Request
 	ev.Token.Scope = p.tokenScope
 	if q.Malformed != "" {
@@ -149,9 +161,12 @@ func (p *state) outcome(ev *event.Event) event.Verdict {
 			break
 		}
 	}
-	if name, ok := p.allGranted(ev); ok {
-		d.Grant = name
-		d.Reason = "granted by " + name
+	if by, subject := decisions.denies(ev); by != nil {
+		d.Operator, d.Reason = by.ID, by.because
+		p.first(ev, subject)
+		return event.Deny
+	}
+	if p.allCovered(ev, decisions) {
 		return event.Allow
 	}
 	switch {
@@ -176,30 +191,46 @@ func (p *state) outcome(ev *event.Event) event.Verdict {
 }
 
 // Final reports whether a judged event is refused whatever else may be found out
-// about who asks: a rule blocks one of those who are known, and no grant covers
-// him.
+// about who asks: a decision denies it to one of those who are known, or a rule blocks
+// one, and neither a decision nor a grant covers him.
 func (e *Engine) Final(ev *event.Event) bool {
-	p := e.Policy()
-	return ev.Decision.WouldBe == event.Deny && ev.Decision.Rule != nil && slices.ContainsFunc(ev.Subjects, func(subject *event.Process) bool {
+	p, decisions := e.Policy(), e.Decisions()
+	if ev.Decision.WouldBe != event.Deny {
+		return false
+	}
+	return ev.Decision.Operator != "" || ev.Decision.Rule != nil && slices.ContainsFunc(ev.Subjects, func(subject *event.Process) bool {
 		_, ok := p.granted(subject, ev)
-		return !ok
+		return !ok && decisions.allows(subject, ev.Time) == nil
 	})
 }
 
-// allGranted reports whether every subject has a grant, on sufficient evidence.
-func (p *Policy) allGranted(ev *event.Event) (name string, ok bool) {
+// allCovered reports whether every subject has a decision that allows it or a grant,
+// on sufficient evidence, and says so in the event.
+func (p *Policy) allCovered(ev *event.Event, decisions *Decisions) bool {
 	if !ev.Attribution.Sufficient() || len(ev.Subjects) == 0 {
-		return "", false
+		return false
 	}
-	var names []string
+	var decided *standing
+	var grants []string
 	for _, subject := range ev.Subjects {
+		if by := decisions.allows(subject, ev.Time); by != nil {
+			decided = by
+			continue
+		}
 		name, ok := p.granted(subject, ev)
 		if !ok {
-			return "", false
+			return false
 		}
-		names = append(names, name)
+		grants = append(grants, name)
 	}
-	return strings.Join(names, ","), true
+	d := &ev.Decision
+	if d.Grant = strings.Join(grants, ","); d.Grant != "" {
+		d.Reason = "granted by " + d.Grant
+	}
+	if decided != nil {
+		d.Operator, d.Reason = decided.ID, decided.because
+	}
+	return true
 }
 
 // first puts the subject that decided to the front.

@@ -121,11 +121,17 @@ func (s *session) run() {
 		s.count++
 		s.idle.Store(int64(time.Since(start)))
 		s.busy.Store(false)
-		if s.p.closing.Load() {
+		if s.ends() {
 			s.goodbye(false)
 			return
 		}
 	}
+}
+
+// ends reports whether the connection shall end when nothing is under way. It may be
+// called from any goroutine.
+func (s *session) ends() bool {
+	return s.p.closing.Load() || int64(s.accepted.Sub(start)) < s.p.drained.Load()
 }
 
 // early reports whether the connection to the service may begin before it is known who
@@ -290,7 +296,7 @@ func (s *session) refuse(why string) {
 	ev := s.event()
 	ev.Request.Malformed = why
 	ev.Attribution.Reason = "not_asked"
-	ev.Decision = event.Decision{Mode: s.p.engine.Mode().String(), Verdict: event.Deny, WouldBe: event.Deny, Reason: why}
+	ev.Decision = event.Decision{Mode: ev.Decision.Mode, Verdict: event.Deny, WouldBe: event.Deny, Reason: why}
 	s.p.options.Record(ev)
 	s.reset = true
 }
@@ -298,6 +304,7 @@ func (s *session) refuse(why string) {
 // event begins a record. The first of a connection is from when it was accepted.
 func (s *session) event() *event.Event {
 	ev := &event.Event{Host: s.p.options.Host, Time: s.accepted, Connection: s.conn}
+	ev.Decision.Mode = s.p.engine.Mode().String()
 	if ev.Connection.First = !s.told; s.told {
 		ev.Time = time.Now()
 	}
@@ -334,7 +341,7 @@ func (s *session) exchange() error {
 	asked(ev, r, target, size)
 	ev.Token = token
 
-	enforce := s.p.engine.Mode() == policy.Enforce
+	enforce := ev.Decision.Mode == policy.Enforce.String()
 	search := likely
 	if s.p.engine.Decisive(&ev.Request) {
 		if search = whole; !enforce {

@@ -63,7 +63,7 @@ func (s *session) read() (*request, error) {
 		wait := [2]loop.Interest{s.fromClient(loop.In)}
 		waits := 1
 		if !begun {
-			if woken && s.p.closing.Load() && s.unused() {
+			if woken && s.ends() && s.unused() {
 				s.goodbye(false)
 				return nil, io.EOF
 			}
@@ -561,7 +561,7 @@ func (s *session) odd(why error, r *request) {
 	ev.Request = readable(r)
 	ev.Request.Malformed = why.Error()
 	ev.Request.Bytes = int64(len(s.in))
-	if s.p.engine.Mode() == policy.Enforce {
+	if ev.Decision.Mode == policy.Enforce.String() {
 		s.task.Away(func() { s.decide(ev, AttributeIn, likely) })
 		s.say(imds.AppendBadRequest(nil, time.Now()))
 		ev.Response = event.Response{Status: 400, Refused: true}
@@ -580,7 +580,7 @@ func (s *session) odd(why error, r *request) {
 }
 
 // tunnel passes bytes both ways until both ends have ended, or nothing has
-// passed for long.
+// passed for long. In enforce mode nothing passes that cannot be read.
 func (s *session) tunnel() {
 	if s.reach(s.in) != nil {
 		s.client.Reset()
@@ -593,6 +593,9 @@ func (s *session) tunnel() {
 	defer back.release()
 	var over halfClosed
 	for silent := time.Now().Add(s.p.silence); ; {
+		if s.reset = s.p.engine.Mode() == policy.Enforce; s.reset { // from now on
+			return
+		}
 		// What the service has said is the client's, also if it takes no more.
 		more, err := back.move()
 		if s.reset = err != nil; s.reset || back.broken {

@@ -32,6 +32,9 @@ const DefaultEvents = "/var/log/imdsgate/events.ndjson"
 // DefaultFirstSeen is where rules remember what they have seen.
 const DefaultFirstSeen = "/var/lib/imdsgate/first-seen.db"
 
+// DefaultState is where the daemon keeps what operators have decided.
+const DefaultState = "/var/lib/imdsgate"
+
 // Config is the whole file.
 type Config struct {
 	policy.Config `yaml:",inline"`
@@ -39,6 +42,7 @@ type Config struct {
 	Events        sink.Options    `yaml:"events"`
 	Attribution   Attribution     `yaml:"attribution"`
 	FirstSeen     FirstSeen       `yaml:"first_seen"`
+	State         State           `yaml:"state"`
 	Control       Control         `yaml:"control"`
 	Limits        Limits          `yaml:"limits"`
 	Upstream      Upstream        `yaml:"upstream"`
@@ -82,6 +86,12 @@ func (u *Uncovered) UnmarshalText(text []byte) error {
 type FirstSeen struct {
 	// Path is a file that the daemon alone uses. A change takes a restart.
 	Path string `yaml:"path"`
+}
+
+// State is what operators have decided, which outlives the daemon.
+type State struct {
+	// Dir is a directory that nobody else may write to. A change takes a restart.
+	Dir string `yaml:"dir"`
 }
 
 // Control is where operators ask.
@@ -137,6 +147,7 @@ func Parse(name string, src []byte) (Config, error) {
 	}
 	c.Events.Path = cmp.Or(c.Events.Path, DefaultEvents)
 	c.FirstSeen.Path = cmp.Or(c.FirstSeen.Path, DefaultFirstSeen)
+	c.State.Dir = cmp.Or(c.State.Dir, DefaultState)
 	c.Control.Socket = cmp.Or(c.Control.Socket, control.DefaultSocket)
 	c.Log.Level = cmp.Or(c.Log.Level, "info")
 	return c, nil
