@@ -40,7 +40,7 @@ const (
 // What is denied is denied to the program that it describes, whatever has a grant or is
 // nobody's business, and to no other.
 func TestDecisionDenies(t *testing.T) {
-	granted := Config{Mode: Enforce, Grants: []Grant{{Name: "agent", Executable: ssmAgent, Unit: "app.service", Owner: "o", Reason: "r"}}}
+	granted := Config{Mode: Enforce, Grants: []Grant{{Name: "agent", Who: Who{Executable: OneOrMore{ssmAgent}, Unit: "app.service"}, Owner: "o", Reason: "r"}}}
 	type change = func(*event.Event, *event.Process)
 	inventory := func(ev *event.Event, _ *event.Process) {
 		ev.Request.Class, ev.Request.Guarded = "inventory", false
@@ -141,7 +141,7 @@ func TestDecisionAllows(t *testing.T) {
 		}, false},
 		{"a user at all events, with a file of his own", func(d *Decision) { d.User, d.AcceptRisk = "1000", true }, func(_ *event.Event, p *event.Process) { p.RootOwned = false }, false},
 	} {
-		e := NewEngine(compile(t, Config{Mode: Enforce, Grants: []Grant{{Name: "agent", Executable: ssmAgent, Unit: "app.service", Owner: "o", Reason: "r"}}}))
+		e := NewEngine(compile(t, Config{Mode: Enforce, Grants: []Grant{{Name: "agent", Who: Who{Executable: OneOrMore{ssmAgent}, Unit: "app.service"}, Owner: "o", Reason: "r"}}}))
 		if ev := judge(e, asking(curl, nil)); ev.Decision.Verdict != event.Deny {
 			t.Fatalf("%+v", ev.Decision)
 		}

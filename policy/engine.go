@@ -68,7 +68,7 @@ func (e *Engine) Decisive(q *event.Request) bool {
 	if q.Guarded || e.Decisions().deny() {
 		return true
 	}
-	return e.Policy().blocks[q.Class]
+	return e.Policy().decisive[q.Class]
 }
 
 // stage is one stage of a rule with the documents that it may be about.
@@ -122,9 +122,9 @@ func (e *Engine) Judge(ev *event.Event) {
 	}
 }
 
-// outcome is the verdict of enforce mode. The order of the reasons is that of
-// DESIGN: what cannot be read; a decision that denies; one that allows, or a grant; a
-// rule that blocks; nobody known; the class's default.
+// outcome is the verdict of enforce mode. The order of the reasons: what cannot be
+// read; a decision that denies, or a deny; a decision that allows, or a grant; a rule
+// that blocks; nobody known; the posture of the class.
 func (p *state) outcome(ev *event.Event, decisions *Decisions) event.Verdict {
 	d, q := &ev.Decision, &ev.Request
 	ev.Token.Scope = p.tokenScope
@@ -166,6 +166,14 @@ func (p *state) outcome(ev *event.Event, decisions *Decisions) event.Verdict {
 		p.first(ev, subject)
 		return event.Deny
 	}
+	for _, subject := range subjects(ev) {
+		if deny := p.denied(subject, ev); deny != nil {
+			d.Deny = deny.Name
+			d.Reason = fmt.Sprintf("denied by %q: %s", deny.Name, deny.Reason)
+			p.first(ev, subject)
+			return event.Deny
+		}
+	}
 	if p.allCovered(ev, decisions) {
 		return event.Allow
 	}
@@ -175,7 +183,7 @@ func (p *state) outcome(ev *event.Event, decisions *Decisions) event.Verdict {
 		d.Reason = fmt.Sprintf("rule %q %s %s", blocked.Rule.Name, how, describe(blocked.Subject))
 		p.first(ev, blocked.Subject)
 		return event.Deny
-	case !q.Guarded:
+	case !q.Guarded && p.posture(q) == Default:
 		return event.Allow
 	case len(ev.Subjects) == 0:
 		d.Reason = "unattributed: " + ev.Attribution.Reason
@@ -183,7 +191,7 @@ func (p *state) outcome(ev *event.Event, decisions *Decisions) event.Verdict {
 	case !ev.Attribution.Sufficient():
 		d.Reason = "unattributed: somebody else may hold the connection: " + ev.Attribution.Reason
 		return event.Deny
-	case p.Posture == Strict:
+	case p.posture(q) == Strict:
 		d.Reason = "posture strict: no grant covers " + describe(ev.Subjects[0])
 		return event.Deny
 	}
@@ -191,14 +199,14 @@ func (p *state) outcome(ev *event.Event, decisions *Decisions) event.Verdict {
 }
 
 // Final reports whether a judged event is refused whatever else may be found out
-// about who asks: a decision denies it to one of those who are known, or a rule blocks
-// one, and neither a decision nor a grant covers him.
+// about who asks: a decision or a deny is about one of those who are known, or a rule
+// blocks one whom neither a decision nor a grant covers.
 func (e *Engine) Final(ev *event.Event) bool {
 	p, decisions := e.Policy(), e.Decisions()
 	if ev.Decision.WouldBe != event.Deny {
 		return false
 	}
-	return ev.Decision.Operator != "" || ev.Decision.Rule != nil && slices.ContainsFunc(ev.Subjects, func(subject *event.Process) bool {
+	return ev.Decision.Operator != "" || ev.Decision.Deny != "" || ev.Decision.Rule != nil && slices.ContainsFunc(ev.Subjects, func(subject *event.Process) bool {
 		_, ok := p.granted(subject, ev)
 		return !ok && decisions.allows(subject, ev.Time) == nil
 	})
