@@ -5,6 +5,8 @@ package config
 import (
 	"cmp"
 	"fmt"
+	"reflect"
+	"slices"
 
 	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/control"
@@ -130,6 +132,20 @@ func (c *Config) complete() {
 	c.State.Dir = cmp.Or(c.State.Dir, DefaultState)
 	c.Control.Socket = cmp.Or(c.Control.Socket, control.DefaultSocket)
 	c.Log.Level = cmp.Or(c.Log.Level, "info")
+}
+
+// Restart lists the keys that differ in another configuration and are read at the start
+// of the daemon alone.
+func (c Config) Restart(other Config) (keys []string) {
+	mine, theirs := reflect.ValueOf(c), reflect.ValueOf(other)
+	policys := keysOf(reflect.TypeFor[policy.Config]())
+	for _, k := range keysOf(mine.Type()) {
+		reloaded := slices.ContainsFunc(policys, func(p key) bool { return p.name == k.name })
+		if !reloaded && !reflect.DeepEqual(mine.FieldByIndex(k.index).Interface(), theirs.FieldByIndex(k.index).Interface()) {
+			keys = append(keys, k.name)
+		}
+	}
+	return keys
 }
 
 // Policy compiles the part that judges. What is wrong with it is shown where it is

@@ -38,7 +38,7 @@ func (d *daemon) routes() map[string]control.Route {
 		"decisions/delete": {Change: true, Answer: d.deleteDecisions},
 		"mode/set":         {Change: true, Answer: d.setMode},
 		"reload": {Change: true, Answer: func(ctx context.Context, _ control.Question) (any, error) {
-			return struct{}{}, d.reload(ctx)
+			return d.reload(ctx)
 		}},
 	}
 }
@@ -48,20 +48,10 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 	s := report.Status{
 		Version: version, PID: os.Getpid(), Since: d.since, Mode: d.engine.Mode().String(),
 		Modes: d.modesNow(), Decisions: d.decisionsNow(),
-		Policy:      report.Policy{Posture: p.Posture.String(), Digest: p.Digest, Skipped: len(p.Skipped)},
+		Policy:      policyReport(p),
 		Attribution: d.attributionStatus(),
 		Events:      report.Events{Path: d.spool.Path(), Stats: d.spool.Stats()},
 		FirstSeen:   d.terms.Stats(),
-	}
-	for _, r := range p.Rules() {
-		rule := report.Rule{ID: r.ID, Name: r.Name, Version: r.Version, File: r.File}
-		for _, x := range r.Excluded {
-			rule.Exclusions = append(rule.Exclusions, x.Text)
-		}
-		s.Policy.Rules = append(s.Policy.Rules, rule)
-	}
-	for _, g := range p.Grants() {
-		s.Policy.Grants = append(s.Policy.Grants, g.Name)
 	}
 	if d.proxy != nil {
 		n := d.proxy.Stats()
@@ -89,6 +79,24 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 		s.Process.Descriptors, _ = self.FileDescriptorsLen()
 	}
 	return s, nil
+}
+
+func policyReport(p *policy.Policy) report.Policy {
+	r := report.Policy{Posture: p.Posture.String(), Digest: p.Digest, Skipped: len(p.Skipped)}
+	for _, loaded := range p.Rules() {
+		rule := report.Rule{ID: loaded.ID, Name: loaded.Name, Version: loaded.Version, File: loaded.File}
+		for _, x := range loaded.Excluded {
+			rule.Exclusions = append(rule.Exclusions, x.Text)
+		}
+		r.Rules = append(r.Rules, rule)
+	}
+	for _, g := range p.Grants() {
+		r.Grants = append(r.Grants, g.Name)
+	}
+	for _, d := range p.Denies() {
+		r.Denies = append(r.Denies, d.Name)
+	}
+	return r
 }
 
 // redirectStatus reads the rules as they are now.
