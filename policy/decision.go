@@ -135,7 +135,7 @@ func (d *Decision) risk() error {
 		return fmt.Errorf("%w: without an executable, also what a thief has brought or started there; name the executable", ErrRisk)
 	case d.Unit == "" && d.User == "" && d.Container == "":
 		return fmt.Errorf("%w: an executable alone can be run by a thief with his own LD_PRELOAD; add a unit, a user or a container", ErrRisk)
-	case d.Unit == "" && d.Container == "" && ObeysArguments(d.Executable):
+	case d.Unit == "" && d.Container == "" && obeysArguments(d.Executable):
 		return fmt.Errorf("%w: %s does what its arguments say, also those of a thief who has become that user; add a unit", ErrRisk, path.Base(d.Executable))
 	}
 	return nil
@@ -148,22 +148,13 @@ func isContainer(id string) bool {
 	return len(id) == 64 && strings.Trim(id, "0123456789abcdef") == ""
 }
 
-// held reports whether the process that a decision describes is one that may be
-// allowed something, and if not what keeps it from that: a grant asks the same.
-func (d *Decision) held(p *event.Process) (ok bool, missed string) {
-	switch {
-	case p.Earlier:
-		return false, "the process has executed another program since"
-	case d.AcceptRisk && d.Container != "":
-		return true, ""
-	case !p.HostVerified:
-		return false, "the executable is not the host's own file"
-	case !p.RootOwned:
-		return false, "others than root can change the executable"
-	case p.Loader:
-		return false, "the executable is a dynamic loader"
+// holds reports whether the process that a decision describes is one that may be allowed
+// something: a grant asks the same.
+func (d *Decision) holds(p *event.Process) bool {
+	if p.Earlier || d.AcceptRisk && d.Container != "" {
+		return !p.Earlier
 	}
-	return true, ""
+	return p.HostVerified && p.RootOwned && !p.Loader
 }
 
 // inForce reports whether a decision counts at a time. By a clock that is behind, as it
@@ -345,10 +336,8 @@ func (ds *Decisions) allows(p *event.Process, at time.Time) *standing {
 		is.user = p.UserID
 	}
 	for _, asks := range ds.asks[Allows] {
-		if s := ds.find(Allows, asks, is, at); s != nil {
-			if ok, _ := s.held(p); ok {
-				return s
-			}
+		if s := ds.find(Allows, asks, is, at); s != nil && s.holds(p) {
+			return s
 		}
 	}
 	return nil
@@ -373,10 +362,10 @@ func (ds *Decisions) find(e Effect, asks, is criteria, at time.Time) *standing {
 	return nil
 }
 
-// ObeysArguments reports whether a program does what its caller writes on its command
+// obeysArguments reports whether a program does what its caller writes on its command
 // line, or in a file of his, so that the program says nothing about who has it work:
 // shells, interpreters, downloaders and what runs others.
-func ObeysArguments(executable string) bool {
+func obeysArguments(executable string) bool {
 	name := strings.TrimRight(path.Base(executable), "0123456789.-")
 	_, found := slices.BinarySearchFunc(obedient, strings.ToLower(name), cmp.Compare[string])
 	return found

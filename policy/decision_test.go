@@ -278,7 +278,7 @@ func TestObeysArguments(t *testing.T) {
 		"/usr/bin/curl": true, "/bin/busybox": true, "/usr/bin/lua5.4": true, "/opt/Java": true,
 		"/usr/bin/amazon-ssm-agent": false, "/opt/app/bin/app": false, "/usr/bin/curlew": false, "/usr/bin/7": false,
 	} {
-		if ObeysArguments(name) != want {
+		if obeysArguments(name) != want {
 			t.Errorf("%s: %v", name, !want)
 		}
 	}

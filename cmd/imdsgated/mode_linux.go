@@ -93,7 +93,7 @@ func (d *daemon) recallMode(dir string) {
 		m.unsaved = m.file.remove()
 		return
 	}
-	m.set = set
+	m.set, m.since = set, set.Since
 	if !set.Until.IsZero() {
 		m.ends = now.Add(set.Until.Sub(now))
 	}
@@ -110,7 +110,7 @@ func (d *daemon) forgetMode(why error) {
 	d.log.Error().Err(why).Stringer("mode", m.configured).Msg("the mode that was set cannot be taken up, and the configured one is in force")
 	d.change(event.State{Action: "mode-changed", Type: "change", Previous: m.set.Mode.String(),
 		Message: fmt.Sprintf("the mode is %s, as configured: %s, which %s had set, cannot be taken up", m.configured, m.set.Mode, m.set.By)}, why)
-	m.failure, m.set, m.ends = why, nil, time.Time{}
+	m.failure, m.set, m.since, m.ends = why, nil, d.since, time.Time{}
 	m.unsaved = m.file.remove()
 }
 

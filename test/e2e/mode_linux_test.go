@@ -190,4 +190,25 @@ func TestModeRequiresLevel(t *testing.T) {
 		t.Error("the guard of enforce mode is there")
 	}
 	h.asksAs("/usr/bin/curl", "200", 0)
+	h.Stop()
+
+	// One that was set where the level was there does not keep the daemon from starting.
+	const config = "mode: audit\nattribution: {require_level: L2}\n"
+	h.startWith(gate.Settings{Config: config, Dir: h.Dir})
+	h.setMode("enforce")
+	h.asksAs("/usr/bin/curl", "403", 0)
+	h.Kill()
+	h.startWith(gate.Settings{Config: config, Dir: h.Dir})
+	h.inMode("enforce")
+	h.Stop()
+	h.startWith(gate.Settings{Config: config, Dir: h.Dir, Lacks: attribution.Level2})
+	h.inMode("audit")
+	h.logged("cannot be taken up")
+	h.asksAs("/usr/bin/curl", "200", 0)
+	if h.guarded() {
+		t.Error("the guard of enforce mode is there")
+	}
+	if out, _ := h.imdsgate("mode"); !strings.Contains(out, "require_level is L2") {
+		t.Error(out)
+	}
 }
