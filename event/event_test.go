@@ -74,7 +74,7 @@ func TestDocuments(t *testing.T) {
 		name string
 		want any
 	}{
-		{0, "@timestamp", "2026-11-23T18:04:05.164Z"},
+		{0, "@timestamp", "2026-11-23T18:04:05.164000000Z"},
 		{0, "event.kind", "event"},
 		{0, "event.action", "imds-request-denied"},
 		{0, "event.outcome", "success"},

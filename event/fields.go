@@ -43,7 +43,7 @@ type View struct {
 	ID       string
 	Sequence uint64
 	Created  time.Time
-	Decided  string // of an alert: the ID of the decision it belongs to
+	Related  []string // of an alert: the IDs of the event's other documents
 	// Adopted makes the present parent stand in the place of the one that forked the
 	// process. It is for rules: what is written has both.
 	Adopted bool
@@ -62,6 +62,7 @@ type Field struct {
 	free    bool // text that a process or client chose, and that may carry a secret
 	first   bool // only the first of several values is written; ECS wants one
 	fixed   bool // depends on the document alone
+	exact   bool // a time to the nanosecond, not the millisecond
 	get     func(*View) Value
 	write   func(*View, []byte) (_ []byte, short bool) // renders the value without making it; nil where get will do
 	parts   []string
@@ -130,19 +131,15 @@ func fields() []Field {
 	}
 	array := func(d docs, t Type, name string, get func(*View) Value) { add(d, t, name, get).Array = true }
 
-	add(everywhere, Date, "@timestamp", func(v *View) Value { return date(v.Timestamp()) })
+	// In full, because sequences are about what came first, and in how long.
+	add(everywhere, Date, "@timestamp", func(v *View) Value { return date(v.Timestamp()) }).exact = true
 	add(everywhere, Keyword, "ecs.version", func(*View) Value { return text(ECSVersion) }).fixed = true
 	message := add(everywhere, Keyword, "message", func(v *View) Value { return text(v.message()) })
 	message.free, message.write = true, (*View).writeMessage
 	add(onRequest|onState, Keyword, "log.level", func(v *View) Value { return text(v.level()) })
 	add(everywhere, Keyword, "data_stream.type", func(*View) Value { return text("logs") }).fixed = true
-	add(everywhere, Keyword, "data_stream.dataset", func(v *View) Value { return text(datasets[v.Document]) }).fixed = true
-	add(everywhere, Keyword, "data_stream.namespace", func(v *View) Value {
-		if v.Host.Namespace == "" {
-			return text("default")
-		}
-		return text(v.Host.Namespace)
-	})
+	add(everywhere, Keyword, "data_stream.dataset", func(v *View) Value { return text(v.dataset()) })
+	add(everywhere, Keyword, "data_stream.namespace", func(v *View) Value { return text(v.namespace()) })
 
 	add(everywhere, Keyword, "agent.id", func(v *View) Value { return known(v.Host.AgentID) })
 	add(everywhere, Keyword, "agent.type", func(*View) Value { return text("imdsgate") })
@@ -175,7 +172,7 @@ func fields() []Field {
 		return text(requestModules[0])
 	})
 	module.Array, module.first, module.fixed = true, true, true
-	add(everywhere, Keyword, "event.dataset", func(v *View) Value { return text(datasets[v.Document]) }).fixed = true
+	add(everywhere, Keyword, "event.dataset", func(v *View) Value { return text(v.dataset()) })
 	add(everywhere, Keyword, "event.kind", func(v *View) Value { return text(v.kind()) }).fixed = true
 	category := add(everywhere, Keyword, "event.category", func(v *View) Value { return texts(categories[v.Document]...) })
 	category.Array, category.fixed = true, true
@@ -535,7 +532,7 @@ func ownFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 		return text("bound")
 	})
 	add(inAlert, Keyword, "imdsgate.alert.action", func(v *View) Value { return text(v.Match.Action) })
-	array(inAlert, Keyword, "imdsgate.alert.correlated_event_ids", func(v *View) Value { return texts(v.Decided) })
+	array(inAlert, Keyword, "imdsgate.alert.correlated_event_ids", func(v *View) Value { return texts(v.Related...) })
 }
 
 // tokenFields are about the session token that a request carries, as far as it is

@@ -106,7 +106,11 @@ func (f *Field) append(b []byte, v *Value) (_ []byte, short bool) {
 		return strconv.AppendBool(b, v.Bool), false
 	case Date:
 		b = append(b, '"')
-		b = v.Time.UTC().AppendFormat(b, "2006-01-02T15:04:05.000Z")
+		form := "2006-01-02T15:04:05.000Z"
+		if f.exact {
+			form = "2006-01-02T15:04:05.000000000Z"
+		}
+		b = v.Time.UTC().AppendFormat(b, form)
 		return append(b, '"'), false
 	case IP:
 		if v.Texts == nil {

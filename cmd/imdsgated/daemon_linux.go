@@ -77,6 +77,7 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	if d.host, err = describeHost(version); err != nil {
 		return err
 	}
+	d.host.Layout = c.Events.Layout
 	if err := os.MkdirAll(filepath.Dir(c.Events.Path), 0o750); err != nil {
 		return fmt.Errorf("make the directory of the event file: %w", err)
 	}

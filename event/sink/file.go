@@ -34,6 +34,8 @@ type Options struct {
 	// drops events when the disk stalls for a moment; each place costs a few
 	// kilobytes while it is taken.
 	Queue int `yaml:"queue"`
+	// Layout is the data streams that documents name: own, or defend.
+	Layout event.Layout `yaml:"layout"`
 }
 
 const (
@@ -186,12 +188,16 @@ func (f *File) loop(w *writer) {
 func (f *File) write(w *writer, enc *encoder, e *event.Event) {
 	now := time.Now()
 	views := e.Views()
+	var ids []string
 	for i := range views {
 		v := &views[i]
-		if i > 0 && views[0].Document == event.RequestDecision {
-			v.Decided = views[0].ID
+		if v.Document == event.Alert {
+			v.Related = ids
 		}
 		f.note(w.write(enc.encode(v, now)))
+		if v.Document != event.Alert {
+			ids = append(ids, v.ID)
+		}
 	}
 }
 

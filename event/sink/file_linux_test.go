@@ -223,7 +223,7 @@ func TestBatches(t *testing.T) {
 
 func TestTail(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "events.ndjson")
-	f := open(t, Options{Path: path, MaxSize: 2048, Keep: 50})
+	f := open(t, Options{Path: path, MaxSize: 2200, Keep: 50})
 	for i := range 3 {
 		f.Record(started(i))
 	}
