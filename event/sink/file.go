@@ -164,7 +164,7 @@ func (f *File) Stats() Stats {
 func (f *File) loop(w *writer) {
 	defer close(f.done)
 	defer f.batch.Stop()
-	enc := encoder{sequence: sinceBoot(), entropy: ulid.Monotonic(rand.Reader, 0)}
+	enc := newEncoder()
 	for stopped := false; !stopped; {
 		select {
 		case <-f.wake:
@@ -175,7 +175,7 @@ func (f *File) loop(w *writer) {
 		for more := true; more; {
 			select {
 			case e := <-f.queue:
-				f.write(w, &enc, e)
+				f.write(w, enc, e)
 			default:
 				more = false
 			}
@@ -217,6 +217,10 @@ type encoder struct {
 	sequence uint64
 	entropy  io.Reader
 	line     []byte
+}
+
+func newEncoder() *encoder {
+	return &encoder{sequence: sinceBoot(), entropy: ulid.Monotonic(rand.Reader, 0)}
 }
 
 // encode returns a line that is good until the next call.
