@@ -183,8 +183,8 @@ func TestCut(t *testing.T) {
 		}
 	}
 	doc := render(t, e)[0]
-	if at(doc, "labels.imdsgate_truncated") != "true" || at(doc, "process.args_count") != 1000.0 {
-		t.Errorf("labels %v, count %v", doc["labels"], at(doc, "process.args_count"))
+	if at(doc, "imdsgate.truncated") != true || at(doc, "imdsgate.redacted") != true || at(doc, "process.args_count") != 1000.0 {
+		t.Errorf("%v, count %v", doc["imdsgate"], at(doc, "process.args_count"))
 	}
 }
 

@@ -64,7 +64,8 @@ type Field struct {
 	fixed   bool // depends on the document alone
 	exact   bool // a time to the nanosecond, not the millisecond
 	get     func(*View) Value
-	write   func(*View, []byte) (_ []byte, short bool) // renders the value without making it; nil where get will do
+	tells   loss                               // that the line has of rules' text
+	write   func(*View, []byte) ([]byte, loss) // renders the value without making it; nil where get will do
 	parts   []string
 	key     string // the last part, as JSON has it before a value
 }
@@ -97,6 +98,7 @@ const (
 	onProcess  = inProcess | inConn | onRequest
 	onNetwork  = inConn | onRequest
 	onState    = inLifecycle | inIntegrity
+	onFinding  = onRequest | inIntegrity
 )
 
 // Fields is the whole schema, in the order of rendering. It must not be changed.
@@ -184,14 +186,14 @@ func fields() []Field {
 	add(onRequest|onState, Keyword, "event.reason", func(v *View) Value { return known(v.reason()) }).free = true
 	add(onRequest, Date, "event.start", func(v *View) Value { return date(v.Time) })
 	add(onRequest, Long, "event.duration", func(v *View) Value { return positive(v.Duration.Nanoseconds()) })
-	add(onRequest, Long, "event.severity", func(v *View) Value {
+	add(onFinding, Long, "event.severity", func(v *View) Value {
 		if r := v.rule(); r != nil {
 			n, err := SeverityNumber(r.Severity)
 			return Value{Set: err == nil, Int: n}
 		}
 		return Value{}
 	})
-	add(onRequest, Long, "event.risk_score", func(v *View) Value {
+	add(onFinding, Long, "event.risk_score", func(v *View) Value {
 		if r := v.rule(); r != nil {
 			return number(r.RiskScore)
 		}
@@ -222,13 +224,13 @@ func fields() []Field {
 		})
 	})
 
-	add(onNetwork, Keyword, "source.address", func(v *View) Value { return text(v.Connection.Source.Addr().String()) }).write = func(v *View, b []byte) ([]byte, bool) {
-		return appendAddr(b, v.Connection.Source.Addr()), false
+	add(onNetwork, Keyword, "source.address", func(v *View) Value { return text(v.Connection.Source.Addr().String()) }).write = func(v *View, b []byte) ([]byte, loss) {
+		return appendAddr(b, v.Connection.Source.Addr()), 0
 	}
 	add(onNetwork, IP, "source.ip", func(v *View) Value { return addr(v.Connection.Source.Addr()) })
 	add(onNetwork, Long, "source.port", func(v *View) Value { return number(int64(v.Connection.Source.Port())) })
-	add(onNetwork, Keyword, "destination.address", func(v *View) Value { return text(v.Connection.Destination.Addr().String()) }).write = func(v *View, b []byte) ([]byte, bool) {
-		return appendAddr(b, v.Connection.Destination.Addr()), false
+	add(onNetwork, Keyword, "destination.address", func(v *View) Value { return text(v.Connection.Destination.Addr().String()) }).write = func(v *View, b []byte) ([]byte, loss) {
+		return appendAddr(b, v.Connection.Destination.Addr()), 0
 	}
 	add(onNetwork, IP, "destination.ip", func(v *View) Value { return addr(v.Connection.Destination.Addr()) })
 	add(onNetwork, Long, "destination.port", func(v *View) Value { return number(int64(v.Connection.Destination.Port())) })
@@ -263,10 +265,10 @@ func fields() []Field {
 	related := add(onRequest, IP, "related.ip", func(v *View) Value {
 		return texts(v.Connection.Source.Addr().String(), v.Connection.Destination.Addr().String())
 	})
-	related.Array, related.write = true, func(v *View, b []byte) ([]byte, bool) {
+	related.Array, related.write = true, func(v *View, b []byte) ([]byte, loss) {
 		b = appendAddr(append(b, '['), v.Connection.Source.Addr())
 		b = appendAddr(append(b, ','), v.Connection.Destination.Addr())
-		return append(b, ']'), false
+		return append(b, ']'), 0
 	}
 	array(onRequest, Keyword, "related.hosts", func(v *View) Value { return texts(v.Host.Name) })
 	array(onRequest, Keyword, "related.user", func(v *View) Value {
@@ -375,13 +377,13 @@ func ruleFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 			return Value{}
 		}
 	}
-	add(onRequest, Keyword, "rule.id", of(func(r *Rule) Value { return known(r.ID) }))
-	add(onRequest, Keyword, "rule.uuid", of(func(r *Rule) Value { return known(r.ID) }))
-	add(onRequest, Keyword, "rule.name", of(func(r *Rule) Value { return known(r.Name) }))
-	add(onRequest, Keyword, "rule.ruleset", of(func(r *Rule) Value { return known(r.Ruleset) }))
-	add(onRequest, Keyword, "rule.version", of(func(r *Rule) Value { return known(r.Version) }))
-	add(onRequest, Keyword, "rule.reference", of(func(r *Rule) Value { return known(r.Reference) }))
-	add(onRequest, Keyword, "threat.framework", of(func(r *Rule) Value {
+	add(onFinding, Keyword, "rule.id", of(func(r *Rule) Value { return known(r.ID) }))
+	add(onFinding, Keyword, "rule.uuid", of(func(r *Rule) Value { return known(r.ID) }))
+	add(onFinding, Keyword, "rule.name", of(func(r *Rule) Value { return known(r.Name) }))
+	add(onFinding, Keyword, "rule.ruleset", of(func(r *Rule) Value { return known(r.Ruleset) }))
+	add(onFinding, Keyword, "rule.version", of(func(r *Rule) Value { return known(r.Version) }))
+	add(onFinding, Keyword, "rule.reference", of(func(r *Rule) Value { return known(r.Reference) }))
+	add(onFinding, Keyword, "threat.framework", of(func(r *Rule) Value {
 		if len(r.Threat) == 0 {
 			return Value{}
 		}
@@ -398,7 +400,7 @@ func ruleFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 		{"threat.technique.subtechnique.id", func(t Threat) []string { return t.SubtechniqueIDs }},
 		{"threat.technique.subtechnique.name", func(t Threat) []string { return t.SubtechniqueNames }},
 	} {
-		array(onRequest, Keyword, f.name, of(func(r *Rule) Value {
+		array(onFinding, Keyword, f.name, of(func(r *Rule) Value {
 			var all []string
 			for _, t := range r.Threat {
 				all = append(all, f.get(t)...)
@@ -503,13 +505,14 @@ func ownFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 		}
 		return Value{Set: len(all) > 0, Ints: all}
 	}))
-	array(onProcess, Keyword, "imdsgate.ancestors.executable", of(func(p *Process) Value {
+	ancestors := add(onProcess, Keyword, "imdsgate.ancestors.executable", of(func(p *Process) Value {
 		var all []string
 		for a := p.Parent; a != nil; a = a.Parent {
 			all = append(all, a.Executable)
 		}
 		return texts(all...)
 	}))
+	ancestors.Array, ancestors.free = true, true
 	array(inDecision, Long, "imdsgate.subjects.pid", func(v *View) Value {
 		var all []int64
 		for _, p := range v.Subjects {
@@ -517,14 +520,18 @@ func ownFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 		}
 		return Value{Set: len(all) > 0, Ints: all}
 	})
-	array(inDecision, Keyword, "imdsgate.subjects.executable", func(v *View) Value {
+	judged := add(inDecision, Keyword, "imdsgate.subjects.executable", func(v *View) Value {
 		var all []string
 		for _, p := range v.Subjects {
 			all = append(all, p.Executable)
 		}
 		return texts(all...)
 	})
+	judged.Array, judged.free = true, true
 	array(inDecision, Keyword, "imdsgate.subjects.role", func(v *View) Value { return texts(v.Roles...) })
+	none := func(*View) Value { return Value{} } // of what is asked; the line tells
+	add(everywhere, Boolean, "imdsgate.redacted", none).tells = altered
+	add(everywhere, Boolean, "imdsgate.truncated", none).tells = cut
 	add(inAlert, Keyword, "imdsgate.alert.match", func(v *View) Value {
 		if v.Match.Literal {
 			return text("literal")

@@ -51,8 +51,11 @@ func (e *Event) subject() *Process {
 }
 
 func (v *View) rule() *Rule {
-	if v.Match != nil {
+	switch {
+	case v.Match != nil:
 		return v.Match.Rule
+	case v.Document == IntegrityFinding:
+		return findings[v.State.Action]
 	}
 	return v.Decision.Rule
 }
@@ -215,11 +218,16 @@ func (v *View) message() string {
 }
 
 // writeMessage renders the message, which is free text.
-func (v *View) writeMessage(b []byte) (_ []byte, short bool) {
+func (v *View) writeMessage(b []byte) (_ []byte, lost loss) {
 	buf := make([]byte, 0, 512)
 	m := v.appendMessage(buf)
 	if suspicious(m) {
-		return appendCut(b, Redact(string(m)), maxText)
+		clean := Redact(string(m))
+		if clean != string(m) {
+			lost = altered
+		}
+		b, more := appendCut(b, clean, maxText)
+		return b, lost | more
 	}
 	return appendCut(b, m, maxText)
 }
