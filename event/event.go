@@ -310,6 +310,8 @@ type State struct {
 	Rules    int64
 	Grants   int64
 	Level    string // of attribution
+	// Suppressed is how many events are missing, of events-suppressed.
+	Suppressed int64
 }
 
 // SeverityNumber gives event.severity as Kibana's alerts have it: 21, 47, 73

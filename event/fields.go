@@ -592,6 +592,7 @@ func stateFields(add adder) {
 	add(onState, Keyword, "service.version", func(v *View) Value { return known(v.Host.Version) })
 	add(onState, Keyword, "imdsgate.previous_mode", func(v *View) Value { return known(v.State.Previous) })
 	add(onState, Keyword, "imdsgate.policy.digest", func(v *View) Value { return known(v.State.Policy) })
+	add(inLifecycle, Long, "imdsgate.suppressed", func(v *View) Value { return positive(v.State.Suppressed) })
 	add(onState, Long, "imdsgate.rules_loaded", func(v *View) Value { return positive(v.State.Rules) })
 	add(onState, Long, "imdsgate.grants_loaded", func(v *View) Value { return positive(v.State.Grants) })
 }

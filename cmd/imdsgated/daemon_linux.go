@@ -81,7 +81,7 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	if err := os.MkdirAll(filepath.Dir(c.Events.Path), 0o750); err != nil {
 		return fmt.Errorf("make the directory of the event file: %w", err)
 	}
-	if d.spool, err = sink.Open(c.Events); err != nil {
+	if d.spool, err = sink.Open(c.Events, d.host); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, d.spool.Close()) }()
