@@ -148,6 +148,9 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	background.Go(func() { d.watch(ctx) })
 	background.Go(func() { d.checkAttribution(ctx) })
 	background.Go(func() { d.reloadOnHangup(ctx) })
+	if c.Events.Journal {
+		background.Go(func() { d.passToJournal(ctx, filepath.Join(filepath.Dir(c.FirstSeen.Path), "journal-cursor")) })
+	}
 
 	sd.SdNotify(false, sd.SdNotifyReady)
 	d.log.Info().Str("version", version).Stringer("mode", p.Mode).Int("rules", len(p.Rules())).Int("grants", len(p.Grants())).
@@ -170,6 +173,20 @@ func (d *daemon) keptTerms(err error) {
 		d.log.Warn().Err(err).Msg("what rules have seen for the first time is not kept beyond a restart")
 	} else {
 		d.log.Debug().Msg("what rules have seen for the first time is kept")
+	}
+}
+
+// passToJournal is a reader of the event file, which knows after a restart where it was.
+func (d *daemon) passToJournal(ctx context.Context, state string) {
+	err := sink.Journal(ctx, d.spool.Path(), state, func(err error) {
+		if err != nil {
+			d.log.Warn().Err(err).Msg("journald takes no events, which wait in the event file")
+		} else {
+			d.log.Info().Msg("journald takes events again")
+		}
+	})
+	if err != nil {
+		d.log.Error().Err(err).Msg("events are not passed on to journald any more")
 	}
 }
 

@@ -39,6 +39,8 @@ type Options struct {
 	// drops events when the disk stalls for a moment; each place costs a few
 	// kilobytes while it is taken.
 	Queue int `yaml:"queue"`
+	// Journal passes what somebody should see on to journald. A change takes a restart.
+	Journal bool `yaml:"journal"`
 	// Layout is the data streams that documents name: own, or defend.
 	Layout event.Layout `yaml:"layout"`
 }
