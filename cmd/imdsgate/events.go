@@ -25,7 +25,8 @@ func newEvents(o *options) *cobra.Command {
 		Short: "Show what was asked, by whom, and what became of it",
 		Long: `Show what was asked, by whom, and what became of it: the last events of the
 daemon, or those of FILEs in which it wrote them, - being standard input. --json
-prints them as they are written, one ECS document to a line.
+prints them as they are written, one ECS document to a line, also those that tell of
+nothing but the start of a program or a connection, which its requests tell of, too.
 
 With a filter all events are looked at, unless --lines says how many of the past;
 several filters must all hold. --since and --until take a time as in RFC 3339, or how
@@ -46,7 +47,7 @@ restarts. The first time it begins with the oldest.`,
 	}
 	flags := cmd.Flags()
 	flags.BoolVarP(&e.follow, "follow", "f", false, "go on with those to come")
-	flags.IntVarP(&e.lines, "lines", "n", 20, "how many of the past to look at")
+	flags.IntVarP(&e.lines, "lines", "n", 60, "how many documents of the past to look at")
 	flags.StringVar(&e.cursor, "cursor", "", "file that says how far the last run came")
 	flags.StringVar(&e.verdict, "verdict", "", "allow, deny or would-deny")
 	flags.StringVar(&e.class, "class", "", "class of the request, such as credentials")
@@ -258,9 +259,10 @@ type document struct {
 	Timestamp string `json:"@timestamp"`
 	Message   string `json:"message"`
 	Event     struct {
-		Kind   string `json:"kind"`
-		Action string `json:"action"`
-		Reason string `json:"reason"`
+		Dataset string `json:"dataset"`
+		Kind    string `json:"kind"`
+		Action  string `json:"action"`
+		Reason  string `json:"reason"`
 	} `json:"event"`
 	Process *struct {
 		PID        int    `json:"pid"`
@@ -290,6 +292,9 @@ func printEvent(w io.Writer, line []byte) error {
 	var d document
 	if err := json.Unmarshal(line, &d); err != nil {
 		return fmt.Errorf("a line that is no event: %w", err)
+	}
+	if strings.HasSuffix(d.Event.Dataset, ".process") || strings.HasSuffix(d.Event.Dataset, ".network") {
+		return nil // the decision says it all
 	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s  ", d.Timestamp)
