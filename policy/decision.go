@@ -1,7 +1,6 @@
 package policy
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"path"
@@ -135,7 +134,7 @@ func (d *Decision) risk() error {
 		return fmt.Errorf("%w: without an executable, also what a thief has brought or started there; name the executable", ErrRisk)
 	case d.Unit == "" && d.User == "" && d.Container == "":
 		return fmt.Errorf("%w: an executable alone can be run by a thief with his own LD_PRELOAD; add a unit, a user or a container", ErrRisk)
-	case d.Unit == "" && d.Container == "" && obeysArguments(d.Executable):
+	case d.Unit == "" && d.Container == "" && isTool(d.Executable):
 		return fmt.Errorf("%w: %s does what its arguments say, also those of a thief who has become that user; add a unit", ErrRisk, path.Base(d.Executable))
 	}
 	return nil
@@ -360,20 +359,4 @@ func (ds *Decisions) find(e Effect, asks, is criteria, at time.Time) *standing {
 		return s
 	}
 	return nil
-}
-
-// obeysArguments reports whether a program does what its caller writes on its command
-// line, or in a file of his, so that the program says nothing about who has it work:
-// shells, interpreters, downloaders and what runs others.
-func obeysArguments(executable string) bool {
-	name := strings.TrimRight(path.Base(executable), "0123456789.-")
-	_, found := slices.BinarySearchFunc(obedient, strings.ToLower(name), cmp.Compare[string])
-	return found
-}
-
-// obedient are sorted, and without the version that may follow.
-var obedient = []string{
-	"ash", "awk", "aws", "bash", "bun", "busybox", "curl", "dash", "deno", "dotnet", "env", "fish", "gawk", "gdb", "guile", "http", "java",
-	"ksh", "lua", "luajit", "lwp-request", "mawk", "mksh", "nc", "ncat", "node", "nodejs", "openssl", "perl", "php", "php-cgi", "php-fpm", "pwsh",
-	"pypy", "python", "rc", "ruby", "sh", "socat", "ssh", "tclsh", "tcsh", "telnet", "wget", "wish", "xargs", "zsh",
 }

@@ -269,21 +269,6 @@ func TestDecisionsChange(t *testing.T) {
 	}
 }
 
-func TestObeysArguments(t *testing.T) {
-	if !slices.IsSorted(obedient) {
-		t.Error("the list is not sorted")
-	}
-	for name, want := range map[string]bool{
-		"/usr/bin/python3.11": true, "/usr/bin/python3": true, "/bin/bash": true, "/usr/bin/perl5.36.0": true, "/usr/bin/php8.2": true, "/usr/sbin/php-fpm8.2": true,
-		"/usr/bin/curl": true, "/bin/busybox": true, "/usr/bin/lua5.4": true, "/opt/Java": true,
-		"/usr/bin/amazon-ssm-agent": false, "/opt/app/bin/app": false, "/usr/bin/curlew": false, "/usr/bin/7": false,
-	} {
-		if obeysArguments(name) != want {
-			t.Errorf("%s: %v", name, !want)
-		}
-	}
-}
-
 // BenchmarkDecisions is a verdict with no decisions, and with many, of which none is
 // about the caller: it takes as long. "of all kinds" is each combination that there can
 // be of what a decision names.

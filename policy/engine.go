@@ -23,6 +23,9 @@ type Engine struct {
 	mode      atomic.Uint32
 	decisions atomic.Pointer[Decisions]
 	terms     *firstseen.Store // what rules of the type new_terms have seen
+
+	mu   sync.Mutex                    // guards told
+	told remembered[imageID, struct{}] // process images whose start an event tells of
 }
 
 // state is a policy with what its rules remember.
@@ -269,8 +272,10 @@ func describe(p *event.Process) string {
 }
 
 // Observe gives a judged event to the rules as they are written, settles which
-// matches raise an alert, and remembers whom a rule has blocked. It is called
-// once for each event, after the last Judge.
+// matches raise an alert, and remembers whom a rule has blocked. The event then tells of
+// the processes whose start no event has told of: its subjects, and those whose start is
+// a part of what a sequence has matched. It is called once for each event, after the
+// last Judge.
 func (e *Engine) Observe(ev *event.Event) {
 	p := e.state.Load()
 	m, d := p.memory, &ev.Decision
@@ -289,6 +294,10 @@ func (e *Engine) Observe(ev *event.Event) {
 		d.Matches[k].Literal = true
 	}
 	m.seen(all)
+	for i := range all {
+		e.tell(a, ev, all[i].subject)
+	}
+	e.tell(a, ev, a.matched...)
 	for k := range d.Matches {
 		match := &d.Matches[k]
 		if d.WouldBe == event.Deny && match.Bound && match.Rule == d.Rule && match.Action == actionNames[Block] {
@@ -332,7 +341,32 @@ func (e *Engine) ObserveStart(ev *event.Event) (alert bool) {
 		alert = alert || action != Log
 	}
 	m.seen(all)
+	if alert {
+		e.tell(a, ev, all[0].subject)
+		e.tell(a, ev, a.matched...)
+	}
 	return alert
+}
+
+// tell makes the event tell of processes of which none has told. One whose time is not
+// known cannot be put in order.
+func (e *Engine) tell(a *asker, ev *event.Event, processes ...*event.Process) {
+	for _, p := range processes {
+		if p == nil || p.Start.IsZero() && p.Executed.IsZero() {
+			continue
+		}
+		s := a.settled(ev.Host, p)
+		if s.told.Load() {
+			continue
+		}
+		e.mu.Lock()
+		if !e.told.has(s.image) {
+			e.told.put(s.image, struct{}{})
+			ev.Starts = append(ev.Starts, p)
+		}
+		e.mu.Unlock()
+		s.told.Store(true)
+	}
 }
 
 func (p *Policy) find(r *event.Rule) *rule {
@@ -414,10 +448,11 @@ func (a *asker) news(m *memory, ev *event.Event) []news {
 }
 
 // literally lists the rules that match as they are written, each once for a subject,
-// in order. Sequences are told of what one of their stages matches.
+// in order. Sequences are told of what one of their stages matches. Whose start they have
+// matched is in a.matched when all are listed.
 func (a *asker) literally(m *memory, ev *event.Event, all []news) iter.Seq[literalHit] {
 	m.sweep(ev.Time)
-	a.hits = a.hits[:0]
+	a.hits, a.matched = a.hits[:0], a.matched[:0]
 	for j := range all {
 		a.written(m, ev, j, &all[j])
 	}
@@ -430,7 +465,14 @@ func (a *asker) literally(m *memory, ev *event.Event, all []news) iter.Seq[liter
 			d := &document{event.View{Event: ev, Document: h.document, Subject: all[h.subject].subject}}
 			switch s, r := m.machines[h.rule], a.rules[h.rule]; {
 			case s != nil:
-				matched = s.observe(d) || matched // and keeps it while it waits for more
+				for _, match := range s.observe(d) { // and keeps it while it waits for more
+					matched = true
+					for _, e := range match.Events {
+						if of, ok := e.(*document); ok && of.Document == event.ProcessStart {
+							a.matched = append(a.matched, of.Subject)
+						}
+					}
+				}
 			case r.NewTerms != nil:
 				matched = m.observeTerms(r, d) || matched
 			default:
@@ -447,10 +489,10 @@ func (a *asker) literally(m *memory, ev *event.Event, all []news) iter.Seq[liter
 	}
 }
 
-func (m *machine) observe(d *document) bool {
+func (m *machine) observe(d *document) []eql.Match {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return len(m.Observe(d)) > 0
+	return m.Observe(d)
 }
 
 // sweepEvery is how long a sequence keeps what exceeds its span, if nothing comes that

@@ -187,7 +187,7 @@ func printStatus(w io.Writer, s report.Status) error {
 		row("", "! %d packets to the metadata service, DNS and NTP dropped by the network interfaces: more than 1,024 a second", *n)
 	}
 	row("tokens", "whose %d are is known; %d were forgotten for want of room", r.Tokens, r.Forgotten)
-	row("events", "%s: %d written, %d dropped, %d lost", s.Events.Path, s.Events.Written, s.Events.Dropped, s.Events.Failed)
+	row("events", "%s: %d written, %d dropped, %d lost, %d removed from a full disk", s.Events.Path, s.Events.Written, s.Events.Dropped, s.Events.Failed, s.Events.Removed)
 	if s.Events.Error != "" {
 		row("", "! %s", s.Events.Error)
 	}

@@ -80,10 +80,11 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	if d.host, err = describeHost(version); err != nil {
 		return err
 	}
+	d.host.Layout = c.Events.Layout
 	if err := os.MkdirAll(filepath.Dir(c.Events.Path), 0o750); err != nil {
 		return fmt.Errorf("make the directory of the event file: %w", err)
 	}
-	if d.spool, err = sink.Open(c.Events); err != nil {
+	if d.spool, err = sink.Open(c.Events, d.host); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, d.spool.Close()) }()
@@ -154,6 +155,9 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	background.Go(func() { d.keepTime(ctx) })
 	background.Go(func() { d.checkAttribution(ctx) })
 	background.Go(func() { d.reloadOnHangup(ctx) })
+	if c.Events.Journal {
+		background.Go(func() { d.passToJournal(ctx, filepath.Join(filepath.Dir(c.FirstSeen.Path), "journal-cursor")) })
+	}
 
 	sd.SdNotify(false, sd.SdNotifyReady)
 	d.log.Info().Str("version", version).Stringer("mode", d.engine.Mode()).Int("rules", len(p.Rules())).Int("grants", len(p.Grants())).
@@ -176,6 +180,20 @@ func (d *daemon) keptTerms(err error) {
 		d.log.Warn().Err(err).Msg("what rules have seen for the first time is not kept beyond a restart")
 	} else {
 		d.log.Debug().Msg("what rules have seen for the first time is kept")
+	}
+}
+
+// passToJournal is a reader of the event file, which knows after a restart where it was.
+func (d *daemon) passToJournal(ctx context.Context, state string) {
+	err := sink.Journal(ctx, d.spool.Path(), state, func(err error) {
+		if err != nil {
+			d.log.Warn().Err(err).Msg("journald takes no events, which wait in the event file")
+		} else {
+			d.log.Info().Msg("journald takes events again")
+		}
+	})
+	if err != nil {
+		d.log.Error().Err(err).Msg("events are not passed on to journald any more")
 	}
 }
 
