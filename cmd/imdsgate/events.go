@@ -133,7 +133,7 @@ func (e *eventsOptions) fromCursor(cmd *cobra.Command, o *options, args []string
 	}
 	defer c.Close()
 	missed := false
-	for shown := 0; ; {
+	for shown := 0; cmd.Context().Err() == nil; {
 		line, err := c.Next()
 		if c.Missed() && !missed {
 			missed = true
@@ -162,10 +162,10 @@ func (e *eventsOptions) fromCursor(cmd *cobra.Command, o *options, args []string
 		}
 		select {
 		case <-cmd.Context().Done():
-			return nil
 		case <-time.After(100 * time.Millisecond):
 		}
 	}
+	return c.Commit()
 }
 
 func eachLine(r io.Reader, fn func([]byte) error) error {

@@ -34,7 +34,7 @@ func Journal(ctx context.Context, path, state string, failed func(error)) error 
 	}
 	broken := false
 	var taken, committed time.Time // when a line was, and when that was written down
-	for {
+	for ctx.Err() == nil {
 		if taken.After(committed) && time.Since(committed) > notMoreOften {
 			if err := c.Commit(); err != nil {
 				return err
@@ -43,9 +43,7 @@ func Journal(ctx context.Context, path, state string, failed func(error)) error 
 		}
 		line, err := c.Next()
 		if errors.Is(err, io.EOF) {
-			if !wait(lookAgain) {
-				return c.Commit()
-			}
+			wait(lookAgain)
 			continue
 		}
 		if err != nil {
@@ -69,10 +67,11 @@ func Journal(ctx context.Context, path, state string, failed func(error)) error 
 				break
 			}
 			if !wait(time.Second) {
-				return nil
+				return nil // this line comes again, and those since the last Commit
 			}
 		}
 	}
+	return c.Commit()
 }
 
 // ordinary reports whether a line needs no attention: most do not, and are not parsed. In
