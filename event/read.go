@@ -94,7 +94,6 @@ type reading struct {
 	mode                       []byte
 	severity, risk             int64
 	subjects                   int
-	pid                        int64 // of the first
 	truncated                  bool
 	has                        has
 }
@@ -161,13 +160,6 @@ func (d *reading) line() {
 			d.ofHTTP()
 		case "imdsgate":
 			d.own()
-		case "labels":
-			for more := d.begin('{', '}'); more; more = d.more('}') {
-				if string(d.name()) == "imdsgate_truncated" {
-					d.truncated = true
-				}
-				d.skip()
-			}
 		case "url":
 			for more := d.begin('{', '}'); more; more = d.more('}') {
 				switch q := &d.Event.Request; string(d.name()) {
@@ -194,7 +186,7 @@ func (d *reading) line() {
 		case "orchestrator":
 			d.first.pod = d.part(d.salt())
 		case "process":
-			d.first.process = d.part(d.salt() ^ uint64(d.pid)<<32)
+			d.first.process = d.part(d.salt())
 		case "message", "related": // which are others in each document
 			d.skip()
 		default:
@@ -292,6 +284,14 @@ func (d *reading) own() {
 			d.first.executable = d.part(d.salt())
 		case "forwarded":
 			d.Event.Connection.Forwarded = d.bool()
+		case "decision":
+			for more := d.begin('{', '}'); more; more = d.more('}') {
+				if string(d.name()) == "id" {
+					d.Decision.Operator = d.text(0)
+				} else {
+					d.skip()
+				}
+			}
 		case "deny":
 			d.Decision.Deny = d.text(0)
 		case "grant":
@@ -331,9 +331,7 @@ func (d *reading) own() {
 				switch string(d.name()) {
 				case "pid":
 					for more := d.begin('[', ']'); more; more = d.more(']') {
-						if pid := d.int(); d.subjects == 0 {
-							d.pid = pid
-						}
+						d.int()
 						d.subjects++
 					}
 				case "role":
@@ -344,6 +342,8 @@ func (d *reading) own() {
 			}
 		case "token":
 			d.token(&d.first)
+		case "truncated":
+			d.truncated = d.bool()
 		case "verdict":
 			d.Decision.Verdict = d.verdict()
 			d.has |= hasVerdict
@@ -439,7 +439,7 @@ func (d *reading) other() {
 		case "orchestrator":
 			p.pod = d.part(d.salt())
 		case "process":
-			p.process = d.part(d.salt() ^ uint64(len(d.others))<<56)
+			p.process = d.part(d.salt())
 		case "imdsgate":
 			for more := d.begin('{', '}'); more; more = d.more('}') {
 				switch string(d.name()) {

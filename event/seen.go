@@ -4,19 +4,20 @@ import "hash/maphash"
 
 // seen has the objects that were read last, each in the place that the beginning of its
 // text and a salt say. Most of a document is as it was in one before: then the whole
-// of an object is known from a comparison, without looking for its end. What makes an
-// object another stands behind its beginning, and so it takes the salt: who it is about.
+// of an object is known from a comparison, without looking for its end. What begins alike
+// on one host, as the workers of a server do, shares a place.
 type seen struct {
 	seed   maphash.Seed
-	places [placesSeen][2]seenObject // the one that was used last comes first
-	size   int                       // of the texts
-	number uint64                    // of the last one
+	places [placesSeen][sharePlace]seenObject // those that were used last come first
+	size   int                                // of the texts
+	number uint64                             // of the last one
 }
 
 const (
-	// placesSeen is how many there are, each for two. With fewer than there are processes
-	// at a time, they drive each other out, and are looked through each time.
-	placesSeen = 1 << 12
+	// placesSeen is how many there are, and sharePlace how many each has. With fewer than
+	// there are processes at a time, they drive each other out, and are looked through
+	// each time.
+	placesSeen, sharePlace = 1 << 11, 8
 	// beginning is how much of an object says its place.
 	beginning = 64
 	// longestSeen is how much of one is kept, and maxSeen of all.
@@ -48,7 +49,9 @@ func (r *Reader) part(salt uint64) part {
 			r.at += n
 			number := o.number
 			if i > 0 {
-				place[0], place[i] = place[i], place[0]
+				found := *o
+				copy(place[1:i+1], place[:i])
+				place[0] = found
 			}
 			return part{rest[:n], number}
 		}
@@ -57,11 +60,12 @@ func (r *Reader) part(salt uint64) part {
 	if len(raw) > longestSeen || r.err != nil {
 		return part{raw: raw}
 	}
-	if r.seen.size += len(raw) - len(place[1].text); r.seen.size > maxSeen {
+	if r.seen.size += len(raw) - len(place[sharePlace-1].text); r.seen.size > maxSeen {
 		clear(r.seen.places[:])
 		r.seen.size = len(raw)
 	}
 	r.seen.number++
-	place[0], place[1] = seenObject{string(raw), r.seen.number}, place[0]
+	copy(place[1:], place[:])
+	place[0] = seenObject{string(raw), r.seen.number}
 	return part{raw, r.seen.number}
 }

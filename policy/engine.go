@@ -19,9 +19,13 @@ import (
 // Engine applies the present policy. Its methods may be called from any
 // goroutine.
 type Engine struct {
-	state atomic.Pointer[state]
-	mode  atomic.Uint32
-	terms *firstseen.Store // what rules of the type new_terms have seen
+	state     atomic.Pointer[state]
+	mode      atomic.Uint32
+	decisions atomic.Pointer[Decisions]
+	terms     *firstseen.Store // what rules of the type new_terms have seen
+
+	mu   sync.Mutex                    // guards told
+	told remembered[imageID, struct{}] // process images whose start an event tells of
 }
 
 // state is a policy with what its rules remember.
@@ -34,16 +38,21 @@ type state struct {
 func NewEngine(p *Policy) *Engine {
 	e := &Engine{terms: firstseen.New()}
 	e.SetPolicy(p)
+	e.SetMode(p.Mode)
 	return e
 }
 
-// SetPolicy replaces the policy and its mode. What sequences and latches
-// remember begins anew, because it is about other rules; what a rule has seen for
-// the first time it goes on to know.
+// SetPolicy replaces the policy, and leaves the mode as it is. A rule that is in both,
+// with the same text and action, goes on with what it remembers: the sequences that
+// have begun, the processes that it has blocked. Others begin anew. It must not be
+// called by two at once.
 func (e *Engine) SetPolicy(p *Policy) {
 	e.terms.Rules(p.windows())
-	e.state.Store(&state{p, newMemory(p, e.terms)})
-	e.mode.Store(uint32(p.Mode))
+	m := newMemory(p, e.terms)
+	if old := e.state.Load(); old != nil {
+		m.inherit(p, old)
+	}
+	e.state.Store(&state{p, m})
 }
 
 // Policy is the present policy.
@@ -55,10 +64,16 @@ func (e *Engine) Mode() Mode { return Mode(e.mode.Load()) }
 // SetMode changes the mode alone.
 func (e *Engine) SetMode(m Mode) { e.mode.Store(uint32(m)) }
 
+// Decisions are those of operators that are judged by.
+func (e *Engine) Decisions() *Decisions { return e.decisions.Load() }
+
+// SetDecisions replaces them all at once.
+func (e *Engine) SetDecisions(ds *Decisions) { e.decisions.Store(ds) }
+
 // Decisive reports whether policy may refuse a request of this kind, so that
 // it must be known for certain who asks.
 func (e *Engine) Decisive(q *event.Request) bool {
-	if q.Guarded {
+	if q.Guarded || e.Decisions().deny() {
 		return true
 	}
 	return e.Policy().decisive[q.Class]
@@ -101,22 +116,28 @@ func subjects(ev *event.Event) []*event.Process {
 var nobody = []*event.Process{nil}
 
 // Judge decides about an event and completes its Decision. The subject on whom
-// it turned comes first. It may be called again when more is known.
+// it turned comes first. It may be called again when more is known. The mode is the one
+// that the Decision has, if any: what becomes of a request was settled when it came, and
+// another mode since then does not change what its record says.
 func (e *Engine) Judge(ev *event.Event) {
-	mode := e.Mode()
-	ev.Decision = event.Decision{Mode: mode.String()}
-	ev.Decision.WouldBe = e.state.Load().outcome(ev)
+	mode := ev.Decision.Mode
+	if mode == "" {
+		mode = e.Mode().String()
+	}
+	ev.Decision = event.Decision{Mode: mode}
+	ev.Decision.WouldBe = e.state.Load().outcome(ev, e.Decisions())
 	if ev.Attribution.Unawaited && ev.Decision.WouldBe == event.Allow && ev.Request.Guarded {
 		ev.Decision.Reason = strings.TrimPrefix(ev.Decision.Reason+"; the client left before every process was searched, for which enforce mode makes it wait", "; ")
 	}
-	if mode == Enforce {
+	if mode == Enforce.String() {
 		ev.Decision.Verdict = ev.Decision.WouldBe
 	}
 }
 
 // outcome is the verdict of enforce mode. The order of the reasons: what cannot be
-// read; a deny; a grant; a rule that blocks; nobody known; the posture of the class.
-func (p *state) outcome(ev *event.Event) event.Verdict {
+// read; a decision that denies, or a deny; a decision that allows, or a grant; a rule
+// that blocks; nobody known; the posture of the class.
+func (p *state) outcome(ev *event.Event, decisions *Decisions) event.Verdict {
 	d, q := &ev.Decision, &ev.Request
 	ev.Token.Scope = p.tokenScope
 	if q.Malformed != "" {
@@ -152,6 +173,11 @@ func (p *state) outcome(ev *event.Event) event.Verdict {
 			break
 		}
 	}
+	if by, subject := decisions.denies(ev); by != nil {
+		d.Operator, d.Reason = by.ID, by.because
+		p.first(ev, subject)
+		return event.Deny
+	}
 	for _, subject := range subjects(ev) {
 		if deny := p.denied(subject, ev); deny != nil {
 			d.Deny = deny.Name
@@ -160,9 +186,7 @@ func (p *state) outcome(ev *event.Event) event.Verdict {
 			return event.Deny
 		}
 	}
-	if name, ok := p.allGranted(ev); ok {
-		d.Grant = name
-		d.Reason = "granted by " + name
+	if p.allCovered(ev, decisions) {
 		return event.Allow
 	}
 	switch {
@@ -187,33 +211,46 @@ func (p *state) outcome(ev *event.Event) event.Verdict {
 }
 
 // Final reports whether a judged event is refused whatever else may be found out
-// about who asks: a deny is about one of those who are known, or a rule blocks one
-// whom no grant covers.
+// about who asks: a decision or a deny is about one of those who are known, or a rule
+// blocks one whom neither a decision nor a grant covers.
 func (e *Engine) Final(ev *event.Event) bool {
-	p := e.Policy()
-	if ev.Decision.Deny != "" {
-		return true
+	p, decisions := e.Policy(), e.Decisions()
+	if ev.Decision.WouldBe != event.Deny {
+		return false
 	}
-	return ev.Decision.WouldBe == event.Deny && ev.Decision.Rule != nil && slices.ContainsFunc(ev.Subjects, func(subject *event.Process) bool {
+	return ev.Decision.Operator != "" || ev.Decision.Deny != "" || ev.Decision.Rule != nil && slices.ContainsFunc(ev.Subjects, func(subject *event.Process) bool {
 		_, ok := p.granted(subject, ev)
-		return !ok
+		return !ok && decisions.allows(subject, ev.Time) == nil
 	})
 }
 
-// allGranted reports whether every subject has a grant, on sufficient evidence.
-func (p *Policy) allGranted(ev *event.Event) (name string, ok bool) {
+// allCovered reports whether every subject has a decision that allows it or a grant,
+// on sufficient evidence, and says so in the event.
+func (p *Policy) allCovered(ev *event.Event, decisions *Decisions) bool {
 	if !ev.Attribution.Sufficient() || len(ev.Subjects) == 0 {
-		return "", false
+		return false
 	}
-	var names []string
+	var decided *standing
+	var grants []string
 	for _, subject := range ev.Subjects {
+		if by := decisions.allows(subject, ev.Time); by != nil {
+			decided = by
+			continue
+		}
 		name, ok := p.granted(subject, ev)
 		if !ok {
-			return "", false
+			return false
 		}
-		names = append(names, name)
+		grants = append(grants, name)
 	}
-	return strings.Join(names, ","), true
+	d := &ev.Decision
+	if d.Grant = strings.Join(grants, ","); d.Grant != "" {
+		d.Reason = "granted by " + d.Grant
+	}
+	if decided != nil {
+		d.Operator, d.Reason = decided.ID, decided.because
+	}
+	return true
 }
 
 // first puts the subject that decided to the front.
@@ -239,8 +276,10 @@ func describe(p *event.Process) string {
 }
 
 // Observe gives a judged event to the rules as they are written, settles which
-// matches raise an alert, and remembers whom a rule has blocked. It is called
-// once for each event, after the last Judge.
+// matches raise an alert, and remembers whom a rule has blocked. The event then tells of
+// the processes whose start no event has told of: its subjects, and those whose start is
+// a part of what a sequence has matched. It is called once for each event, after the
+// last Judge.
 func (e *Engine) Observe(ev *event.Event) {
 	p := e.state.Load()
 	m, d := p.memory, &ev.Decision
@@ -259,6 +298,10 @@ func (e *Engine) Observe(ev *event.Event) {
 		d.Matches[k].Literal = true
 	}
 	m.seen(all)
+	for i := range all {
+		e.tell(a, ev, all[i].subject)
+	}
+	e.tell(a, ev, a.matched...)
 	for k := range d.Matches {
 		match := &d.Matches[k]
 		if d.WouldBe == event.Deny && match.Bound && match.Rule == d.Rule && match.Action == actionNames[Block] {
@@ -302,7 +345,32 @@ func (e *Engine) ObserveStart(ev *event.Event) (alert bool) {
 		alert = alert || action != Log
 	}
 	m.seen(all)
+	if alert {
+		e.tell(a, ev, all[0].subject)
+		e.tell(a, ev, a.matched...)
+	}
 	return alert
+}
+
+// tell makes the event tell of processes of which none has told. One whose time is not
+// known cannot be put in order.
+func (e *Engine) tell(a *asker, ev *event.Event, processes ...*event.Process) {
+	for _, p := range processes {
+		if p == nil || p.Start.IsZero() && p.Executed.IsZero() {
+			continue
+		}
+		s := a.settled(ev.Host, p)
+		if s.told.Load() {
+			continue
+		}
+		e.mu.Lock()
+		if !e.told.has(s.image) {
+			e.told.put(s.image, struct{}{})
+			ev.Starts = append(ev.Starts, p)
+		}
+		e.mu.Unlock()
+		s.told.Store(true)
+	}
 }
 
 func (p *Policy) find(r *event.Rule) *rule {
@@ -326,14 +394,16 @@ const (
 
 // memory is what rules remember from one event to the next.
 type memory struct {
-	machines []machine
+	machines []*machine       // nil of a rule that is no sequence
 	terms    *firstseen.Store // of the engine
+	policy   int              // how many there were before
+	since    []int            // by rule: the policy that brought it
 
-	mu      sync.Mutex                    // guards the following
-	swept   time.Time                     // when sequences last forgot what is too old
-	started remembered[imageID, struct{}] // process images that the rules have seen start
-	blocked remembered[string, bitset]    // rules that have blocked a process, by its entity ID
-	doubted remembered[string, struct{}]  // processes that a rule may have blocked, for all that was read of them
+	mu      sync.Mutex                   // guards the following
+	swept   time.Time                    // when sequences last forgot what is too old
+	started remembered[imageID, int]     // process images that rules have seen start, and those of which policy
+	blocked remembered[string, bitset]   // rules that have blocked a process, by its entity ID
+	doubted remembered[string, struct{}] // processes that a rule may have blocked, for all that was read of them
 
 	latches atomic.Bool // whether anything is in blocked
 }
@@ -344,10 +414,10 @@ type machine struct {
 }
 
 func newMemory(p *Policy, terms *firstseen.Store) *memory {
-	m := &memory{machines: make([]machine, len(p.rules)), terms: terms}
+	m := &memory{machines: make([]*machine, len(p.rules)), terms: terms, since: make([]int, len(p.rules))}
 	for i, r := range p.rules {
 		if r.Query.IsSequence() {
-			m.machines[i].Machine = r.Query.NewMachine(maxChains)
+			m.machines[i] = &machine{Machine: r.Query.NewMachine(maxChains)}
 		}
 	}
 	return m
@@ -359,6 +429,7 @@ type news struct {
 	subject *event.Process
 	*settled
 	adds [documentKinds]bool // which of the documents are new
+	told int                 // the last policy whose rules know of its start; -1 if none does
 }
 
 // news lists what an event adds: the start of a process when it is first seen, and
@@ -367,11 +438,12 @@ func (a *asker) news(m *memory, ev *event.Event) []news {
 	a.fresh = a.fresh[:0]
 	asked := ev.Kind == event.Asked
 	for _, subject := range subjects(ev) {
-		n := news{subject: subject, settled: a.settled(ev.Host, subject)}
+		n := news{subject: subject, settled: a.settled(ev.Host, subject), told: m.policy}
 		if subject != nil && n.started.Load() != m {
-			if n.adds[event.ProcessStart] = m.isNew(n.image); !n.adds[event.ProcessStart] {
+			if n.told = m.told(n.image); n.told == m.policy {
 				n.started.Store(m)
 			}
+			n.adds[event.ProcessStart] = n.told < m.policy
 		}
 		n.adds[event.ConnectionAttempt] = asked && ev.Connection.First
 		n.adds[event.RequestDecision] = asked
@@ -381,12 +453,13 @@ func (a *asker) news(m *memory, ev *event.Event) []news {
 }
 
 // literally lists the rules that match as they are written, each once for a subject,
-// in order. Sequences are told of what one of their stages matches.
+// in order. Sequences are told of what one of their stages matches. Whose start they have
+// matched is in a.matched when all are listed.
 func (a *asker) literally(m *memory, ev *event.Event, all []news) iter.Seq[literalHit] {
 	m.sweep(ev.Time)
-	a.hits = a.hits[:0]
+	a.hits, a.matched = a.hits[:0], a.matched[:0]
 	for j := range all {
-		a.written(ev, j, &all[j])
+		a.written(m, ev, j, &all[j])
 	}
 	slices.SortFunc(a.hits, func(x, y literalHit) int {
 		return cmp.Or(x.rule-y.rule, x.subject-y.subject, int(x.document)-int(y.document))
@@ -395,9 +468,16 @@ func (a *asker) literally(m *memory, ev *event.Event, all []news) iter.Seq[liter
 		matched := false
 		for i, h := range a.hits {
 			d := &document{event.View{Event: ev, Document: h.document, Subject: all[h.subject].subject}}
-			switch s, r := &m.machines[h.rule], a.rules[h.rule]; {
-			case s.Machine != nil:
-				matched = s.observe(d) || matched // and keeps it while it waits for more
+			switch s, r := m.machines[h.rule], a.rules[h.rule]; {
+			case s != nil:
+				for _, match := range s.observe(d) { // and keeps it while it waits for more
+					matched = true
+					for _, e := range match.Events {
+						if of, ok := e.(*document); ok && of.Document == event.ProcessStart {
+							a.matched = append(a.matched, of.Subject)
+						}
+					}
+				}
 			case r.NewTerms != nil:
 				matched = m.observeTerms(r, d) || matched
 			default:
@@ -414,10 +494,10 @@ func (a *asker) literally(m *memory, ev *event.Event, all []news) iter.Seq[liter
 	}
 }
 
-func (m *machine) observe(d *document) bool {
+func (m *machine) observe(d *document) []eql.Match {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return len(m.Observe(d)) > 0
+	return m.Observe(d)
 }
 
 // sweepEvery is how long a sequence keeps what exceeds its span, if nothing comes that
@@ -434,8 +514,8 @@ func (m *memory) sweep(now time.Time) {
 	if !due {
 		return
 	}
-	for i := range m.machines {
-		if s := &m.machines[i]; s.Machine != nil {
+	for _, s := range m.machines {
+		if s != nil {
 			s.mu.Lock()
 			s.Tick(now) // decides nothing: no rule ends in a missing event
 			s.mu.Unlock()
@@ -456,10 +536,14 @@ type imageID struct {
 	image  [sha256.Size]byte
 }
 
-func (m *memory) isNew(image imageID) bool {
+// told is the last policy whose rules know that a process has started, or -1.
+func (m *memory) told(image imageID) int {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return !m.started.has(image)
+	if !m.started.has(image) {
+		return -1
+	}
+	return m.started.keys[image]
 }
 
 // seen remembers the subjects of an event.
@@ -467,7 +551,7 @@ func (m *memory) seen(all []news) {
 	for i := range all {
 		if n := &all[i]; n.adds[event.ProcessStart] {
 			m.mu.Lock()
-			m.started.add(n.image, struct{}{})
+			m.started.put(n.image, m.policy)
 			m.mu.Unlock()
 			n.started.Store(m)
 		}
@@ -492,7 +576,7 @@ func (m *memory) latch(rule, of int, entity string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if !m.blocked.has(entity) {
-		m.blocked.add(entity, newBitset(of))
+		m.blocked.put(entity, newBitset(of))
 		m.latches.Store(true)
 	}
 	m.blocked.keys[entity].set(rule)
@@ -532,9 +616,10 @@ func (r *remembered[K, V]) has(key K) bool {
 	return ok
 }
 
-// add takes a key that is not there.
-func (r *remembered[K, V]) add(key K, value V) {
+// put sets what belongs to a key.
+func (r *remembered[K, V]) put(key K, value V) {
 	if r.has(key) {
+		r.keys[key] = value
 		return
 	}
 	if r.keys == nil {

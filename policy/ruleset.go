@@ -106,6 +106,7 @@ type asker struct {
 	open          [documentKinds][]int
 	hits          []literalHit
 	fresh         []news
+	matched       []*event.Process
 }
 
 func (rs *ruleSet) asker() *asker { return rs.askers.Get().(*asker) }
@@ -114,6 +115,7 @@ func (rs *ruleSet) asker() *asker { return rs.askers.Get().(*asker) }
 func (a *asker) done() {
 	a.about = [documentKinds]document{}
 	clear(a.fresh[:cap(a.fresh)])
+	clear(a.matched[:cap(a.matched)])
 	a.askers.Put(a)
 }
 
@@ -123,6 +125,7 @@ type settled struct {
 	host     *event.Host
 	image    imageID                // of the process, if there is one
 	started  atomic.Pointer[memory] // that has been told of its start
+	told     atomic.Bool            // an event tells of its start
 	literal  [documentKinds][]int
 	blocking [2]blocking // as the child of the process that forked it, and of the one that adopted it
 }
@@ -266,7 +269,7 @@ type literalHit struct {
 
 // written adds to a.hits what rules as they are written see in the new documents of a
 // subject.
-func (a *asker) written(ev *event.Event, at int, n *news) {
+func (a *asker) written(m *memory, ev *event.Event, at int, n *news) {
 	for d, added := range n.adds {
 		if !added || len(n.literal[d]) == 0 {
 			continue
@@ -274,6 +277,9 @@ func (a *asker) written(ev *event.Event, at int, n *news) {
 		a.about[d].View = event.View{Event: ev, Document: event.Document(d), Subject: n.subject}
 		for _, i := range a.rest[d].MatchOf(&a.about[d], n.literal[d]) {
 			h := literalHit{a.kinds[d].of[i].rule, at, event.Document(d)}
+			if event.Document(d) == event.ProcessStart && m.since[h.rule] <= n.told {
+				continue // it was told under an earlier policy
+			}
 			if k := len(a.hits); k == 0 || a.hits[k-1] != h {
 				a.hits = append(a.hits, h)
 			}

@@ -61,7 +61,7 @@ func recordedBy(t *testing.T, yaml string) []byte {
 			if v.Document == event.RequestDecision {
 				v.ID = "01KDECISION" + name
 			} else {
-				v.Decided = "01KDECISION" + name
+				v.Related = []string{"01KPROCESS", "01KDECISION" + name}
 			}
 			lines = append(v.AppendJSON(lines), '\n')
 		}

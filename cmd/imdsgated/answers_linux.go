@@ -15,6 +15,7 @@ import (
 	"github.com/imdsgate/imdsgate/cmd/report"
 	"github.com/imdsgate/imdsgate/control"
 	"github.com/imdsgate/imdsgate/event/sink"
+	"github.com/imdsgate/imdsgate/policy"
 	"github.com/imdsgate/imdsgate/proxy"
 	"github.com/prometheus/procfs"
 )
@@ -27,8 +28,14 @@ func (d *daemon) routes() map[string]control.Route {
 		"whois":       {Answer: d.whois},
 		"events":      {Stream: d.events},
 		"credentials": {Answer: d.credentials},
+		"decisions":   {Answer: d.listDecisions},
+		"mode":        {Answer: d.answerMode},
+
+		"decisions/add":    {Change: true, Answer: d.addDecision},
+		"decisions/delete": {Change: true, Answer: d.deleteDecisions},
+		"mode/set":         {Change: true, Answer: d.setMode},
 		"reload": {Change: true, Answer: func(ctx context.Context, _ control.Question) (any, error) {
-			return struct{}{}, d.reload(ctx)
+			return d.reload(ctx)
 		}},
 	}
 }
@@ -37,20 +44,11 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 	p := d.engine.Policy()
 	s := report.Status{
 		Version: version, PID: os.Getpid(), Since: d.since, Mode: d.engine.Mode().String(),
-		Policy:      report.Policy{Posture: p.Posture.String(), Digest: p.Digest, Skipped: len(p.Skipped)},
+		Modes: d.modesNow(), Decisions: d.decisionsNow(),
+		Policy:      policyReport(p),
 		Attribution: d.attributionStatus(),
 		Events:      report.Events{Path: d.spool.Path(), Stats: d.spool.Stats()},
 		FirstSeen:   d.terms.Stats(),
-	}
-	for _, r := range p.Rules() {
-		rule := report.Rule{ID: r.ID, Name: r.Name, Version: r.Version, File: r.File}
-		for _, x := range r.Excluded {
-			rule.Exclusions = append(rule.Exclusions, x.Text)
-		}
-		s.Policy.Rules = append(s.Policy.Rules, rule)
-	}
-	for _, g := range p.Grants() {
-		s.Policy.Grants = append(s.Policy.Grants, g.Name)
 	}
 	if d.proxy != nil {
 		n := d.proxy.Stats()
@@ -80,6 +78,24 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 	return s, nil
 }
 
+func policyReport(p *policy.Policy) report.Policy {
+	r := report.Policy{Posture: p.Posture.String(), Digest: p.Digest, Skipped: len(p.Skipped)}
+	for _, loaded := range p.Rules() {
+		rule := report.Rule{ID: loaded.ID, Name: loaded.Name, Version: loaded.Version, File: loaded.File}
+		for _, x := range loaded.Excluded {
+			rule.Exclusions = append(rule.Exclusions, x.Text)
+		}
+		r.Rules = append(r.Rules, rule)
+	}
+	for _, g := range p.Grants() {
+		r.Grants = append(r.Grants, g.Name)
+	}
+	for _, d := range p.Denies() {
+		r.Denies = append(r.Denies, d.Name)
+	}
+	return r
+}
+
 // redirectStatus reads the rules as they are now.
 func (d *daemon) redirectStatus(ctx context.Context) report.Redirect {
 	d.mu.Lock()
@@ -88,6 +104,11 @@ func (d *daemon) redirectStatus(ctx context.Context) report.Redirect {
 	found, err := d.redirect.Status(ctx)
 	if err != nil {
 		r.Error = err.Error()
+		return r
+	}
+	if d.engine.Mode() == policy.Off {
+		r.Notes = append(r.Notes, "removed: the mode is off")
+		r.Backend = found.Backend.String()
 		return r
 	}
 	for _, difference := range found.Differences {
@@ -204,7 +225,7 @@ func (d *daemon) whois(ctx context.Context, q control.Question) (any, error) {
 	ctx, cancel := context.WithTimeout(ctx, whoisTakes)
 	defer cancel()
 	var none error
-	for _, endpoint := range d.endpoints {
+	for _, endpoint := range d.rules.Endpoints {
 		if endpoint.Addr().Is4() != client.Addr().Is4() {
 			continue
 		}

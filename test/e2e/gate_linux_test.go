@@ -507,7 +507,6 @@ func TestReload(t *testing.T) {
 	for _, bad := range []struct{ config, log string }{
 		{"mode: enforce\nrules: {paths: [" + rule + "]}\n", "process.nam"},
 		{"mode: enforce\nruels: {}\n", "ruels"},
-		{"mode: audit\n", "restart the daemon"},
 	} {
 		if err := h.Write(bad.config); err != nil {
 			t.Fatal(err)
@@ -530,6 +529,39 @@ func TestReload(t *testing.T) {
 	h.logged("reloaded")
 	if got := h.curl(client{uid: ordinaryUser}, role); got != "200" {
 		t.Errorf("after a reload that lets curl pass: %s", got)
+	}
+}
+
+// The command has the daemon read its configuration again, and says what came of it.
+func TestReloadByCommand(t *testing.T) {
+	t.Parallel()
+	h := start(t, netlab.Options{}, "mode: enforce\nposture: strict\n")
+	reload := func(code int, says ...string) {
+		t.Helper()
+		out, got := h.imdsgate("reload")
+		for _, want := range says {
+			if !strings.Contains(out, want) {
+				t.Errorf("does not say %q: %s", want, out)
+			}
+		}
+		if got != code {
+			t.Errorf("exit status %d, want %d: %s", got, code, out)
+		}
+	}
+	reload(0, "unchanged")
+	if err := h.Write("mode: enforce\nposture: strict\ngrants:\n- name: app\n  executable: /tmp/app\n  user: app\n  owner: o\n  reason: r\n"); err != nil {
+		t.Fatal(err)
+	}
+	reload(1, "refused", ":5:15: ", "/tmp", "^")
+	if err := h.Write("mode: enforce\nposture: default\nlimits: {connections: 100}\ndenies:\n- {name: stop, user: \"61234\", reason: left}\n"); err != nil {
+		t.Fatal(err)
+	}
+	reload(0, "posture default, was strict", "+ deny stop", "! limits", "in force: ", ", was sha256:")
+	if _, err := h.Await("the new policy", func(d gate.Document) bool { return d.At("event.action") == "policy-activated" }); err != nil {
+		t.Error(err)
+	}
+	if _, err := h.Await("the refusal", func(d gate.Document) bool { return d.At("event.action") == "policy-rejected" }); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -559,7 +591,7 @@ func TestStartRefused(t *testing.T) {
 		code         int
 		says         []string
 	}{
-		{"unknown key", "mdoe: enforce\n", nil, 78, []string{"config.yaml", "mdoe", "^", "5"}},
+		{"unknown key", "mdoe: enforce\n", nil, 78, []string{"config.yaml:[9:1]", "mdoe", "^"}},
 		{"repeated key", "mode: audit\nmode: enforce\n", nil, 78, []string{"mode", "^"}},
 		{"unknown mode", "mode: block\n", nil, 78, []string{"block", "audit, enforce, off"}},
 		{"a grant by executable alone", "grants: [{name: x, executable: /bin/x, owner: o, reason: r}]\n", nil, 78, []string{"LD_PRELOAD"}},
