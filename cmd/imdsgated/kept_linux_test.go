@@ -83,7 +83,7 @@ func recalling(t *testing.T, dir string, configured policy.Mode) *daemon {
 	if err != nil {
 		t.Fatal(err)
 	}
-	spool, err := sink.Open(sink.Options{Path: filepath.Join(t.TempDir(), "events")})
+	spool, err := sink.Open(sink.Options{Path: filepath.Join(t.TempDir(), "events")}, new(event.Host))
 	if err != nil {
 		t.Fatal(err)
 	}
