@@ -207,7 +207,7 @@ func TestExplain(t *testing.T) {
 		Steps   []policy.StepFinding
 	}
 	got, code := imdsgate(append([]string{"explain", "--json", "--config", with}, made...)...)
-	if err := json.Unmarshal([]byte(got), &x); err != nil || code != 0 || x.Verdict != "deny" || x.Basis.Step != policy.StepRule || len(x.Steps) != 6 ||
+	if err := json.Unmarshal([]byte(got), &x); err != nil || code != 0 || x.Verdict != "deny" || x.Basis.Step != policy.StepRule || len(x.Steps) != 7 ||
 		x.Steps[policy.StepGrant].Of[0].Grants[0].Missed[0] != `unit "backups.service"` {
 		t.Errorf("%d, %v\n%s", code, err, got)
 	}
