@@ -63,7 +63,7 @@ something would, 2 there is no answer, or not the whole of one.`,
 	flags.StringVar(&r.policy, "policy", "", "configuration with the policy to try (default: that of --config)")
 	flags.StringVar(&r.against, "against", "", "configuration with the policy to compare with, instead of what was recorded")
 	flags.BoolVar(&r.actual, "actual", false, "compare with what clients got")
-	flags.StringVar(&r.since, "since", "", "count requests from this time on: 2026-11-26, 2026-11-26T08:00:00Z, or 7d for seven days ago")
+	flags.StringVar(&r.since, "since", "", "count requests from a time on: 2026-11-26, 2026-11-26T08:00:00Z, or how long ago, as in 7d")
 	flags.StringVar(&r.until, "until", "", "count requests before this time")
 	flags.BoolVar(&r.all, "all", false, "show every group of requests, and not only the largest")
 	cmd.MarkFlagsMutuallyExclusive("against", "actual")
@@ -140,41 +140,16 @@ func (o *replayOptions) compare(common *options) (to replay.Options, err error) 
 	}
 	to.Actual = o.actual
 	now := time.Now()
-	for _, t := range []struct {
-		flag, text string
-		to         *time.Time
-	}{{"since", o.since, &to.Since}, {"until", o.until, &to.Until}} {
-		if t.text == "" {
-			continue
-		}
-		if *t.to, err = parseWhen(t.text, now); err != nil {
-			return to, fmt.Errorf("--%s: %w", t.flag, err)
-		}
+	if to.Since, err = moment("--since", o.since, now); err != nil {
+		return to, err
+	}
+	if to.Until, err = moment("--until", o.until, now); err != nil {
+		return to, err
 	}
 	if !to.Until.IsZero() && !to.Since.Before(to.Until) {
 		return to, errors.New("--since is not before --until")
 	}
 	return to, nil
-}
-
-// parseWhen reads a time, or how long ago it was.
-func parseWhen(text string, now time.Time) (time.Time, error) {
-	for _, layout := range []string{time.RFC3339, "2006-01-02T15:04:05", "2006-01-02 15:04:05", "2006-01-02 15:04", time.DateOnly} {
-		if t, err := time.ParseInLocation(layout, text, now.Location()); err == nil {
-			return t, nil
-		}
-	}
-	ago := strings.TrimPrefix(text, "-")
-	if days, ok := strings.CutSuffix(ago, "d"); ok {
-		var n int
-		if _, err := fmt.Sscanf(days+"\n", "%d\n", &n); err == nil && n >= 0 && n < 1e5 {
-			return now.AddDate(0, 0, -n), nil
-		}
-	}
-	if d, err := time.ParseDuration(ago); err == nil && d >= 0 {
-		return now.Add(-d), nil
-	}
-	return time.Time{}, fmt.Errorf("%q is no time: write 2026-11-26, 2026-11-26T08:00:00Z, or how long ago, as 7d or 12h", text)
 }
 
 // expand puts the files of events in a directory in its place.

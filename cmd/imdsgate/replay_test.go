@@ -116,7 +116,7 @@ func TestReplay(t *testing.T) {
 		{[]string{"--policy", f("with.yaml"), f("none.ndjson")}, 2, []string{"none.ndjson: no such file"}},
 		{[]string{"--policy", f("wrong.yaml"), events}, 78, []string{"wrong.yaml", "mod"}},
 		{[]string{"--policy", f("with.yaml"), "--config", f("with.yaml"), events}, 2, []string{"leave one out"}},
-		{[]string{"--policy", f("with.yaml"), "--since", "soon", events}, 2, []string{`"soon" is no time`}},
+		{[]string{"--policy", f("with.yaml"), "--since", "soon", events}, 2, []string{"--since soon: a time as in"}},
 		{[]string{"--policy", f("with.yaml"), "--since", "2026-11-27", "--until", "2026-11-26", events}, 2, []string{"not before"}},
 		{[]string{"--policy", f("with.yaml"), "--against", f("with.yaml"), "--actual", events}, 2, []string{"against", "actual"}},
 	} {
