@@ -134,11 +134,11 @@ func (d *reading) line() {
 			d.Event.Time = d.time()
 			d.has |= hasTime
 		case "agent":
-			d.agent = d.part(0)
+			d.agent = d.part(0, beginning)
 		case "host":
-			d.host = d.part(0)
+			d.host = d.part(0, beginning)
 		case "rule":
-			d.rule = d.part(0).raw
+			d.rule = d.part(0, beginning).raw
 		case "data_stream":
 			for more := d.begin('{', '}'); more; more = d.more('}') {
 				switch string(d.name()) {
@@ -182,15 +182,15 @@ func (d *reading) line() {
 				}
 			}
 		case "container":
-			d.first.container = d.part(d.salt())
+			d.first.container = d.part(d.salt(), beginning)
 		case "orchestrator":
-			d.first.pod = d.part(d.salt())
+			d.first.pod = d.part(d.salt(), beginning)
 		case "process":
-			d.first.process = d.part(d.salt())
+			d.first.process = d.part(d.salt(), beginningOfProcess)
 		case "message", "related": // which are others in each document
 			d.skip()
 		default:
-			d.part(0)
+			d.part(0, beginning)
 		}
 	}
 }
@@ -263,7 +263,7 @@ func (d *reading) own() {
 	for more := d.begin('{', '}'); more; more = d.more('}') {
 		switch string(d.name()) {
 		case "ancestors":
-			d.first.ancestors = d.part(d.salt())
+			d.first.ancestors = d.part(d.salt(), beginning)
 		case "attribution":
 			d.attribution()
 		case "audit_verdict":
@@ -281,7 +281,7 @@ func (d *reading) own() {
 				}
 			}
 		case "executable":
-			d.first.executable = d.part(d.salt())
+			d.first.executable = d.part(d.salt(), beginning)
 		case "forwarded":
 			d.Event.Connection.Forwarded = d.bool()
 		case "decision":
@@ -315,7 +315,7 @@ func (d *reading) own() {
 				}
 			}
 		case "process":
-			d.first.place = d.part(d.salt())
+			d.first.place = d.part(d.salt(), beginning)
 		case "request":
 			d.request()
 		case "response":
@@ -435,20 +435,20 @@ func (d *reading) other() {
 	for more := d.begin('{', '}'); more; more = d.more('}') {
 		switch string(d.name()) {
 		case "container":
-			p.container = d.part(d.salt())
+			p.container = d.part(d.salt(), beginning)
 		case "orchestrator":
-			p.pod = d.part(d.salt())
+			p.pod = d.part(d.salt(), beginning)
 		case "process":
-			p.process = d.part(d.salt())
+			p.process = d.part(d.salt(), beginningOfProcess)
 		case "imdsgate":
 			for more := d.begin('{', '}'); more; more = d.more('}') {
 				switch string(d.name()) {
 				case "ancestors":
-					p.ancestors = d.part(d.salt())
+					p.ancestors = d.part(d.salt(), beginning)
 				case "executable":
-					p.executable = d.part(d.salt())
+					p.executable = d.part(d.salt(), beginning)
 				case "process":
-					p.place = d.part(d.salt())
+					p.place = d.part(d.salt(), beginning)
 				case "token":
 					d.token(&p)
 				default:
