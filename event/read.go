@@ -373,9 +373,7 @@ func (d *reading) attribution() {
 		case "unawaited":
 			a.Unawaited = d.bool()
 		case "unreadable":
-			for more := d.begin('[', ']'); more; more = d.more(']') {
-				a.Unreadable = append(a.Unreadable, d.int())
-			}
+			a.Unreadable = d.ints()
 		case "via":
 			a.Via = d.text(0)
 		default:
@@ -477,6 +475,9 @@ func (d *reading) finish() error {
 		return err
 	}
 	d.Event.Gaps |= GapTime | GapAnswer
+	if d.Response.Failed != "" {
+		d.Event.Gaps |= GapOutcome
+	}
 	switch d.Document {
 	case LifecycleChange, IntegrityFinding:
 		d.Event.State = State{Action: d.kept(d.action), Mode: d.kept(d.mode), Policy: d.kept(d.policy), Reason: d.Decision.Reason}
@@ -776,10 +777,22 @@ func (s *scanner) copied() string {
 	return string(s.string())
 }
 
-// strings reads an array of them.
+// strings reads an array of them, as many as documents have.
 func (s *scanner) strings() (all []string) {
 	for more := s.begin('[', ']'); more; more = s.more(']') {
-		all = append(all, string(s.string()))
+		if text := s.string(); len(all) < maxTexts {
+			all = append(all, string(text))
+		}
+	}
+	return all
+}
+
+// ints reads an array of them, as many as documents have.
+func (s *scanner) ints() (all []int64) {
+	for more := s.begin('[', ']'); more; more = s.more(']') {
+		if n := s.int(); len(all) < maxTexts {
+			all = append(all, n)
+		}
 	}
 	return all
 }
@@ -1173,9 +1186,7 @@ func (r *processReader) ancestors(raw []byte) {
 		case "executable":
 			executables = s.strings()
 		case "pid":
-			for more := s.begin('[', ']'); more; more = s.more(']') {
-				pids = append(pids, s.int())
-			}
+			pids = s.ints()
 		default:
 			s.skip()
 		}
