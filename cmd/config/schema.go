@@ -9,6 +9,7 @@ import (
 
 	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/event"
+	"github.com/imdsgate/imdsgate/event/sink"
 	"github.com/imdsgate/imdsgate/iptables"
 	"github.com/imdsgate/imdsgate/policy"
 	"github.com/imdsgate/imdsgate/proxy/imds"
@@ -39,6 +40,8 @@ var words = map[reflect.Type][]string{
 	reflect.TypeFor[policy.TokenAction](): {"off", "alert", "block"},
 	reflect.TypeFor[policy.API]():         {"any", "v1", "v2"},
 	reflect.TypeFor[event.TokenScope]():   {"unit", "parent", "process"},
+	reflect.TypeFor[event.Layout]():       {"own", "defend"},
+	reflect.TypeFor[sink.Fsync]():         {"never", "rotate", "interval", "always"},
 	reflect.TypeFor[iptables.Backend]():   {"auto", "nft", "legacy"},
 	reflect.TypeFor[attribution.Level]():  {"L0", "L1", "L2", "L3"},
 	reflect.TypeFor[Uncovered]():          {"deny", "report"},
