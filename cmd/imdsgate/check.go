@@ -107,6 +107,11 @@ func (o *options) check(root string, files []string) *checkResult {
 	if r.add("error", config.Errors(err)...); err != nil {
 		return r
 	}
+	redirect := c.Redirect
+	redirect.UID = 1 // which the daemon has from who starts it
+	if err := redirect.Validate(); err != nil {
+		r.add("error", fmt.Errorf("redirect: %w", err))
+	}
 	r.Mode, r.Rules, r.Grants, r.Denies = p.Mode.String(), len(p.Rules()), len(p.Grants()), len(c.Denies)
 	var wrong, odd []error
 	for _, a := range c.Advice(time.Now()) {
