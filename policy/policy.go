@@ -17,6 +17,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"slices"
 	"strings"
@@ -112,7 +113,7 @@ func Compile(c Config, classes []string) (*Policy, error) {
 	loaded, err := c.Tokens.rules(loaded)
 	errs = append(errs, err)
 	rules, refused, err := readRules(Host{}, c.Rules.Paths...)
-	loaded, errs = append(loaded, rules...), append(errs, err)
+	loaded, errs = append(loaded, rules...), append(errs, c.Rules.locate(err)...)
 	if c.Rules.SkipRefused {
 		p.Skipped = refused
 	} else {
@@ -182,6 +183,26 @@ func Compile(c Config, classes []string) (*Policy, error) {
 	p.findDecisive(classes)
 	p.Digest = "sha256:" + hex.EncodeToString(digest.Sum(nil))
 	return p, errors.Join(errs...)
+}
+
+// locate gives errors of reading, which come together, the keys of their paths.
+func (c *RulesConfig) locate(err error) (errs []error) {
+	all, ok := err.(interface{ Unwrap() []error })
+	if !ok {
+		return []error{err}
+	}
+	for _, err := range all.Unwrap() {
+		read := (*fs.PathError)(nil)
+		i := -1
+		if errors.As(err, &read) {
+			i = slices.IndexFunc(c.Paths, func(path string) bool { return read.Path == path || strings.HasPrefix(read.Path, path+"/") })
+		}
+		if i >= 0 {
+			err = &KeyError{Key: fmt.Sprintf("rules.paths[%d]", i), Err: err}
+		}
+		errs = append(errs, err)
+	}
+	return errs
 }
 
 // Rules lists the rules in the order in which they are asked.

@@ -137,6 +137,27 @@ func TestCheckUnread(t *testing.T) {
 	if out, code := imdsgate("check", filepath.Join(t.TempDir(), "none.yaml")); code != 2 || !strings.Contains(out, "none.yaml") {
 		t.Errorf("%d %s", code, out)
 	}
+	if out, code := imdsgate("check", "--root", filepath.Join(t.TempDir(), "none")); code != 2 || !strings.Contains(out, "none") {
+		t.Errorf("%d %s", code, out)
+	}
+}
+
+// All that is wrong is said in one go: with the policy, the redirect and the files.
+func TestCheckAll(t *testing.T) {
+	root := hostImage(t)
+	file := filepath.Join(t.TempDir(), "c.yaml")
+	if err := os.WriteFile(file, []byte("redirect: {host_port: 80, forwarded_port: 80}\nrules: {paths: [/nonexistent]}\ngrants:\n- {name: g, executable: /opt/open, unit: app, owner: o, reason: r}\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	out, code := imdsgate("check", "--root", root, file)
+	for _, want := range []string{"redirect: ", "c.yaml:2:17: error: read rules: open /nonexistent", "c.yaml:4:42: error: \"app\" is not the whole name", "c.yaml:4:25: error: /opt/open is writable"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("does not say %q:\n%s", want, out)
+		}
+	}
+	if code != 2 { // since a path could not be read
+		t.Errorf("exit %d", code)
+	}
 }
 
 func TestFmt(t *testing.T) {
