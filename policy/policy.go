@@ -17,7 +17,9 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
+	"path"
 	"slices"
 	"strings"
 
@@ -112,7 +114,7 @@ func Compile(c Config, classes []string) (*Policy, error) {
 	loaded, err := c.Tokens.rules(loaded)
 	errs = append(errs, err)
 	rules, refused, err := readRules(Host{}, c.Rules.Paths...)
-	loaded, errs = append(loaded, rules...), append(errs, err)
+	loaded, errs = append(loaded, rules...), append(errs, c.Rules.locate(err)...)
 	if c.Rules.SkipRefused {
 		p.Skipped = refused
 	} else {
@@ -182,6 +184,26 @@ func Compile(c Config, classes []string) (*Policy, error) {
 	p.findDecisive(classes)
 	p.Digest = "sha256:" + hex.EncodeToString(digest.Sum(nil))
 	return p, errors.Join(errs...)
+}
+
+// locate gives errors of reading, which come together, the keys of their paths.
+func (c *RulesConfig) locate(err error) (errs []error) {
+	all, ok := err.(interface{ Unwrap() []error })
+	if !ok {
+		return []error{err}
+	}
+	for _, err := range all.Unwrap() {
+		read := (*fs.PathError)(nil)
+		i := -1
+		if errors.As(err, &read) {
+			i = slices.IndexFunc(c.Paths, func(path string) bool { return read.Path == path || strings.HasPrefix(read.Path, path+"/") })
+		}
+		if i >= 0 {
+			err = &KeyError{Key: fmt.Sprintf("rules.paths[%d]", i), Err: err}
+		}
+		errs = append(errs, err)
+	}
+	return errs
 }
 
 // Rules lists the rules in the order in which they are asked.
@@ -273,7 +295,8 @@ func (p *Policy) posture(q *event.Request) Posture {
 }
 
 // program is what finds the grants that can be a process's, however many there are of
-// others.
+// others: the path, or where that has a wildcard the name behind the last slash, and the
+// unit, of which that may be an instance.
 type program struct{ executable, unit string }
 
 func grantsByProgram(grants []Grant) map[program][]*Grant {
@@ -281,6 +304,9 @@ func grantsByProgram(grants []Grant) map[program][]*Grant {
 	for i := range grants {
 		g := &grants[i]
 		for _, file := range slices.Compact(slices.Sorted(slices.Values(g.Executable))) {
+			if strings.Contains(file, "*") {
+				file = path.Base(file)
+			}
 			key := program{file, g.Unit}
 			by[key] = append(by[key], g)
 		}
@@ -288,17 +314,20 @@ func grantsByProgram(grants []Grant) map[program][]*Grant {
 	return by
 }
 
-// granted finds the grant that covers what a process asks for: of those that name its
-// unit the first, or else of those that name none.
+// granted finds the grant that covers what a process asks for: the first of those that
+// name its path and its unit, then of those that name less exactly what it is.
 func (p *Policy) granted(subject *event.Process, ev *event.Event) (name string, ok bool) {
-	for _, unit := range [...]string{subject.Unit, ""} {
-		for _, g := range p.byProgram[program{subject.Executable, unit}] {
-			if ok, _ := g.allows(subject, ev); ok {
-				return g.Name, true
+	units := [...]string{subject.Unit, template(subject.Unit), ""}
+	for _, file := range [...]string{subject.Executable, path.Base(subject.Executable)} {
+		for i, unit := range units {
+			if i > 0 && unit == units[i-1] {
+				continue
 			}
-		}
-		if unit == "" {
-			break
+			for _, g := range p.byProgram[program{file, unit}] {
+				if ok, _ := g.allows(subject, ev); ok {
+					return g.Name, true
+				}
+			}
 		}
 	}
 	return "", false
