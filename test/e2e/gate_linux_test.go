@@ -690,7 +690,7 @@ func TestCommand(t *testing.T) {
 	}
 	defer sleep.Wait()
 	defer sleep.Process.Kill()
-	out, code = h.imdsgate("explain", "--pid", fmt.Sprint(sleep.Process.Pid))
+	out, code = h.imdsgate("explain", "--all", "--pid", fmt.Sprint(sleep.Process.Pid))
 	if code != 0 || !strings.Contains(out, "/sleep (pid ") || !strings.Contains(out, "process.parent.executable != null") || !strings.Contains(out, "credentials     allow") {
 		t.Errorf("%d\n%s", code, out)
 	}
