@@ -51,8 +51,11 @@ var arrows = []struct{ from, to, reason string }{
 	{"proxy", "attribution", "asks who"},
 	{"proxy", "policy", "asks whether"},
 	{"proxy", "event", "fills the record"},
+	{"proxy", "proxy/http1", "reads requests"},
 	{"proxy", "proxy/imds", "knows the protocol"},
 	{"proxy", "proxy/loop", "waits for both sides at once"},
+	{"proxy/http1", "event", "fills the record of a request"},
+	{"proxy/http1", "proxy/imds", "records the class of a target"},
 	{"attribution", "attribution/diag", "asks the kernel for a socket"},
 	{"attribution", "attribution/procwatch", "asks who forked whom, and when a program was executed"},
 	{"attribution/witness", "attribution", "answers its questions"},
@@ -71,7 +74,7 @@ var arrows = []struct{ from, to, reason string }{
 }
 
 // portable packages build on the laptops on which rules are written, and events searched.
-var portable = []string{"policy", "policy/eql", "policy/eql/syntax", "policy/eql/ndjson", "policy/kql", "policy/firstseen", "event", "event/sink", "proxy/imds", "cmd/imdsgate"}
+var portable = []string{"policy", "policy/eql", "policy/eql/syntax", "policy/eql/ndjson", "policy/kql", "policy/firstseen", "event", "event/sink", "proxy/http1", "proxy/imds", "cmd/imdsgate"}
 
 type listed struct {
 	ImportPath string
@@ -148,7 +151,7 @@ func TestDependencies(t *testing.T) {
 			if strings.HasPrefix(name, "cmd/") && (strings.HasPrefix(dep, module+"test/") || dep == "testing") {
 				t.Errorf("%s ships %s", name, dep)
 			}
-			if (name == "proxy" || name == "proxy/imds") && dep == "net/http" {
+			if (name == "proxy" || name == "proxy/http1" || name == "proxy/imds") && dep == "net/http" {
 				t.Errorf("%s has net/http on the path of requests", name)
 			}
 		}
