@@ -36,6 +36,7 @@ var arrows = []struct{ from, to, reason string }{
 	{"cmd/imdsgate", "event/sink", "reads events without the daemon"},
 	{"cmd/imdsgate", "iptables", "prints, installs and removes the redirect without the daemon"},
 	{"cmd/imdsgate", "policy", "knows the mode that the configuration asks for, the fields that events have, and checks rules"},
+	{"cmd/imdsgate", "policy/policytest", "tests a policy"},
 	{"cmd/imdsgate", "policy/eql", "explains a query"},
 	{"cmd/imdsgate", "policy/eql/ndjson", "searches files of events"},
 	{"cmd/imdsgate", "policy/eql/syntax", "reads the query that is searched for, and prints the errors of rules"},
@@ -65,6 +66,10 @@ var arrows = []struct{ from, to, reason string }{
 	{"policy", "policy/eql/syntax", "moves errors to the line of the file"},
 	{"policy", "policy/kql", "runs rules"},
 	{"policy", "policy/firstseen", "remembers what is new to a rule"},
+	{"policy/policytest", "event", "makes the records that are judged"},
+	{"policy/policytest", "policy", "is what is tested"},
+	{"policy/policytest", "proxy/http1", "reads requests as the relay does"},
+	{"policy/policytest", "proxy/imds", "classifies them as the relay does"},
 	{"policy/eql", "policy/eql/syntax", "compiles what was parsed"},
 	{"policy/eql/ndjson", "policy/eql", "runs queries over lines"},
 	{"policy/eql/ndjson", "policy/eql/syntax", "asks which fields a query reads"},
@@ -74,7 +79,7 @@ var arrows = []struct{ from, to, reason string }{
 }
 
 // portable packages build on the laptops on which rules are written, and events searched.
-var portable = []string{"policy", "policy/eql", "policy/eql/syntax", "policy/eql/ndjson", "policy/kql", "policy/firstseen", "event", "event/sink", "proxy/http1", "proxy/imds", "cmd/imdsgate"}
+var portable = []string{"policy", "policy/eql", "policy/eql/syntax", "policy/eql/ndjson", "policy/kql", "policy/firstseen", "policy/policytest", "event", "event/sink", "proxy/http1", "proxy/imds", "cmd/imdsgate"}
 
 type listed struct {
 	ImportPath string
