@@ -128,7 +128,8 @@ type Process struct {
 
 	UserID, RealUserID, SavedUserID string
 	UserName                        string
-	GroupID                         string
+	GroupID                         string // effective
+	RealGroupID, SavedGroupID       string
 	GroupName                       string
 	SupplementalGroups              []string
 
@@ -230,6 +231,7 @@ type Decision struct {
 	WouldBe Verdict
 	Reason  string // for a person, one line
 	Rule    *Rule  // that decided; nil if none did
+	Deny    string // of the policy, that decided
 	Grant   string // that decided
 	Matches []Match
 }

@@ -362,6 +362,8 @@ func processFields(add adder, array func(docs, Type, string, func(*View) Value),
 	add(onProcess, Keyword, prefix+".user.name", of(func(p *Process) Value { return known(p.UserName) }))
 	add(onProcess, Keyword, prefix+".real_user.id", of(func(p *Process) Value { return known(p.RealUserID) }))
 	add(onProcess, Keyword, prefix+".saved_user.id", of(func(p *Process) Value { return known(p.SavedUserID) }))
+	add(onProcess, Keyword, prefix+".real_group.id", of(func(p *Process) Value { return known(p.RealGroupID) }))
+	add(onProcess, Keyword, prefix+".saved_group.id", of(func(p *Process) Value { return known(p.SavedGroupID) }))
 	add(onProcess, Keyword, prefix+".group.id", of(func(p *Process) Value { return known(p.GroupID) }))
 	add(onProcess, Keyword, prefix+".group.name", of(func(p *Process) Value { return known(p.GroupName) }))
 	array(onProcess, Keyword, prefix+".supplemental_groups.id", of(func(p *Process) Value { return texts(p.SupplementalGroups...) }))
@@ -421,6 +423,7 @@ func ownFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 	})
 	add(onRequest, Keyword, "imdsgate.verdict", func(v *View) Value { return text(v.Decision.Verdict.String()) })
 	add(onRequest, Keyword, "imdsgate.audit_verdict", func(v *View) Value { return text(v.Decision.WouldBe.String()) })
+	add(onRequest, Keyword, "imdsgate.deny", func(v *View) Value { return known(v.Decision.Deny) })
 	add(onRequest, Keyword, "imdsgate.grant", func(v *View) Value { return known(v.Decision.Grant) })
 	array(inDecision, Keyword, "imdsgate.matched", func(v *View) Value {
 		var all []string

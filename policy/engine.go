@@ -61,7 +61,7 @@ func (e *Engine) Decisive(q *event.Request) bool {
 	if q.Guarded {
 		return true
 	}
-	return e.Policy().blocks[q.Class]
+	return e.Policy().decisive[q.Class]
 }
 
 // stage is one stage of a rule with the documents that it may be about.
@@ -110,9 +110,8 @@ func (e *Engine) Judge(ev *event.Event) {
 	}
 }
 
-// outcome is the verdict of enforce mode. The order of the reasons is that of
-// DESIGN: what cannot be read; a grant; a rule that blocks; nobody known; the
-// class's default.
+// outcome is the verdict of enforce mode. The order of the reasons: what cannot be
+// read; a deny; a grant; a rule that blocks; nobody known; the posture of the class.
 func (p *state) outcome(ev *event.Event) event.Verdict {
 	d, q := &ev.Decision, &ev.Request
 	ev.Token.Scope = p.tokenScope
@@ -149,6 +148,14 @@ func (p *state) outcome(ev *event.Event) event.Verdict {
 			break
 		}
 	}
+	for _, subject := range subjects(ev) {
+		if deny := p.denied(subject, ev); deny != nil {
+			d.Deny = deny.Name
+			d.Reason = fmt.Sprintf("denied by %q: %s", deny.Name, deny.Reason)
+			p.first(ev, subject)
+			return event.Deny
+		}
+	}
 	if name, ok := p.allGranted(ev); ok {
 		d.Grant = name
 		d.Reason = "granted by " + name
@@ -160,7 +167,7 @@ func (p *state) outcome(ev *event.Event) event.Verdict {
 		d.Reason = fmt.Sprintf("rule %q %s %s", blocked.Rule.Name, how, describe(blocked.Subject))
 		p.first(ev, blocked.Subject)
 		return event.Deny
-	case !q.Guarded:
+	case !q.Guarded && p.posture(q) == Default:
 		return event.Allow
 	case len(ev.Subjects) == 0:
 		d.Reason = "unattributed: " + ev.Attribution.Reason
@@ -168,7 +175,7 @@ func (p *state) outcome(ev *event.Event) event.Verdict {
 	case !ev.Attribution.Sufficient():
 		d.Reason = "unattributed: somebody else may hold the connection: " + ev.Attribution.Reason
 		return event.Deny
-	case p.Posture == Strict:
+	case p.posture(q) == Strict:
 		d.Reason = "posture strict: no grant covers " + describe(ev.Subjects[0])
 		return event.Deny
 	}
@@ -176,10 +183,13 @@ func (p *state) outcome(ev *event.Event) event.Verdict {
 }
 
 // Final reports whether a judged event is refused whatever else may be found out
-// about who asks: a rule blocks one of those who are known, and no grant covers
-// him.
+// about who asks: a deny is about one of those who are known, or a rule blocks one
+// whom no grant covers.
 func (e *Engine) Final(ev *event.Event) bool {
 	p := e.Policy()
+	if ev.Decision.Deny != "" {
+		return true
+	}
 	return ev.Decision.WouldBe == event.Deny && ev.Decision.Rule != nil && slices.ContainsFunc(ev.Subjects, func(subject *event.Process) bool {
 		_, ok := p.granted(subject, ev)
 		return !ok

@@ -286,7 +286,13 @@ func TestRequestRules(t *testing.T) {
 }
 
 func grantFor(executable string) Grant {
-	return Grant{Name: "app", Executable: executable, Unit: "app.service", Owner: "platform", Reason: "it needs them"}
+	return Grant{Name: "app", Who: Who{Executable: OneOrMore{executable}, Unit: "app.service"},
+		What: What{Classes: []string{"credentials"}}, Owner: "platform", Reason: "it needs them"}
+}
+
+// inventory makes a request one that nothing guards.
+func inventory(ev *event.Event, _ *event.Process) {
+	ev.Request.Path, ev.Request.Class, ev.Request.Guarded = "/latest/meta-data/instance-id", "inventory", false
 }
 
 func TestOrderOfVerdict(t *testing.T) {
@@ -308,6 +314,33 @@ func TestOrderOfVerdict(t *testing.T) {
 		{"a grant on incomplete evidence", granted, asking("/usr/bin/python3", func(ev *event.Event, _ *event.Process) {
 			ev.Attribution.Complete, ev.Attribution.Reason = false, "late"
 		}), event.Deny, "rule"},
+		{"denied, though granted", Config{Mode: Enforce, Grants: granted.Grants, Denies: []Deny{{Name: "stop", Who: Who{User: "app"}, Reason: "left the company"}}},
+			asking("/usr/bin/python3", nil), event.Deny, `denied by "stop": left the company`},
+		{"malformed, though denied", Config{Mode: Enforce, Denies: []Deny{{Name: "stop", Who: Who{User: "app"}, Reason: "r"}}},
+			asking("/usr/bin/python3", func(ev *event.Event, _ *event.Process) { ev.Request.Malformed = "two readings" }), event.Deny, "two readings"},
+		{"denied, though only inventory", Config{Mode: Enforce, Denies: []Deny{{Name: "stop", Who: Who{User: "app"}, Reason: "r"}}},
+			asking("/opt/app/bin/app", inventory), event.Deny, "denied by"},
+		{"one of two subjects denied", Config{Mode: Enforce, Denies: []Deny{{Name: "stop", Who: Who{Executable: OneOrMore{"/bin/other"}}, Reason: "r"}}},
+			asking("/opt/app/bin/app", func(ev *event.Event, p *event.Process) {
+				ev.Subjects = append(ev.Subjects, &event.Process{EntityID: "other", PID: 4712, Executable: "/bin/other"})
+			}), event.Deny, "denied by"},
+		{"denied a class, and nobody known", Config{Mode: Enforce, Denies: []Deny{{Name: "stop", What: What{Classes: []string{"inventory"}}, Reason: "r"}}},
+			asking("/opt/app/bin/app", func(ev *event.Event, p *event.Process) {
+				inventory(ev, p)
+				ev.Subjects, ev.Attribution.Complete = nil, false
+			}), event.Deny, "denied by"},
+		{"a class that is strict", Config{Mode: Enforce, Classes: map[string]Posture{"inventory": Strict}}, asking("/opt/app/bin/app", inventory), event.Deny, "strict"},
+		{"a class that is strict, and nobody known", Config{Mode: Enforce, Classes: map[string]Posture{"inventory": Strict}},
+			asking("/opt/app/bin/app", func(ev *event.Event, p *event.Process) {
+				inventory(ev, p)
+				ev.Subjects, ev.Attribution.Complete, ev.Attribution.Reason = nil, false, "no_holder"
+			}), event.Deny, "unattributed: no_holder"},
+		{"a class that is not strict, in a strict policy", Config{Mode: Enforce, Posture: Strict, Classes: map[string]Posture{"credentials": Default}},
+			asking("/opt/app/bin/app", nil), event.Allow, ""},
+		{"a class that is not strict, and nobody known", Config{Mode: Enforce, Posture: Strict, Classes: map[string]Posture{"credentials": Default}},
+			asking("/opt/app/bin/app", func(ev *event.Event, _ *event.Process) {
+				ev.Subjects, ev.Attribution.Complete, ev.Attribution.Reason = nil, false, "no_holder"
+			}), event.Deny, "unattributed"},
 		{"a rule that blocks", Config{Mode: Enforce}, asking("/usr/bin/curl", nil), event.Deny, "rule"},
 		{"nobody known", Config{Mode: Enforce}, asking("/opt/app/bin/app", func(ev *event.Event, _ *event.Process) {
 			ev.Subjects, ev.Attribution.Complete, ev.Attribution.Reason = nil, false, "no_holder"
@@ -329,60 +362,6 @@ func TestOrderOfVerdict(t *testing.T) {
 		ev := judge(NewEngine(compile(t, c.config)), c.ev)
 		if d := ev.Decision; d.Verdict != c.want || d.WouldBe != c.want || !strings.Contains(d.Reason, c.reason) {
 			t.Errorf("%s: %v because %q, want %v because of %q", c.name, d.Verdict, d.Reason, c.want, c.reason)
-		}
-	}
-}
-
-func TestGrants(t *testing.T) {
-	good := grantFor("/usr/bin/python3")
-	byUser := Grant{Name: "by user", Executable: "/usr/bin/python3", User: "app", Owner: "o", Reason: "r"}
-	for _, c := range []struct {
-		name   string
-		grant  Grant
-		change func(*event.Event, *event.Process)
-		ok     bool
-	}{
-		{"unit", good, nil, true},
-		{"user by name", byUser, nil, true},
-		{"user by number", Grant{Name: "n", Executable: "/usr/bin/python3", User: "1000", Owner: "o", Reason: "r"}, nil, true},
-		{"another user", byUser, func(_ *event.Event, p *event.Process) { p.UserName, p.UserID = "evil", "1001" }, false},
-		{"only the effective user", byUser, func(_ *event.Event, p *event.Process) { p.RealUserID = "1001" }, false},
-		{"a unit of a user manager", good, func(_ *event.Event, p *event.Process) { p.Unit, p.UserUnit = "", "app.service" }, false},
-		{"a file that is not the host's", good, func(_ *event.Event, p *event.Process) { p.HostVerified = false }, false},
-		{"a file that others may change", good, func(_ *event.Event, p *event.Process) { p.RootOwned = false }, false},
-		{"an earlier image", good, func(_ *event.Event, p *event.Process) { p.Earlier = true }, false},
-		{"the loader", good, func(_ *event.Event, p *event.Process) { p.Loader = true }, false},
-		{"another executable that says it is this one", good, func(_ *event.Event, p *event.Process) {
-			p.Executable, p.Name, p.Thread = "/tmp/python3", "python3", "python3"
-			p.Args = []string{"/usr/bin/python3"}
-		}, false},
-		{"expired", Grant{Name: "e", Executable: "/usr/bin/python3", Unit: "app.service", Owner: "o", Reason: "r",
-			Expires: Date{base.AddDate(0, 0, -1)}}, nil, false},
-		{"on its last day", Grant{Name: "e", Executable: "/usr/bin/python3", Unit: "app.service", Owner: "o", Reason: "r",
-			Expires: Date{time.Date(2026, 11, 25, 0, 0, 0, 0, time.UTC)}}, nil, true},
-		{"another class", Grant{Name: "c", Executable: "/usr/bin/python3", Unit: "app.service", Owner: "o", Reason: "r",
-			Classes: []string{"user-data"}}, nil, false},
-	} {
-		ev := judge(NewEngine(compile(t, Config{Mode: Enforce, Grants: []Grant{c.grant}})), asking("/usr/bin/python3", c.change))
-		if got := ev.Decision.Verdict == event.Allow; got != c.ok {
-			t.Errorf("%s: %v because %q", c.name, ev.Decision.Verdict, ev.Decision.Reason)
-		}
-	}
-	for _, c := range []struct {
-		name  string
-		grant Grant
-		err   string
-	}{
-		{"executable alone", Grant{Name: "g", Executable: "/bin/x", Owner: "o", Reason: "r"}, "LD_PRELOAD"},
-		{"relative", Grant{Name: "g", Executable: "x", Unit: "u", Owner: "o", Reason: "r"}, "absolute"},
-		{"not clean", Grant{Name: "g", Executable: "/bin/../tmp/x", Unit: "u", Owner: "o", Reason: "r"}, "clean"},
-		{"no owner", Grant{Name: "g", Executable: "/bin/x", Unit: "u", Reason: "r"}, "owner"},
-		{"no name", Grant{Executable: "/bin/x", Unit: "u", Owner: "o", Reason: "r"}, "name"},
-		{"unknown class", Grant{Name: "g", Executable: "/bin/x", Unit: "u", Owner: "o", Reason: "r", Classes: []string{"creds"}}, "creds"},
-		{"both", Grant{Name: "g", Executable: "/bin/x", Unit: "u", ExecutableOnly: true, Owner: "o", Reason: "r"}, "contradicts"},
-	} {
-		if _, err := Compile(Config{Grants: []Grant{c.grant}}, classes); err == nil || !strings.Contains(err.Error(), c.err) {
-			t.Errorf("%s: %v", c.name, err)
 		}
 	}
 }

@@ -5,7 +5,7 @@
 // form and language: they raise alerts as Elastic would have raised them, and
 // they block. Grants are what lets a program have credentials all the same: they
 // rest on what the caller cannot choose. What excuses an alert does not open a
-// door.
+// door. Denies take away, and go before both.
 //
 // A Policy is compiled once and does not change; an Engine applies the present
 // one. Judging reads no file and waits for nobody.
@@ -33,6 +33,10 @@ type Config struct {
 	Rules   RulesConfig  `yaml:"rules"`
 	Tokens  TokensConfig `yaml:"tokens"`
 	Grants  []Grant      `yaml:"grants"`
+	Denies  []Deny       `yaml:"denies"`
+	// Classes are postures of single classes of requests, which go before Posture.
+	// Strict also keeps a class that is not guarded to those with a grant.
+	Classes map[string]Posture `yaml:"classes"`
 }
 
 // RulesConfig says which rules there are and what follows from them.
@@ -72,8 +76,11 @@ type Policy struct {
 
 	rules      []*rule
 	set        *ruleSet
-	blocks     map[string]bool // classes of requests that are not guarded and that a rule blocks all the same
+	classes    map[string]Posture
+	decisive   map[string]bool // classes of requests that are not guarded and may be refused all the same
 	grants     []Grant
+	byProgram  map[program][]*Grant
+	denies     []Deny
 	tokenScope event.TokenScope
 }
 
@@ -95,7 +102,7 @@ var shipped embed.FS
 // the names of the classes that requests can have. All errors come together, as
 // far as they can be found in one go.
 func Compile(c Config, classes []string) (*Policy, error) {
-	p := &Policy{Mode: c.Mode, Posture: c.Posture, grants: c.Grants, tokenScope: c.Tokens.Scope, blocks: map[string]bool{}}
+	p := &Policy{Mode: c.Mode, Posture: c.Posture, classes: c.Classes, grants: slices.Clone(c.Grants), denies: c.Denies, tokenScope: c.Tokens.Scope, decisive: map[string]bool{}}
 	var errs []error
 	var loaded []*Rule
 	if !c.Rules.WithoutShipped {
@@ -123,44 +130,56 @@ func Compile(c Config, classes []string) (*Policy, error) {
 		p.rules = append(p.rules, newRule(r, c.Rules.Actions[r.ID]))
 	}
 	for _, id := range slices.Sorted(maps.Keys(c.Rules.Actions)) {
-		a := c.Rules.Actions[id]
+		a, action := c.Rules.Actions[id], complaints{key: "rules.actions." + id}
 		if _, ok := known[id]; !ok {
-			errs = append(errs, fmt.Errorf("rules.actions: no rule has the rule_id %q; there are %s", id, strings.Join(slices.Sorted(maps.Keys(known)), ", ")))
+			action.say("", "no rule has the rule_id %q; there are %s", id, strings.Join(slices.Sorted(maps.Keys(known)), ", "))
 		}
 		for _, r := range p.rules {
 			if r.ID == id && r.alertsOnly && a.blocks() {
-				errs = append(errs, fmt.Errorf("rules.actions: %s: a rule that counts events (with runs) or has missing ones cannot block; use log or alert", id))
+				action.say("", "a rule that counts events (with runs) or has missing ones cannot block; use log or alert")
 			}
 		}
 		for class := range a.Classes {
 			if !slices.Contains(classes, class) {
-				errs = append(errs, fmt.Errorf("rules.actions: %s: unknown class %q; there are %s", id, class, strings.Join(classes, ", ")))
+				action.say("classes."+class, "unknown class %q; there are %s", class, strings.Join(classes, ", "))
 			}
 		}
+		errs = append(errs, action.errs...)
 		fmt.Fprintln(digest, id, a.Action, a.Classes, a.HonourExclusions, a.AlertOn)
 	}
-	names := map[string]bool{}
+	names := map[string]string{}
+	entry := func(key, what, name string, check func(*complaints)) {
+		c := complaints{key: key}
+		check(&c)
+		if other, ok := names[what+name]; ok && name != "" {
+			c.errs = append(c.errs, &KeyError{Key: key + ".name", Other: other + ".name", Err: fmt.Errorf("%s %q is there twice", what, name)})
+		}
+		names[what+name] = key
+		errs = append(errs, c.errs...)
+	}
 	for i := range c.Grants {
 		g := &c.Grants[i]
-		if err := g.check(classes); err != nil {
-			errs = append(errs, err)
-		}
-		if names[g.Name] {
-			errs = append(errs, fmt.Errorf("grant %q is there twice", g.Name))
-		}
-		names[g.Name] = true
+		entry(fmt.Sprintf("grants[%d]", i), "grant", g.Name, func(c *complaints) { g.check(c, classes) })
 		fmt.Fprintf(digest, "%+v\n", *g)
+	}
+	for i := range c.Denies {
+		d := &c.Denies[i]
+		entry(fmt.Sprintf("denies[%d]", i), "deny", d.Name, func(c *complaints) { d.check(c, classes) })
+		fmt.Fprintf(digest, "%+v\n", *d)
+	}
+	for _, class := range slices.Sorted(maps.Keys(c.Classes)) {
+		if !slices.Contains(classes, class) {
+			errs = append(errs, &KeyError{Key: "classes." + class, Err: fmt.Errorf("unknown class %q; there are %s", class, strings.Join(classes, ", "))})
+		}
+		fmt.Fprintln(digest, class, c.Classes[class])
 	}
 	fmt.Fprintln(digest, c.Posture, c.Tokens.Scope)
 	if c.Tokens.Action != nil {
 		fmt.Fprintln(digest, *c.Tokens.Action)
 	}
 	p.set = newRuleSet(p.rules)
-	for _, r := range p.rules {
-		for class, action := range r.action.Classes {
-			p.blocks[class] = p.blocks[class] || action == Block
-		}
-	}
+	p.byProgram = grantsByProgram(p.grants)
+	p.findDecisive(classes)
 	p.Digest = "sha256:" + hex.EncodeToString(digest.Sum(nil))
 	return p, errors.Join(errs...)
 }
@@ -218,12 +237,77 @@ func (a *RuleAction) blocks() bool {
 	return a.Action != nil && *a.Action == Block || slices.Contains(slices.Collect(maps.Values(a.Classes)), Block)
 }
 
-// granted finds the grant that covers what a process asks for.
+// findDecisive notes which classes may be refused although they are not guarded.
+func (p *Policy) findDecisive(classes []string) {
+	for _, r := range p.rules {
+		for class, action := range r.action.Classes {
+			p.decisive[class] = p.decisive[class] || action == Block
+		}
+	}
+	for class, posture := range p.classes {
+		p.decisive[class] = p.decisive[class] || posture == Strict
+	}
+	for i := range p.denies {
+		of := p.denies[i].Classes
+		if len(of) == 0 {
+			of = classes
+		}
+		for _, class := range of {
+			p.decisive[class] = true
+		}
+	}
+}
+
+// posture is what becomes of a request that neither grant nor rule speaks of.
+func (p *Policy) posture(q *event.Request) Posture {
+	if own, ok := p.classes[q.Class]; ok {
+		return own
+	}
+	if q.Guarded {
+		return p.Posture
+	}
+	return Default
+}
+
+// program is what finds the grants that can be a process's, however many there are of
+// others.
+type program struct{ executable, unit string }
+
+func grantsByProgram(grants []Grant) map[program][]*Grant {
+	by := make(map[program][]*Grant)
+	for i := range grants {
+		g := &grants[i]
+		for _, file := range slices.Compact(slices.Sorted(slices.Values(g.Executable))) {
+			key := program{file, g.Unit}
+			by[key] = append(by[key], g)
+		}
+	}
+	return by
+}
+
+// granted finds the grant that covers what a process asks for: of those that name its
+// unit the first, or else of those that name none.
 func (p *Policy) granted(subject *event.Process, ev *event.Event) (name string, ok bool) {
-	for i := range p.grants {
-		if ok, _ := p.grants[i].allows(subject, ev); ok {
-			return p.grants[i].Name, true
+	for _, unit := range [...]string{subject.Unit, ""} {
+		for _, g := range p.byProgram[program{subject.Executable, unit}] {
+			if ok, _ := g.allows(subject, ev); ok {
+				return g.Name, true
+			}
+		}
+		if unit == "" {
+			break
 		}
 	}
 	return "", false
+}
+
+// denied finds the deny that covers what a process asks for; subject is nil where none
+// is known.
+func (p *Policy) denied(subject *event.Process, ev *event.Event) *Deny {
+	for i := range p.denies {
+		if d := &p.denies[i]; d.covers(subject, ev) {
+			return d
+		}
+	}
+	return nil
 }

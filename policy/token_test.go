@@ -16,7 +16,7 @@ func TestForeignToken(t *testing.T) {
 	victim := event.NewIssuer(&event.Process{EntityID: "victim", PID: 80, Executable: "/opt/victim", UserID: "33", Unit: "victim.service"})
 	set := func(a TokenAction) TokensConfig { return TokensConfig{Action: &a} }
 	grants := func(own bool) []Grant {
-		return []Grant{{Name: "app", Executable: "/usr/bin/agent", Unit: "app.service", OwnToken: own, Owner: "x", Reason: "y"}}
+		return []Grant{{Name: "app", Who: Who{Executable: OneOrMore{"/usr/bin/agent"}, Unit: "app.service"}, OwnToken: own, Owner: "x", Reason: "y"}}
 	}
 	inventory := func(ev *event.Event, _ *event.Process) {
 		ev.Request.Class, ev.Request.Guarded = "inventory", false

@@ -73,7 +73,7 @@ func render(p *attribution.Process) *event.Process {
 		Executable: p.Executable.Path, Name: p.Name, Thread: p.Thread, Args: p.Args, CommandLine: strings.Join(p.Args, " "), WorkingDir: p.WorkingDir,
 		TTY: p.TTY, Session: int64(p.Session), Group: int64(p.Group),
 		UserID: id(p.UID[1]), RealUserID: id(p.UID[0]), SavedUserID: id(p.UID[2]), UserName: p.UserName,
-		GroupID: id(p.GID[1]), GroupName: p.GroupName,
+		GroupID: id(p.GID[1]), RealGroupID: id(p.GID[0]), SavedGroupID: id(p.GID[2]), GroupName: p.GroupName,
 		Unit: p.Cgroup.Unit, UserUnit: p.Cgroup.UserUnit, Cgroup: p.Cgroup.Path,
 		Container: p.Cgroup.Container, Runtime: p.Cgroup.Runtime, Pod: p.Cgroup.Pod,
 		Unproven: p.Executable.Unproven, HostVerified: p.Executable.HostVerified, RootOwned: p.Executable.RootOwned, Loader: p.Executable.Loader,
@@ -81,7 +81,7 @@ func render(p *attribution.Process) *event.Process {
 		Swapped: p.Swapped, Ended: p.Ended, Ancestry: p.Ancestry.String(),
 	}
 	if p.Ended {
-		q.RealUserID, q.SavedUserID = "", ""
+		q.RealUserID, q.SavedUserID, q.RealGroupID, q.SavedGroupID = "", "", "", ""
 		if q.UserID == id(attribution.NoID) {
 			q.UserID, q.GroupID = "", ""
 		}

@@ -60,14 +60,18 @@ type decision struct {
 	tokenless      bool
 }
 
-// enter runs a program in a root, with file systems that are gone when it is. The last exec makes it the process that
-// was started.
+// enter runs a program in a root, with file systems that are gone when it is, in a cgroup as
+// systemd has it for a unit, which a grant for an interpreter must name.
 const enter = `root=$1 uid=$2; shift 2
+mount -t cgroup2 none /sys/fs/cgroup
+own=/sys/fs/cgroup$(sed -n s/^0:://p /proc/self/cgroup) slice=$own/system.slice
+mkdir -p "$slice/client.service"; echo $$ >"$slice/client.service/cgroup.procs"
 mount -t proc proc "$root/proc"
 mount -t tmpfs -o mode=1777 tmp "$root/tmp"
 mount -t tmpfs -o mode=755 run "$root/run"
 [ "$uid" != 0 ] || mount --rbind /dev "$root/dev"
-exec chroot --userspec="$uid:$uid" --groups= "$root" "$@"`
+code=0; chroot --userspec="$uid:$uid" --groups= "$root" "$@" || code=$?
+echo $$ >"$own/cgroup.procs"; rmdir "$slice/client.service" "$slice"; exit $code`
 
 // once runs a client in a lab of its own, whose service believes that it is now.
 func once(ctx context.Context, r root, b gate.Binaries, c client, w way, now time.Time) (o observation, err error) {
@@ -105,7 +109,7 @@ func once(ctx context.Context, r root, b gate.Binaries, c client, w way, now tim
 			if err != nil {
 				return o, err
 			}
-			settings += fmt.Sprintf("grants:\n- name: client\n  executable: %s\n  user: %q\n  owner: compat\n  reason: it is the legitimate one\n", executable, fmt.Sprint(uid))
+			settings += fmt.Sprintf("grants:\n- name: client\n  executable: %s\n  unit: client.service\n  user: %q\n  owner: compat\n  reason: it is the legitimate one\n", executable, fmt.Sprint(uid))
 		}
 		daemon, err = gate.Start(lab, b, gate.Settings{Config: settings})
 		if daemon != nil {
