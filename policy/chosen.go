@@ -65,11 +65,13 @@ func outsider(file string) string {
 
 // checkExecutable says what is wrong with the path of an executable.
 func checkExecutable(file string) error {
-	switch {
-	case strings.ContainsAny(file, "*?["):
-		return fmt.Errorf("%q has a wildcard: whoever can add a file there has the grant; list each path, as in [/usr/bin/a, /usr/bin/b]", file)
-	case !path.IsAbs(file) || path.Clean(file) != file || file == "/":
+	if !path.IsAbs(file) || path.Clean(file) != file || file == "/" {
 		return fmt.Errorf("%q is not an absolute, clean path, as the kernel has it: /usr/bin/x", file)
+	}
+	if strings.ContainsAny(file, "*?[") {
+		if err := checkVersioned(file); err != nil {
+			return err
+		}
 	}
 	if why := outsider(file); why != "" {
 		return fmt.Errorf("%s: install it where only root can write, such as /usr/local/bin or /opt", why)
@@ -120,9 +122,7 @@ func checkUnit(unit string) error {
 	case strings.HasSuffix(unit, ".slice"):
 		return fmt.Errorf("%q is a slice, in which there are many units: name one, as in app.service", unit)
 	case strings.ContainsAny(unit, "*?["):
-		return fmt.Errorf("%q has a wildcard: a grant is for one unit; write a grant for each", unit)
-	case strings.HasSuffix(unit, "@.service"):
-		return fmt.Errorf("%q is a template: name an instance of it, as in %s", unit, strings.Replace(unit, "@.", "@NAME.", 1))
+		return fmt.Errorf("%q has a wildcard: a grant is for one unit, or for all instances of a template, as in app@.service; write a grant for each", unit)
 	case isScope && len(name) > 64 && isHex(name[len(name)-64:]):
 		return fmt.Errorf("%q is a container: write container: %s", unit, name[len(name)-64:])
 	case !isScope && !strings.HasSuffix(unit, ".service"):

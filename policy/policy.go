@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"path"
 	"slices"
 	"strings"
 
@@ -270,32 +271,49 @@ func (p *Policy) posture(q *event.Request) Posture {
 }
 
 // program is what finds the grants that can be a process's, however many there are of
-// others.
+// others: the path of the executable, or its name alone where a directory is named after
+// a version; and the unit, or what it has from its template, or neither.
 type program struct{ executable, unit string }
 
 func grantsByProgram(grants []Grant) map[program][]*Grant {
 	by := make(map[program][]*Grant)
 	for i := range grants {
 		g := &grants[i]
+		unit := g.Unit
+		if from := template(unit); strings.HasPrefix(unit[len(from):], ".") {
+			unit = from
+		}
 		for _, file := range slices.Compact(slices.Sorted(slices.Values(g.Executable))) {
-			key := program{file, g.Unit}
-			by[key] = append(by[key], g)
+			if versioned(file) {
+				file = path.Base(file)
+			}
+			key := program{file, unit}
+			if !slices.Contains(by[key], g) {
+				by[key] = append(by[key], g)
+			}
 		}
 	}
 	return by
 }
 
 // granted finds the grant that covers what a process asks for: of those that name its
-// unit the first, or else of those that name none.
+// unit the first, or else of those that name the template of that, or else of those that
+// name none.
 func (p *Policy) granted(subject *event.Process, ev *event.Event) (name string, ok bool) {
-	for _, unit := range [...]string{subject.Unit, ""} {
-		for _, g := range p.byProgram[program{subject.Executable, unit}] {
-			if ok, _ := g.allows(subject, ev); ok {
-				return g.Name, true
-			}
+	if len(p.byProgram) == 0 {
+		return "", false
+	}
+	units := [...]string{subject.Unit, template(subject.Unit), ""}
+	for i, unit := range units {
+		if slices.Contains(units[:i], unit) {
+			continue
 		}
-		if unit == "" {
-			break
+		for _, file := range [...]string{subject.Executable, subject.Executable[strings.LastIndexByte(subject.Executable, '/')+1:]} {
+			for _, g := range p.byProgram[program{file, unit}] {
+				if ok, _ := g.allows(subject, ev); ok {
+					return g.Name, true
+				}
+			}
 		}
 	}
 	return "", false

@@ -152,6 +152,7 @@ func (c *cast) make(own *Subject) *event.Process {
 	p.UserID = or(s.UID, p.UserID)
 	p.RealUserID, p.SavedUserID = or(s.RealUID, p.UserID), or(s.SavedUID, p.UserID)
 	p.GroupName, p.GroupID = identity(or(s.Group, or(s.User, "root")))
+	p.RealGroupID, p.SavedGroupID = p.GroupID, p.GroupID
 
 	hosts := p.Known && p.Container == "" && p.Pod == "" && !p.Deleted && !p.Swapped
 	p.HostVerified = or(s.HostVerified, hosts)
@@ -191,7 +192,7 @@ func (c *cast) init() *event.Process {
 		c.known[name] = &event.Process{
 			EntityID: "case-1", PID: 1, Start: c.now.Add(-24 * time.Hour), Executable: systemd, Name: "systemd", Thread: "systemd",
 			Args: []string{"/sbin/init"}, CommandLine: "/sbin/init", WorkingDir: "/", UserName: "root", UserID: "0", RealUserID: "0", SavedUserID: "0",
-			GroupID: "0", GroupName: "root", Unit: "init.scope", Cgroup: "/init.scope", Known: true, HostVerified: true, RootOwned: true,
+			GroupID: "0", RealGroupID: "0", SavedGroupID: "0", GroupName: "root", Unit: "init.scope", Cgroup: "/init.scope", Known: true, HostVerified: true, RootOwned: true,
 		}
 	}
 	return c.known[name]
