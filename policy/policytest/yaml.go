@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -46,6 +47,15 @@ func Parse(name string, src []byte) (*File, error) {
 		return nil, err
 	}
 	f.Name, f.source = name, s
+	if f.Policy != nil { // whose paths are from where it is written
+		for _, paths := range [][]string{f.Policy.Rules.Paths, f.Policy.ProfilePaths} {
+			for i, p := range paths {
+				if !filepath.IsAbs(p) {
+					paths[i] = filepath.Join(filepath.Dir(name), p)
+				}
+			}
+		}
+	}
 	return f, f.check()
 }
 
