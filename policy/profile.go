@@ -94,21 +94,21 @@ func ProfileNames(dirs []string) ([]string, error) {
 	return slices.Compact(names), nil
 }
 
-// profiles reads those that a configuration names.
+// profiles reads those that a configuration names, one for each name: empty where the
+// name is there before, or has no profile.
 func (c *Config) profiles() (all []*Profile, errs []error) {
 	dirs := c.ProfilePaths
 	if len(dirs) == 0 {
 		dirs = ProfilePaths
 	}
 	for i, name := range c.Profiles {
-		p, err := LoadProfile(name, dirs)
-		switch {
-		case err != nil:
-			errs = append(errs, &KeyError{Key: fmt.Sprintf("profiles[%d]", i), Err: err})
-			p = &Profile{}
-		case slices.Contains(c.Profiles[:i], name):
-			errs = append(errs, &KeyError{Key: fmt.Sprintf("profiles[%d]", i), Err: fmt.Errorf("profile %q is there twice", name)})
-			p = &Profile{}
+		p := &Profile{}
+		if !slices.Contains(c.Profiles[:i], name) {
+			var err error
+			if p, err = LoadProfile(name, dirs); err != nil {
+				errs = append(errs, &KeyError{Key: fmt.Sprintf("profiles[%d]", i), Err: err})
+				p = &Profile{}
+			}
 		}
 		all = append(all, p)
 	}

@@ -73,10 +73,11 @@ func TestProfileErrors(t *testing.T) {
 			}
 		}
 	}
-	for _, names := range [][]string{{"app", "app"}, {"app", "again"}} {
-		if _, err := Compile(Config{Profiles: names, ProfilePaths: []string{dir}}, nil); err == nil || !strings.Contains(err.Error(), "twice") {
-			t.Errorf("%v: %v", names, err)
-		}
+	if _, err := Compile(Config{Profiles: []string{"app", "again"}, ProfilePaths: []string{dir}}, nil); err == nil || !strings.Contains(err.Error(), "profiles[1].name: grant \"app\" is there twice") {
+		t.Errorf("two profiles with one name of a grant: %v", err)
+	}
+	if p, err := Compile(Config{Profiles: []string{"app", "app"}, ProfilePaths: []string{dir}}, nil); err != nil || len(p.Grants()) != 1 {
+		t.Errorf("a profile that two files name: %v", err)
 	}
 	if _, err := LoadProfile("none", []string{t.TempDir()}); !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), "there are none") {
 		t.Error(err)

@@ -108,8 +108,8 @@ func (o *options) test(files []string) (*policytest.Report, error) {
 		var p *policy.Policy
 		switch {
 		case file.Policy != nil:
-			if p, err = (config.Config{Config: *file.Policy}).Policy(); err != nil {
-				errs = append(errs, fmt.Errorf("%s: policy: %w", name, err))
+			if p, err = file.Compile(); err != nil {
+				errs = append(errs, err)
 				continue
 			}
 		case configured == nil:

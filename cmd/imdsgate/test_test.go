@@ -40,7 +40,7 @@ func TestPolicyTest(t *testing.T) {
 		code           int
 		stdout, stderr string
 	}{
-		{"beside the configuration", []string{"--config", config}, exitTrouble, "", "d_test.yaml:[1:1] unknown field \"case\""},
+		{"beside the configuration", []string{"--config", config}, exitTrouble, "", "d_test.yaml:1:1: unknown field \"case\""},
 		{"a file", []string{"--config", config, filepath.Join(dir, "a_test.yaml")}, 0, "1 passed, 0 failed, in 1 file\n", ""},
 		{"files once, and a directory", []string{"--config", config, filepath.Join(dir, "a_test.yaml"), filepath.Join(dir, "a_test.yaml"), filepath.Join(dir, "sub")}, 0, "2 passed, 0 failed, in 2 files\n", ""},
 		{"what passes", []string{"--config", config, "-v", filepath.Join(dir, "sub")}, 0, "b_test.yaml:2: granted: GET /latest/user-data\n1 passed", ""},

@@ -36,7 +36,7 @@ func run(t *testing.T, name, src string) policytest.Report {
 	if f.Policy == nil {
 		f.Policy = &policy.Config{}
 	}
-	p, err := policy.Compile(*f.Policy, classes())
+	p, err := f.Compile()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -128,38 +128,38 @@ func TestErrors(t *testing.T) {
 	for _, c := range []struct{ name, src, want string }{
 		{"empty", "", "there are no cases"},
 		{"no cases", "subjects: {}", "there are no cases"},
-		{"unknown key", "cases:\n  - name: a\n    requst: GET /\n", "[3:5] unknown field \"requst\""},
-		{"unknown key of a subject", "cases:\n  - name: a\n    subject: {exe: /a}\n    request: GET /\n    expect: deny\n", "[3:15] unknown field \"exe\""},
-		{"unknown key of an expectation", "cases:\n  - name: a\n    subject: /a\n    request: GET /\n    expect: {verdit: deny}\n", "[5:14] unknown field \"verdit\""},
-		{"unknown key of the policy", "policy: {postur: strict}\ncases: []\n", "[1:10] unknown field \"postur\""},
-		{"key twice", "cases:\n  - name: a\n    name: b\n", "[3:5] mapping key \"name\" already defined"},
-		{"verdict", "cases:\n  - name: a\n    subject: /a\n    request: GET /\n    expect: denied\n", "[5:13] unknown verdict \"denied\"; there are allow, deny"},
-		{"api", "cases:\n  - name: a\n    subject: /a\n    request: {path: /, api: v3}\n    expect: deny\n", "[4:29] unknown api \"v3\""},
+		{"unknown key", "cases:\n  - name: a\n    requst: GET /\n", ":3:5: unknown field \"requst\""},
+		{"unknown key of a subject", "cases:\n  - name: a\n    subject: {exe: /a}\n    request: GET /\n    expect: deny\n", ":3:15: unknown field \"exe\""},
+		{"unknown key of an expectation", "cases:\n  - name: a\n    subject: /a\n    request: GET /\n    expect: {verdit: deny}\n", ":5:14: unknown field \"verdit\""},
+		{"unknown key of the policy", "policy: {postur: strict}\ncases: []\n", ":1:10: unknown field \"postur\""},
+		{"key twice", "cases:\n  - name: a\n    name: b\n", ":3:5: mapping key \"name\" already defined"},
+		{"verdict", "cases:\n  - name: a\n    subject: /a\n    request: GET /\n    expect: denied\n", ":5:13: unknown verdict \"denied\"; there are allow, deny"},
+		{"api", "cases:\n  - name: a\n    subject: /a\n    request: {path: /, api: v3}\n    expect: deny\n", ":4:29: unknown api \"v3\""},
 		{"endpoint", "cases:\n  - name: a\n    subject: /a\n    request: {path: /, endpoint: imds}\n    expect: deny\n", "endpoint \"imds\" is not an address"},
-		{"age", "cases:\n  - name: a\n    subject: {executable: /a, age: 3 days}\n    request: GET /\n    expect: deny\n", "[3:36] time: unknown unit"},
+		{"age", "cases:\n  - name: a\n    subject: {executable: /a, age: 3 days}\n    request: GET /\n    expect: deny\n", ":3:36: time: unknown unit"},
 		{"mode", "cases:\n  - name: a\n    subject: /a\n    request: GET /\n    mode: on\n    expect: deny\n", "unknown mode \"on\""},
-		{"subject", "cases:\n  - name: a\n    subject: z\n    request: GET /\n    expect: deny\n", "[3:14] there is no subject \"z\"; there are none in this file"},
-		{"no subject", "cases:\n  - name: a\n    request: GET /\n    expect: deny\n", "[2:5] case \"a\" does not say who asks"},
+		{"subject", "cases:\n  - name: a\n    subject: z\n    request: GET /\n    expect: deny\n", ":3:14: there is no subject \"z\"; there are none in this file"},
+		{"no subject", "cases:\n  - name: a\n    request: GET /\n    expect: deny\n", ":2:5: case \"a\" does not say who asks"},
 		{"no request", "cases:\n  - name: a\n    subject: /a\n    expect: deny\n", "does not say what is asked"},
-		{"no path", "cases:\n  - name: a\n    subject: /a\n    request: {method: GET}\n    expect: deny\n", "[4:15] what is asked for?"},
+		{"no path", "cases:\n  - name: a\n    subject: /a\n    request: {method: GET}\n    expect: deny\n", ":4:15: what is asked for?"},
 		{"expects nothing", "cases:\n  - name: a\n    subject: /a\n    request: GET /\n", "case \"a\" expects nothing"},
 		{"no name", "cases:\n  - subject: /a\n    request: GET /\n    expect: deny\n", "a case needs a name"},
-		{"class", "cases:\n  - name: a\n    subject: /a\n    request: GET /\n    expect: {class: secrets}\n", "[5:21] there is no class \"secrets\""},
+		{"class", "cases:\n  - name: a\n    subject: /a\n    request: GET /\n    expect: {class: secrets}\n", ":5:21: there is no class \"secrets\""},
 		{"like itself", "subjects:\n  a: {like: b}\n  b: {parent: a}\ncases: []\n", "its own parent, or like itself"},
-		{"like nobody known", "subjects:\n  a: {like: b}\n", "[2:13] there is no subject \"b\""},
+		{"like nobody known", "subjects:\n  a: {like: b}\n", ":2:13: there is no subject \"b\""},
 		{"no program", "subjects:\n  a: {user: app}\n", "which program is it?"},
 		{"parent", "subjects:\n  a: {executable: /a, parent: [/b, c]}\n", "there is no subject \"c\""},
 		{"reserved", "subjects:\n  own: {executable: /a}\n", "cannot be named \"own\""},
-		{"ancestry", "subjects:\n  a: {executable: /a, ancestry: adopted}\n", "[2:33] ancestry \"adopted\""},
-		{"token", "cases:\n  - name: a\n    subject: /a\n    request: {path: /, token: his}\n    expect: deny\n", "[4:31] whose token?"},
+		{"ancestry", "subjects:\n  a: {executable: /a, ancestry: adopted}\n", ":2:33: ancestry \"adopted\""},
+		{"token", "cases:\n  - name: a\n    subject: /a\n    request: {path: /, token: his}\n    expect: deny\n", ":4:31: whose token?"},
 		{"order", "cases:\n  - name: a\n    subject: /a\n    request: GET /\n    before: [{ago: 1s, subject: /b}, {ago: 2s, subject: /b}]\n    expect: deny\n", "write the oldest first"},
-		{"future", "cases:\n  - name: a\n    subject: /a\n    request: GET /\n    before: [{ago: -1s, subject: /b}]\n    expect: deny\n", "[5:20] this is in the future"},
+		{"future", "cases:\n  - name: a\n    subject: /a\n    request: GET /\n    before: [{ago: -1s, subject: /b}]\n    expect: deny\n", ":5:20: this is in the future"},
 		{"times", "cases:\n  - name: a\n    subject: /a\n    request: GET /\n    before: [{ago: 1s, times: 1000000000}]\n    expect: deny\n", "times is from 1 to 10000"},
 		{"nobody starts", "cases:\n  - name: a\n    subject: nobody\n    request: GET /\n    before: [{ago: 1s}]\n    expect: deny\n", "a program that starts is somebody"},
 		{"nobody with others", "cases:\n  - name: a\n    subject: nobody\n    others: [/a]\n    request: GET /\n    expect: deny\n", "where nobody is known there are no others"},
 		{"two lines", "cases:\n  - name: a\n    subject: /a\n    request: {path: /, headers: {X: \"a\\r\\nHost: b\"}}\n    expect: deny\n", "a header is one line"},
-		{"alias to itself", "cases: &a\n  - *a\n", "[2:3]"},
-		{"brackets", "cases: " + strings.Repeat("[", 2000), "[1:72] more than 64 lists"},
+		{"alias to itself", "cases: &a\n  - *a\n", ":2:3:"},
+		{"brackets", "cases: " + strings.Repeat("[", 2000), ":1:72: more than 64 lists"},
 		{"items", "cases:\n  " + strings.Repeat("- ", 1000), "more than 64 lists"},
 		{"long line", "cases: " + strings.Repeat("[", 1<<19), "a line of more than 4096 bytes"},
 		{"huge", strings.Repeat("\n", 2<<20), "at most 1048576"},
@@ -174,8 +174,22 @@ func TestErrors(t *testing.T) {
 		}
 	}
 	f, err := policytest.Parse("x_test.yaml", []byte("cases:\n  - name: a\n    subject: y\n    request: GET /\n    expect: {}\n  - name: b\n    subject: z\n    request: GET /\n    expect: deny\n"))
-	if err == nil || strings.Count(err.Error(), "x_test.yaml:[") != 3 {
+	if err == nil || strings.Count(err.Error(), "x_test.yaml:") != 3 {
 		t.Errorf("three errors are %v, %v", f, err)
+	}
+}
+
+// What is wrong with the policy of a file is shown there.
+func TestPolicyErrors(t *testing.T) {
+	f, err := policytest.Parse("x_test.yaml", []byte("policy:\n  profiles: [nosuch]\n  grants:\n    - name: a\n      executable: [/opt/a, /tmp/a]\n      unit: a.service\n      owner: o\n  rules:\n    paths: [none]\ncases:\n  - {name: a, subject: /a, request: GET /, expect: deny}\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = f.Compile()
+	for _, want := range []string{"x_test.yaml:2:14: no profile \"nosuch\"", "x_test.yaml:4:7: a grant needs a reason", "x_test.yaml:5:28: \"/tmp/a\" is below /tmp", "x_test.yaml: ", "none"} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v\nis without %q", err, want)
+		}
 	}
 }
 
@@ -194,7 +208,7 @@ func TestUnknownRuleOrGrant(t *testing.T) {
 		t.Fatal(results, err)
 	}
 	for _, want := range []string{
-		"[5:20] the policy has no rule \"odd-clint\"; there are command-line, ", "the policy has no rule \"imdsv2\"",
+		":5:20: the policy has no rule \"odd-clint\"; there are command-line, ", "the policy has no rule \"imdsv2\"",
 		"the policy has no rule \"x\"", "the policy has no grant \"app\"; there are none",
 	} {
 		if !strings.Contains(err.Error(), want) {

@@ -7,11 +7,13 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/proxy/imds"
 )
 
 // Result is what became of one request of a case.
@@ -359,4 +361,42 @@ func (f *File) known(p *policy.Policy, i int) error {
 		errs = append(errs, f.source.wrong(at.at("grant"), "the policy has no grant %q; there are %s", name, have))
 	}
 	return errors.Join(errs...)
+}
+
+// Compile makes the policy that the file brings. What is wrong with it is shown where it
+// is written.
+func (f *File) Compile() (*policy.Policy, error) {
+	var classes []string
+	for _, c := range imds.Classes() {
+		classes = append(classes, c.String())
+	}
+	p, err := policy.Compile(*f.Policy, classes)
+	return p, f.locate(err)
+}
+
+// locate gives complaints about the policy their places.
+func (f *File) locate(err error) error {
+	if all, ok := err.(interface{ Unwrap() []error }); ok {
+		var errs []error
+		for _, err := range all.Unwrap() {
+			errs = append(errs, f.locate(err))
+		}
+		return errors.Join(errs...)
+	}
+	complaint := (*policy.KeyError)(nil)
+	switch {
+	case err == nil:
+		return nil
+	case !errors.As(err, &complaint):
+		return fmt.Errorf("%s: %w", f.Name, err)
+	}
+	at := place{"policy"}
+	for _, key := range strings.FieldsFunc(complaint.Key, func(r rune) bool { return r == '.' || r == '[' || r == ']' }) {
+		if i, err := strconv.Atoi(key); err == nil {
+			at = append(at, i)
+		} else {
+			at = append(at, key)
+		}
+	}
+	return f.source.wrong(at, "%v", complaint.Err)
 }

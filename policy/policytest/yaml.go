@@ -15,6 +15,7 @@ import (
 	"github.com/goccy/go-yaml/ast"
 	"github.com/goccy/go-yaml/lexer"
 	"github.com/goccy/go-yaml/parser"
+	"github.com/goccy/go-yaml/printer"
 	"github.com/goccy/go-yaml/token"
 )
 
@@ -38,7 +39,7 @@ func Parse(name string, src []byte) (*File, error) {
 	number := 0
 	for line := range bytes.Lines(src) {
 		if number++; len(line) > maxLine {
-			return nil, fmt.Errorf("%s:[%d:%d] a line of more than %d bytes", name, number, maxLine, maxLine)
+			return nil, fmt.Errorf("%s:%d:%d: a line of more than %d bytes", name, number, maxLine, maxLine)
 		}
 	}
 	s := source{name: name}
@@ -114,21 +115,25 @@ func nested(tokens token.Tokens) *token.Token {
 // do more to a terminal than to show itself. Where the YAML library does not know the
 // place, it is the first value that the error quotes.
 func (s *source) located(err error) error {
-	if known := yaml.Error(nil); !errors.As(err, &known) {
+	known := yaml.Error(nil)
+	if !errors.As(err, &known) || known.GetToken() == nil {
 		i := slices.IndexFunc(s.tokens, func(t *token.Token) bool {
 			return t.Value != "" && strings.Contains(err.Error(), strconv.Quote(t.Value))
 		})
 		if i < 0 {
 			return fmt.Errorf("%s: %w", s.name, err)
 		}
-		err = &yaml.SyntaxError{Message: err.Error(), Token: s.tokens[i]}
+		known = &yaml.SyntaxError{Message: err.Error(), Token: s.tokens[i]}
 	}
-	return fmt.Errorf("%s:%s", s.name, strings.Map(func(r rune) rune {
+	at := known.GetToken()
+	var p printer.Printer
+	excerpt := strings.Map(func(r rune) rune {
 		if unicode.IsPrint(r) || r == '\n' {
 			return r
 		}
 		return unicode.ReplacementChar
-	}, yaml.FormatError(err, false, true)))
+	}, p.PrintErrorToken(at, false))
+	return fmt.Errorf("%s:%d:%d: %s\n%s", s.name, at.Position.Line, at.Position.Column, known.GetMessage(), strings.TrimRight(excerpt, "\n"))
 }
 
 // place is the way to a value: keys and indices.
