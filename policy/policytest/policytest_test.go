@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
@@ -351,6 +352,31 @@ func TestJSON(t *testing.T) {
 	b.Reset()
 	if err := new(policytest.Report).WriteJSON(&b); err != nil || !strings.Contains(b.String(), `"results":[]`) {
 		t.Error(b.String(), err)
+	}
+}
+
+// The example of the documentation passes, and the documentation has every key.
+func TestDocumentation(t *testing.T) {
+	page, err := os.ReadFile("../../docs/testing-policy.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, block, _ := strings.Cut(string(page), "```yaml\n")
+	block, _, _ = strings.Cut(block, "```")
+	const granted = "policy:\n  posture: strict\n  grants: [{name: app, executable: /opt/app/bin/app, unit: app.service, owner: o, reason: r}]\n"
+	if r := run(t, "app_test.yaml", granted+block); r.Failed > 0 || r.Passed != 3 {
+		t.Errorf("%+v", r)
+	}
+	for _, of := range []any{policytest.File{}, policytest.Case{}, policytest.Step{}, policytest.Subject{}, policytest.Request{}, policytest.Expect{}} {
+		for _, field := range reflect.VisibleFields(reflect.TypeOf(of)) {
+			key := field.Tag.Get("yaml")
+			if key == "" || key == "-" {
+				continue
+			}
+			if !regexp.MustCompile("[`{ ]" + key + "[`,}]").Match(page) {
+				t.Errorf("docs/testing-policy.md is without the key %s of a %T", key, of)
+			}
+		}
 	}
 }
 

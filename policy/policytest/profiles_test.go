@@ -19,7 +19,14 @@ func TestProfiles(t *testing.T) {
 	if err != nil || len(names) == 0 {
 		t.Fatal(names, err)
 	}
+	page, err := os.ReadFile("../../docs/profiles.md")
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, name := range names {
+		if !strings.Contains(string(page), "\n| `"+name+"` | ") {
+			t.Errorf("docs/profiles.md has no row for %s", name)
+		}
 		profile, err := policy.LoadProfile(name, []string{profiles})
 		if err != nil {
 			t.Error(err)
