@@ -16,6 +16,7 @@ require (
 	github.com/oklog/ulid/v2 v2.1.2 // ids of events, in the order of time
 	github.com/pelletier/go-toml/v2 v2.4.3 // rule files
 	github.com/prometheus/procfs v0.23.0 // what the daemon uses; tests: a second reader of /proc
+	github.com/rogpeppe/go-internal v1.16.0 // what imdsgate fmt would change, as diff(1) shows it
 	github.com/rs/zerolog v1.35.1 // the operator's own log
 	github.com/safchain/ethtool v0.7.0 // counters of network drivers
 	github.com/santhosh-tekuri/jsonschema/v6 v6.0.3 // tests: the published schema of the configuration

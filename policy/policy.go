@@ -132,7 +132,7 @@ func Compile(c Config, classes []string) (*Policy, error) {
 			errs = append(errs, fmt.Errorf("%s: rule_id %s is also in %s; set rules.without_shipped, or change the id", r.File, r.ID, other))
 		}
 		known[r.ID] = r.File
-		fmt.Fprintln(digest, r.ID, r.Version)
+		fmt.Fprintf(digest, "%s %s %x\n", r.ID, r.Version, r.text)
 		p.rules = append(p.rules, newRule(r, c.Rules.Actions[r.ID]))
 	}
 	for _, id := range slices.Sorted(maps.Keys(c.Rules.Actions)) {
@@ -217,6 +217,9 @@ func (p *Policy) Rules() []*Rule {
 
 // Grants lists the grants.
 func (p *Policy) Grants() []Grant { return slices.Clone(p.grants) }
+
+// Denies lists the denies.
+func (p *Policy) Denies() []Deny { return slices.Clone(p.denies) }
 
 func newRule(r *Rule, a RuleAction) *rule {
 	blocking := r.Bound

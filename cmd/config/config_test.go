@@ -130,6 +130,8 @@ func TestErrors(t *testing.T) {
 		{"unknown key of tokens", "tokens: {scopes: unit}\n", []string{"1:10:", "scopes", "^"}},
 		{"what a caller writes himself", "grants:\n- name: a\n  comm: x\n", []string{"config.yaml:3:3:", `"comm" of grants: a process names itself`, "use executable", "^"}},
 		{"the name of a class in a grant", "grants: [{name: a, api: v3}]\n", []string{"config.yaml:1:25:", "v3", "v1, v2", "^"}},
+		{"unknown level of the log", "log: {level: loud}\n", []string{"config.yaml:1:14:", "loud", "debug, info, warn, error"}},
+		{"a number for a text", "control: {group: 5}\ngrants: [{name: a, user: 1000, executable: 7, owner: [x]}]\n", []string{"config.yaml:"}},
 		{"not YAML", "mode: [\n", []string{"config.yaml:", "^"}},
 		{"what the YAML library panics at", "grants: !00 00", []string{"config.yaml", "tag"}},
 		{"a wrong date", "grants: [{name: a, expires: tomorrow}]\n", []string{"tomorrow", "2006-01-02"}},

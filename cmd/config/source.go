@@ -20,8 +20,8 @@ import (
 	"github.com/imdsgate/imdsgate/policy/eql/syntax"
 )
 
-// maxFile bounds a file. A thousand grants take a fifth of it.
-const maxFile = 1 << 20
+// MaxFile bounds a file. A thousand grants take a fifth of it.
+const MaxFile = 1 << 20
 
 // maxDepth bounds what is inside of what, since the YAML library goes down by calling
 // itself. A configuration has no more than six levels.
@@ -55,8 +55,8 @@ type source struct {
 // parse reads a file as YAML, whatever it says.
 func parse(name string, text []byte) (s *source, err error) {
 	s = &source{name: name, text: text}
-	if len(text) > maxFile {
-		return nil, s.whole(fmt.Errorf("%d bytes are more than the %d that a configuration may have", len(text), maxFile))
+	if len(text) > MaxFile {
+		return nil, s.whole(fmt.Errorf("%d bytes are more than the %d that a configuration may have", len(text), MaxFile))
 	}
 	if deep(text) {
 		return nil, s.whole(fmt.Errorf("more than %d levels are in each other", maxDepth))
