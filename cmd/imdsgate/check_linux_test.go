@@ -27,6 +27,9 @@ func hostImage(t *testing.T) (root string) {
 		{"/srv/wide/app", 0o755, 0},
 		{"/usr/bin/python3.11", 0o755, 0},
 		{"/usr/sbin/cron", 0o755, 0},
+		{"/snap/app/12/app", 0o755, 0},
+		{"/opt/theirs.d/v1/app", 0o755, 1000},
+		{"/opt/theirs.d/v2/app", 0o755, 0},
 	} {
 		path := filepath.Join(root, f.path)
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -47,7 +50,7 @@ func hostImage(t *testing.T) (root string) {
 			t.Fatal(err)
 		}
 	}
-	for from, to := range map[string]string{"/bin": "usr/bin", "/opt/link": "/opt/app", "/opt/worker": "../usr/bin/python3.11", "/opt/loop": "loop", "/opt/out": "../../../../../opt/app"} {
+	for from, to := range map[string]string{"/bin": "usr/bin", "/opt/link": "/opt/app", "/opt/worker": "../usr/bin/python3.11", "/snap/app/current": "12", "/opt/loop": "loop", "/opt/out": "../../../../../opt/app"} {
 		if err := os.Symlink(to, filepath.Join(root, from)); err != nil {
 			t.Fatal(err)
 		}
@@ -75,6 +78,9 @@ func TestCheckFiles(t *testing.T) {
 		{"a link to itself", "executable: /opt/loop, unit: app.service", 0, []string{"cannot be looked at"}},
 		{"an interpreter under another name", "executable: /opt/worker, user: app", 1, []string{"error: /opt/worker is /usr/bin/python3.11 (python)"}},
 		{"a parent that all can write", "executable: /opt/app, unit: app.service, parent: /opt/open", 1, []string{"error: /opt/open is writable"}},
+		{"a version", "executable: /snap/app/*/app, unit: app.service", 0, []string{"ok: mode audit"}},
+		{"no version", "executable: /snap/none/*/app, unit: app.service", 0, []string{"warning: /snap/none/*/app does not exist"}},
+		{"a version that is another's", "executable: /opt/theirs.d/v*/app, unit: app.service", 1, []string{"error: /opt/theirs.d/v1/app belongs to uid 1000", "1 error, 0 warnings"}},
 		{"a file in a container", "executable: /opt/open, container: 0123456789ab", 0, []string{"ok"}},
 		{"refused", "executable: /tmp/x, unit: app.service", 1, []string{":2:25: error: ", "every user"}},
 		{"everybody's", "executable: /opt/app, executable_only: true", 0, []string{"warning: grant \"g\" is everybody's"}},
@@ -125,6 +131,33 @@ func TestCheckHost(t *testing.T) {
 		t.Errorf("%d %s", code, out)
 	}
 	os.Chmod(dropIn, 0o644)
+	profile := filepath.Join(root, "usr/lib/imdsgate/profiles/app.yaml")
+	if err := os.MkdirAll(filepath.Dir(profile), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for path, text := range map[string]string{
+		dropIn:  "profiles: [app]\n",
+		profile: "program: app\ngrants: [{name: app, executable: /opt/app, unit: app.service, owner: o, reason: r}]\n",
+		strings.Replace(dropIn, "10.yaml", "10_test.yaml", 1): "cases: []\n", // which is no drop-in
+	} {
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if out, _ := imdsgate("check", "--root", root); !strings.Contains(out, " 1 grants,") {
+		t.Error(out)
+	}
+	os.Chmod(profile, 0o666)
+	if out, code := imdsgate("check", "--root", root); code != 1 || !strings.Contains(out, "app.yaml is writable by others") {
+		t.Errorf("%d %s", code, out)
+	}
+	os.Remove(profile)
+	if out, code := imdsgate("check", "--root", root); code != 1 || !strings.Contains(out, "10.yaml:1:12: error: no profile \"app\": there are none") {
+		t.Errorf("%d %s", code, out)
+	}
+	if err := os.WriteFile(dropIn, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
 	if err := os.Chown(etc, 1000, 1000); err != nil {
 		t.Fatal(err)
 	}
