@@ -95,12 +95,7 @@ func (o *options) test(files []string) (*policytest.Report, error) {
 	var configured *policy.Policy
 	now := time.Now()
 	for _, name := range files {
-		src, err := os.ReadFile(name)
-		if err != nil {
-			errs = append(errs, fmt.Errorf("read cases: %w", err))
-			continue
-		}
-		file, err := policytest.Parse(name, src)
+		file, err := policytest.Read(name)
 		if err != nil {
 			errs = append(errs, err)
 			continue

@@ -33,10 +33,9 @@ func (f *File) check() error {
 			wrong(p, "a subject cannot be named %q, which means something else", name)
 		}
 		f.checkSubject(wrong, p, &s)
-		if f.circular(name, nil) {
-			wrong(p, "subject %q is its own parent, or like itself", name)
-			return errors.Join(errs...) // there is no end to it
-		}
+	}
+	if name := f.circle(); name != "" {
+		wrong(place{"subjects", name}, "subject %q is its own parent, or like itself", name)
 	}
 	if len(f.Cases) == 0 && len(errs) == 0 {
 		wrong(nil, "there are no cases")
@@ -136,22 +135,39 @@ func (f *File) checkRequest(wrong func(place, string, ...any), p place, r *Reque
 	}
 }
 
-// circular reports whether a subject leads back to itself.
-func (f *File) circular(name string, seen []string) bool {
-	if slices.Contains(seen, name) {
-		return true
-	}
-	s, ok := f.Subjects[name]
-	return ok && f.leads(&s, append(slices.Clip(seen), name))
-}
-
-func (f *File) leads(s *Subject, seen []string) bool {
-	return s.Like != "" && f.circular(s.Like, seen) || slices.ContainsFunc(s.Parent, func(r Ref) bool {
-		if r.In != nil {
-			return f.leads(r.In, seen)
+// circle is the first subject that leads back to itself, as its own parent or by like;
+// "" if there is none.
+func (f *File) circle() string {
+	const under, done = 1, 2
+	state := map[string]int{}
+	var leads func(s *Subject) bool
+	visit := func(name string) bool {
+		s, ok := f.Subjects[name]
+		switch {
+		case !ok || state[name] == done:
+			return false
+		case state[name] == under:
+			return true
 		}
-		return f.circular(r.Name, seen)
-	})
+		state[name] = under
+		circular := leads(&s)
+		state[name] = done
+		return circular
+	}
+	leads = func(s *Subject) bool {
+		return s.Like != "" && visit(s.Like) || slices.ContainsFunc(s.Parent, func(r Ref) bool {
+			if r.In != nil {
+				return leads(r.In)
+			}
+			return visit(r.Name)
+		})
+	}
+	for _, name := range slices.Sorted(maps.Keys(f.Subjects)) {
+		if visit(name) {
+			return name
+		}
+	}
+	return ""
 }
 
 func (f *File) subjects() string {

@@ -130,6 +130,16 @@ func (c *cast) process(r Ref) *event.Process {
 
 func (c *cast) make(own *Subject) *event.Process {
 	s := c.file.whole(own)
+	p := c.alone(&s)
+	c.descend(p, s.Parent)
+	if p.Parent != nil {
+		p.Ancestry = or(s.Ancestry, "birth")
+	}
+	return p
+}
+
+// alone makes a process without parents.
+func (c *cast) alone(s *Subject) *event.Process {
 	c.next++
 	p := &event.Process{
 		EntityID: fmt.Sprintf("case-%d", c.next), PID: c.next, Known: true,
@@ -159,10 +169,6 @@ func (c *cast) make(own *Subject) *event.Process {
 	p.RootOwned = or(s.RootOwned, p.HostVerified)
 	p.Cgroup = or(s.Cgroup, cgroup(p))
 	c.forwarded[p] = (p.Container != "" || p.Pod != "") && !or(s.HostNetwork, false)
-	c.descend(p, s.Parent)
-	if p.Parent != nil {
-		p.Ancestry = or(s.Ancestry, "birth")
-	}
 	return p
 }
 
@@ -179,7 +185,9 @@ func (c *cast) descend(p *event.Process, parents Parents) {
 		return
 	}
 	// What is above is said here, whatever it is where the same process is named again.
-	above := c.make(c.file.described(parents[0]))
+	s := c.file.whole(c.file.described(parents[0]))
+	above := c.alone(&s)
+	above.Ancestry = or(s.Ancestry, "birth")
 	above.EntityID, above.PID, above.Start = p.Parent.EntityID, p.Parent.PID, p.Parent.Start
 	c.descend(above, parents[1:])
 	p.Parent = above

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -30,11 +31,25 @@ const (
 	maxNesting = 64
 )
 
+// Read reads a file of cases from the disk, and not much more than one may have.
+func Read(name string) (*File, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, fmt.Errorf("read cases: %w", err)
+	}
+	defer f.Close()
+	src, err := io.ReadAll(io.LimitReader(f, maxSource+1))
+	if err != nil {
+		return nil, fmt.Errorf("read cases: %w", err)
+	}
+	return Parse(name, src)
+}
+
 // Parse reads a file of cases; name is for errors, which have line and caret. Keys that
 // there are not are errors, and so is a case that expects nothing.
 func Parse(name string, src []byte) (*File, error) {
 	if len(src) > maxSource {
-		return nil, fmt.Errorf("%s: %d bytes; a file of cases has at most %d", name, len(src), maxSource)
+		return nil, fmt.Errorf("%s: a file of cases has at most %d bytes", name, maxSource)
 	}
 	number := 0
 	for line := range bytes.Lines(src) {
