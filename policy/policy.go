@@ -35,7 +35,12 @@ type Config struct {
 	Rules   RulesConfig  `yaml:"rules"`
 	Tokens  TokensConfig `yaml:"tokens"`
 	Grants  []Grant      `yaml:"grants"`
-	Denies  []Deny       `yaml:"denies"`
+	// Profiles are names of files with grants for programs that come with a platform.
+	Profiles []string `yaml:"profiles"`
+	// ProfilePaths are the directories in which they are looked for; the package's
+	// ProfilePaths if there are none.
+	ProfilePaths []string `yaml:"profile_paths"`
+	Denies       []Deny   `yaml:"denies"`
 	// Classes are postures of single classes of requests, which go before Posture.
 	// Strict also keeps a class that is not guarded to those with a grant.
 	Classes map[string]Posture `yaml:"classes"`
@@ -165,6 +170,22 @@ func Compile(c Config, classes []string) (*Policy, error) {
 		g := &c.Grants[i]
 		entry(fmt.Sprintf("grants[%d]", i), "grant", g.Name, func(c *complaints) { g.check(c, classes) })
 		fmt.Fprintf(digest, "%+v\n", *g)
+	}
+	profiles, wrong := c.profiles()
+	errs = append(errs, wrong...)
+	for i, profile := range profiles {
+		for j := range profile.Grants {
+			g := &profile.Grants[j]
+			entry(fmt.Sprintf("profiles[%d]", i), "grant", g.Name, func(c *complaints) {
+				own := complaints{key: fmt.Sprintf("grants[%d]", j)}
+				g.check(&own, classes)
+				for _, err := range own.errs {
+					c.say("", "%s: %w", profile.File, err)
+				}
+			})
+			p.grants = append(p.grants, *g)
+			fmt.Fprintf(digest, "%+v\n", *g)
+		}
 	}
 	for i := range c.Denies {
 		d := &c.Denies[i]
