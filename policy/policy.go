@@ -17,7 +17,9 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
+	"path"
 	"slices"
 	"strings"
 
@@ -33,7 +35,12 @@ type Config struct {
 	Rules   RulesConfig  `yaml:"rules"`
 	Tokens  TokensConfig `yaml:"tokens"`
 	Grants  []Grant      `yaml:"grants"`
-	Denies  []Deny       `yaml:"denies"`
+	// Profiles are names of files with grants for programs that come with a platform.
+	Profiles []string `yaml:"profiles"`
+	// ProfilePaths are the directories in which they are looked for; the package's
+	// ProfilePaths if there are none.
+	ProfilePaths []string `yaml:"profile_paths"`
+	Denies       []Deny   `yaml:"denies"`
 	// Classes are postures of single classes of requests, which go before Posture.
 	// Strict also keeps a class that is not guarded to those with a grant.
 	Classes map[string]Posture `yaml:"classes"`
@@ -114,7 +121,7 @@ func Compile(c Config, classes []string) (*Policy, error) {
 	loaded, err := c.Tokens.rules(loaded)
 	errs = append(errs, err)
 	rules, refused, err := readRules(Host{}, c.Rules.Paths...)
-	loaded, errs = append(loaded, rules...), append(errs, err)
+	loaded, errs = append(loaded, rules...), append(errs, c.Rules.locate(err)...)
 	if c.Rules.SkipRefused {
 		p.Skipped = refused
 	} else {
@@ -164,6 +171,22 @@ func Compile(c Config, classes []string) (*Policy, error) {
 		entry(fmt.Sprintf("grants[%d]", i), "grant", g.Name, func(c *complaints) { g.check(c, classes) })
 		fmt.Fprintf(digest, "%+v\n", *g)
 	}
+	profiles, wrong := c.profiles()
+	errs = append(errs, wrong...)
+	for i, profile := range profiles {
+		for j := range profile.Grants {
+			g := &profile.Grants[j]
+			entry(fmt.Sprintf("profiles[%d]", i), "grant", g.Name, func(c *complaints) {
+				own := complaints{key: fmt.Sprintf("grants[%d]", j)}
+				g.check(&own, classes)
+				for _, err := range own.errs {
+					c.say("", "%s: %w", profile.File, err)
+				}
+			})
+			p.grants = append(p.grants, *g)
+			fmt.Fprintf(digest, "%+v\n", *g)
+		}
+	}
 	for i := range c.Denies {
 		d := &c.Denies[i]
 		entry(fmt.Sprintf("denies[%d]", i), "deny", d.Name, func(c *complaints) { d.check(c, classes) })
@@ -184,6 +207,26 @@ func Compile(c Config, classes []string) (*Policy, error) {
 	p.findDecisive(classes)
 	p.Digest = "sha256:" + hex.EncodeToString(digest.Sum(nil))
 	return p, errors.Join(errs...)
+}
+
+// locate gives errors of reading, which come together, the keys of their paths.
+func (c *RulesConfig) locate(err error) (errs []error) {
+	all, ok := err.(interface{ Unwrap() []error })
+	if !ok {
+		return []error{err}
+	}
+	for _, err := range all.Unwrap() {
+		read := (*fs.PathError)(nil)
+		i := -1
+		if errors.As(err, &read) {
+			i = slices.IndexFunc(c.Paths, func(path string) bool { return read.Path == path || strings.HasPrefix(read.Path, path+"/") })
+		}
+		if i >= 0 {
+			err = &KeyError{Key: fmt.Sprintf("rules.paths[%d]", i), Err: err}
+		}
+		errs = append(errs, err)
+	}
+	return errs
 }
 
 // Rules lists the rules in the order in which they are asked.
@@ -276,7 +319,8 @@ func (p *Policy) posture(q *event.Request) Posture {
 }
 
 // program is what finds the grants that can be a process's, however many there are of
-// others.
+// others: the path, or where that has a wildcard the name behind the last slash, and the
+// unit, of which that may be an instance.
 type program struct{ executable, unit string }
 
 func grantsByProgram(grants []Grant) map[program][]*Grant {
@@ -284,6 +328,9 @@ func grantsByProgram(grants []Grant) map[program][]*Grant {
 	for i := range grants {
 		g := &grants[i]
 		for _, file := range slices.Compact(slices.Sorted(slices.Values(g.Executable))) {
+			if strings.Contains(file, "*") {
+				file = path.Base(file)
+			}
 			key := program{file, g.Unit}
 			by[key] = append(by[key], g)
 		}
@@ -291,17 +338,20 @@ func grantsByProgram(grants []Grant) map[program][]*Grant {
 	return by
 }
 
-// granted finds the grant that covers what a process asks for: of those that name its
-// unit the first, or else of those that name none.
+// granted finds the grant that covers what a process asks for: the first of those that
+// name its path and its unit, then of those that name less exactly what it is.
 func (p *Policy) granted(subject *event.Process, ev *event.Event) (name string, ok bool) {
-	for _, unit := range [...]string{subject.Unit, ""} {
-		for _, g := range p.byProgram[program{subject.Executable, unit}] {
-			if ok, _ := g.allows(subject, ev); ok {
-				return g.Name, true
+	units := [...]string{subject.Unit, template(subject.Unit), ""}
+	for _, file := range [...]string{subject.Executable, path.Base(subject.Executable)} {
+		for i, unit := range units {
+			if i > 0 && unit == units[i-1] {
+				continue
 			}
-		}
-		if unit == "" {
-			break
+			for _, g := range p.byProgram[program{file, unit}] {
+				if ok, _ := g.allows(subject, ev); ok {
+					return g.Name, true
+				}
+			}
 		}
 	}
 	return "", false

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"reflect"
 	"slices"
+	"strings"
 
 	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/control"
@@ -122,8 +123,25 @@ type Upstream struct {
 
 // Log is the operator's own log, on standard error.
 type Log struct {
-	Level string `yaml:"level"` // debug, info, warn, error
+	Level LogLevel `yaml:"level"`
 }
+
+// LogLevel is the least of what the log tells: debug, info, warn or error.
+type LogLevel string
+
+var logLevels = []string{"debug", "info", "warn", "error"}
+
+// UnmarshalText reads one of the four.
+func (l *LogLevel) UnmarshalText(text []byte) error {
+	if !slices.Contains(logLevels, string(text)) {
+		return fmt.Errorf("unknown level %q; there are %s", text, strings.Join(logLevels, ", "))
+	}
+	*l = LogLevel(text)
+	return nil
+}
+
+// MarshalText writes what UnmarshalText reads.
+func (l LogLevel) MarshalText() ([]byte, error) { return []byte(l), nil }
 
 // complete sets what nobody has set.
 func (c *Config) complete() {

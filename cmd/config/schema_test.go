@@ -72,7 +72,8 @@ func TestSchema(t *testing.T) {
 	if !ok || !strings.Contains(block, "grants:") {
 		t.Fatal("README has no example of a configuration")
 	}
-	if c, err := Parse("README.md", []byte(strings.ReplaceAll(block, "/etc/imdsgate/elastic", t.TempDir()))); err != nil {
+	here := strings.ReplaceAll(block, "/etc/imdsgate/elastic", t.TempDir()) + "profile_paths: [../../packaging/profiles]\n"
+	if c, err := Parse("README.md", []byte(here)); err != nil {
 		t.Error(err)
 	} else if _, err := c.Policy(); err != nil {
 		t.Error(err)
@@ -94,6 +95,7 @@ func TestSchema(t *testing.T) {
 		"no reason":          {"denies: [{name: a}]", false},
 		"a number too large": {"limits: {burst: 70000}", false},
 		"actions of a rule":  {"rules: {actions: {x: {action: log, classes: {token: block}, alert_on: either}}}", true},
+		"a number of a user": {"denies: [{name: a, user: 1000, group: 7, reason: r}]", true},
 		"an unknown action":  {"rules: {actions: {x: {action: deny}}}", false},
 	} {
 		var v any

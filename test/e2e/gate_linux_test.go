@@ -552,7 +552,7 @@ func TestReloadByCommand(t *testing.T) {
 	if err := h.Write("mode: enforce\nposture: strict\ngrants:\n- name: app\n  executable: /tmp/app\n  user: app\n  owner: o\n  reason: r\n"); err != nil {
 		t.Fatal(err)
 	}
-	reload(1, "refused", ":5:15: ", "/tmp", "^")
+	reload(1, "refused", ":11:15: ", "/tmp", "^")
 	if err := h.Write("mode: enforce\nposture: default\nlimits: {connections: 100}\ndenies:\n- {name: stop, user: \"61234\", reason: left}\n"); err != nil {
 		t.Fatal(err)
 	}
