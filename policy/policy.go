@@ -89,6 +89,8 @@ type Policy struct {
 	byProgram  map[program][]*Grant
 	denies     []Deny
 	rests      event.Gaps // facts at which grants and denies look
+	rulesRest  event.Gaps // and rules that may block
+	mayDepend  bool       // one of which blocks what it has not seen before
 	tokenScope event.TokenScope
 }
 
@@ -204,6 +206,12 @@ func Compile(c Config, classes []string) (*Policy, error) {
 	}
 	p.set = newRuleSet(p.rules)
 	p.byProgram, p.rests = grantsByProgram(p.grants), restsOf(p.grants, p.denies)
+	for _, r := range p.rules {
+		if r.mayBlock() {
+			p.rulesRest |= r.rests
+			p.mayDepend = p.mayDepend || r.NewTerms != nil
+		}
+	}
 	p.findDecisive(classes)
 	p.Digest = "sha256:" + hex.EncodeToString(digest.Sum(nil))
 	return p, errors.Join(errs...)
