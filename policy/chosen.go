@@ -92,11 +92,13 @@ var tools = []string{
 	"aria2c", "axel", "curl", "ftp", "lftp", "links", "lynx", "wget", "w3m", "xh",
 	"nc", "ncat", "netcat", "socat", "ssh", "telnet", "openssl",
 	"gdb", "lldb", "strace",
+	"env", "xargs", "rc", "aws", "http", "lwp-request",
 }
 
-// tool is the name in the list under which a program is there, whatever its version:
-// "python" for /usr/bin/python3.11, "java" for /usr/lib/jvm/java-17/bin/java.
-func tool(file string) (name string, ok bool) {
+// Tool is the name of a program that does whatever it is told, whatever its version:
+// "python" for /usr/bin/python3.11, "java" for /usr/lib/jvm/java-17/bin/java. A grant
+// for one needs a unit or container, and a purpose.
+func Tool(file string) (name string, ok bool) {
 	name = strings.ToLower(path.Base(file))
 	// "perl5.36-x86_64-linux-gnu", "nc.openbsd", "gawk-5.2", "python3.11d"
 	for _, suffix := range []string{".openbsd", ".traditional", "-x86_64-linux-gnu", "-aarch64-linux-gnu", "-static", ".exe", ".bin"} {
@@ -120,6 +122,11 @@ func template(unit string) string {
 		return ""
 	}
 	return name + "@" + instance[i:]
+}
+
+func isTool(file string) bool {
+	_, ok := Tool(file)
+	return ok
 }
 
 // checkUnit says why a unit is not one that a grant can rest on.

@@ -78,7 +78,7 @@ func (e *Engine) Explain(requests []*event.Event) (rules []RuleFinding, grants [
 	}
 	for _, ev := range requests {
 		ev.Decision = event.Decision{}
-		verdict := (&state{p, memory}).outcome(ev)
+		verdict := (&state{p, memory}).outcome(ev, e.Decisions())
 		verdicts = append(verdicts, VerdictFinding{ev.Request.Class, verdict.String(), ev.Decision.Reason})
 	}
 	return rules, grants, verdicts
