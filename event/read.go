@@ -134,11 +134,11 @@ func (d *reading) line() {
 			d.Event.Time = d.time()
 			d.has |= hasTime
 		case "agent":
-			d.agent = d.part(0)
+			d.agent = d.part(0, beginning)
 		case "host":
-			d.host = d.part(0)
+			d.host = d.part(0, beginning)
 		case "rule":
-			d.rule = d.part(0).raw
+			d.rule = d.part(0, beginning).raw
 		case "data_stream":
 			for more := d.begin('{', '}'); more; more = d.more('}') {
 				switch string(d.name()) {
@@ -182,15 +182,15 @@ func (d *reading) line() {
 				}
 			}
 		case "container":
-			d.first.container = d.part(d.salt())
+			d.first.container = d.part(d.salt(), beginning)
 		case "orchestrator":
-			d.first.pod = d.part(d.salt())
+			d.first.pod = d.part(d.salt(), beginning)
 		case "process":
-			d.first.process = d.part(d.salt())
+			d.first.process = d.part(d.salt(), beginningOfProcess)
 		case "message", "related": // which are others in each document
 			d.skip()
 		default:
-			d.part(0)
+			d.part(0, beginning)
 		}
 	}
 }
@@ -263,7 +263,7 @@ func (d *reading) own() {
 	for more := d.begin('{', '}'); more; more = d.more('}') {
 		switch string(d.name()) {
 		case "ancestors":
-			d.first.ancestors = d.part(d.salt())
+			d.first.ancestors = d.part(d.salt(), beginning)
 		case "attribution":
 			d.attribution()
 		case "audit_verdict":
@@ -281,7 +281,7 @@ func (d *reading) own() {
 				}
 			}
 		case "executable":
-			d.first.executable = d.part(d.salt())
+			d.first.executable = d.part(d.salt(), beginning)
 		case "forwarded":
 			d.Event.Connection.Forwarded = d.bool()
 		case "decision":
@@ -315,7 +315,7 @@ func (d *reading) own() {
 				}
 			}
 		case "process":
-			d.first.place = d.part(d.salt())
+			d.first.place = d.part(d.salt(), beginning)
 		case "request":
 			d.request()
 		case "response":
@@ -373,9 +373,7 @@ func (d *reading) attribution() {
 		case "unawaited":
 			a.Unawaited = d.bool()
 		case "unreadable":
-			for more := d.begin('[', ']'); more; more = d.more(']') {
-				a.Unreadable = append(a.Unreadable, d.int())
-			}
+			a.Unreadable = d.ints()
 		case "via":
 			a.Via = d.text(0)
 		default:
@@ -435,20 +433,20 @@ func (d *reading) other() {
 	for more := d.begin('{', '}'); more; more = d.more('}') {
 		switch string(d.name()) {
 		case "container":
-			p.container = d.part(d.salt())
+			p.container = d.part(d.salt(), beginning)
 		case "orchestrator":
-			p.pod = d.part(d.salt())
+			p.pod = d.part(d.salt(), beginning)
 		case "process":
-			p.process = d.part(d.salt())
+			p.process = d.part(d.salt(), beginningOfProcess)
 		case "imdsgate":
 			for more := d.begin('{', '}'); more; more = d.more('}') {
 				switch string(d.name()) {
 				case "ancestors":
-					p.ancestors = d.part(d.salt())
+					p.ancestors = d.part(d.salt(), beginning)
 				case "executable":
-					p.executable = d.part(d.salt())
+					p.executable = d.part(d.salt(), beginning)
 				case "process":
-					p.place = d.part(d.salt())
+					p.place = d.part(d.salt(), beginning)
 				case "token":
 					d.token(&p)
 				default:
@@ -477,6 +475,9 @@ func (d *reading) finish() error {
 		return err
 	}
 	d.Event.Gaps |= GapTime | GapAnswer
+	if d.Response.Failed != "" {
+		d.Event.Gaps |= GapOutcome
+	}
 	switch d.Document {
 	case LifecycleChange, IntegrityFinding:
 		d.Event.State = State{Action: d.kept(d.action), Mode: d.kept(d.mode), Policy: d.kept(d.policy), Reason: d.Decision.Reason}
@@ -776,10 +777,22 @@ func (s *scanner) copied() string {
 	return string(s.string())
 }
 
-// strings reads an array of them.
+// strings reads an array of them, as many as documents have.
 func (s *scanner) strings() (all []string) {
 	for more := s.begin('[', ']'); more; more = s.more(']') {
-		all = append(all, string(s.string()))
+		if text := s.string(); len(all) < maxTexts {
+			all = append(all, string(text))
+		}
+	}
+	return all
+}
+
+// ints reads an array of them, as many as documents have.
+func (s *scanner) ints() (all []int64) {
+	for more := s.begin('[', ']'); more; more = s.more(']') {
+		if n := s.int(); len(all) < maxTexts {
+			all = append(all, n)
+		}
 	}
 	return all
 }
@@ -1173,9 +1186,7 @@ func (r *processReader) ancestors(raw []byte) {
 		case "executable":
 			executables = s.strings()
 		case "pid":
-			for more := s.begin('[', ']'); more; more = s.more(']') {
-				pids = append(pids, s.int())
-			}
+			pids = s.ints()
 		default:
 			s.skip()
 		}

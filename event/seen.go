@@ -17,9 +17,10 @@ const (
 	// placesSeen is how many there are, and sharePlace how many each has. With fewer than
 	// there are processes at a time, they drive each other out, and are looked through
 	// each time.
-	placesSeen, sharePlace = 1 << 11, 8
-	// beginning is how much of an object says its place.
-	beginning = 64
+	placesSeen, sharePlace = 1 << 11, 4
+	// beginning is how much of an object says its place: as much as tells most apart, and
+	// no more than most have. Programs with the same arguments differ behind these.
+	beginning, beginningOfProcess = 64, 384
 	// longestSeen is how much of one is kept, and maxSeen of all.
 	longestSeen, maxSeen = 16 << 10, 16 << 20
 )
@@ -36,7 +37,7 @@ type part struct {
 }
 
 // part reads a value as it stands.
-func (r *Reader) part(salt uint64) part {
+func (r *Reader) part(salt uint64, beginning int) part {
 	if r.next() != '{' {
 		return part{raw: r.raw()}
 	}

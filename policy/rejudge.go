@@ -47,6 +47,18 @@ func (e *Engine) Rejudge(r *event.Record) Doubt {
 	return p.unsureLatch(r, doubt)
 }
 
+// RememberFleet makes room for the processes of many hosts, whose events are judged by one
+// engine: with less, one that was blocked would be forgotten when so many others are.
+func (e *Engine) RememberFleet() {
+	m := e.state.Load().memory
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.blocked.max, m.doubted.max = maxRememberedOfFleet, maxRememberedOfFleet
+}
+
+// maxRememberedOfFleet takes some 40 MB.
+const maxRememberedOfFleet = 1 << 18
+
 // unsureLatch is about a rule that may have blocked a process before: one of which that
 // was in doubt, or one of which the record says so, from before the first event that was
 // read.
