@@ -63,15 +63,17 @@ func outsider(file string) string {
 	return ""
 }
 
-// checkExecutable says what is wrong with the path of an executable.
+// checkExecutable says what is wrong with the path of an executable. A wildcard may stand
+// for a directory, such as that of a version: on the host what is there is root's, or the
+// grant does not hold.
 func checkExecutable(file string) error {
-	if !path.IsAbs(file) || path.Clean(file) != file || file == "/" {
+	switch {
+	case strings.ContainsAny(path.Base(file), "*?["):
+		return fmt.Errorf("%q has a wildcard in the name of the program: list each, as in [/usr/bin/a, /usr/bin/b]", file)
+	case strings.ContainsAny(file, "?[") || strings.Contains(file, "**") || strings.HasPrefix(file, "/*"):
+		return fmt.Errorf("%q: of wildcards there is * for a part of the name of a directory below the first, as in /opt/app-*/bin/app", file)
+	case !path.IsAbs(file) || path.Clean(file) != file || file == "/":
 		return fmt.Errorf("%q is not an absolute, clean path, as the kernel has it: /usr/bin/x", file)
-	}
-	if strings.ContainsAny(file, "*?[") {
-		if err := checkVersioned(file); err != nil {
-			return err
-		}
 	}
 	if why := outsider(file); why != "" {
 		return fmt.Errorf("%s: install it where only root can write, such as /usr/local/bin or /opt", why)
@@ -109,6 +111,17 @@ func tool(file string) (name string, ok bool) {
 	return name, slices.Contains(tools, name)
 }
 
+// template is the unit of which another is an instance: "app@.service" of
+// "app@one.service"; "" if it is none. Only root instantiates system units.
+func template(unit string) string {
+	name, instance, ok := strings.Cut(unit, "@")
+	i := strings.LastIndexByte(instance, '.')
+	if !ok || i <= 0 {
+		return ""
+	}
+	return name + "@" + instance[i:]
+}
+
 // checkUnit says why a unit is not one that a grant can rest on.
 func checkUnit(unit string) error {
 	name, isScope := strings.CutSuffix(unit, ".scope")
@@ -122,7 +135,7 @@ func checkUnit(unit string) error {
 	case strings.HasSuffix(unit, ".slice"):
 		return fmt.Errorf("%q is a slice, in which there are many units: name one, as in app.service", unit)
 	case strings.ContainsAny(unit, "*?["):
-		return fmt.Errorf("%q has a wildcard: a grant is for one unit, or for all instances of a template, as in app@.service; write a grant for each", unit)
+		return fmt.Errorf("%q has a wildcard: a grant is for one unit, or with app@.service for every instance of a template", unit)
 	case isScope && len(name) > 64 && isHex(name[len(name)-64:]):
 		return fmt.Errorf("%q is a container: write container: %s", unit, name[len(name)-64:])
 	case !isScope && !strings.HasSuffix(unit, ".service"):

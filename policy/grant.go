@@ -166,7 +166,7 @@ func (g *Grant) allows(p *event.Process, ev *event.Event) (ok bool, missed strin
 // who is what keeps a grant from being this process's.
 func (g *Grant) who(p *event.Process) (missed string) {
 	switch {
-	case !g.runs(p):
+	case !g.executable(p.Executable):
 		return "executable"
 	case p.Loader:
 		return "the executable is a dynamic loader"
@@ -197,7 +197,7 @@ func (g *Grant) who(p *event.Process) (missed string) {
 		}
 	}
 	switch {
-	case g.Unit != "" && !unitIs(g.Unit, p.Unit):
+	case g.Unit != "" && !g.unit(p.Unit):
 		return "unit " + strconv.Quote(p.Unit)
 	case g.User != "" && !userIs(g.User, p):
 		return "user " + strconv.Quote(cmp.Or(p.UserName, p.UserID))
@@ -218,7 +218,7 @@ func (g *Grant) parent(p *event.Process) (missed string) {
 	switch {
 	case p.Ancestry != birth || parent == nil:
 		return "who has forked the process is not known for certain"
-	case !fileIs(g.Parent, parent.Executable) || parent.Loader:
+	case !isProgram(g.Parent, parent.Executable) || parent.Loader:
 		return "parent " + strconv.Quote(parent.Executable)
 	case !g.contained() && !parent.Unproven && !(parent.HostVerified && parent.RootOwned):
 		return "others than root can change the executable of the parent"

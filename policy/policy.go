@@ -17,6 +17,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"path"
 	"slices"
@@ -118,7 +119,7 @@ func Compile(c Config, classes []string) (*Policy, error) {
 	loaded, err := c.Tokens.rules(loaded)
 	errs = append(errs, err)
 	rules, refused, err := readRules(Host{}, c.Rules.Paths...)
-	loaded, errs = append(loaded, rules...), append(errs, err)
+	loaded, errs = append(loaded, rules...), append(errs, c.Rules.locate(err)...)
 	if c.Rules.SkipRefused {
 		p.Skipped = refused
 	} else {
@@ -204,6 +205,26 @@ func Compile(c Config, classes []string) (*Policy, error) {
 	p.findDecisive(classes)
 	p.Digest = "sha256:" + hex.EncodeToString(digest.Sum(nil))
 	return p, errors.Join(errs...)
+}
+
+// locate gives errors of reading, which come together, the keys of their paths.
+func (c *RulesConfig) locate(err error) (errs []error) {
+	all, ok := err.(interface{ Unwrap() []error })
+	if !ok {
+		return []error{err}
+	}
+	for _, err := range all.Unwrap() {
+		read := (*fs.PathError)(nil)
+		i := -1
+		if errors.As(err, &read) {
+			i = slices.IndexFunc(c.Paths, func(path string) bool { return read.Path == path || strings.HasPrefix(read.Path, path+"/") })
+		}
+		if i >= 0 {
+			err = &KeyError{Key: fmt.Sprintf("rules.paths[%d]", i), Err: err}
+		}
+		errs = append(errs, err)
+	}
+	return errs
 }
 
 // Rules lists the rules in the order in which they are asked.
@@ -295,44 +316,34 @@ func (p *Policy) posture(q *event.Request) Posture {
 }
 
 // program is what finds the grants that can be a process's, however many there are of
-// others: the path of the executable, or its name alone where a directory is named after
-// a version; and the unit, or what it has from its template, or neither.
+// others: the path, or where that has a wildcard the name behind the last slash, and the
+// unit, of which that may be an instance.
 type program struct{ executable, unit string }
 
 func grantsByProgram(grants []Grant) map[program][]*Grant {
 	by := make(map[program][]*Grant)
 	for i := range grants {
 		g := &grants[i]
-		unit := g.Unit
-		if from := template(unit); strings.HasPrefix(unit[len(from):], ".") {
-			unit = from
-		}
 		for _, file := range slices.Compact(slices.Sorted(slices.Values(g.Executable))) {
-			if versioned(file) {
+			if strings.Contains(file, "*") {
 				file = path.Base(file)
 			}
-			key := program{file, unit}
-			if !slices.Contains(by[key], g) {
-				by[key] = append(by[key], g)
-			}
+			key := program{file, g.Unit}
+			by[key] = append(by[key], g)
 		}
 	}
 	return by
 }
 
-// granted finds the grant that covers what a process asks for: of those that name its
-// unit the first, or else of those that name the template of that, or else of those that
-// name none.
+// granted finds the grant that covers what a process asks for: the first of those that
+// name its path and its unit, then of those that name less exactly what it is.
 func (p *Policy) granted(subject *event.Process, ev *event.Event) (name string, ok bool) {
-	if len(p.byProgram) == 0 {
-		return "", false
-	}
 	units := [...]string{subject.Unit, template(subject.Unit), ""}
-	for i, unit := range units {
-		if slices.Contains(units[:i], unit) {
-			continue
-		}
-		for _, file := range [...]string{subject.Executable, subject.Executable[strings.LastIndexByte(subject.Executable, '/')+1:]} {
+	for _, file := range [...]string{subject.Executable, path.Base(subject.Executable)} {
+		for i, unit := range units {
+			if i > 0 && unit == units[i-1] {
+				continue
+			}
 			for _, g := range p.byProgram[program{file, unit}] {
 				if ok, _ := g.allows(subject, ev); ok {
 					return g.Name, true

@@ -115,7 +115,7 @@ func TestErrors(t *testing.T) {
 		name, src string
 		says      []string
 	}{
-		{"unknown key", "mode: audit\nmdoe: enforce\n", []string{"config.yaml:2:1:", `unknown key "mdoe"; is it mode?`, ">  2 | mdoe: enforce\n"}},
+		{"unknown key", "mode: audit\nmdoe: enforce\n", []string{"config.yaml:2:1:", `unknown key "mdoe"; is it mode?`, ">    2 | mdoe: enforce\n       | ^"}},
 		{"unknown key below", "rules:\n  path: [x]\n", []string{"config.yaml:2:3:", `"path" of rules; is it paths?`, "^"}},
 		{"unknown key like nothing", "log: {x: y}\n", []string{"config.yaml:1:7:", "there are level"}},
 		{"two of them", "mdoe: audit\nlog: {levle: info}\n", []string{"config.yaml:1:1:", "config.yaml:2:7:", "is it level?"}},
@@ -165,9 +165,10 @@ func TestPolicyErrors(t *testing.T) {
 		name, src string
 		says      []string
 	}{
-		{"executable of a user", "grants:\n- name: app\n  executable: /home/x/app\n  user: x\n  owner: o\n  reason: r\n", []string{"c.yaml:3:15:", "/home", ">  3 |   executable: /home/x/app\n"}},
+		{"executable of a user", "grants:\n- name: app\n  executable: /home/x/app\n  user: x\n  owner: o\n  reason: r\n", []string{"c.yaml:3:15:", "/home", ">    3 |   executable: /home/x/app\n       |               ^"}},
 		{"the second of a list", "grants:\n- {name: app, executable: [/opt/a, /tmp/b], user: x, owner: o, reason: r}\n", []string{"c.yaml:2:36:", "/tmp/b"}},
 		{"what is missing", "grants:\n- name: app\n  executable: /opt/app\n  unit: app.service\n  owner: o\n", []string{"c.yaml:2:3:", "reason"}},
+		{"behind a text of several lines", "grants:\n- name: app\n  reason: >-\n    one\n    two\n\n  executable: /tmp/app\n  user: x\n  owner: o\n", []string{"c.yaml:7:15:", ">    7 |   executable: /tmp/app\n"}},
 		{"all of them", "grants:\n- name: app\n  executable: /opt/app\n  unit: user@1000.service\n  owner: o\n- name: app\n  executable: /usr/bin/python3\n  user: app\n  owner: o\n  reason: r\n",
 			[]string{"c.yaml:2:3:", "c.yaml:4:9:", "c.yaml:6:9:", "see c.yaml:2", "c.yaml:7:15:"}},
 		{"a rule that is not there", "rules:\n  actions:\n    nosuch:\n      action: log\n", []string{"c.yaml:3:5:", "nosuch"}},

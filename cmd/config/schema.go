@@ -71,6 +71,9 @@ func schemaOf(t reflect.Type, at string) schema {
 	if strings.HasSuffix(at, ".classes[]") {
 		return schema{"enum": classNames()}
 	}
+	if strings.HasSuffix(at, "[].user") || strings.HasSuffix(at, "[].group") {
+		return schema{"type": []string{"string", "integer"}}
+	}
 	if names, ok := words[t]; ok {
 		return schema{"enum": names}
 	}

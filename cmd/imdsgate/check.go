@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -87,8 +88,9 @@ type finding struct {
 func (o *options) check(root string, files []string) *checkResult {
 	r := &checkResult{Findings: []finding{}, Files: []string{}}
 	var c config.Config
-	var err error
+	_, err := os.Stat(root)
 	switch {
+	case err != nil:
 	case len(files) > 0:
 		c, err = config.LoadFiles(files...)
 	case o.config != "":
@@ -116,25 +118,26 @@ func (o *options) check(root string, files []string) *checkResult {
 	}
 	r.Files = append(r.Files, c.Files()...)
 	p, err := c.Policy()
-	if r.add("error", config.Errors(err)...); err != nil {
-		return r
-	}
+	r.add("error", config.Errors(err)...)
 	redirect := c.Redirect
 	redirect.UID = 1 // which the daemon has from who starts it
 	if err := redirect.Validate(); err != nil {
 		r.add("error", fmt.Errorf("redirect: %w", err))
 	}
-	r.Mode, r.Rules, r.Grants, r.Denies = p.Mode.String(), len(p.Rules()), len(p.Grants()), len(c.Denies)
 	var wrong, odd []error
-	for _, a := range c.Advice(time.Now()) {
-		odd = append(odd, a)
-	}
 	for i := range c.Grants {
 		w, o := hostFiles(root, fmt.Sprintf("grants[%d]", i), &c.Grants[i])
 		wrong, odd = append(wrong, w...), append(odd, o...)
 	}
+	for _, a := range c.Advice(time.Now()) {
+		odd = append(odd, a)
+	}
 	r.add("error", c.Locate(wrong...)...)
 	r.add("warning", c.Locate(odd...)...)
+	if err != nil {
+		return r
+	}
+	r.Mode, r.Rules, r.Grants, r.Denies = p.Mode.String(), len(p.Rules()), len(p.Grants()), len(p.Denies())
 	for _, rule := range p.Rules() {
 		for _, w := range rule.Warnings {
 			r.add("warning", w)

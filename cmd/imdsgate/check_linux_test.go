@@ -28,8 +28,6 @@ func hostImage(t *testing.T) (root string) {
 		{"/usr/bin/python3.11", 0o755, 0},
 		{"/usr/sbin/cron", 0o755, 0},
 		{"/snap/app/12/app", 0o755, 0},
-		{"/opt/theirs.d/v1/app", 0o755, 1000},
-		{"/opt/theirs.d/v2/app", 0o755, 0},
 	} {
 		path := filepath.Join(root, f.path)
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -78,9 +76,9 @@ func TestCheckFiles(t *testing.T) {
 		{"a link to itself", "executable: /opt/loop, unit: app.service", 0, []string{"cannot be looked at"}},
 		{"an interpreter under another name", "executable: /opt/worker, user: app", 1, []string{"error: /opt/worker is /usr/bin/python3.11 (python)"}},
 		{"a parent that all can write", "executable: /opt/app, unit: app.service, parent: /opt/open", 1, []string{"error: /opt/open is writable"}},
-		{"a version", "executable: /snap/app/*/app, unit: app.service", 0, []string{"ok: mode audit"}},
-		{"no version", "executable: /snap/none/*/app, unit: app.service", 0, []string{"warning: /snap/none/*/app does not exist"}},
-		{"a version that is another's", "executable: /opt/theirs.d/v*/app, unit: app.service", 1, []string{"error: /opt/theirs.d/v1/app belongs to uid 1000", "1 error, 0 warnings"}},
+		{"a directory of some version", "executable: /srv/*/app, unit: app.service", 1, []string{"error: /srv/wide is writable by others"}},
+		{"a version of a snap, to which a link leads, too", "executable: /snap/app/*/app, unit: app.service", 0, []string{"ok: mode audit"}},
+		{"a directory of no version", "executable: /srv/x*/app, unit: app.service", 0, []string{"warning: nothing on this host is at /srv/x*/app"}},
 		{"a file in a container", "executable: /opt/open, container: 0123456789ab", 0, []string{"ok"}},
 		{"refused", "executable: /tmp/x, unit: app.service", 1, []string{":2:25: error: ", "every user"}},
 		{"everybody's", "executable: /opt/app, executable_only: true", 0, []string{"warning: grant \"g\" is everybody's"}},
@@ -169,6 +167,27 @@ func TestCheckHost(t *testing.T) {
 func TestCheckUnread(t *testing.T) {
 	if out, code := imdsgate("check", filepath.Join(t.TempDir(), "none.yaml")); code != 2 || !strings.Contains(out, "none.yaml") {
 		t.Errorf("%d %s", code, out)
+	}
+	if out, code := imdsgate("check", "--root", filepath.Join(t.TempDir(), "none")); code != 2 || !strings.Contains(out, "none") {
+		t.Errorf("%d %s", code, out)
+	}
+}
+
+// All that is wrong is said in one go: with the policy, the redirect and the files.
+func TestCheckAll(t *testing.T) {
+	root := hostImage(t)
+	file := filepath.Join(t.TempDir(), "c.yaml")
+	if err := os.WriteFile(file, []byte("redirect: {host_port: 80, forwarded_port: 80}\nrules: {paths: [/nonexistent]}\ngrants:\n- {name: g, executable: /opt/open, unit: app, owner: o, reason: r}\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	out, code := imdsgate("check", "--root", root, file)
+	for _, want := range []string{"redirect: ", "c.yaml:2:17: error: read rules: open /nonexistent", "c.yaml:4:42: error: \"app\" is not the whole name", "c.yaml:4:25: error: /opt/open is writable"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("does not say %q:\n%s", want, out)
+		}
+	}
+	if code != 2 { // since a path could not be read
+		t.Errorf("exit %d", code)
 	}
 }
 

@@ -48,36 +48,29 @@ func hostFiles(root, key string, g *policy.Grant) (wrong, odd []error) {
 			wrong = append(wrong, about(key, "%w", err))
 		}
 	}
-	for i, written := range g.Executable {
-		for _, file := range versions(root, written) {
-			look(fmt.Sprintf("%s.executable[%d]", key, i), file, true)
+	lookAt := func(key, named string, executable bool) {
+		if !strings.Contains(named, "*") {
+			look(key, named, executable)
+			return
 		}
+		found, err := fs.Glob(os.DirFS(root), strings.TrimPrefix(named, "/"))
+		if err != nil || len(found) == 0 {
+			odd = append(odd, about(key, "nothing on this host is at %s", named))
+		}
+		for _, file := range found {
+			// A link to one of them, as /snap/NAME/current is, is none.
+			if real, err := resolve(root, "/"+file); err != nil || real == "/"+file {
+				look(key, "/"+file, executable)
+			}
+		}
+	}
+	for i, named := range g.Executable {
+		lookAt(fmt.Sprintf("%s.executable[%d]", key, i), named, true)
 	}
 	if g.Parent != "" {
-		for _, file := range versions(root, g.Parent) {
-			look(key+".parent", file, false)
-		}
+		lookAt(key+".parent", g.Parent, false)
 	}
 	return wrong, odd
-}
-
-// versions are the files that a path with a star for a version stands for, or itself if
-// there are none. What leads to one of them by a link, as /snap/NAME/current does, is none.
-func versions(root, written string) (files []string) {
-	if !strings.Contains(written, "*") {
-		return []string{written}
-	}
-	matches, _ := filepath.Glob(filepath.Join(root, written)) // only wrong patterns are errors
-	for _, match := range matches {
-		file := "/" + strings.TrimPrefix(strings.TrimPrefix(match, filepath.Clean(root)), "/")
-		if real, err := resolve(root, file); err == nil && real == file {
-			files = append(files, file)
-		}
-	}
-	if len(files) == 0 {
-		return []string{written}
-	}
-	return files
 }
 
 // ownedByRoot complains about a file or a directory above it that others than root can
