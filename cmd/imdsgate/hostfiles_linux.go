@@ -58,7 +58,10 @@ func hostFiles(root, key string, g *policy.Grant) (wrong, odd []error) {
 			odd = append(odd, about(key, "nothing on this host is at %s", named))
 		}
 		for _, file := range found {
-			look(key, "/"+file, executable)
+			// A link to one of them, as /snap/NAME/current is, is none.
+			if real, err := resolve(root, "/"+file); err != nil || real == "/"+file {
+				look(key, "/"+file, executable)
+			}
 		}
 	}
 	for i, named := range g.Executable {
