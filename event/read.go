@@ -132,7 +132,7 @@ func (d *reading) line() {
 		case "host":
 			d.host = d.part(0)
 		case "rule":
-			d.rule = d.raw()
+			d.rule = d.part(0).raw
 		case "data_stream":
 			for more := d.begin('{', '}'); more; more = d.more('}') {
 				switch string(d.name()) {
@@ -188,8 +188,10 @@ func (d *reading) line() {
 			d.first.pod = d.part(d.salt())
 		case "process":
 			d.first.process = d.part(d.salt() ^ uint64(d.pid)<<32)
-		default:
+		case "message", "related": // which are others in each document
 			d.skip()
+		default:
+			d.part(0)
 		}
 	}
 }

@@ -2,9 +2,11 @@ package event
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"math"
+	"math/bits"
 	"unicode/utf8"
 )
 
@@ -106,6 +108,14 @@ var plain = func() (set [256]bool) {
 	return set
 }()
 
+// specials has the highest bit of the first byte set, of eight, that does not stand for
+// itself in a string; those above it may be wrong.
+func specials(eight uint64) uint64 {
+	const ones = 0x0101010101010101
+	quote, backslash := eight^ones*'"', eight^ones*'\\'
+	return ((quote-ones)&^quote | (backslash-ones)&^backslash | (eight-ones*' ')&^eight) & (ones << 7)
+}
+
 // string reads one.
 func (s *scanner) string() []byte {
 	if s.next() != '"' {
@@ -114,6 +124,13 @@ func (s *scanner) string() []byte {
 	}
 	s.at++
 	start, text, i := s.at, s.text, s.at
+	for i+8 <= len(text) {
+		if special := specials(binary.LittleEndian.Uint64(text[i:])); special != 0 {
+			i += bits.TrailingZeros64(special) / 8
+			break
+		}
+		i += 8
+	}
 	for i < len(text) && plain[text[i]] {
 		i++
 	}
