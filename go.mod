@@ -17,6 +17,7 @@ require (
 	github.com/prometheus/procfs v0.23.0 // what the daemon uses; tests: a second reader of /proc
 	github.com/rs/zerolog v1.35.1 // the operator's own log
 	github.com/safchain/ethtool v0.7.0 // counters of network drivers
+	github.com/santhosh-tekuri/jsonschema/v6 v6.0.3 // tests: the published schema of the configuration
 	github.com/spf13/cobra v1.10.2 // the verbs of imdsgate, help and completion
 	github.com/vishvananda/netlink v1.3.1 // links, routes and notifications of the kernel
 	github.com/vishvananda/netns v0.0.5 // the lab's network namespaces
@@ -35,8 +36,9 @@ require (
 	github.com/spf13/pflag v1.0.10 // indirect
 	golang.org/x/exp/typeparams v0.0.0-20260209203927-2842357ff358 // indirect
 	golang.org/x/mod v0.42.0 // indirect
-	golang.org/x/sync v0.24.0 // indirect
+	golang.org/x/sync v0.25.0 // indirect
 	golang.org/x/telemetry v0.0.0-20261010193011-f71dc92da45e // indirect
+	golang.org/x/text v0.44.0 // indirect
 	golang.org/x/tools v0.52.0 // indirect
 	golang.org/x/vuln v1.9.0 // indirect
 	honnef.co/go/tools v0.8.2 // indirect

@@ -66,6 +66,9 @@ const (
 
 func (l Level) String() string { return fmt.Sprintf("L%d", uint8(l)) }
 
+// MarshalText writes what UnmarshalText reads.
+func (l Level) MarshalText() ([]byte, error) { return []byte(l.String()), nil }
+
 // UnmarshalText reads "L0" to "L3".
 func (l *Level) UnmarshalText(text []byte) error {
 	for level := Level0; level <= Level3; level++ {

@@ -41,7 +41,7 @@ func (d *Deny) check(c *complaints, classes []string) {
 	}
 	d.What.check(c, classes)
 	if d.Reason == "" {
-		c.say("reason", "say why this deny is there: who is refused will ask")
+		c.say("reason", "a deny needs a reason: who is refused will ask")
 	}
 }
 

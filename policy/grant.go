@@ -96,10 +96,10 @@ func (g *Grant) check(c *complaints, classes []string) {
 		c.say("api", "a grant for IMDSv1 alone gives nothing that one without api does not: leave it out, or write v2")
 	}
 	if g.Owner == "" {
-		c.say("owner", "say who owns this grant and is asked when it is in doubt")
+		c.say("owner", "a grant needs an owner: say who is asked when it is in doubt")
 	}
 	if g.Reason == "" {
-		c.say("reason", "say why this grant is there")
+		c.say("reason", "a grant needs a reason: say why it is there")
 	}
 }
 

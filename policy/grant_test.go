@@ -213,7 +213,7 @@ func TestRefusedGrants(t *testing.T) {
 		{"a file in memory", executable("/memfd:x"), "executable[0]", "memory"},
 		{"/proc", executable("/proc/self/exe"), "executable[0]", "for itself"},
 		{"a parent in /tmp", who(func(g *Grant) { g.Parent = "/tmp/cron" }), "parent", "/tmp"},
-		{"no owner", who(func(g *Grant) { g.Owner = "" }), "owner", "owns"},
+		{"no owner", who(func(g *Grant) { g.Owner = "" }), "owner", "asked"},
 		{"no reason", who(func(g *Grant) { g.Reason = "" }), "reason", "why"},
 		{"no name", who(func(g *Grant) { g.Name = "" }), "name", "name"},
 		{"unknown class", who(func(g *Grant) { g.Classes = []string{"credentials", "creds"} }), "classes[1]", "creds"},

@@ -1,20 +1,11 @@
-// Package config reads the file that an operator writes. What each part of it
-// means belongs to the package that has the part.
+// Package config reads the files that operators write. What each part of them means
+// belongs to the package that has the part.
 package config
 
 import (
-	"bytes"
 	"cmp"
-	"errors"
 	"fmt"
-	"io"
-	"io/fs"
-	"os"
-	"strconv"
-	"strings"
 
-	"github.com/goccy/go-yaml"
-	"github.com/goccy/go-yaml/lexer"
 	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/control"
 	"github.com/imdsgate/imdsgate/event/sink"
@@ -23,16 +14,13 @@ import (
 	"github.com/imdsgate/imdsgate/proxy/imds"
 )
 
-// DefaultPath is read unless another file is named. It need not exist.
-const DefaultPath = "/etc/imdsgate/config.yaml"
-
 // DefaultEvents is where events are written.
 const DefaultEvents = "/var/log/imdsgate/events.ndjson"
 
 // DefaultFirstSeen is where rules remember what they have seen.
 const DefaultFirstSeen = "/var/lib/imdsgate/first-seen.db"
 
-// Config is the whole file.
+// Config is all that can be set, in one file or several.
 type Config struct {
 	policy.Config `yaml:",inline"`
 	Redirect      iptables.Config `yaml:"redirect"`
@@ -43,6 +31,8 @@ type Config struct {
 	Limits        Limits          `yaml:"limits"`
 	Upstream      Upstream        `yaml:"upstream"`
 	Log           Log             `yaml:"log"`
+
+	layers layers // that it was read from
 }
 
 // Attribution is how much must be known of clients.
@@ -64,6 +54,16 @@ const (
 	Deny Uncovered = iota
 	Report
 )
+
+func (u Uncovered) String() string {
+	if u == Report {
+		return "report"
+	}
+	return "deny"
+}
+
+// MarshalText writes what UnmarshalText reads.
+func (u Uncovered) MarshalText() ([]byte, error) { return []byte(u.String()), nil }
 
 // UnmarshalText reads "deny" or "report".
 func (u *Uncovered) UnmarshalText(text []byte) error {
@@ -113,79 +113,21 @@ type Log struct {
 	Level string `yaml:"level"` // debug, info, warn, error
 }
 
-// Load reads a configuration. An empty path is DefaultPath, which may be
-// missing. Unknown and repeated keys are errors, with line and caret.
-func Load(path string) (Config, error) {
-	optional := path == ""
-	if optional {
-		path = DefaultPath
-	}
-	src, err := os.ReadFile(path)
-	switch {
-	case optional && errors.Is(err, fs.ErrNotExist):
-	case err != nil:
-		return Config{}, fmt.Errorf("read the configuration: %w", err)
-	}
-	return Parse(path, src)
-}
-
-// Parse reads a configuration from bytes; name is for errors.
-func Parse(name string, src []byte) (Config, error) {
-	var c Config
-	if err := decode(src, &c); err != nil {
-		return Config{}, fmt.Errorf("%s:%w", name, err)
-	}
+// complete sets what nobody has set.
+func (c *Config) complete() {
 	c.Events.Path = cmp.Or(c.Events.Path, DefaultEvents)
 	c.FirstSeen.Path = cmp.Or(c.FirstSeen.Path, DefaultFirstSeen)
 	c.Control.Socket = cmp.Or(c.Control.Socket, control.DefaultSocket)
 	c.Log.Level = cmp.Or(c.Log.Level, "info")
-	return c, nil
 }
 
-// decode takes a panic of the YAML library for an error: it has some, with tags that
-// no configuration needs, and a daemon that reloads must not end by one.
-func decode(src []byte, c *Config) (err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf(" not understood as YAML: a tag (!) or anchor (&) where none belongs? (%v)", p)
-		}
-	}()
-	err = yaml.NewDecoder(bytes.NewReader(src), yaml.Strict()).Decode(c)
-	switch {
-	case errors.Is(err, io.EOF):
-		return nil
-	case err != nil:
-		return located{point(src, err)}
-	}
-	return nil
-}
-
-// point gives an error of one of our own types its place, which the library does not
-// tell: the first value that the error quotes.
-func point(src []byte, err error) error {
-	if known := yaml.Error(nil); errors.As(err, &known) {
-		return err
-	}
-	for _, t := range lexer.Tokenize(string(src)) {
-		if t.Value != "" && strings.Contains(err.Error(), strconv.Quote(t.Value)) {
-			return &yaml.SyntaxError{Message: err.Error(), Token: t}
-		}
-	}
-	return fmt.Errorf(" %w", err)
-}
-
-// located prints an error of the YAML library with its line and caret, and
-// without colours.
-type located struct{ error }
-
-func (l located) Error() string { return yaml.FormatError(l.error, false, true) }
-func (l located) Unwrap() error { return l.error }
-
-// Policy compiles the part that judges.
+// Policy compiles the part that judges. What is wrong with it is shown where it is
+// written.
 func (c Config) Policy() (*policy.Policy, error) {
 	var classes []string
 	for _, class := range imds.Classes() {
 		classes = append(classes, class.String())
 	}
-	return policy.Compile(c.Config, classes)
+	p, err := policy.Compile(c.Config, classes)
+	return p, c.layers.locate(err)
 }

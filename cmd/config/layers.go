@@ -1,0 +1,293 @@
+package config
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/goccy/go-yaml/ast"
+	"github.com/imdsgate/imdsgate/policy"
+)
+
+// How several files make one configuration
+//
+// The vendor's come first, then the operator's, and each goes over what was before it:
+//
+//	/usr/lib/imdsgate/config.yaml
+//	/usr/lib/imdsgate/config.d/*.yaml
+//	/etc/imdsgate/config.yaml
+//	/etc/imdsgate/config.d/*.yaml
+//
+// Within a config.d the names decide. As systemd has it for drop-ins (systemd.unit(5)),
+// a file in /etc/imdsgate/config.d takes the place of one of the same name in
+// /usr/lib/imdsgate/config.d; empty, or a link to /dev/null, it masks it.
+//
+// Values and lists go over each other, the last one wins. Grants, denies and paths of
+// rules are added, and actions of rules, postures of classes go over each other one by
+// one.
+
+const (
+	vendorDir   = "/usr/lib/imdsgate"
+	operatorDir = "/etc/imdsgate"
+	mainFile    = "config.yaml"
+	dropIns     = "config.d"
+)
+
+// DefaultPath is the operator's file. It need not exist.
+const DefaultPath = operatorDir + "/" + mainFile
+
+// Load reads the configuration: of the file at path alone, or of all that there are if
+// that is "". What is wrong in any of them is said at once.
+func Load(path string) (Config, error) {
+	if path != "" {
+		return load([]string{path}, false)
+	}
+	return LoadFrom("/")
+}
+
+// LoadFrom is Load of all files below another root.
+func LoadFrom(root string) (Config, error) {
+	files, err := filesBelow(root)
+	c, loadErr := load(files, true)
+	return c, errors.Join(err, loadErr)
+}
+
+// Files are those of which the configuration consists, in order, whether or not they
+// can be read.
+func Files() ([]string, error) { return filesBelow("/") }
+
+func filesBelow(root string) (files []string, err error) {
+	vendor, operator := filepath.Join(root, vendorDir), filepath.Join(root, operatorDir)
+	own, err := dropInsOf(operator)
+	theirs, vendorErr := dropInsOf(vendor)
+	theirs = slices.DeleteFunc(theirs, func(path string) bool {
+		return slices.ContainsFunc(own, func(mine string) bool { return filepath.Base(mine) == filepath.Base(path) })
+	})
+	files = slices.Concat([]string{filepath.Join(vendor, mainFile)}, theirs, []string{filepath.Join(operator, mainFile)}, own)
+	return files, errors.Join(err, vendorErr)
+}
+
+// dropInsOf lists the drop-ins of a directory by name. Other files than *.yaml and
+// hidden ones, as editors leave them, are none.
+func dropInsOf(dir string) (files []string, err error) {
+	entries, err := os.ReadDir(filepath.Join(dir, dropIns))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read the drop-ins of the configuration: %w", err)
+	}
+	for _, e := range entries {
+		if strings.HasSuffix(e.Name(), ".yaml") && !strings.HasPrefix(e.Name(), ".") && !e.IsDir() {
+			files = append(files, filepath.Join(dir, dropIns, e.Name()))
+		}
+	}
+	return files, nil
+}
+
+// load reads files, each over what was before it.
+func load(files []string, optional bool) (Config, error) {
+	var c Config
+	var errs []error
+	for _, path := range files {
+		text, err := readFile(path)
+		if optional && errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("read the configuration: %w", err))
+			continue
+		}
+		errs = append(errs, c.add(path, text))
+	}
+	c.complete()
+	return c, errors.Join(errs...)
+}
+
+// readFile does not read much more than a configuration may have.
+func readFile(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	text := make([]byte, 0, 4<<10)
+	for len(text) <= maxFile {
+		text = slices.Grow(text, 4<<10)
+		n, err := f.Read(text[len(text):cap(text)])
+		text = text[:len(text)+n]
+		if n == 0 || err != nil {
+			break
+		}
+	}
+	return text, nil
+}
+
+// Parse reads a configuration from bytes; name is for errors.
+func Parse(name string, text []byte) (Config, error) {
+	var c Config
+	err := c.add(name, text)
+	c.complete()
+	return c, err
+}
+
+// add puts a file over what there is. It leaves c as it is if the file is wrong.
+func (c *Config) add(name string, text []byte) error {
+	s, err := parse(name, text)
+	if err != nil {
+		return err
+	}
+	var own Config
+	if err := s.decode(&own); err != nil {
+		return err
+	}
+	all := *c
+	put(reflect.ValueOf(&all).Elem(), reflect.ValueOf(own), s.root)
+	all.Grants = slices.Concat(c.Grants, own.Grants)
+	all.Denies = slices.Concat(c.Denies, own.Denies)
+	all.Rules.Paths = slices.Concat(c.Rules.Paths, own.Rules.Paths)
+	all.Rules.Actions = over(c.Rules.Actions, own.Rules.Actions)
+	all.Classes = over(c.Classes, own.Classes)
+	all.layers = append(slices.Clip(c.layers), s)
+	*c = all
+	return nil
+}
+
+// put sets what a mapping says, below keys of mappings one by one. One that takes in
+// another (<<, or an alias) is set as a whole.
+func put(all, own reflect.Value, node ast.Node) {
+	for _, k := range keysOf(own.Type()) {
+		value, _ := child(node, k.name)
+		whole := merges(node)
+		if value == nil && !whole {
+			continue
+		}
+		to, from := all.FieldByIndex(k.index), own.FieldByIndex(k.index)
+		if to.Kind() == reflect.Struct && !isText(to.Type()) && !whole && value.Type() != ast.AliasType {
+			put(to, from, value)
+		} else {
+			to.Set(from)
+		}
+	}
+}
+
+// over is a map with what another has in it.
+func over[V any](below, above map[string]V) map[string]V {
+	if len(below)+len(above) == 0 {
+		return nil
+	}
+	all := make(map[string]V, len(below)+len(above))
+	for _, m := range []map[string]V{below, above} {
+		for k, v := range m {
+			all[k] = v
+		}
+	}
+	return all
+}
+
+// layers are files, the last of which goes over the others.
+type layers []*source
+
+// added are the lists to which each file adds.
+var added = [][]string{{"grants"}, {"denies"}, {"rules", "paths"}}
+
+// find is the file that has set a key, and where; nil if none has set any part of it.
+func (l layers) find(key string) (s *source, path []string, depth int) {
+	path = splitKey(key)
+	for _, list := range added {
+		n := len(list)
+		if len(path) <= n || !slices.Equal(path[:n], list) {
+			continue
+		}
+		i, err := strconv.Atoi(path[n])
+		if err != nil {
+			break
+		}
+		for _, s := range l {
+			if has := s.length(list...); i >= has {
+				i -= has
+				continue
+			}
+			path = slices.Clone(path)
+			path[n] = strconv.Itoa(i)
+			_, depth = s.find(path)
+			return s, path, depth
+		}
+	}
+	for _, of := range l {
+		if _, d := of.find(path); d > 0 && d >= depth {
+			s, depth = of, d
+		}
+	}
+	return s, path, depth
+}
+
+// Origin is where a key is set: "file:line"; "" if nobody has set it.
+func (c Config) Origin(key string) string {
+	s, path, depth := c.layers.find(key)
+	if s == nil || depth < len(path) {
+		return ""
+	}
+	t, _ := s.find(path)
+	return fmt.Sprintf("%s:%d", s.name, t.Position.Line)
+}
+
+// locate gives the complaints of a policy the places where they are about something
+// that a file says, in the order of files and lines.
+func (l layers) locate(err error) error {
+	var errs []error
+	for _, err := range flatten(err) {
+		complaint := (*policy.KeyError)(nil)
+		if !errors.As(err, &complaint) {
+			errs = append(errs, err)
+			continue
+		}
+		s, path, _ := l.find(complaint.Key)
+		if s == nil {
+			errs = append(errs, err)
+			continue
+		}
+		t, _ := s.find(path)
+		about := complaint.Err
+		if complaint.Other != "" {
+			if other, path, _ := l.find(complaint.Other); other != nil {
+				at, _ := other.find(path)
+				about = fmt.Errorf("%w; see %s:%d", about, other.name, at.Position.Line)
+			}
+		}
+		fault := s.at(t, about)
+		fault.Err = err
+		errs = append(errs, fault)
+	}
+	slices.SortStableFunc(errs, func(a, b error) int {
+		x, y := (*Fault)(nil), (*Fault)(nil)
+		if !errors.As(a, &x) || !errors.As(b, &y) || x.File != y.File {
+			return 0
+		}
+		return cmp.Compare(x.Line, y.Line)
+	})
+	return errors.Join(errs...)
+}
+
+// flatten takes apart what errors.Join has put together.
+func flatten(err error) []error {
+	if err == nil {
+		return nil
+	}
+	joined, ok := err.(interface{ Unwrap() []error })
+	if !ok {
+		return []error{err}
+	}
+	var all []error
+	for _, err := range joined.Unwrap() {
+		all = append(all, flatten(err)...)
+	}
+	return all
+}
