@@ -69,7 +69,6 @@ type stage struct {
 	*eql.Stage
 	documents []event.Document
 	rests     event.Gaps // facts that its conditions look at
-	cuts      cuts
 }
 
 func stages(q *eql.Query) []*stage {
@@ -175,13 +174,13 @@ func (p *state) outcome(ev *event.Event) event.Verdict {
 	case !q.Guarded && p.posture(q) == Default:
 		return event.Allow
 	case len(ev.Subjects) == 0:
-		d.Reason = "unattributed: " + ev.Attribution.Reason
+		d.Reason = unattributed + ev.Attribution.Reason
 		return event.Deny
 	case !ev.Attribution.Sufficient():
-		d.Reason = "unattributed: somebody else may hold the connection: " + ev.Attribution.Reason
+		d.Reason = unattributed + "somebody else may hold the connection: " + ev.Attribution.Reason
 		return event.Deny
 	case p.posture(q) == Strict:
-		d.Reason = "posture strict: no grant covers " + describe(ev.Subjects[0])
+		d.Reason = postureStrict + "no grant covers " + describe(ev.Subjects[0])
 		return event.Deny
 	}
 	return event.Allow

@@ -3,7 +3,6 @@ package policy
 import (
 	"fmt"
 	"slices"
-	"sync"
 
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy/eql"
@@ -245,47 +244,12 @@ func (s *stage) mayHold(ev *event.Event, subject *event.Process, adopted bool) (
 		}
 		about := document{event.View{Event: ev, Document: kind, Subject: subject, Adopted: adopted}}
 		gaps := about.Gaps() & s.rests
-		cut := s.cut(gaps)
-		switch {
-		case !cut.known.Match(&about):
-		case !cut.open:
+		switch s.Known(&about, func(f eql.Field) bool { return event.Fields[f.Slot].Rests()&gaps == 0 }) {
+		case eql.True:
 			return true, 0
-		default:
+		case eql.Maybe:
 			may, rests = true, rests|gaps
 		}
 	}
 	return may, rests
 }
-
-// cut is a stage without what rests on some gaps.
-type cut struct {
-	known *eql.Stage
-	open  bool // something is left out
-}
-
-// cuts are remembered for each set of gaps: there are few in what is read.
-type cuts struct {
-	mu sync.Mutex // guards of
-	of map[event.Gaps]cut
-}
-
-func (s *stage) cut(gaps event.Gaps) cut {
-	if gaps == 0 {
-		return cut{known: s.Stage}
-	}
-	s.cuts.mu.Lock()
-	defer s.cuts.mu.Unlock()
-	c, ok := s.cuts.of[gaps]
-	if !ok {
-		known, rest := s.Split(func(f eql.Field) bool { return event.Fields[f.Slot].Rests()&gaps == 0 })
-		c = cut{known, len(rest.Conjuncts()) > 0}
-		if s.cuts.of == nil || len(s.cuts.of) >= maxCuts {
-			s.cuts.of = map[event.Gaps]cut{}
-		}
-		s.cuts.of[gaps] = c
-	}
-	return c
-}
-
-// maxCuts bounds what is remembered of a file that somebody made.
-const maxCuts = 64

@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"github.com/imdsgate/imdsgate/event/sink"
-	"github.com/imdsgate/imdsgate/policy"
 	"github.com/imdsgate/imdsgate/policy/firstseen"
 )
 
@@ -166,18 +165,6 @@ type Process struct {
 	ResidentMB  uint64 `json:"resident_mb"`
 	Descriptors int    `json:"open_descriptors"`
 	Goroutines  int    `json:"goroutines"`
-}
-
-// Explanation is what `imdsgate explain` shows.
-type Explanation struct {
-	Level     string                  `json:"level"`
-	Subject   Subject                 `json:"process"`
-	Past      []Subject               `json:"earlier_programs,omitempty"`
-	Ancestors []Subject               `json:"ancestors"`
-	Rules     []policy.RuleFinding    `json:"rules"`
-	Grants    []policy.GrantFinding   `json:"grants"`
-	Verdicts  []policy.VerdictFinding `json:"verdicts"`
-	Mode      string                  `json:"mode"`
 }
 
 // Subject is a process as policy sees it.
