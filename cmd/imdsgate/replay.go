@@ -6,16 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
 	"github.com/imdsgate/imdsgate/cmd/config"
-	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy"
-	"github.com/imdsgate/imdsgate/policy/eql/ndjson"
 	"github.com/imdsgate/imdsgate/policy/replay"
 	"github.com/mattn/go-isatty"
 	"github.com/spf13/cobra"
@@ -81,19 +77,12 @@ func (o *replayOptions) run(ctx context.Context, common *options, args []string,
 		}
 		args = []string{"-"}
 	}
-	files, err := expand(args)
+	in, r := newInputs(stderr, "replaying", "would newly be refused"), replay.New(options)
+	err = in.history(ctx, args, stdin, r.Line, func() (events, found uint64) { return r.Requests(), r.Newly() })
 	if err != nil {
 		return err
 	}
-	p := &player{inputs: newInputs(stderr, "replaying", "would newly be refused"), replay: replay.New(options), events: map[string]uint64{}}
-	opened := p.open(files, stdin)
-	walk := ndjson.Walk{Inputs: opened, Roles: ndjson.Roles{Timestamp: "@timestamp"}, Line: p.line, Bad: p.badLine, Failed: p.failed, Progress: p.report}
-	if err := walk.Run(ctx); err != nil {
-		return interrupted(err)
-	}
-	p.progress.clear()
-	p.summary(opened)
-	d := p.replay.Diff()
+	d := r.Diff()
 	if common.json {
 		err = json.NewEncoder(stdout).Encode(d)
 	} else {
@@ -102,7 +91,7 @@ func (o *replayOptions) run(ctx context.Context, common *options, args []string,
 	switch {
 	case err != nil:
 		return err
-	case p.trouble:
+	case in.trouble:
 		return exit(exitTrouble)
 	case d.New.Requests > 0:
 		return exit(exitNo)
@@ -139,22 +128,27 @@ func (o *replayOptions) compare(common *options) (to replay.Options, err error) 
 		}
 	}
 	to.Actual = o.actual
-	now := time.Now()
+	to.Since, to.Until, err = parseSpan(o.since, o.until, time.Now())
+	return to, err
+}
+
+// parseSpan reads the values of --since and --until. The zero time is no bound.
+func parseSpan(since, until string, now time.Time) (from, to time.Time, err error) {
 	for _, t := range []struct {
 		flag, text string
 		to         *time.Time
-	}{{"since", o.since, &to.Since}, {"until", o.until, &to.Until}} {
+	}{{"since", since, &from}, {"until", until, &to}} {
 		if t.text == "" {
 			continue
 		}
 		if *t.to, err = parseWhen(t.text, now); err != nil {
-			return to, fmt.Errorf("--%s: %w", t.flag, err)
+			return from, to, fmt.Errorf("--%s: %w", t.flag, err)
 		}
 	}
-	if !to.Until.IsZero() && !to.Since.Before(to.Until) {
-		return to, errors.New("--since is not before --until")
+	if !to.IsZero() && !from.Before(to) {
+		return from, to, errors.New("--since is not before --until")
 	}
-	return to, nil
+	return from, to, nil
 }
 
 // parseWhen reads a time, or how long ago it was.
@@ -175,85 +169,4 @@ func parseWhen(text string, now time.Time) (time.Time, error) {
 		return now.Add(-d), nil
 	}
 	return time.Time{}, fmt.Errorf("%q is no time: write 2026-11-26, 2026-11-26T08:00:00Z, or how long ago, as 7d or 12h", text)
-}
-
-// expand puts the files of events in a directory in its place.
-func expand(args []string) ([]string, error) {
-	var all []string
-	for _, arg := range args {
-		info, err := os.Stat(arg)
-		if arg == "-" || err != nil || !info.IsDir() {
-			all = append(all, arg)
-			continue
-		}
-		before := len(all)
-		err = filepath.WalkDir(arg, func(path string, entry fs.DirEntry, err error) error {
-			if err == nil && entry.Type().IsRegular() && eventFile(entry.Name()) {
-				all = append(all, path)
-			}
-			return err
-		})
-		if err != nil {
-			return nil, fmt.Errorf("read directory: %w", err)
-		}
-		if len(all) == before {
-			return nil, fmt.Errorf("%s has no files of events: their names have .ndjson, .jsonl or .json in them", arg)
-		}
-	}
-	return all, nil
-}
-
-// eventFile tells files of events by their names: events.ndjson, events.ndjson.1,
-// events-20261126.ndjson.gz.
-func eventFile(name string) bool {
-	for _, part := range []string{".ndjson", ".jsonl", ".json"} {
-		if strings.Contains(name, part) {
-			return true
-		}
-	}
-	return false
-}
-
-// player gives lines to a replay, and says what it meets.
-type player struct {
-	inputs
-	replay  *replay.Replay
-	events  map[string]uint64 // documents of ours, by input
-	foreign uint64
-}
-
-func (p *player) line(name string, number int, line []byte) error {
-	switch err := p.replay.Line(line); {
-	case err == nil:
-		p.events[name]++
-	case errors.Is(err, event.ErrForeign):
-		p.foreign++
-	default:
-		p.badLine(ndjson.BadLine{Input: name, Number: number, Err: err})
-	}
-	return nil
-}
-
-func (p *player) report(at ndjson.Progress) {
-	at.Events, at.Matches = p.replay.Requests(), p.replay.Newly()
-	p.progress.show(at)
-}
-
-// summary says what a reader of the answer should know about it.
-func (p *player) summary(opened []ndjson.Input) {
-	if p.bad > 0 {
-		p.say("%s left out", count(p.bad, "bad line", ""))
-	}
-	if p.foreign > 0 {
-		p.say("%s no document of imdsgate, and left out", count(p.foreign, "line", ""))
-	}
-	for _, in := range opened {
-		if p.events[in.Name] == 0 && in.Size != 0 {
-			p.trouble = true
-			p.say("%s has no events of imdsgate in it: is it the right file? They are written to events.path of the configuration", in.Name)
-		}
-	}
-	if len(opened) == 0 {
-		p.trouble = true
-	}
 }

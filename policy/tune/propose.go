@@ -22,7 +22,8 @@ type Proposal struct {
 	Means string   `json:"means"`
 	Notes []string `json:"notes,omitempty"`
 	// Also is what else of the history the grant would have let through.
-	Also []Finding `json:"also_lets_through"`
+	Also  []Finding `json:"also_lets_through"`
+	Taken bool      `json:"taken"`
 
 	groups []*group
 }
@@ -33,6 +34,7 @@ type Finding struct {
 	Evidence
 	Why     string `json:"why"`
 	Instead string `json:"instead,omitempty"` // what the operator can do
+	Suspect bool   `json:"suspect"`           // there is a sign of theft in it
 }
 
 // candidate is who may get a grant: a program in a place, as a user.

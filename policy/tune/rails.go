@@ -31,13 +31,16 @@ func (g *group) rail() rail {
 		return rail{"its file was replaced or removed while it ran, so that it is not the host's own any more", "restart the service when its files are replaced"}
 	}
 	if err := policy.CheckExecutable(g.executable); err != nil {
-		return rail{err.Error(), "install it as root where only root can write, and run it as a unit of its own"}
+		why, _, _ := strings.Cut(err.Error(), ": install ")
+		return rail{why, "install it as root where only root can write, and run it as a unit of its own"}
 	}
 	switch {
 	case g.contained() && g.container == "":
 		return rail{"it runs in the pod's cgroup and in none of its containers", "it belongs to the runtime: a grant for it takes the runtime's unit"}
 	case g.contained():
 		return rail{}
+	case builds(unit):
+		return rail{"it runs in " + unit + ", where whoever may start a build runs what he likes", "give builds a role of their own (OpenID Connect of GitHub and GitLab, or AssumeRole from a job that holds nothing else), and the host none that is worth stealing"}
 	case !g.is(hostVerified):
 		return rail{"it is not the file that the host has under this path", "run it in the host's own mount namespace; or, if that is a container, have the runtime name it in its cgroup"}
 	case !g.is(rootOwned):
@@ -58,7 +61,7 @@ func (g *group) unitless() string {
 		}
 		return "it runs in no unit"
 	}
-	return cmp.Or(fmt.Sprint(policy.CheckUnit(g.unit)), "")
+	return fmt.Sprint(policy.CheckUnit(g.unit))
 }
 
 // rail is what keeps a candidate as a whole from being proposed.
@@ -93,7 +96,7 @@ func findings(refused []*refusal) []Finding {
 	}
 	all := []Finding{}
 	for _, k := range order {
-		all = append(all, Finding{Who: k.who, Evidence: evidence(groups[k]), Why: k.why, Instead: instead[k]})
+		all = append(all, Finding{Who: k.who, Evidence: evidence(groups[k]), Why: k.why, Instead: instead[k], Suspect: groups[k][0].why != ""})
 	}
 	slices.SortStableFunc(all, func(a, b Finding) int {
 		return cmp.Or(cmp.Compare(b.Count, a.Count), strings.Compare(a.Who, b.Who))

@@ -53,6 +53,9 @@ const week = 7
 // Take works out the readiness with some of the proposals taken.
 func (r *Report) Take(taken []*Proposal) {
 	t := r.tuner
+	for _, p := range r.Proposals {
+		p.Taken = slices.Contains(taken, p)
+	}
 	days := map[int32]struct{}{}
 	for _, h := range t.hosts {
 		maps.Copy(days, h.days)

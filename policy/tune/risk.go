@@ -49,12 +49,19 @@ func manyJobs(unit string) (whose string, ok bool) {
 		return "whoever may use at(1) runs jobs there", true
 	case name == "amazon-ssm-agent" || name == "snap.amazon-ssm-agent.amazon-ssm-agent":
 		return "whoever may send commands by Systems Manager runs them there", true
-	case strings.HasPrefix(name, "actions.runner.") || slices.Contains([]string{"gitlab-runner", "jenkins", "buildkite-agent", "teamcity-agent"}, name):
+	case builds(unit):
 		return "whoever may start a build runs what he likes there", true
 	case slices.Contains([]string{"ssh", "sshd", "docker", "containerd", "crio"}, name):
 		return "it starts what others ask it to", true
 	}
 	return "", false
+}
+
+// builds reports whether a unit runs builds, whose programs are what somebody has just
+// written.
+func builds(unit string) bool {
+	name, _, _ := strings.Cut(strings.TrimSuffix(unit, ".service"), "@")
+	return strings.HasPrefix(name, "actions.runner.") || slices.Contains([]string{"gitlab-runner", "jenkins", "buildkite-agent", "teamcity-agent"}, name)
 }
 
 // grade says how much a proposal puts at risk, and why.
@@ -111,7 +118,7 @@ func (p *Proposal) grade() {
 		because(Low, "it uses session tokens that others were given (root's own), and so can whoever brings one")
 	}
 	for _, f := range p.Also {
-		if f.Instead == "" {
+		if f.Suspect {
 			because(High, "the history has what looks like a theft, which the grant would let through: %s", f.Who)
 		}
 	}

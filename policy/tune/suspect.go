@@ -12,7 +12,7 @@ import (
 
 // suspicion is why a request that would be refused must not become a reason for a grant,
 // in words; "" if nothing speaks against it.
-func suspicion(ev *event.Event) string {
+func (t *Tuner) suspicion(ev *event.Event) string {
 	q := &ev.Request
 	switch {
 	case q.Malformed != "":
@@ -31,7 +31,7 @@ func suspicion(ev *event.Event) string {
 		return "it is for a public name, as DNS rebinding makes it"
 	}
 	for _, p := range ev.Subjects {
-		if why := suspicious(p, ev); why != "" {
+		if why := t.suspicious(p, ev); why != "" {
 			return why
 		}
 	}
@@ -46,7 +46,7 @@ func reason(ev *event.Event) string {
 }
 
 // suspicious is what speaks against one process.
-func suspicious(p *event.Process, ev *event.Event) string {
+func (t *Tuner) suspicious(p *event.Process, ev *event.Event) string {
 	about := event.View{Event: ev, Document: event.RequestDecision, Subject: p}
 	switch gaps := about.Gaps() & (event.GapExecutable | event.GapUser | event.GapPlace | event.GapExecutable.OfParent()); {
 	case gaps != 0:
@@ -61,6 +61,12 @@ func suspicious(p *event.Process, ev *event.Event) string {
 		return "a dynamic loader runs whatever file it is given"
 	case ev.Token.Foreign(p) && !rootsOwn(&about):
 		return "its session token was issued to somebody else"
+	}
+	if _, tool := policy.Tool(p.Executable); tool && p.Parent != nil && p.Parent.Executable != p.Executable && t.granted[p.Parent.Executable] {
+		return fmt.Sprintf("it was started by %s, which has a grant: this is how somebody works who has got hold of that", p.Parent.Executable)
+	}
+	if builds(p.Unit) {
+		return "" // which run what they like; there is no grant for them in any case
 	}
 	return chain(p)
 }

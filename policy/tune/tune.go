@@ -53,6 +53,7 @@ type Tuner struct {
 	joint   map[string]*joint
 	hosts   map[string]*host
 	classes map[string]*classCount
+	granted map[string]bool // executables that have a grant of the policy
 	sum     Sum
 	parts   []*group // of one request
 	ids     []byte   // of them
@@ -75,8 +76,14 @@ func New(o Options) *Tuner {
 	o.Lifetime = cmp.Or(o.Lifetime, defaultLifetime)
 	e := policy.NewEngine(o.Policy)
 	e.SetMode(policy.Audit)
+	granted := map[string]bool{}
+	for _, g := range o.Policy.Grants() {
+		for _, file := range g.Executable {
+			granted[file] = true
+		}
+	}
 	return &Tuner{
-		options: o, reader: event.NewReader(), engine: e,
+		options: o, granted: granted, reader: event.NewReader(), engine: e,
 		groups: map[key]*group{}, joint: map[string]*joint{}, hosts: map[string]*host{}, classes: map[string]*classCount{},
 	}
 }
@@ -115,6 +122,12 @@ func (t *Tuner) Line(line []byte) error {
 	}
 	return nil
 }
+
+// Sum is what was counted so far.
+func (t *Tuner) Sum() Sum { return t.sum }
+
+// Seen reports whether there were events of a host.
+func (t *Tuner) Seen(hostID string) bool { return hostID != "" && t.hosts[hostID] != nil }
 
 // count counts a request that was judged.
 func (t *Tuner) count(doubt policy.Doubt) {
@@ -155,7 +168,7 @@ func (t *Tuner) count(doubt policy.Doubt) {
 // group counts a request that would be refused, for each of those who lack a grant.
 func (t *Tuner) group(h *host, class *classCount) {
 	ev := &t.record.Event
-	why := suspicion(ev)
+	why := t.suspicion(ev)
 	subjects := ev.Subjects
 	if len(subjects) == 0 {
 		subjects = nobody

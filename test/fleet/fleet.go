@@ -147,7 +147,7 @@ type visit struct {
 
 // visits are all of a host, in order.
 func (h *host) visits(f Fleet) []visit {
-	hosts, days := f.size()
+	_, days := f.size()
 	end := Begin.AddDate(0, 0, days)
 	var all []visit
 	every := func(interval time.Duration, who func(time.Time) actor) {
@@ -176,11 +176,11 @@ func (h *host) visits(f Fleet) []visit {
 	if h.n%2 == 0 { // patched in the week, and started again
 		at(2+h.n%3, 3*time.Hour+time.Duration(h.n)*time.Minute, cloudInit)
 	}
-	every(30*time.Minute, always(actor{name: "ssm", executable: "/usr/bin/amazon-ssm-agent", unit: "amazon-ssm-agent.service", user: "root", uid: "0", lives: true,
+	every(time.Hour, always(actor{name: "ssm", executable: "/usr/bin/amazon-ssm-agent", unit: "amazon-ssm-agent.service", user: "root", uid: "0", lives: true,
 		targets: []string{number, identity, listing, role}}))
-	every(time.Hour, always(actor{name: "cloudwatch", executable: "/opt/aws/amazon-cloudwatch-agent/bin/amazon-cloudwatch-agent", unit: "amazon-cloudwatch-agent.service",
+	every(2*time.Hour, always(actor{name: "cloudwatch", executable: "/opt/aws/amazon-cloudwatch-agent/bin/amazon-cloudwatch-agent", unit: "amazon-cloudwatch-agent.service",
 		user: "cwagent", uid: "994", lives: true, targets: []string{number, zone, listing, role}}))
-	every(30*time.Minute, always(actor{name: "puppet", executable: "/opt/puppetlabs/puppet/bin/ruby", args: []string{"puppet", "agent"}, unit: "puppet.service", user: "root", uid: "0",
+	every(time.Hour, always(actor{name: "puppet", executable: "/opt/puppetlabs/puppet/bin/ruby", args: []string{"puppet", "agent"}, unit: "puppet.service", user: "root", uid: "0",
 		lives: true, targets: []string{number, identity, proof}}))
 	every(24*time.Hour, always(actor{name: "inventory", executable: python, args: []string{"python3", "/usr/local/sbin/upload-inventory"}, unit: cronUnit, user: "root", uid: "0",
 		parents: []string{shell, cron}, targets: []string{number, listing, role}}))
@@ -188,7 +188,7 @@ func (h *host) visits(f Fleet) []visit {
 	switch h.role {
 	case "shop":
 		deployed := Begin.AddDate(0, 0, 3).Add(11 * time.Hour)
-		every(15*time.Minute, func(t time.Time) actor {
+		every(30*time.Minute, func(t time.Time) actor {
 			a := actor{name: "shop", executable: "/opt/node-v20.11.0/bin/node", args: []string{"node", "/srv/shop/server.js"}, unit: "shop.service", user: "shop", uid: "990", lives: true,
 				targets: []string{zone, listing, role}}
 			if t.After(deployed) {
@@ -200,13 +200,13 @@ func (h *host) visits(f Fleet) []visit {
 		every(time.Hour, always(actor{name: "reports", executable: python, args: []string{"python3", "/opt/reports/run.py"}, unit: "reports.service", user: "reports", uid: "989",
 			targets: []string{listing, role}}))
 	case "billing":
-		every(20*time.Minute, always(actor{name: "billing", executable: "/opt/billing/bin/billing", unit: "billing.service", user: "billing", uid: "988", lives: true, v1: true,
+		every(40*time.Minute, always(actor{name: "billing", executable: "/opt/billing/bin/billing", unit: "billing.service", user: "billing", uid: "988", lives: true, v1: true,
 			targets: []string{zone, role}}))
 	case "ci":
 		every(3*time.Hour, always(actor{name: "build", executable: python, args: []string{"python3", "/usr/bin/aws", "s3", "cp", "out.tgz", "s3://builds/"}, unit: "actions.runner.acme.service",
 			user: "ci", uid: "987", parents: []string{"/usr/bin/bash", "/opt/actions-runner/bin/Runner.Worker", "/opt/actions-runner/bin/Runner.Listener"}, targets: []string{listing, role}, truth: Operators}))
 	case "cluster":
-		every(20*time.Minute, always(actor{name: "kubelet", executable: "/usr/bin/kubelet", unit: "kubelet.service", user: "root", uid: "0", lives: true, targets: []string{number, zone, identity}}))
+		every(40*time.Minute, always(actor{name: "kubelet", executable: "/usr/bin/kubelet", unit: "kubelet.service", user: "root", uid: "0", lives: true, targets: []string{number, zone, identity}}))
 		every(6*time.Hour, always(actor{name: "registry login", executable: "/usr/local/bin/ecr-credential-provider", unit: "kubelet.service", user: "root", uid: "0",
 			parents: []string{"/usr/bin/kubelet"}, targets: []string{listing, role}}))
 		every(4*time.Hour, func(t time.Time) actor {
@@ -254,7 +254,6 @@ func (h *host) visits(f Fleet) []visit {
 				targets: []string{role}, tokenOf: "ssm", truth: Theft})
 		}
 	}
-	_ = hosts
 	slices.SortStableFunc(all, func(a, b visit) int { return a.at.Compare(b.at) })
 	return all
 }
