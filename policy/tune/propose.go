@@ -258,7 +258,7 @@ func (g *group) place() string {
 
 func (g *group) contained() bool { return g.container != "" || g.pod != "" }
 
-// who describes a group.
+// who describes a group. What has another number each time is left to the evidence.
 func (g *group) who() string {
 	if g.subject == nil {
 		return "nobody known"
@@ -266,9 +266,11 @@ func (g *group) who() string {
 	text := cmp.Or(g.executable, "a program that could not be read")
 	switch {
 	case g.pod != "":
-		text += " in pod " + g.pod
+		text += " in a pod"
 	case g.container != "":
-		text += " in container " + g.container[:min(12, len(g.container))]
+		text += " in a container"
+	case strings.HasPrefix(g.unit, "session-"):
+		text += " in a login session"
 	case g.unit != "":
 		text += " in " + g.unit
 	case g.subject.UserUnit != "":

@@ -210,7 +210,7 @@ func (h *host) visits(f Fleet) []visit {
 		every(6*time.Hour, always(actor{name: "registry login", executable: "/usr/local/bin/ecr-credential-provider", unit: "kubelet.service", user: "root", uid: "0",
 			parents: []string{"/usr/bin/kubelet"}, targets: []string{listing, role}}))
 		every(4*time.Hour, func(t time.Time) actor {
-			return actor{name: "exporter", executable: "/usr/local/bin/exporter", container: fmt.Sprintf("%064x", t.UnixNano()), user: "", uid: "65534",
+			return actor{name: "exporter", executable: "/usr/local/bin/exporter", container: fmt.Sprintf("%016x%048x", h.random.Uint64(), t.UnixNano()), user: "", uid: "65534",
 				parents: []string{"/usr/bin/containerd-shim-runc-v2"}, targets: []string{listing, role}, truth: Operators}
 		})
 	case "backup":
