@@ -29,7 +29,6 @@ var arrows = []struct{ from, to, reason string }{
 	{"cmd/imdsgated", "policy", "puts it together"},
 	{"cmd/imdsgated", "policy/firstseen", "puts it together"},
 	{"cmd/imdsgated", "proxy", "puts it together"},
-	{"cmd/imdsgated", "proxy/imds", "knows the classes of requests"},
 	{"cmd/imdsgate", "cmd/config", "reads what the operator wrote"},
 	{"cmd/imdsgate", "cmd/report", "shows what the daemon answers"},
 	{"cmd/imdsgate", "control", "asks the daemon"},
