@@ -8,6 +8,7 @@ require (
 	github.com/cilium/ebpf v0.22.0 // BPF programs without a C compiler
 	github.com/coreos/go-iptables v0.8.0 // which iptables there is, and its counters
 	github.com/coreos/go-systemd/v22 v22.7.0 // ports from the socket unit, readiness
+	github.com/creack/pty v1.1.24 // tests: a terminal on which questions are answered
 	github.com/go-faster/jx v1.2.0 // lines of JSON, of which only some fields are wanted
 	github.com/goccy/go-yaml v1.19.2 // the configuration, with carets in its errors
 	github.com/google/go-cmp v0.7.0 // tests: differences one can read
@@ -15,6 +16,7 @@ require (
 	github.com/oklog/ulid/v2 v2.1.2 // ids of events, in the order of time
 	github.com/pelletier/go-toml/v2 v2.4.3 // rule files
 	github.com/prometheus/procfs v0.23.0 // what the daemon uses; tests: a second reader of /proc
+	github.com/rogpeppe/go-internal v1.16.0 // what imdsgate fmt would change, as diff(1) shows it
 	github.com/rs/zerolog v1.35.1 // the operator's own log
 	github.com/safchain/ethtool v0.7.0 // counters of network drivers
 	github.com/santhosh-tekuri/jsonschema/v6 v6.0.3 // tests: the published schema of the configuration

@@ -25,7 +25,7 @@ if [ -z "$dest" ]; then
 fi
 
 install -d "$dest$prefix/sbin" "$dest$prefix/bin" "$dest$prefix/lib/systemd/system" "$dest$prefix/lib/tmpfiles.d" "$dest/etc/imdsgate" \
-	"$dest$prefix/share/bash-completion/completions"
+	"$dest$prefix/share/bash-completion/completions" "$dest$prefix/share/imdsgate"
 install -m 0755 bin/imdsgated "$dest$prefix/sbin/imdsgated"
 install -m 0755 bin/imdsgate "$dest$prefix/bin/imdsgate"
 for unit in imdsgated.service imdsgated.socket; do
@@ -34,6 +34,7 @@ for unit in imdsgated.service imdsgated.socket; do
 done
 install -m 0644 packaging/systemd/imdsgate.tmpfiles "$dest$prefix/lib/tmpfiles.d/imdsgate.conf"
 bin/imdsgate completion bash >"$dest$prefix/share/bash-completion/completions/imdsgate"
+install -m 0644 packaging/config.schema.json "$dest$prefix/share/imdsgate/config.schema.json"
 if [ ! -e "$dest/etc/imdsgate/config.yaml" ]; then
 	install -m 0644 packaging/config.yaml "$dest/etc/imdsgate/config.yaml"
 fi

@@ -20,7 +20,9 @@ if [ -z "$dest" ]; then
 fi
 rm -f "$dest$prefix/sbin/imdsgated" "$dest$prefix/bin/imdsgate" \
 	"$dest$prefix/lib/systemd/system/imdsgated.service" "$dest$prefix/lib/systemd/system/imdsgated.socket" \
-	"$dest$prefix/lib/tmpfiles.d/imdsgate.conf" "$dest$prefix/share/bash-completion/completions/imdsgate"
+	"$dest$prefix/lib/tmpfiles.d/imdsgate.conf" "$dest$prefix/share/bash-completion/completions/imdsgate" \
+	"$dest$prefix/share/imdsgate/config.schema.json"
+rmdir "$dest$prefix/share/imdsgate" 2>/dev/null || true
 [ -z "$dest" ] || exit 0
 if [ -d /run/systemd/system ]; then
 	systemctl daemon-reload

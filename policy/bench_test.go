@@ -94,6 +94,38 @@ func BenchmarkJudge(b *testing.B) {
 	})
 }
 
+// BenchmarkGrants is a verdict with 50 rules and so many grants, of which the last is the
+// client's, or none is; and where they are all for one interpreter in units of their own.
+func BenchmarkGrants(b *testing.B) {
+	rules := []string{ruleFiles(b, append(processRules(25), requestRules(25)...))}
+	for _, n := range []int{1, 50, 500} {
+		for name, executable := range map[string]func(int) string{
+			"programs":    func(i int) string { return fmt.Sprintf("/opt/app%d/bin/app", i) },
+			"interpreter": func(int) string { return "/usr/bin/python3.11" },
+		} {
+			c := Config{Mode: Enforce, Posture: Strict, Rules: RulesConfig{WithoutShipped: true, Paths: rules}}
+			for i := range n {
+				c.Grants = append(c.Grants, Grant{Name: fmt.Sprint("grant-", i), Who: Who{Executable: OneOrMore{executable(i)}, Unit: fmt.Sprintf("app%d.service", i), User: "app"},
+					What: What{Classes: []string{"credentials"}, Paths: []string{"/latest/meta-data/iam/security-credentials/*"}, API: V2}, OwnToken: true, Owner: "o", Reason: "r"})
+			}
+			p := compile(b, c)
+			e := NewEngine(p)
+			for who, unit := range map[string]string{"granted": fmt.Sprintf("app%d.service", n-1), "not granted": "other.service"} {
+				ev := asking(executable(n-1), func(_ *event.Event, p *event.Process) { p.Unit = unit })
+				b.Run(fmt.Sprintf("%d/%s/%s", n, name, who), func(b *testing.B) {
+					b.ReportAllocs()
+					for b.Loop() {
+						e.Judge(ev)
+					}
+					if want := unit != "other.service"; (ev.Decision.Verdict == event.Allow) != want {
+						b.Fatalf("%+v", ev.Decision)
+					}
+				})
+			}
+		}
+	}
+}
+
 // processRules are like those for Linux hosts: a program that is executed, and the
 // connection that it makes.
 func processRules(n int) []string {

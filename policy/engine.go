@@ -37,12 +37,16 @@ func NewEngine(p *Policy) *Engine {
 	return e
 }
 
-// SetPolicy replaces the policy and its mode. What sequences and latches
-// remember begins anew, because it is about other rules; what a rule has seen for
-// the first time it goes on to know.
+// SetPolicy replaces the policy and its mode. A rule that is in both, with the same text
+// and action, goes on with what it remembers: the sequences that have begun, the
+// processes that it has blocked. Others begin anew. It must not be called by two at once.
 func (e *Engine) SetPolicy(p *Policy) {
 	e.terms.Rules(p.windows())
-	e.state.Store(&state{p, newMemory(p, e.terms)})
+	m := newMemory(p, e.terms)
+	if old := e.state.Load(); old != nil {
+		m.inherit(p, old)
+	}
+	e.state.Store(&state{p, m})
 	e.mode.Store(uint32(p.Mode))
 }
 
@@ -326,14 +330,16 @@ const (
 
 // memory is what rules remember from one event to the next.
 type memory struct {
-	machines []machine
+	machines []*machine       // nil of a rule that is no sequence
 	terms    *firstseen.Store // of the engine
+	policy   int              // how many there were before
+	since    []int            // by rule: the policy that brought it
 
-	mu      sync.Mutex                    // guards the following
-	swept   time.Time                     // when sequences last forgot what is too old
-	started remembered[imageID, struct{}] // process images that the rules have seen start
-	blocked remembered[string, bitset]    // rules that have blocked a process, by its entity ID
-	doubted remembered[string, struct{}]  // processes that a rule may have blocked, for all that was read of them
+	mu      sync.Mutex                   // guards the following
+	swept   time.Time                    // when sequences last forgot what is too old
+	started remembered[imageID, int]     // process images that rules have seen start, and those of which policy
+	blocked remembered[string, bitset]   // rules that have blocked a process, by its entity ID
+	doubted remembered[string, struct{}] // processes that a rule may have blocked, for all that was read of them
 
 	latches atomic.Bool // whether anything is in blocked
 }
@@ -344,10 +350,10 @@ type machine struct {
 }
 
 func newMemory(p *Policy, terms *firstseen.Store) *memory {
-	m := &memory{machines: make([]machine, len(p.rules)), terms: terms}
+	m := &memory{machines: make([]*machine, len(p.rules)), terms: terms, since: make([]int, len(p.rules))}
 	for i, r := range p.rules {
 		if r.Query.IsSequence() {
-			m.machines[i].Machine = r.Query.NewMachine(maxChains)
+			m.machines[i] = &machine{Machine: r.Query.NewMachine(maxChains)}
 		}
 	}
 	return m
@@ -359,6 +365,7 @@ type news struct {
 	subject *event.Process
 	*settled
 	adds [documentKinds]bool // which of the documents are new
+	told int                 // the last policy whose rules know of its start; -1 if none does
 }
 
 // news lists what an event adds: the start of a process when it is first seen, and
@@ -367,11 +374,12 @@ func (a *asker) news(m *memory, ev *event.Event) []news {
 	a.fresh = a.fresh[:0]
 	asked := ev.Kind == event.Asked
 	for _, subject := range subjects(ev) {
-		n := news{subject: subject, settled: a.settled(ev.Host, subject)}
+		n := news{subject: subject, settled: a.settled(ev.Host, subject), told: m.policy}
 		if subject != nil && n.started.Load() != m {
-			if n.adds[event.ProcessStart] = m.isNew(n.image); !n.adds[event.ProcessStart] {
+			if n.told = m.told(n.image); n.told == m.policy {
 				n.started.Store(m)
 			}
+			n.adds[event.ProcessStart] = n.told < m.policy
 		}
 		n.adds[event.ConnectionAttempt] = asked && ev.Connection.First
 		n.adds[event.RequestDecision] = asked
@@ -386,7 +394,7 @@ func (a *asker) literally(m *memory, ev *event.Event, all []news) iter.Seq[liter
 	m.sweep(ev.Time)
 	a.hits = a.hits[:0]
 	for j := range all {
-		a.written(ev, j, &all[j])
+		a.written(m, ev, j, &all[j])
 	}
 	slices.SortFunc(a.hits, func(x, y literalHit) int {
 		return cmp.Or(x.rule-y.rule, x.subject-y.subject, int(x.document)-int(y.document))
@@ -395,8 +403,8 @@ func (a *asker) literally(m *memory, ev *event.Event, all []news) iter.Seq[liter
 		matched := false
 		for i, h := range a.hits {
 			d := &document{event.View{Event: ev, Document: h.document, Subject: all[h.subject].subject}}
-			switch s, r := &m.machines[h.rule], a.rules[h.rule]; {
-			case s.Machine != nil:
+			switch s, r := m.machines[h.rule], a.rules[h.rule]; {
+			case s != nil:
 				matched = s.observe(d) || matched // and keeps it while it waits for more
 			case r.NewTerms != nil:
 				matched = m.observeTerms(r, d) || matched
@@ -434,8 +442,8 @@ func (m *memory) sweep(now time.Time) {
 	if !due {
 		return
 	}
-	for i := range m.machines {
-		if s := &m.machines[i]; s.Machine != nil {
+	for _, s := range m.machines {
+		if s != nil {
 			s.mu.Lock()
 			s.Tick(now) // decides nothing: no rule ends in a missing event
 			s.mu.Unlock()
@@ -456,10 +464,14 @@ type imageID struct {
 	image  [sha256.Size]byte
 }
 
-func (m *memory) isNew(image imageID) bool {
+// told is the last policy whose rules know that a process has started, or -1.
+func (m *memory) told(image imageID) int {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return !m.started.has(image)
+	if !m.started.has(image) {
+		return -1
+	}
+	return m.started.keys[image]
 }
 
 // seen remembers the subjects of an event.
@@ -467,7 +479,7 @@ func (m *memory) seen(all []news) {
 	for i := range all {
 		if n := &all[i]; n.adds[event.ProcessStart] {
 			m.mu.Lock()
-			m.started.add(n.image, struct{}{})
+			m.started.put(n.image, m.policy)
 			m.mu.Unlock()
 			n.started.Store(m)
 		}
@@ -492,7 +504,7 @@ func (m *memory) latch(rule, of int, entity string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if !m.blocked.has(entity) {
-		m.blocked.add(entity, newBitset(of))
+		m.blocked.put(entity, newBitset(of))
 		m.latches.Store(true)
 	}
 	m.blocked.keys[entity].set(rule)
@@ -532,9 +544,10 @@ func (r *remembered[K, V]) has(key K) bool {
 	return ok
 }
 
-// add takes a key that is not there.
-func (r *remembered[K, V]) add(key K, value V) {
+// put sets what belongs to a key.
+func (r *remembered[K, V]) put(key K, value V) {
 	if r.has(key) {
+		r.keys[key] = value
 		return
 	}
 	if r.keys == nil {

@@ -380,10 +380,17 @@ func TestLatch(t *testing.T) {
 	if other := judge(e, asking("/opt/app/bin/app", nil)); other.Decision.Verdict != event.Allow {
 		t.Errorf("another process: %+v", other.Decision)
 	}
-	e.SetPolicy(compile(t, Config{Mode: Enforce}))
-	again := asking("/opt/app/bin/app", func(_ *event.Event, p *event.Process) { p.EntityID = "entity-/usr/bin/curl" })
-	if judge(e, again); again.Decision.Verdict != event.Allow {
-		t.Errorf("after a reload: %+v", again.Decision)
+	log := Log
+	e.SetPolicy(compile(t, Config{Mode: Enforce, Rules: RulesConfig{Actions: map[string]RuleAction{handTool: {Action: &log}}}}))
+	again := func() *event.Event {
+		return judge(e, asking("/opt/app/bin/app", func(_ *event.Event, p *event.Process) { p.EntityID = "entity-/usr/bin/curl" }))
+	}
+	if ev := again(); ev.Decision.Verdict != event.Deny || ev.Decision.Rule.ID != oddClient {
+		t.Errorf("after a reload that has the rule as it was: %+v", ev.Decision)
+	}
+	e.SetPolicy(compile(t, Config{Mode: Enforce, Rules: RulesConfig{Actions: map[string]RuleAction{oddClient: {HonourExclusions: true}, handTool: {Action: &log}}}}))
+	if ev := again(); ev.Decision.Verdict != event.Allow {
+		t.Errorf("after a reload that has another action for the rule: %+v", ev.Decision)
 	}
 }
 

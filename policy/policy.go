@@ -17,6 +17,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"slices"
 	"strings"
@@ -114,7 +115,7 @@ func Compile(c Config, classes []string) (*Policy, error) {
 	loaded, err := c.Tokens.rules(loaded)
 	errs = append(errs, err)
 	rules, refused, err := readRules(Host{}, c.Rules.Paths...)
-	loaded, errs = append(loaded, rules...), append(errs, err)
+	loaded, errs = append(loaded, rules...), append(errs, c.Rules.locate(err)...)
 	if c.Rules.SkipRefused {
 		p.Skipped = refused
 	} else {
@@ -128,7 +129,7 @@ func Compile(c Config, classes []string) (*Policy, error) {
 			errs = append(errs, fmt.Errorf("%s: rule_id %s is also in %s; set rules.without_shipped, or change the id", r.File, r.ID, other))
 		}
 		known[r.ID] = r.File
-		fmt.Fprintln(digest, r.ID, r.Version)
+		fmt.Fprintf(digest, "%s %s %x\n", r.ID, r.Version, r.text)
 		p.rules = append(p.rules, newRule(r, c.Rules.Actions[r.ID]))
 	}
 	for _, id := range slices.Sorted(maps.Keys(c.Rules.Actions)) {
@@ -186,6 +187,26 @@ func Compile(c Config, classes []string) (*Policy, error) {
 	return p, errors.Join(errs...)
 }
 
+// locate gives errors of reading, which come together, the keys of their paths.
+func (c *RulesConfig) locate(err error) (errs []error) {
+	all, ok := err.(interface{ Unwrap() []error })
+	if !ok {
+		return []error{err}
+	}
+	for _, err := range all.Unwrap() {
+		read := (*fs.PathError)(nil)
+		i := -1
+		if errors.As(err, &read) {
+			i = slices.IndexFunc(c.Paths, func(path string) bool { return read.Path == path || strings.HasPrefix(read.Path, path+"/") })
+		}
+		if i >= 0 {
+			err = &KeyError{Key: fmt.Sprintf("rules.paths[%d]", i), Err: err}
+		}
+		errs = append(errs, err)
+	}
+	return errs
+}
+
 // Rules lists the rules in the order in which they are asked.
 func (p *Policy) Rules() []*Rule {
 	rules := make([]*Rule, len(p.rules))
@@ -197,6 +218,9 @@ func (p *Policy) Rules() []*Rule {
 
 // Grants lists the grants.
 func (p *Policy) Grants() []Grant { return slices.Clone(p.grants) }
+
+// Denies lists the denies.
+func (p *Policy) Denies() []Deny { return slices.Clone(p.denies) }
 
 func newRule(r *Rule, a RuleAction) *rule {
 	blocking := r.Bound

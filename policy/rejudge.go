@@ -57,7 +57,7 @@ func (p *state) unsureLatch(r *event.Record, doubt Doubt) Doubt {
 	if doubt.About != Nothing {
 		for _, s := range ev.Subjects {
 			if s.EntityID != "" {
-				m.doubted.add(s.EntityID, struct{}{})
+				m.doubted.put(s.EntityID, struct{}{})
 			}
 		}
 	}

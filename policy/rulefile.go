@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -41,6 +42,8 @@ type Rule struct {
 	Warnings []*syntax.Error
 	// Notes are what else is not as whoever has published the rule may expect.
 	Notes []string
+
+	text [sha256.Size]byte // digest of the file
 }
 
 // file is a rule file in the form in which Elastic publishes its detection
@@ -116,6 +119,7 @@ func ParseRule(name string, src []byte) (*Rule, error) {
 
 // read fills the rule from its file, as far as it goes.
 func (r *Rule) read(s source) error {
+	r.text = sha256.Sum256(s.text)
 	var f file
 	if err := s.decode(&f); err != nil {
 		return err

@@ -266,7 +266,7 @@ type literalHit struct {
 
 // written adds to a.hits what rules as they are written see in the new documents of a
 // subject.
-func (a *asker) written(ev *event.Event, at int, n *news) {
+func (a *asker) written(m *memory, ev *event.Event, at int, n *news) {
 	for d, added := range n.adds {
 		if !added || len(n.literal[d]) == 0 {
 			continue
@@ -274,6 +274,9 @@ func (a *asker) written(ev *event.Event, at int, n *news) {
 		a.about[d].View = event.View{Event: ev, Document: event.Document(d), Subject: n.subject}
 		for _, i := range a.rest[d].MatchOf(&a.about[d], n.literal[d]) {
 			h := literalHit{a.kinds[d].of[i].rule, at, event.Document(d)}
+			if event.Document(d) == event.ProcessStart && m.since[h.rule] <= n.told {
+				continue // it was told under an earlier policy
+			}
 			if k := len(a.hits); k == 0 || a.hits[k-1] != h {
 				a.hits = append(a.hits, h)
 			}

@@ -5,6 +5,9 @@ package config
 import (
 	"cmp"
 	"fmt"
+	"reflect"
+	"slices"
+	"strings"
 
 	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/control"
@@ -110,8 +113,25 @@ type Upstream struct {
 
 // Log is the operator's own log, on standard error.
 type Log struct {
-	Level string `yaml:"level"` // debug, info, warn, error
+	Level LogLevel `yaml:"level"`
 }
+
+// LogLevel is the least of what the log tells: debug, info, warn or error.
+type LogLevel string
+
+var logLevels = []string{"debug", "info", "warn", "error"}
+
+// UnmarshalText reads one of the four.
+func (l *LogLevel) UnmarshalText(text []byte) error {
+	if !slices.Contains(logLevels, string(text)) {
+		return fmt.Errorf("unknown level %q; there are %s", text, strings.Join(logLevels, ", "))
+	}
+	*l = LogLevel(text)
+	return nil
+}
+
+// MarshalText writes what UnmarshalText reads.
+func (l LogLevel) MarshalText() ([]byte, error) { return []byte(l), nil }
 
 // complete sets what nobody has set.
 func (c *Config) complete() {
@@ -119,6 +139,20 @@ func (c *Config) complete() {
 	c.FirstSeen.Path = cmp.Or(c.FirstSeen.Path, DefaultFirstSeen)
 	c.Control.Socket = cmp.Or(c.Control.Socket, control.DefaultSocket)
 	c.Log.Level = cmp.Or(c.Log.Level, "info")
+}
+
+// Restart lists the keys that differ in another configuration and are read at the start
+// of the daemon alone.
+func (c Config) Restart(other Config) (keys []string) {
+	mine, theirs := reflect.ValueOf(c), reflect.ValueOf(other)
+	policys := keysOf(reflect.TypeFor[policy.Config]())
+	for _, k := range keysOf(mine.Type()) {
+		reloaded := slices.ContainsFunc(policys, func(p key) bool { return p.name == k.name })
+		if !reloaded && !reflect.DeepEqual(mine.FieldByIndex(k.index).Interface(), theirs.FieldByIndex(k.index).Interface()) {
+			keys = append(keys, k.name)
+		}
+	}
+	return keys
 }
 
 // Policy compiles the part that judges. What is wrong with it is shown where it is

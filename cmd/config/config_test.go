@@ -115,7 +115,7 @@ func TestErrors(t *testing.T) {
 		name, src string
 		says      []string
 	}{
-		{"unknown key", "mode: audit\nmdoe: enforce\n", []string{"config.yaml:2:1:", `unknown key "mdoe"; is it mode?`, ">  2 | mdoe: enforce\n"}},
+		{"unknown key", "mode: audit\nmdoe: enforce\n", []string{"config.yaml:2:1:", `unknown key "mdoe"; is it mode?`, ">    2 | mdoe: enforce\n       | ^"}},
 		{"unknown key below", "rules:\n  path: [x]\n", []string{"config.yaml:2:3:", `"path" of rules; is it paths?`, "^"}},
 		{"unknown key like nothing", "log: {x: y}\n", []string{"config.yaml:1:7:", "there are level"}},
 		{"two of them", "mdoe: audit\nlog: {levle: info}\n", []string{"config.yaml:1:1:", "config.yaml:2:7:", "is it level?"}},
@@ -130,6 +130,8 @@ func TestErrors(t *testing.T) {
 		{"unknown key of tokens", "tokens: {scopes: unit}\n", []string{"1:10:", "scopes", "^"}},
 		{"what a caller writes himself", "grants:\n- name: a\n  comm: x\n", []string{"config.yaml:3:3:", `"comm" of grants: a process names itself`, "use executable", "^"}},
 		{"the name of a class in a grant", "grants: [{name: a, api: v3}]\n", []string{"config.yaml:1:25:", "v3", "v1, v2", "^"}},
+		{"unknown level of the log", "log: {level: loud}\n", []string{"config.yaml:1:14:", "loud", "debug, info, warn, error"}},
+		{"a number for a text", "control: {group: 5}\ngrants: [{name: a, user: 1000, executable: 7, owner: [x]}]\n", []string{"config.yaml:"}},
 		{"not YAML", "mode: [\n", []string{"config.yaml:", "^"}},
 		{"what the YAML library panics at", "grants: !00 00", []string{"config.yaml", "tag"}},
 		{"a wrong date", "grants: [{name: a, expires: tomorrow}]\n", []string{"tomorrow", "2006-01-02"}},
@@ -163,9 +165,10 @@ func TestPolicyErrors(t *testing.T) {
 		name, src string
 		says      []string
 	}{
-		{"executable of a user", "grants:\n- name: app\n  executable: /home/x/app\n  user: x\n  owner: o\n  reason: r\n", []string{"c.yaml:3:15:", "/home", ">  3 |   executable: /home/x/app\n"}},
+		{"executable of a user", "grants:\n- name: app\n  executable: /home/x/app\n  user: x\n  owner: o\n  reason: r\n", []string{"c.yaml:3:15:", "/home", ">    3 |   executable: /home/x/app\n       |               ^"}},
 		{"the second of a list", "grants:\n- {name: app, executable: [/opt/a, /tmp/b], user: x, owner: o, reason: r}\n", []string{"c.yaml:2:36:", "/tmp/b"}},
 		{"what is missing", "grants:\n- name: app\n  executable: /opt/app\n  unit: app.service\n  owner: o\n", []string{"c.yaml:2:3:", "reason"}},
+		{"behind a text of several lines", "grants:\n- name: app\n  reason: >-\n    one\n    two\n\n  executable: /tmp/app\n  user: x\n  owner: o\n", []string{"c.yaml:7:15:", ">    7 |   executable: /tmp/app\n"}},
 		{"all of them", "grants:\n- name: app\n  executable: /opt/app\n  unit: user@1000.service\n  owner: o\n- name: app\n  executable: /usr/bin/python3\n  user: app\n  owner: o\n  reason: r\n",
 			[]string{"c.yaml:2:3:", "c.yaml:4:9:", "c.yaml:6:9:", "see c.yaml:2", "c.yaml:7:15:"}},
 		{"a rule that is not there", "rules:\n  actions:\n    nosuch:\n      action: log\n", []string{"c.yaml:3:5:", "nosuch"}},

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"reflect"
 	"slices"
+	"strings"
 
 	"github.com/goccy/go-yaml"
 )
@@ -96,7 +97,8 @@ func (d *dumper) value(key string, v reflect.Value) (value any, ok bool) {
 	switch t := v.Type(); {
 	case isText(t):
 		text, err := v.Interface().(encoding.TextMarshaler).MarshalText()
-		if err != nil || len(text) == 0 || v.IsZero() && !set && t.Kind() == reflect.Struct {
+		// What has a name for its zero is worth saying, and in each grant it is not.
+		if err != nil || len(text) == 0 || v.IsZero() && !set && (t.Kind() == reflect.Struct || strings.Contains(key, "[")) {
 			return nil, false
 		}
 		value = string(text)

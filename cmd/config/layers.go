@@ -47,7 +47,7 @@ const DefaultPath = operatorDir + "/" + mainFile
 // that is "". What is wrong in any of them is said at once.
 func Load(path string) (Config, error) {
 	if path != "" {
-		return load([]string{path}, false)
+		return LoadFiles(path)
 	}
 	return LoadFrom("/")
 }
@@ -59,9 +59,8 @@ func LoadFrom(root string) (Config, error) {
 	return c, errors.Join(err, loadErr)
 }
 
-// Files are those of which the configuration consists, in order, whether or not they
-// can be read.
-func Files() ([]string, error) { return filesBelow("/") }
+// LoadFiles is Load of files that are named, each over those before it.
+func LoadFiles(paths ...string) (Config, error) { return load(paths, false) }
 
 func filesBelow(root string) (files []string, err error) {
 	vendor, operator := filepath.Join(root, vendorDir), filepath.Join(root, operatorDir)
@@ -97,7 +96,7 @@ func load(files []string, optional bool) (Config, error) {
 	var c Config
 	var errs []error
 	for _, path := range files {
-		text, err := readFile(path)
+		text, err := ReadFile(path)
 		if optional && errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
@@ -111,15 +110,15 @@ func load(files []string, optional bool) (Config, error) {
 	return c, errors.Join(errs...)
 }
 
-// readFile does not read much more than a configuration may have.
-func readFile(path string) ([]byte, error) {
+// ReadFile reads a file, and not much more than a configuration may have.
+func ReadFile(path string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
 	text := make([]byte, 0, 4<<10)
-	for len(text) <= maxFile {
+	for len(text) <= MaxFile {
 		text = slices.Grow(text, 4<<10)
 		n, err := f.Read(text[len(text):cap(text)])
 		text = text[:len(text)+n]
@@ -245,11 +244,23 @@ func (c Config) Origin(key string) string {
 	return fmt.Sprintf("%s:%d", s.name, t.Position.Line)
 }
 
+// Files are those that the configuration was read from, in order.
+func (c Config) Files() (names []string) {
+	for _, s := range c.layers {
+		names = append(names, s.name)
+	}
+	return names
+}
+
+// Locate gives complaints about keys the places where they are set, in the order of
+// files and lines.
+func (c Config) Locate(errs ...error) []error { return Errors(c.layers.locate(errors.Join(errs...))) }
+
 // locate gives the complaints of a policy the places where they are about something
 // that a file says, in the order of files and lines.
 func (l layers) locate(err error) error {
 	var errs []error
-	for _, err := range flatten(err) {
+	for _, err := range Errors(err) {
 		complaint := (*policy.KeyError)(nil)
 		if !errors.As(err, &complaint) {
 			errs = append(errs, err)
@@ -282,8 +293,9 @@ func (l layers) locate(err error) error {
 	return errors.Join(errs...)
 }
 
-// flatten takes apart what errors.Join has put together.
-func flatten(err error) []error {
+// Errors takes apart what errors.Join has put together, as it is in what Load and
+// Config.Policy return.
+func Errors(err error) []error {
 	if err == nil {
 		return nil
 	}
@@ -293,7 +305,7 @@ func flatten(err error) []error {
 	}
 	var all []error
 	for _, err := range joined.Unwrap() {
-		all = append(all, flatten(err)...)
+		all = append(all, Errors(err)...)
 	}
 	return all
 }

@@ -49,17 +49,7 @@ var texts = map[reflect.Type]schema{
 	reflect.TypeFor[policy.Date]():    {"type": "string", "pattern": `^[0-9]{4}-[0-9]{2}-[0-9]{2}$`},
 	reflect.TypeFor[netip.AddrPort](): {"type": "string", "pattern": `^(\[.*\]|[0-9.]+):[0-9]+$`},
 	reflect.TypeFor[netip.Addr]():     {"type": "string"},
-}
-
-// narrowed are keys whose values are fewer than their types have.
-func narrowed(at string) schema {
-	switch {
-	case at == "log.level":
-		return schema{"enum": []string{"debug", "info", "warn", "error"}}
-	case strings.HasSuffix(at, ".classes[]"):
-		return schema{"enum": classNames()}
-	}
-	return nil
+	reflect.TypeFor[LogLevel]():       {"enum": logLevels},
 }
 
 func classNames() (names []string) {
@@ -78,8 +68,11 @@ var required = map[string][]string{
 // schemaOf describes a type; at is the key that has it, with "[]" for an element.
 func schemaOf(t reflect.Type, at string) schema {
 	t = indirect(t)
-	if s := narrowed(at); s != nil {
-		return s
+	if strings.HasSuffix(at, ".classes[]") {
+		return schema{"enum": classNames()}
+	}
+	if strings.HasSuffix(at, "[].user") || strings.HasSuffix(at, "[].group") {
+		return schema{"type": []string{"string", "integer"}}
 	}
 	if names, ok := words[t]; ok {
 		return schema{"enum": names}

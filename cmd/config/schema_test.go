@@ -94,6 +94,7 @@ func TestSchema(t *testing.T) {
 		"no reason":          {"denies: [{name: a}]", false},
 		"a number too large": {"limits: {burst: 70000}", false},
 		"actions of a rule":  {"rules: {actions: {x: {action: log, classes: {token: block}, alert_on: either}}}", true},
+		"a number of a user": {"denies: [{name: a, user: 1000, group: 7, reason: r}]", true},
 		"an unknown action":  {"rules: {actions: {x: {action: deny}}}", false},
 	} {
 		var v any

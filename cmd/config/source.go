@@ -14,14 +14,13 @@ import (
 	"github.com/goccy/go-yaml/ast"
 	"github.com/goccy/go-yaml/lexer"
 	"github.com/goccy/go-yaml/parser"
-	"github.com/goccy/go-yaml/printer"
 	"github.com/goccy/go-yaml/token"
 	"github.com/imdsgate/imdsgate/policy"
 	"github.com/imdsgate/imdsgate/policy/eql/syntax"
 )
 
-// maxFile bounds a file. A thousand grants take a fifth of it.
-const maxFile = 1 << 20
+// MaxFile bounds a file. A thousand grants take a fifth of it.
+const MaxFile = 1 << 20
 
 // maxDepth bounds what is inside of what, since the YAML library goes down by calling
 // itself. A configuration has no more than six levels.
@@ -55,8 +54,8 @@ type source struct {
 // parse reads a file as YAML, whatever it says.
 func parse(name string, text []byte) (s *source, err error) {
 	s = &source{name: name, text: text}
-	if len(text) > maxFile {
-		return nil, s.whole(fmt.Errorf("%d bytes are more than the %d that a configuration may have", len(text), maxFile))
+	if len(text) > MaxFile {
+		return nil, s.whole(fmt.Errorf("%d bytes are more than the %d that a configuration may have", len(text), MaxFile))
 	}
 	if deep(text) {
 		return nil, s.whole(fmt.Errorf("more than %d levels are in each other", maxDepth))
@@ -230,11 +229,32 @@ func kindOf(t reflect.Type) string {
 func (s *source) whole(err error) *Fault { return &Fault{File: s.name, Message: err.Error(), Err: err} }
 
 func (s *source) at(t *token.Token, err error) *Fault {
-	var p printer.Printer
-	return &Fault{
-		File: s.name, Line: t.Position.Line, Column: t.Position.Column, Message: err.Error(),
-		Excerpt: strings.TrimRight(p.PrintErrorToken(t, false), "\n"), Err: err,
+	at := t.Position
+	return &Fault{File: s.name, Line: at.Line, Column: at.Column, Message: err.Error(), Excerpt: s.excerpt(at.Line, at.Column), Err: err}
+}
+
+// excerpt is a line with the two before it, and a caret below. The library's own counts
+// lines otherwise behind a text of several.
+func (s *source) excerpt(line, column int) string {
+	var b strings.Builder
+	n := 0
+	for text := range bytes.Lines(s.text) {
+		text = bytes.TrimRight(text, "\r\n")
+		switch n++; {
+		case n < line && n >= line-2:
+			fmt.Fprintf(&b, "  %4d | %s\n", n, text)
+		case n == line:
+			before := []rune(string(text))
+			for i, c := range before {
+				if c != '\t' {
+					before[i] = ' '
+				}
+			}
+			fmt.Fprintf(&b, "> %4d | %s\n       | %s^", n, text, string(before[:min(max(column-1, 0), len(before))]))
+			return b.String()
+		}
 	}
+	return strings.TrimSuffix(b.String(), "\n")
 }
 
 // find follows a key as far as the file has it, and tells how far that is. The token is

@@ -56,7 +56,8 @@ what is taken is written to the file of -o as a drop-in of the configuration, or
 list of exceptions that Kibana imports (--format elastic): those silence Elastic's
 alerts and let nothing through. An existing file is not written over without --force.
 
-Exit status: 0 nothing is left that enforce mode would refuse, 1 something is, 2 trouble.`,
+Exit status: 0 nothing is left that enforce mode would refuse, 1 something is, 2 trouble:
+the flags, the configuration or a file is wrong, or no request was recorded.`,
 		Example: `  imdsgate tune /var/log/imdsgate/
   imdsgate tune --interactive -o /etc/imdsgate/config.d/50-tune.yaml fleet/*.ndjson.gz
   imdsgate tune --batch --max-risk low -o 50-tune.yaml fleet/
@@ -146,8 +147,11 @@ func (o *tuneOptions) run(ctx context.Context, all *options, args []string, stdi
 			fmt.Fprintf(stderr, "imdsgate: %s written with %d of %d proposals\n", o.output, len(taken), len(r.Proposals))
 		}
 	}
+	if text != nil && o.format == "elastic" {
+		fmt.Fprintln(stderr, "imdsgate: exceptions silence alerts of Elastic and let nothing through: what enforce mode allows is said by grants (--format yaml)")
+	}
 	switch {
-	case in.trouble:
+	case in.trouble, r.Sum.Requests == 0:
 		return exit(exitTrouble)
 	case r.Readiness.Left > 0:
 		return exit(exitNo)

@@ -15,6 +15,7 @@ import (
 	"github.com/imdsgate/imdsgate/cmd/report"
 	"github.com/imdsgate/imdsgate/control"
 	"github.com/imdsgate/imdsgate/event/sink"
+	"github.com/imdsgate/imdsgate/policy"
 	"github.com/imdsgate/imdsgate/proxy"
 	"github.com/prometheus/procfs"
 )
@@ -27,8 +28,8 @@ func (d *daemon) routes() map[string]control.Route {
 		"whois":       {Answer: d.whois},
 		"events":      {Stream: d.events},
 		"credentials": {Answer: d.credentials},
-		"reload": {Change: true, Answer: func(ctx context.Context, _ control.Question) (any, error) {
-			return struct{}{}, d.reload(ctx)
+		"reload": {Change: true, Answer: func(context.Context, control.Question) (any, error) {
+			return d.reload(), nil
 		}},
 	}
 }
@@ -37,20 +38,10 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 	p := d.engine.Policy()
 	s := report.Status{
 		Version: version, PID: os.Getpid(), Since: d.since, Mode: d.engine.Mode().String(),
-		Policy:      report.Policy{Posture: p.Posture.String(), Digest: p.Digest, Skipped: len(p.Skipped)},
+		Policy:      policyReport(p),
 		Attribution: d.attributionStatus(),
 		Events:      report.Events{Path: d.spool.Path(), Stats: d.spool.Stats()},
 		FirstSeen:   d.terms.Stats(),
-	}
-	for _, r := range p.Rules() {
-		rule := report.Rule{ID: r.ID, Name: r.Name, Version: r.Version, File: r.File}
-		for _, x := range r.Excluded {
-			rule.Exclusions = append(rule.Exclusions, x.Text)
-		}
-		s.Policy.Rules = append(s.Policy.Rules, rule)
-	}
-	for _, g := range p.Grants() {
-		s.Policy.Grants = append(s.Policy.Grants, g.Name)
 	}
 	if d.proxy != nil {
 		n := d.proxy.Stats()
@@ -78,6 +69,24 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 		s.Process.Descriptors, _ = self.FileDescriptorsLen()
 	}
 	return s, nil
+}
+
+func policyReport(p *policy.Policy) report.Policy {
+	r := report.Policy{Posture: p.Posture.String(), Digest: p.Digest, Skipped: len(p.Skipped)}
+	for _, loaded := range p.Rules() {
+		rule := report.Rule{ID: loaded.ID, Name: loaded.Name, Version: loaded.Version, File: loaded.File}
+		for _, x := range loaded.Excluded {
+			rule.Exclusions = append(rule.Exclusions, x.Text)
+		}
+		r.Rules = append(r.Rules, rule)
+	}
+	for _, g := range p.Grants() {
+		r.Grants = append(r.Grants, g.Name)
+	}
+	for _, d := range p.Denies() {
+		r.Denies = append(r.Denies, d.Name)
+	}
+	return r
 }
 
 // redirectStatus reads the rules as they are now.

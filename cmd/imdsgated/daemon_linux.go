@@ -22,6 +22,7 @@ import (
 	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/attribution/witness"
 	"github.com/imdsgate/imdsgate/cmd/config"
+	"github.com/imdsgate/imdsgate/cmd/report"
 	"github.com/imdsgate/imdsgate/control"
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/event/sink"
@@ -39,6 +40,7 @@ type daemon struct {
 	mode *policy.Mode // of the command line
 	log  zerolog.Logger
 
+	config    config.Config // at the start
 	since     time.Time
 	host      *event.Host
 	spool     *sink.File
@@ -63,7 +65,7 @@ type daemon struct {
 // run starts everything in the order in which one needs the other, waits until
 // ctx is done, and ends everything in the reverse order.
 func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (err error) {
-	d.since = time.Now()
+	d.config, d.since = c, time.Now()
 	if os.Geteuid() == 0 {
 		return fmt.Errorf("run as a user of our own, whose sockets the redirect can tell from root's: %w; packaging/systemd/imdsgated.service shows how, and which capabilities it needs", fs.ErrPermission)
 	}
@@ -464,36 +466,42 @@ func (d *daemon) reloadOnHangup(ctx context.Context) {
 			return
 		case <-hangup:
 			sd.SdNotify(false, sd.SdNotifyReloading)
-			if err := d.reload(ctx); err != nil {
-				d.log.Error().Err(err).Msg("the new configuration is refused, the old one stays in force")
+			if changed := d.reload(); changed.Refused != "" {
+				d.log.Error().Str("error", changed.Refused).Msg("the new configuration is refused, the old one stays in force")
 			}
 			sd.SdNotify(false, sd.SdNotifyReady)
 		}
 	}
 }
 
-// reload replaces the policy by the one that the configuration has now, or
-// leaves everything as it is.
-func (d *daemon) reload(ctx context.Context) error {
+// reload replaces the policy by the one that the configuration has now, or leaves
+// everything as it is, and tells what it did.
+func (d *daemon) reload() report.Reload {
 	d.reloading.Lock()
 	defer d.reloading.Unlock()
-	_, p, err := d.load()
-	if err != nil {
-		d.state("policy-rejected", "change", "the new policy is refused, the old one stays in force", err)
-		return err
+	old := d.engine.Policy()
+	r := report.Reload{Before: policyReport(old), After: policyReport(old), Changed: []string{}}
+	c, p, err := d.load()
+	if err == nil && p.Mode != d.engine.Mode() {
+		err = fmt.Errorf("the mode changes from %s to %s: restart the daemon for that", d.engine.Mode(), p.Mode)
 	}
-	if p.Mode != d.engine.Mode() {
-		err := fmt.Errorf("the mode changes from %s to %s: restart the daemon for that", d.engine.Mode(), p.Mode)
-		d.state("policy-rejected", "change", err.Error(), err)
-		return err
+	if err != nil {
+		r.Refused = err.Error()
+		d.state("policy-rejected", "change", "the new policy is refused, the old one stays in force", err)
+		return r
 	}
 	for _, w := range warnings(p) {
 		d.log.Warn().Msg(w)
 	}
 	d.engine.SetPolicy(p)
-	d.state("policy-activated", "change", fmt.Sprintf("a policy with %d rules and %d grants is in force", len(p.Rules()), len(p.Grants())), nil)
-	d.log.Info().Int("rules", len(p.Rules())).Int("grants", len(p.Grants())).Str("digest", p.Digest).Msg("reloaded")
-	return nil
+	r.After, r.Changed = policyReport(p), append(r.Changed, old.Changes(p)...)
+	r.Restart = d.config.Restart(c)
+	for _, key := range r.Restart {
+		d.log.Warn().Str("key", key).Msg("what has changed there holds from the next start on")
+	}
+	d.state("policy-activated", "change", fmt.Sprintf("a policy with %d rules and %d grants is in force, was %s", len(p.Rules()), len(p.Grants()), old.Digest), nil)
+	d.log.Info().Int("rules", len(p.Rules())).Int("grants", len(p.Grants())).Int("changes", len(r.Changed)).Str("digest", p.Digest).Msg("reloaded")
+	return r
 }
 
 // state records something about the daemon itself.

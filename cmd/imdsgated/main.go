@@ -78,9 +78,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "imdsgated: the configuration is refused:\n%v\n", err)
 		return exitConfig
 	}
-	level, err := zerolog.ParseLevel(c.Log.Level)
+	level, err := zerolog.ParseLevel(string(c.Log.Level))
 	if err != nil {
-		fmt.Fprintf(stderr, "imdsgated: log.level: unknown level %q; there are debug, info, warn, error\n", c.Log.Level)
+		fmt.Fprintf(stderr, "imdsgated: log.level: %v\n", err)
 		return exitConfig
 	}
 	if *check {

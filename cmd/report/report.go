@@ -25,6 +25,17 @@ type Status struct {
 	Process   Process         `json:"process"`
 }
 
+// Reload is what a reload of the configuration has changed.
+type Reload struct {
+	// Refused is why there was none: with file, line and caret, if it is about the files.
+	Refused string   `json:"refused,omitempty"`
+	Before  Policy   `json:"before"`
+	After   Policy   `json:"after"`
+	Changed []string `json:"changed"` // one line for each rule, grant and deny that came, went or differs
+	// Restart names what is changed in the files and holds from the next start on.
+	Restart []string `json:"restart,omitempty"`
+}
+
 // Policy is the policy in force.
 type Policy struct {
 	Posture string   `json:"posture"`
@@ -32,6 +43,7 @@ type Policy struct {
 	Rules   []Rule   `json:"rules"`
 	Skipped int      `json:"rules_skipped"` // files that were refused
 	Grants  []string `json:"grants"`
+	Denies  []string `json:"denies"`
 }
 
 // Rule is one rule in force.

@@ -533,6 +533,39 @@ func TestReload(t *testing.T) {
 	}
 }
 
+// The command has the daemon read its configuration again, and says what came of it.
+func TestReloadByCommand(t *testing.T) {
+	t.Parallel()
+	h := start(t, netlab.Options{}, "mode: enforce\nposture: strict\n")
+	reload := func(code int, says ...string) {
+		t.Helper()
+		out, got := h.imdsgate("reload")
+		for _, want := range says {
+			if !strings.Contains(out, want) {
+				t.Errorf("does not say %q: %s", want, out)
+			}
+		}
+		if got != code {
+			t.Errorf("exit status %d, want %d: %s", got, code, out)
+		}
+	}
+	reload(0, "unchanged")
+	if err := h.Write("mode: enforce\nposture: strict\ngrants:\n- name: app\n  executable: /tmp/app\n  user: app\n  owner: o\n  reason: r\n"); err != nil {
+		t.Fatal(err)
+	}
+	reload(1, "refused", ":11:15: ", "/tmp", "^")
+	if err := h.Write("mode: enforce\nposture: default\nlimits: {connections: 100}\ndenies:\n- {name: stop, user: \"61234\", reason: left}\n"); err != nil {
+		t.Fatal(err)
+	}
+	reload(0, "posture default, was strict", "+ deny stop", "! limits", "in force: ", ", was sha256:")
+	if _, err := h.Await("the new policy", func(d gate.Document) bool { return d.At("event.action") == "policy-activated" }); err != nil {
+		t.Error(err)
+	}
+	if _, err := h.Await("the refusal", func(d gate.Document) bool { return d.At("event.action") == "policy-rejected" }); err != nil {
+		t.Error(err)
+	}
+}
+
 // logged waits for the daemon's log to say something.
 func (h *host) logged(text string) {
 	h.t.Helper()
