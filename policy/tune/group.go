@@ -92,13 +92,16 @@ func (k *key) set(is bool, f facts) {
 
 func (k *key) is(f facts) bool { return k.facts&f == f }
 
+// below are the trees of the catalogue that have such names.
+var below = []string{"/latest/meta-data/iam/**", "/latest/meta-data/identity-credentials/**", "/latest/dynamic/instance-identity/**"}
+
 // pattern is a path as a grant would have it. Names that differ from host to host, or
 // from task to task, are left open.
 func pattern(q *event.Request) string {
 	path := policy.Unversioned(q)
-	for _, below := range []string{"/latest/meta-data/iam", "/latest/meta-data/identity-credentials", "/latest/dynamic/instance-identity"} {
-		if path == below || strings.HasPrefix(path, below+"/") {
-			return below + "/**"
+	for _, glob := range below {
+		if rest, ok := strings.CutPrefix(path, strings.TrimSuffix(glob, "/**")); ok && (rest == "" || rest[0] == '/') {
+			return glob
 		}
 	}
 	if q.Container {
@@ -111,7 +114,8 @@ func pattern(q *event.Request) string {
 
 const (
 	maxExamples = 3
-	maxShapes   = 64 // command lines that are told apart in a group
+	maxShapes   = 3   // command lines that are kept of a group
+	maxShape    = 512 // bytes of one
 	maxDays     = 400
 )
 
@@ -157,7 +161,7 @@ func (g *group) add(r *event.Record, p *event.Process, h *host) {
 			g.oldest = max(g.oldest, ev.Time.Sub(p.Start))
 		}
 		if len(g.shapes) < maxShapes {
-			g.shapes[p.CommandLine] = struct{}{}
+			g.shapes[strings.ToValidUTF8(p.CommandLine[:min(len(p.CommandLine), maxShape)], "")] = struct{}{}
 		}
 	}
 	if len(g.ids) < maxExamples && r.ID != "" {

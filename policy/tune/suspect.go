@@ -62,14 +62,27 @@ func (t *Tuner) suspicious(p *event.Process, ev *event.Event) string {
 	case ev.Token.Foreign(p) && !rootsOwn(&about):
 		return "its session token was issued to somebody else"
 	}
-	if _, tool := policy.Tool(p.Executable); tool && p.Parent != nil && p.Parent.Executable != p.Executable && t.granted[p.Parent.Executable] {
-		return fmt.Sprintf("it was started by %s, which has a grant: this is how somebody works who has got hold of that", p.Parent.Executable)
+	if p.Parent != nil && p.Parent.Executable != p.Executable && t.granted[p.Parent.Executable] {
+		if _, tool := policy.Tool(p.Executable); tool {
+			return fmt.Sprintf("it was started by %s, which has a grant: this is how somebody works who has got hold of that", p.Parent.Executable)
+		}
 	}
 	if builds(p.Unit) {
 		return "" // which run what they like; there is no grant for them in any case
 	}
-	return chain(p)
+	why, ok := t.chains[p]
+	if !ok {
+		if len(t.chains) >= maxChains {
+			clear(t.chains)
+		}
+		why = chain(p)
+		t.chains[p] = why
+	}
+	return why
 }
+
+// maxChains bounds the processes of which is remembered what their parents say.
+const maxChains = 4 << 10
 
 var issuerUser = mustLookup("imdsgate.token.issuer.user.id")
 

@@ -53,7 +53,8 @@ type Tuner struct {
 	joint   map[string]*joint
 	hosts   map[string]*host
 	classes map[string]*classCount
-	granted map[string]bool // executables that have a grant of the policy
+	granted map[string]bool           // executables that have a grant of the policy
+	chains  map[*event.Process]string // what speaks against those that were seen last
 	sum     Sum
 	parts   []*group // of one request
 	ids     []byte   // of them
@@ -83,7 +84,7 @@ func New(o Options) *Tuner {
 		}
 	}
 	return &Tuner{
-		options: o, granted: granted, reader: event.NewReader(), engine: e,
+		options: o, granted: granted, chains: map[*event.Process]string{}, reader: event.NewReader(), engine: e,
 		groups: map[key]*group{}, joint: map[string]*joint{}, hosts: map[string]*host{}, classes: map[string]*classCount{},
 	}
 }
@@ -92,7 +93,7 @@ const (
 	// maxGroups bounds the groups. What comes when there are so many is counted, and
 	// unexplained. With fewer, the groups of a large fleet do not fit; each takes some
 	// kilobytes.
-	maxGroups = 8 << 10
+	maxGroups = 4 << 10
 	maxHosts  = 64 << 10
 	// maxClasses bounds those of a file that somebody made: there are eight.
 	maxClasses = 64

@@ -21,13 +21,14 @@ var monday = time.Date(2026, 11, 2, 8, 0, 0, 0, time.UTC)
 
 // history is what is read of a host.
 type history struct {
-	t      *testing.T
+	t      testing.TB
 	tuner  *Tuner
 	engine *policy.Engine
 	n      int
+	lines  [][]byte
 }
 
-func read(t *testing.T, c policy.Config, o Options) *history {
+func read(t testing.TB, c policy.Config, o Options) *history {
 	t.Helper()
 	p, err := policy.Compile(c, classes)
 	if err != nil {
@@ -65,9 +66,11 @@ func (h *history) asked(at time.Time, change func(*event.Event, *event.Process))
 	h.engine.Observe(ev)
 	for _, v := range ev.Views() {
 		v.ID, v.Sequence, v.Created = fmt.Sprintf("%026d", h.n), uint64(h.n), at
-		if err := h.tuner.Line(v.AppendJSON(nil)); err != nil {
+		line := v.AppendJSON(nil)
+		if err := h.tuner.Line(line); err != nil {
 			h.t.Fatal(err)
 		}
+		h.lines = append(h.lines, line)
 	}
 }
 
