@@ -7,9 +7,8 @@ toolchain go1.26.8
 require (
 	github.com/cilium/ebpf v0.22.0 // BPF programs without a C compiler
 	github.com/coreos/go-iptables v0.8.0 // which iptables there is, and its counters
-	github.com/coreos/go-systemd/v22 v22.7.0 // ports from the socket unit, readiness
+	github.com/coreos/go-systemd/v22 v22.7.0 // ports from the socket unit, readiness, the journal
 	github.com/creack/pty v1.1.24 // tests: a terminal on which questions are answered
-	github.com/go-faster/jx v1.2.0 // lines of JSON, of which only some fields are wanted
 	github.com/goccy/go-yaml v1.19.2 // the configuration, with carets in its errors
 	github.com/google/go-cmp v0.7.0 // tests: differences one can read
 	github.com/mattn/go-isatty v0.0.20 // whether somebody looks at the progress of a search
@@ -31,10 +30,8 @@ require (
 
 require (
 	github.com/BurntSushi/toml v1.6.0 // indirect
-	github.com/go-faster/errors v0.7.1 // indirect
 	github.com/inconshreveable/mousetrap v1.1.0 // indirect
 	github.com/mattn/go-colorable v0.1.14 // indirect
-	github.com/segmentio/asm v1.2.1 // indirect
 	github.com/spf13/pflag v1.0.10 // indirect
 	golang.org/x/exp/typeparams v0.0.0-20260209203927-2842357ff358 // indirect
 	golang.org/x/mod v0.42.0 // indirect

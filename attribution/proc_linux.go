@@ -454,7 +454,7 @@ func (h *host) readImage(p *pin, st stat) (*Process, error) {
 		} else {
 			exe.HostVerified = proc.HostUser && !exe.Deleted && sameFile(exe)
 		}
-		exe.RootOwned = exe.HostVerified && h.owned.get(exe.Path, func() bool { return rootOwned(exe.Path) })
+		exe.RootOwned = exe.HostVerified && h.owned.get(exe.Path, func() bool { return ChangedByRoot(exe.Path) == nil })
 	}
 
 	buf := make([]byte, usualCmdline)
@@ -535,18 +535,24 @@ func sameFile(exe *File) bool {
 	return unix.Stat(exe.Path, &st) == nil && st.Dev == exe.Device && st.Ino == exe.Inode
 }
 
-// rootOwned reports whether only root can put another file at this path: the
-// file and every directory above it belong to root, and nobody else may write to
-// them: no group either, because where there is an access list the group's bits
-// are its mask (acl(5)). A sticky directory counts as writable.
-func rootOwned(path string) bool {
+// ChangedByRoot returns nil if only root can put another file at this path, and
+// otherwise says who else can: the file and every directory above it must belong to
+// root, and nobody else may write to them: no group either, because where there is an
+// access list the group's bits are its mask (acl(5)). A sticky directory counts as
+// writable.
+func ChangedByRoot(path string) error {
 	for ; ; path = filepath.Dir(path) {
 		var st unix.Stat_t
-		if unix.Lstat(path, &st) != nil || st.Uid != 0 || st.Mode&0o022 != 0 {
-			return false
+		if err := unix.Lstat(path, &st); err != nil {
+			return &fs.PathError{Op: "stat", Path: path, Err: err}
 		}
-		if path == "/" {
-			return true
+		switch {
+		case st.Uid != 0:
+			return fmt.Errorf("%s belongs to uid %d", path, st.Uid)
+		case st.Mode&0o022 != 0:
+			return fmt.Errorf("others than root may write to %s (mode %04o)", path, st.Mode&0o7777)
+		case path == "/":
+			return nil
 		}
 	}
 }

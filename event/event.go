@@ -32,6 +32,7 @@ type Event struct {
 	Attribution Attribution
 	Subjects    []*Process // the one that decided comes first
 	Roles       []string   // of the subjects: "connector", "holder", "writer", ...
+	Starts      []*Process // whose start this is the first event to tell of: subjects, and others that a sequence has matched with them
 	Request     Request
 	Token       Token // of the request, where Request.Token says that there is one
 	Response    Response
@@ -81,8 +82,34 @@ type Host struct {
 	AgentID      string
 	Version      string // of imdsgate
 	Namespace    string // of the data streams; "" is "default"
+	Layout       Layout // of the data streams
 
 	written atomic.Pointer[[]written]
+}
+
+// Layout says in which data streams the starts of processes and the connections are.
+type Layout uint8
+
+const (
+	// Own is streams of our own: imdsgate.process and imdsgate.network.
+	Own Layout = iota
+	// Defend is those that Elastic's rules about its own agent read,
+	// endpoint.events.process and endpoint.events.network, in the namespace imdsgate. Where
+	// that agent runs beside us, each alert comes twice.
+	Defend
+)
+
+// UnmarshalText reads "own" or "defend".
+func (l *Layout) UnmarshalText(text []byte) error {
+	switch string(text) {
+	case "own":
+		*l = Own
+	case "defend":
+		*l = Defend
+	default:
+		return fmt.Errorf("unknown layout %q; there are own and defend", text)
+	}
+	return nil
 }
 
 // Connection is the client's connection before any redirect.
@@ -238,7 +265,9 @@ type Decision struct {
 	Latched bool   // the rule has blocked the process before, and need not match now
 	Deny    string // of the policy, that decided
 	Grant   string // that decided
-	Matches []Match
+	// Operator is the ID of an operator's decision that decided.
+	Operator string
+	Matches  []Match
 }
 
 // Match is one rule that one subject matched.
@@ -290,6 +319,19 @@ type State struct {
 	Rules    int64
 	Grants   int64
 	Level    string // of attribution
+	Actor    Actor  // who has had it done; zero if nobody has
+	Decision string // ID of the operator's decision that it is about
+	Until    time.Time
+	// Suppressed is how many events are missing, of events-suppressed.
+	Suppressed int64
+}
+
+// Actor is who has asked the daemon for something, as the kernel knows him.
+type Actor struct {
+	UserID   string // "" if there is none
+	UserName string
+	Login    string // name under which he logged in, before he became another user
+	PID      int64
 }
 
 // SeverityNumber gives event.severity as Kibana's alerts have it: 21, 47, 73

@@ -74,7 +74,7 @@ func TestDocuments(t *testing.T) {
 		name string
 		want any
 	}{
-		{0, "@timestamp", "2026-11-23T18:04:05.164Z"},
+		{0, "@timestamp", "2026-11-23T18:04:05.164000000Z"},
 		{0, "event.kind", "event"},
 		{0, "event.action", "imds-request-denied"},
 		{0, "event.outcome", "success"},
@@ -183,8 +183,8 @@ func TestCut(t *testing.T) {
 		}
 	}
 	doc := render(t, e)[0]
-	if at(doc, "labels.imdsgate_truncated") != "true" || at(doc, "process.args_count") != 1000.0 {
-		t.Errorf("labels %v, count %v", doc["labels"], at(doc, "process.args_count"))
+	if at(doc, "imdsgate.truncated") != true || at(doc, "imdsgate.redacted") != true || at(doc, "process.args_count") != 1000.0 {
+		t.Errorf("%v, count %v", doc["imdsgate"], at(doc, "process.args_count"))
 	}
 }
 

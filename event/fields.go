@@ -43,7 +43,7 @@ type View struct {
 	ID       string
 	Sequence uint64
 	Created  time.Time
-	Decided  string // of an alert: the ID of the decision it belongs to
+	Related  []string // of an alert: the IDs of the event's other documents
 	// Adopted makes the present parent stand in the place of the one that forked the
 	// process. It is for rules: what is written has both.
 	Adopted bool
@@ -63,8 +63,10 @@ type Field struct {
 	first   bool // only the first of several values is written; ECS wants one
 	fixed   bool // depends on the document alone
 	rests   Gaps
+	exact   bool // a time to the nanosecond, not the millisecond
 	get     func(*View) Value
-	write   func(*View, []byte) (_ []byte, short bool) // renders the value without making it; nil where get will do
+	tells   loss                               // that the line has of rules' text
+	write   func(*View, []byte) ([]byte, loss) // renders the value without making it; nil where get will do
 	parts   []string
 	key     string // the last part, as JSON has it before a value
 }
@@ -97,6 +99,7 @@ const (
 	onProcess  = inProcess | inConn | onRequest
 	onNetwork  = inConn | onRequest
 	onState    = inLifecycle | inIntegrity
+	onFinding  = onRequest | inIntegrity
 )
 
 // Fields is the whole schema, in the order of rendering. It must not be changed.
@@ -131,19 +134,15 @@ func fields() []Field {
 	}
 	array := func(d docs, t Type, name string, get func(*View) Value) { add(d, t, name, get).Array = true }
 
-	add(everywhere, Date, "@timestamp", func(v *View) Value { return date(v.Timestamp()) })
+	// In full, because sequences are about what came first, and in how long.
+	add(everywhere, Date, "@timestamp", func(v *View) Value { return date(v.Timestamp()) }).exact = true
 	add(everywhere, Keyword, "ecs.version", func(*View) Value { return text(ECSVersion) }).fixed = true
 	message := add(everywhere, Keyword, "message", func(v *View) Value { return text(v.message()) })
 	message.free, message.write = true, (*View).writeMessage
 	add(onRequest|onState, Keyword, "log.level", func(v *View) Value { return text(v.level()) })
 	add(everywhere, Keyword, "data_stream.type", func(*View) Value { return text("logs") }).fixed = true
-	add(everywhere, Keyword, "data_stream.dataset", func(v *View) Value { return text(datasets[v.Document]) }).fixed = true
-	add(everywhere, Keyword, "data_stream.namespace", func(v *View) Value {
-		if v.Host.Namespace == "" {
-			return text("default")
-		}
-		return text(v.Host.Namespace)
-	})
+	add(everywhere, Keyword, "data_stream.dataset", func(v *View) Value { return text(v.dataset()) })
+	add(everywhere, Keyword, "data_stream.namespace", func(v *View) Value { return text(v.namespace()) })
 
 	add(everywhere, Keyword, "agent.id", func(v *View) Value { return known(v.Host.AgentID) })
 	add(everywhere, Keyword, "agent.type", func(*View) Value { return text("imdsgate") })
@@ -176,7 +175,7 @@ func fields() []Field {
 		return text(requestModules[0])
 	})
 	module.Array, module.first, module.fixed = true, true, true
-	add(everywhere, Keyword, "event.dataset", func(v *View) Value { return text(datasets[v.Document]) }).fixed = true
+	add(everywhere, Keyword, "event.dataset", func(v *View) Value { return text(v.dataset()) })
 	add(everywhere, Keyword, "event.kind", func(v *View) Value { return text(v.kind()) }).fixed = true
 	category := add(everywhere, Keyword, "event.category", func(v *View) Value { return texts(categories[v.Document]...) })
 	category.Array, category.fixed = true, true
@@ -188,14 +187,14 @@ func fields() []Field {
 	add(onRequest|onState, Keyword, "event.reason", func(v *View) Value { return known(v.reason()) }).free = true
 	add(onRequest, Date, "event.start", func(v *View) Value { return date(v.Time) })
 	add(onRequest, Long, "event.duration", func(v *View) Value { return positive(v.Duration.Nanoseconds()) })
-	add(onRequest, Long, "event.severity", func(v *View) Value {
+	add(onFinding, Long, "event.severity", func(v *View) Value {
 		if r := v.rule(); r != nil {
 			n, err := SeverityNumber(r.Severity)
 			return Value{Set: err == nil, Int: n}
 		}
 		return Value{}
 	})
-	add(onRequest, Long, "event.risk_score", func(v *View) Value {
+	add(onFinding, Long, "event.risk_score", func(v *View) Value {
 		if r := v.rule(); r != nil {
 			return number(r.RiskScore)
 		}
@@ -226,13 +225,13 @@ func fields() []Field {
 		})
 	})
 
-	add(onNetwork, Keyword, "source.address", func(v *View) Value { return text(v.Connection.Source.Addr().String()) }).write = func(v *View, b []byte) ([]byte, bool) {
-		return appendAddr(b, v.Connection.Source.Addr()), false
+	add(onNetwork, Keyword, "source.address", func(v *View) Value { return text(v.Connection.Source.Addr().String()) }).write = func(v *View, b []byte) ([]byte, loss) {
+		return appendAddr(b, v.Connection.Source.Addr()), 0
 	}
 	add(onNetwork, IP, "source.ip", func(v *View) Value { return addr(v.Connection.Source.Addr()) })
 	add(onNetwork, Long, "source.port", func(v *View) Value { return number(int64(v.Connection.Source.Port())) })
-	add(onNetwork, Keyword, "destination.address", func(v *View) Value { return text(v.Connection.Destination.Addr().String()) }).write = func(v *View, b []byte) ([]byte, bool) {
-		return appendAddr(b, v.Connection.Destination.Addr()), false
+	add(onNetwork, Keyword, "destination.address", func(v *View) Value { return text(v.Connection.Destination.Addr().String()) }).write = func(v *View, b []byte) ([]byte, loss) {
+		return appendAddr(b, v.Connection.Destination.Addr()), 0
 	}
 	add(onNetwork, IP, "destination.ip", func(v *View) Value { return addr(v.Connection.Destination.Addr()) })
 	add(onNetwork, Long, "destination.port", func(v *View) Value { return number(int64(v.Connection.Destination.Port())) })
@@ -267,10 +266,10 @@ func fields() []Field {
 	related := add(onRequest, IP, "related.ip", func(v *View) Value {
 		return texts(v.Connection.Source.Addr().String(), v.Connection.Destination.Addr().String())
 	})
-	related.Array, related.write = true, func(v *View, b []byte) ([]byte, bool) {
+	related.Array, related.write = true, func(v *View, b []byte) ([]byte, loss) {
 		b = appendAddr(append(b, '['), v.Connection.Source.Addr())
 		b = appendAddr(append(b, ','), v.Connection.Destination.Addr())
-		return append(b, ']'), false
+		return append(b, ']'), 0
 	}
 	array(onRequest, Keyword, "related.hosts", func(v *View) Value { return texts(v.Host.Name) })
 	array(onRequest, Keyword, "related.user", func(v *View) Value {
@@ -382,13 +381,13 @@ func ruleFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 			return Value{}
 		}
 	}
-	add(onRequest, Keyword, "rule.id", of(func(r *Rule) Value { return known(r.ID) }))
-	add(onRequest, Keyword, "rule.uuid", of(func(r *Rule) Value { return known(r.ID) }))
-	add(onRequest, Keyword, "rule.name", of(func(r *Rule) Value { return known(r.Name) }))
-	add(onRequest, Keyword, "rule.ruleset", of(func(r *Rule) Value { return known(r.Ruleset) }))
-	add(onRequest, Keyword, "rule.version", of(func(r *Rule) Value { return known(r.Version) }))
-	add(onRequest, Keyword, "rule.reference", of(func(r *Rule) Value { return known(r.Reference) }))
-	add(onRequest, Keyword, "threat.framework", of(func(r *Rule) Value {
+	add(onFinding, Keyword, "rule.id", of(func(r *Rule) Value { return known(r.ID) }))
+	add(onFinding, Keyword, "rule.uuid", of(func(r *Rule) Value { return known(r.ID) }))
+	add(onFinding, Keyword, "rule.name", of(func(r *Rule) Value { return known(r.Name) }))
+	add(onFinding, Keyword, "rule.ruleset", of(func(r *Rule) Value { return known(r.Ruleset) }))
+	add(onFinding, Keyword, "rule.version", of(func(r *Rule) Value { return known(r.Version) }))
+	add(onFinding, Keyword, "rule.reference", of(func(r *Rule) Value { return known(r.Reference) }))
+	add(onFinding, Keyword, "threat.framework", of(func(r *Rule) Value {
 		if len(r.Threat) == 0 {
 			return Value{}
 		}
@@ -405,7 +404,7 @@ func ruleFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 		{"threat.technique.subtechnique.id", func(t Threat) []string { return t.SubtechniqueIDs }},
 		{"threat.technique.subtechnique.name", func(t Threat) []string { return t.SubtechniqueNames }},
 	} {
-		array(onRequest, Keyword, f.name, of(func(r *Rule) Value {
+		array(onFinding, Keyword, f.name, of(func(r *Rule) Value {
 			var all []string
 			for _, t := range r.Threat {
 				all = append(all, f.get(t)...)
@@ -428,6 +427,12 @@ func ownFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 	add(onRequest, Keyword, "imdsgate.deny", func(v *View) Value { return known(v.Decision.Deny) })
 	add(onRequest, Keyword, "imdsgate.grant", func(v *View) Value { return known(v.Decision.Grant) })
 	add(onRequest, Boolean, "imdsgate.latched", func(v *View) Value { return Value{Set: v.Decision.Latched, Bool: true} })
+	add(onRequest|onState, Keyword, "imdsgate.decision.id", func(v *View) Value {
+		if v.Kind == Asked || v.Kind == Started {
+			return known(v.Decision.Operator)
+		}
+		return known(v.State.Decision)
+	})
 	array(inDecision, Keyword, "imdsgate.matched", func(v *View) Value {
 		var all []string
 		for _, m := range v.Decision.Matches {
@@ -522,13 +527,14 @@ func ownFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 		}
 		return Value{Set: len(all) > 0, Ints: all}
 	}))
-	array(onProcess, Keyword, "imdsgate.ancestors.executable", of(func(p *Process) Value {
+	ancestors := add(onProcess, Keyword, "imdsgate.ancestors.executable", of(func(p *Process) Value {
 		var all []string
 		for a := p.Parent; a != nil; a = a.Parent {
 			all = append(all, a.Executable)
 		}
 		return texts(all...)
 	}))
+	ancestors.Array, ancestors.free = true, true
 	array(inDecision, Long, "imdsgate.subjects.pid", func(v *View) Value {
 		var all []int64
 		for _, p := range v.Subjects {
@@ -536,14 +542,18 @@ func ownFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 		}
 		return Value{Set: len(all) > 0, Ints: all}
 	})
-	array(inDecision, Keyword, "imdsgate.subjects.executable", func(v *View) Value {
+	judged := add(inDecision, Keyword, "imdsgate.subjects.executable", func(v *View) Value {
 		var all []string
 		for _, p := range v.Subjects {
 			all = append(all, p.Executable)
 		}
 		return texts(all...)
 	})
+	judged.Array, judged.free = true, true
 	array(inDecision, Keyword, "imdsgate.subjects.role", func(v *View) Value { return texts(v.Roles...) })
+	none := func(*View) Value { return Value{} } // of what is asked; the line tells
+	add(everywhere, Boolean, "imdsgate.redacted", none).tells = altered
+	add(everywhere, Boolean, "imdsgate.truncated", none).tells = cut
 	add(inAlert, Keyword, "imdsgate.alert.match", func(v *View) Value {
 		if v.Match.Literal {
 			return text("literal")
@@ -551,7 +561,7 @@ func ownFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 		return text("bound")
 	})
 	add(inAlert, Keyword, "imdsgate.alert.action", func(v *View) Value { return text(v.Match.Action) })
-	array(inAlert, Keyword, "imdsgate.alert.correlated_event_ids", func(v *View) Value { return texts(v.Decided) })
+	array(inAlert, Keyword, "imdsgate.alert.correlated_event_ids", func(v *View) Value { return texts(v.Related...) })
 }
 
 // tokenFields are about the session token that a request carries, as far as it is
@@ -603,7 +613,13 @@ func stateFields(add adder) {
 	add(onState, Keyword, "service.type", func(*View) Value { return text("imdsgate") })
 	add(onState, Keyword, "service.version", func(v *View) Value { return known(v.Host.Version) })
 	add(onState, Keyword, "imdsgate.previous_mode", func(v *View) Value { return known(v.State.Previous) })
+	add(onState, Date, "imdsgate.until", func(v *View) Value { return date(v.State.Until) })
+	add(onState, Keyword, "imdsgate.actor.user.id", func(v *View) Value { return known(v.State.Actor.UserID) })
+	add(onState, Keyword, "imdsgate.actor.user.name", func(v *View) Value { return known(v.State.Actor.UserName) })
+	add(onState, Keyword, "imdsgate.actor.login", func(v *View) Value { return known(v.State.Actor.Login) })
+	add(onState, Long, "imdsgate.actor.pid", func(v *View) Value { return positive(v.State.Actor.PID) })
 	add(onState, Keyword, "imdsgate.policy.digest", func(v *View) Value { return known(v.State.Policy) })
+	add(inLifecycle, Long, "imdsgate.suppressed", func(v *View) Value { return positive(v.State.Suppressed) })
 	add(onState, Long, "imdsgate.rules_loaded", func(v *View) Value { return positive(v.State.Rules) })
 	add(onState, Long, "imdsgate.grants_loaded", func(v *View) Value { return positive(v.State.Grants) })
 }

@@ -20,17 +20,21 @@ const (
 // Text that a process or a client chose is redacted and cut. It never fails:
 // whatever is in the event, the line parses.
 func (v *View) AppendJSON(b []byte) []byte {
-	b = append(b, '{')
-	b, cut := v.appendRows(b, rows[v.Document], 0)
-	if cut {
-		b = append(b, `,"labels":{"imdsgate_truncated":"true"}`...)
-	}
+	b, _ = v.appendRows(append(b, '{'), rows[v.Document], 0)
 	return append(b, '}')
 }
 
-// appendRows appends rows that are in one object, of so many that are open. cut says
-// that a value was cut.
-func (v *View) appendRows(b []byte, rows []row, depth int) (_ []byte, cut bool) {
+// loss is what a line lacks of the text that rules were asked about.
+type loss uint8
+
+const (
+	// altered text has a secret taken out, or is cut, or had bytes that are no UTF-8.
+	altered loss = 1 << iota
+	cut          // text was too long
+)
+
+// appendRows appends rows that are in one object, of so many that are open.
+func (v *View) appendRows(b []byte, rows []row, depth int) (_ []byte, lost loss) {
 	start := len(b)
 	open, shared := depth, depth // objects that are, and those among them that the row is in, too
 	for i := range rows {
@@ -52,6 +56,10 @@ func (v *View) appendRows(b []byte, rows []row, depth int) (_ []byte, cut bool) 
 			}
 		case r.field.asked && v.Kind == Started:
 			continue
+		case r.field.tells != 0:
+			if value = flag(true); lost&r.field.tells == 0 {
+				continue
+			}
 		case r.fixed == "":
 			if r.field.write != nil {
 				break
@@ -70,35 +78,35 @@ func (v *View) appendRows(b []byte, rows []row, depth int) (_ []byte, cut bool) 
 			b = append(b, r.heads[open]...)
 		}
 		shared = open
-		short := whole.cut
+		more := whole.lost
 		switch {
 		case r.others:
-			b, short = v.appendOthers(b)
+			b, more = v.appendOthers(b)
 		case r.field == nil:
 			b = append(b, whole.json...)
 		case r.fixed != "":
 			b = append(b, r.fixed...)
 		case r.field.write != nil:
 			b = append(b, r.field.key...)
-			b, short = r.field.write(v, b)
+			b, more = r.field.write(v, b)
 		default:
 			b = append(b, r.field.key...)
-			b, short = r.field.append(b, &value)
+			b, more = r.field.append(b, &value)
 		}
-		cut = cut || short
+		lost |= more
 	}
 	for ; open > depth; open-- {
 		b = append(b, '}')
 	}
-	return b, cut
+	return b, lost
 }
 
-// append renders one value. short says that something was cut.
-func (f *Field) append(b []byte, v *Value) (_ []byte, short bool) {
+// append renders one value.
+func (f *Field) append(b []byte, v *Value) (_ []byte, lost loss) {
 	switch f.Type {
 	case Long:
 		if v.Ints == nil {
-			return strconv.AppendInt(b, v.Int, 10), false
+			return strconv.AppendInt(b, v.Int, 10), 0
 		}
 		b = append(b, '[')
 		for i, n := range v.Ints[:min(len(v.Ints), maxTexts)] {
@@ -107,27 +115,40 @@ func (f *Field) append(b []byte, v *Value) (_ []byte, short bool) {
 			}
 			b = strconv.AppendInt(b, n, 10)
 		}
-		return append(b, ']'), len(v.Ints) > maxTexts
+		if len(v.Ints) > maxTexts {
+			lost = altered | cut
+		}
+		return append(b, ']'), lost
 	case Boolean:
-		return strconv.AppendBool(b, v.Bool), false
+		return strconv.AppendBool(b, v.Bool), 0
 	case Date:
 		b = append(b, '"')
-		b = v.Time.UTC().AppendFormat(b, "2006-01-02T15:04:05.000Z")
-		return append(b, '"'), false
+		form := "2006-01-02T15:04:05.000Z"
+		if f.exact {
+			form = "2006-01-02T15:04:05.000000000Z"
+		}
+		b = v.Time.UTC().AppendFormat(b, form)
+		return append(b, '"'), 0
 	case IP:
 		if v.Texts == nil {
-			return appendAddr(b, v.Addr), false
+			return appendAddr(b, v.Addr), 0
 		}
 	}
 	texts := v.Texts
 	switch {
 	case v.hidden:
-		return appendString(b, redacted), false
+		return appendString(b, redacted), altered
 	case v.command == nil:
 	case v.Texts != nil:
-		texts = v.command.redactedArgs()
+		if texts = v.command.redactedArgs(); !same(texts, v.Texts) {
+			lost = altered
+		}
 	case suspicious(v.Text):
-		return appendCut(b, strings.Join(v.command.redactedArgs(), " "), maxText)
+		if texts := v.command.redactedArgs(); !same(texts, v.command.Args) {
+			lost = altered
+		}
+		b, more := appendCut(b, strings.Join(v.command.redactedArgs(), " "), maxText)
+		return b, lost | more
 	}
 	if texts == nil {
 		return f.appendText(b, v.Text, maxText)
@@ -136,30 +157,40 @@ func (f *Field) append(b []byte, v *Value) (_ []byte, short bool) {
 		return f.appendText(b, texts[0], maxText)
 	}
 	all := texts[:min(len(texts), maxTexts)]
-	short = len(all) < len(texts)
+	if len(all) < len(texts) {
+		lost |= altered | cut
+	}
 	b = append(b, '[')
 	left := maxText
 	for i, s := range all {
 		if left <= 0 {
-			short = true
+			lost |= altered | cut
 			break
 		}
 		if i > 0 {
 			b = append(b, ',')
 		}
-		var one bool
-		b, one = f.appendText(b, s, left)
-		short = short || one
+		var more loss
+		b, more = f.appendText(b, s, left)
+		lost |= more
 		left -= len(s)
 	}
-	return append(b, ']'), short
+	return append(b, ']'), lost
 }
 
-func (f *Field) appendText(b []byte, s string, limit int) (_ []byte, short bool) {
+// same reports whether redacting has left arguments alone, which are the same ones then.
+func same(clean, args []string) bool {
+	return len(clean) == len(args) && (len(args) == 0 || &clean[0] == &args[0])
+}
+
+func (f *Field) appendText(b []byte, s string, limit int) (_ []byte, lost loss) {
 	if f.free {
-		s = Redact(s)
+		if clean := Redact(s); clean != s {
+			s, lost = clean, altered
+		}
 	}
-	return appendCut(b, s, limit)
+	b, more := appendCut(b, s, limit)
+	return b, lost | more
 }
 
 // appendAddr renders an address. A zone is the name of an interface, and those may have
@@ -171,15 +202,21 @@ func appendAddr(b []byte, a netip.Addr) []byte {
 	return append(a.AppendTo(append(b, '"')), '"')
 }
 
-func appendCut[text string | []byte](b []byte, s text, limit int) (_ []byte, short bool) {
+func appendCut[text string | []byte](b []byte, s text, limit int) (_ []byte, lost loss) {
 	if len(s) > limit {
 		end := limit
 		for end > max(0, limit-utf8.UTFMax) && !utf8.RuneStart(s[end]) {
 			end--
 		}
-		s, short = s[:end], true
+		s, lost = s[:end], altered|cut
 	}
-	return appendString(b, s), short
+	size := len(b)
+	b = appendString(b, s)
+	// What is no UTF-8 is found among what was escaped, of which there is little.
+	if len(b)-size > len(s)+len(`""`) && !utf8.ValidString(string(s)) {
+		lost |= altered
+	}
+	return b, lost
 }
 
 // appendString appends s as a JSON string (RFC 8259 section 7). Bytes that are

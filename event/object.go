@@ -93,8 +93,21 @@ func rowsOf(d Document) []row {
 	if i := slices.IndexFunc(all, func(r row) bool { return r.field != nil && r.field.Name == "imdsgate.mode" }); i >= 0 && d == RequestDecision {
 		all = slices.Insert(all, i+1, row{path: all[i].path, others: true})
 	}
+	// At the end it is known what was lost.
+	slices.SortStableFunc(all, func(x, y row) int { return x.last() - y.last() })
 	follow(all)
 	return all
+}
+
+// last puts our own fields behind all others, and behind them those that tell of these.
+func (r *row) last() int {
+	switch {
+	case r.field != nil && r.field.tells != 0:
+		return 2
+	case len(r.path) > 0 && r.path[0] == "imdsgate":
+		return 1
+	}
+	return 0
 }
 
 // follow completes rows that are written one after the other.
@@ -116,7 +129,7 @@ func follow(rows []row) {
 // field has a value.
 type written struct {
 	json []byte
-	cut  bool
+	lost loss
 }
 
 func write(list []object, v *View) []written {
@@ -125,9 +138,9 @@ func write(list []object, v *View) []written {
 		depth := len(o.path)
 		b := append(appendString(nil, o.path[depth-1]), ':', '{')
 		head := len(b)
-		b, cut := v.appendRows(b, o.rows, depth)
+		b, lost := v.appendRows(b, o.rows, depth)
 		if len(b) > head {
-			all[i] = written{slices.Clip(append(b, '}')), cut}
+			all[i] = written{slices.Clip(append(b, '}')), lost}
 		}
 	}
 	return all

@@ -12,26 +12,25 @@ const maxOthers = 15
 // ofToken is what a document says of a token and the process that uses it.
 var ofToken = objects("imdsgate.token")
 
-// appendOthers appends the subjects that come after the first. short says that there
-// are more.
-func (v *View) appendOthers(b []byte) (_ []byte, short bool) {
+// appendOthers appends the subjects that come after the first.
+func (v *View) appendOthers(b []byte) (_ []byte, lost loss) {
 	b = append(b, `"others":[`...)
 	others := v.Subjects[1:]
 	if len(others) > maxOthers {
-		others, short = others[:maxOthers], true
+		others, lost = others[:maxOthers], altered|cut
 	}
 	for i, p := range others {
 		if i > 0 {
 			b = append(b, ',')
 		}
-		var cut bool
-		b, cut = v.appendOther(b, p)
-		short = short || cut
+		var more loss
+		b, more = v.appendOther(b, p)
+		lost |= more
 	}
-	return append(b, ']'), short
+	return append(b, ']'), lost
 }
 
-func (v *View) appendOther(b []byte, p *Process) (_ []byte, short bool) {
+func (v *View) appendOther(b []byte, p *Process) (_ []byte, lost loss) {
 	one := View{Event: v.Event, Document: v.Document, Subject: p}
 	b = append(b, '{')
 	ours := false // the object "imdsgate" is open
@@ -43,32 +42,32 @@ func (v *View) appendOther(b []byte, p *Process) (_ []byte, short bool) {
 			if ours = is; ours {
 				b = append(comma(b), `"imdsgate":{`...)
 			} else {
-				var cut bool
-				b, cut = one.appendToken(b)
-				b, short = append(b, '}'), short || cut
+				var more loss
+				b, more = one.appendToken(b)
+				b, lost = append(b, '}'), lost|more
 			}
 		}
 		b = append(comma(b), w.json...)
-		short = short || w.cut
+		lost |= w.lost
 	}
 	if ours {
-		var cut bool
-		b, cut = one.appendToken(b)
-		b, short = append(b, '}'), short || cut
+		var more loss
+		b, more = one.appendToken(b)
+		b, lost = append(b, '}'), lost|more
 	}
-	return append(b, '}'), short
+	return append(b, '}'), lost
 }
 
 // appendToken appends what the document says of the token, if it says anything.
-func (v *View) appendToken(b []byte) (_ []byte, short bool) {
+func (v *View) appendToken(b []byte) (_ []byte, lost loss) {
 	start := len(b)
 	b = append(comma(b), `"token":{`...)
 	head := len(b)
-	b, short = v.appendRows(b, ofToken[0].rows, len(ofToken[0].path))
+	b, lost = v.appendRows(b, ofToken[0].rows, len(ofToken[0].path))
 	if len(b) == head {
-		return b[:start], false
+		return b[:start], 0
 	}
-	return append(b, '}'), short
+	return append(b, '}'), lost
 }
 
 // comma appends one after a member.

@@ -42,9 +42,16 @@ type Reader struct {
 	matches   cache[[]Match]
 	seen      seen
 	byNumbers map[numbers]*Process
+	hostOf    map[hostNumbers]*Host
 	key       []byte
 	first     subjectParts
 	others    []subjectParts
+}
+
+// hostNumbers are those of the objects about a host.
+type hostNumbers struct {
+	host, agent uint64
+	namespace   string
 }
 
 // numbers are those of a process's objects, and of its host.
@@ -54,7 +61,7 @@ type numbers [7]uint64
 // hour, each document takes several times as long; each byte takes another five.
 func NewReader() *Reader {
 	return &Reader{
-		seen: seen{seed: maphash.MakeSeed()}, byNumbers: map[numbers]*Process{}, texts: cache[string]{max: 2 << 20}, hosts: cache[*Host]{max: 1 << 20}, processes: cache[*Process]{max: 6 << 20},
+		seen: seen{seed: maphash.MakeSeed()}, byNumbers: map[numbers]*Process{}, hostOf: map[hostNumbers]*Host{}, texts: cache[string]{max: 2 << 20}, hosts: cache[*Host]{max: 1 << 20}, processes: cache[*Process]{max: 6 << 20},
 		rules: cache[*Rule]{max: 256 << 10}, issuers: cache[issuerPart]{max: 1 << 20},
 		lists: cache[[]string]{max: 256 << 10}, matches: cache[[]Match]{max: 256 << 10},
 	}
@@ -87,7 +94,6 @@ type reading struct {
 	mode                       []byte
 	severity, risk             int64
 	subjects                   int
-	pid                        int64 // of the first
 	truncated                  bool
 	has                        has
 }
@@ -128,11 +134,11 @@ func (d *reading) line() {
 			d.Event.Time = d.time()
 			d.has |= hasTime
 		case "agent":
-			d.agent = d.part(0)
+			d.agent = d.part(0, beginning)
 		case "host":
-			d.host = d.part(0)
+			d.host = d.part(0, beginning)
 		case "rule":
-			d.rule = d.part(0).raw
+			d.rule = d.part(0, beginning).raw
 		case "data_stream":
 			for more := d.begin('{', '}'); more; more = d.more('}') {
 				switch string(d.name()) {
@@ -154,13 +160,6 @@ func (d *reading) line() {
 			d.ofHTTP()
 		case "imdsgate":
 			d.own()
-		case "labels":
-			for more := d.begin('{', '}'); more; more = d.more('}') {
-				if string(d.name()) == "imdsgate_truncated" {
-					d.truncated = true
-				}
-				d.skip()
-			}
 		case "url":
 			for more := d.begin('{', '}'); more; more = d.more('}') {
 				switch q := &d.Event.Request; string(d.name()) {
@@ -183,15 +182,15 @@ func (d *reading) line() {
 				}
 			}
 		case "container":
-			d.first.container = d.part(d.salt())
+			d.first.container = d.part(d.salt(), beginning)
 		case "orchestrator":
-			d.first.pod = d.part(d.salt())
+			d.first.pod = d.part(d.salt(), beginning)
 		case "process":
-			d.first.process = d.part(d.salt() ^ uint64(d.pid)<<32)
+			d.first.process = d.part(d.salt(), beginningOfProcess)
 		case "message", "related": // which are others in each document
 			d.skip()
 		default:
-			d.part(0)
+			d.part(0, beginning)
 		}
 	}
 }
@@ -264,7 +263,7 @@ func (d *reading) own() {
 	for more := d.begin('{', '}'); more; more = d.more('}') {
 		switch string(d.name()) {
 		case "ancestors":
-			d.first.ancestors = d.part(d.salt())
+			d.first.ancestors = d.part(d.salt(), beginning)
 		case "attribution":
 			d.attribution()
 		case "audit_verdict":
@@ -282,9 +281,17 @@ func (d *reading) own() {
 				}
 			}
 		case "executable":
-			d.first.executable = d.part(d.salt())
+			d.first.executable = d.part(d.salt(), beginning)
 		case "forwarded":
 			d.Event.Connection.Forwarded = d.bool()
+		case "decision":
+			for more := d.begin('{', '}'); more; more = d.more('}') {
+				if string(d.name()) == "id" {
+					d.Decision.Operator = d.text(0)
+				} else {
+					d.skip()
+				}
+			}
 		case "deny":
 			d.Decision.Deny = d.text(0)
 		case "grant":
@@ -308,7 +315,7 @@ func (d *reading) own() {
 				}
 			}
 		case "process":
-			d.first.place = d.part(d.salt())
+			d.first.place = d.part(d.salt(), beginning)
 		case "request":
 			d.request()
 		case "response":
@@ -324,9 +331,7 @@ func (d *reading) own() {
 				switch string(d.name()) {
 				case "pid":
 					for more := d.begin('[', ']'); more; more = d.more(']') {
-						if pid := d.int(); d.subjects == 0 {
-							d.pid = pid
-						}
+						d.int()
 						d.subjects++
 					}
 				case "role":
@@ -337,6 +342,8 @@ func (d *reading) own() {
 			}
 		case "token":
 			d.token(&d.first)
+		case "truncated":
+			d.truncated = d.bool()
 		case "verdict":
 			d.Decision.Verdict = d.verdict()
 			d.has |= hasVerdict
@@ -428,20 +435,20 @@ func (d *reading) other() {
 	for more := d.begin('{', '}'); more; more = d.more('}') {
 		switch string(d.name()) {
 		case "container":
-			p.container = d.part(d.salt())
+			p.container = d.part(d.salt(), beginning)
 		case "orchestrator":
-			p.pod = d.part(d.salt())
+			p.pod = d.part(d.salt(), beginning)
 		case "process":
-			p.process = d.part(d.salt() ^ uint64(len(d.others))<<56)
+			p.process = d.part(d.salt(), beginningOfProcess)
 		case "imdsgate":
 			for more := d.begin('{', '}'); more; more = d.more('}') {
 				switch string(d.name()) {
 				case "ancestors":
-					p.ancestors = d.part(d.salt())
+					p.ancestors = d.part(d.salt(), beginning)
 				case "executable":
-					p.executable = d.part(d.salt())
+					p.executable = d.part(d.salt(), beginning)
 				case "process":
-					p.place = d.part(d.salt())
+					p.place = d.part(d.salt(), beginning)
 				case "token":
 					d.token(&p)
 				default:
@@ -673,10 +680,29 @@ func (d *reading) ofHost() (*Host, error) {
 		return nil, errors.New("the document lacks host.id")
 	}
 	r := d.Reader
-	r.key = append(append(append(append(append(r.key[:0], d.host.raw...), 0), d.agent.raw...), 0), d.namespace...)
-	if h, ok := r.hosts.get(r.key); ok {
+	n := hostNumbers{d.host.number, d.agent.number, d.kept(d.namespace)}
+	if h := r.hostOf[n]; h != nil && n.host != 0 && n.agent != 0 {
 		return h, nil
 	}
+	r.key = append(append(append(append(append(r.key[:0], d.host.raw...), 0), d.agent.raw...), 0), d.namespace...)
+	h, ok := r.hosts.get(r.key)
+	if !ok {
+		var err error
+		if h, err = d.makeHost(); err != nil {
+			return nil, err
+		}
+		r.hosts.put(r.key, h)
+	}
+	if n.host != 0 && n.agent != 0 {
+		if len(r.hostOf) >= placesSeen {
+			clear(r.hostOf)
+		}
+		r.hostOf[n] = h
+	}
+	return h, nil
+}
+
+func (d *reading) makeHost() (*Host, error) {
 	h := &Host{Namespace: string(d.namespace)}
 	s := scanner{text: d.host.raw}
 	s.members(func(name string) {
@@ -728,7 +754,6 @@ func (d *reading) ofHost() (*Host, error) {
 	if err := errors.Join(s.err, a.err); err != nil {
 		return nil, fmt.Errorf("host or agent: %w", err)
 	}
-	r.hosts.put(r.key, h)
 	return h, nil
 }
 

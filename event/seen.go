@@ -4,28 +4,31 @@ import "hash/maphash"
 
 // seen has the objects that were read last, each in the place that the beginning of its
 // text and a salt say. Most of a document is as it was in one before: then the whole
-// of an object is known from a comparison, without looking for its end. What makes an
-// object another stands behind its beginning, and so it takes the salt: who it is about.
+// of an object is known from a comparison, without looking for its end. What begins alike
+// on one host, as the workers of a server do, shares a place.
 type seen struct {
 	seed   maphash.Seed
-	places [placesSeen]seenObject
-	number uint64 // of the last one
+	places [placesSeen][sharePlace]seenObject // those that were used last come first
+	size   int                                // of the texts
+	number uint64                             // of the last one
 }
 
-// placesSeen is how many there are. With fewer than there are processes at a time, they
-// drive each other out, and are looked through each time.
-const placesSeen = 1 << 12
+const (
+	// placesSeen is how many there are, and sharePlace how many each has. With fewer than
+	// there are processes at a time, they drive each other out, and are looked through
+	// each time.
+	placesSeen, sharePlace = 1 << 11, 4
+	// beginning is how much of an object says its place: as much as tells most apart, and
+	// no more than most have. Programs with the same arguments differ behind these.
+	beginning, beginningOfProcess = 64, 384
+	// longestSeen is how much of one is kept, and maxSeen of all.
+	longestSeen, maxSeen = 16 << 10, 16 << 20
+)
 
 type seenObject struct {
 	text   string
 	number uint64
 }
-
-// beginning is how much of an object says its place, and longestSeen how much is kept.
-const (
-	beginning   = 64
-	longestSeen = 16 << 10
-)
 
 // part is an object of a document with a number that is its own, or 0.
 type part struct {
@@ -34,22 +37,36 @@ type part struct {
 }
 
 // part reads a value as it stands.
-func (r *Reader) part(salt uint64) part {
+func (r *Reader) part(salt uint64, beginning int) part {
 	if r.next() != '{' {
 		return part{raw: r.raw()}
 	}
-	start := r.at
-	h := maphash.Bytes(r.seen.seed, r.scanner.text[start:min(start+beginning, len(r.scanner.text))]) ^ salt*0x9e3779b97f4a7c15
-	place := &r.seen.places[h>>(64-12)]
-	if end := start + len(place.text); place.text != "" && end <= len(r.scanner.text) && string(r.scanner.text[start:end]) == place.text {
-		r.at = end
-		return part{r.scanner.text[start:end], place.number}
+	rest := r.scanner.text[r.at:]
+	h := maphash.Bytes(r.seen.seed, rest[:min(beginning, len(rest))]) ^ salt*0x9e3779b97f4a7c15
+	place := &r.seen.places[(h^h>>32)%placesSeen]
+	for i := range place {
+		o := &place[i]
+		if n := len(o.text); n > 0 && n <= len(rest) && string(rest[:n]) == o.text {
+			r.at += n
+			number := o.number
+			if i > 0 {
+				found := *o
+				copy(place[1:i+1], place[:i])
+				place[0] = found
+			}
+			return part{rest[:n], number}
+		}
 	}
 	raw := r.raw()
 	if len(raw) > longestSeen || r.err != nil {
 		return part{raw: raw}
 	}
+	if r.seen.size += len(raw) - len(place[sharePlace-1].text); r.seen.size > maxSeen {
+		clear(r.seen.places[:])
+		r.seen.size = len(raw)
+	}
 	r.seen.number++
-	*place = seenObject{string(raw), r.seen.number}
-	return part{raw, place.number}
+	copy(place[1:], place[:])
+	place[0] = seenObject{string(raw), r.seen.number}
+	return part{raw, r.seen.number}
 }

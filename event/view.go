@@ -7,9 +7,12 @@ import (
 	"time"
 )
 
-// Views lists the documents that are written for an event: the decision on a request,
-// an alert for each match that raises one, or the one of a state. IDs and
-// sequence numbers are the sink's to give.
+// Views lists the documents that are written for an event, in the order in which it
+// happened: the starts of processes that no event has told of, the connection of each
+// subject with the first request on it, the decision on the request, and an alert for
+// each match that raises one; or the one of a state. They are what rules were asked
+// about, so that a query over the file finds what a rule has found. IDs and sequence
+// numbers are the sink's to give.
 func (e *Event) Views() []View {
 	switch e.Kind {
 	case Lifecycle:
@@ -17,8 +20,19 @@ func (e *Event) Views() []View {
 	case Integrity:
 		return []View{{Event: e, Document: IntegrityFinding}}
 	}
-	var views []View
+	views := make([]View, 0, 4)
+	for _, p := range e.Starts {
+		views = append(views, View{Event: e, Document: ProcessStart, Subject: p})
+	}
 	if e.Kind == Asked {
+		if e.Connection.First {
+			for _, p := range e.Subjects {
+				views = append(views, View{Event: e, Document: ConnectionAttempt, Subject: p})
+			}
+			if len(e.Subjects) == 0 {
+				views = append(views, View{Event: e, Document: ConnectionAttempt})
+			}
+		}
 		views = append(views, View{Event: e, Document: RequestDecision, Subject: e.subject()})
 	}
 	for i := range e.Decision.Matches {
@@ -37,8 +51,11 @@ func (e *Event) subject() *Process {
 }
 
 func (v *View) rule() *Rule {
-	if v.Match != nil {
+	switch {
+	case v.Match != nil:
 		return v.Match.Rule
+	case v.Document == IntegrityFinding:
+		return findings[v.State.Action]
 	}
 	return v.Decision.Rule
 }
@@ -83,8 +100,29 @@ var (
 		ProcessStart: "imdsgate.process", ConnectionAttempt: "imdsgate.network", RequestDecision: "imdsgate.decision",
 		Alert: "imdsgate.alert", LifecycleChange: "imdsgate.lifecycle", IntegrityFinding: "imdsgate.integrity",
 	}
-	providers = [...]string{RequestDecision: "proxy", Alert: "detection", LifecycleChange: "daemon", IntegrityFinding: "integrity"}
+	compatible = [...]string{ProcessStart: "endpoint.events.process", ConnectionAttempt: "endpoint.events.network"}
+	providers  = [...]string{RequestDecision: "proxy", Alert: "detection", LifecycleChange: "daemon", IntegrityFinding: "integrity"}
 )
+
+// dataset is the data stream that the document belongs to.
+func (v *View) dataset() string {
+	if v.compatible() {
+		return compatible[v.Document]
+	}
+	return datasets[v.Document]
+}
+
+func (v *View) namespace() string {
+	if v.compatible() {
+		return "imdsgate"
+	}
+	return cmp.Or(v.Host.Namespace, "default")
+}
+
+// compatible reports whether the document is in a stream of Elastic's own agent.
+func (v *View) compatible() bool {
+	return v.Host.Layout == Defend && (v.Document == ProcessStart || v.Document == ConnectionAttempt)
+}
 
 func (v *View) types() []string {
 	switch v.Document {
@@ -180,11 +218,16 @@ func (v *View) message() string {
 }
 
 // writeMessage renders the message, which is free text.
-func (v *View) writeMessage(b []byte) (_ []byte, short bool) {
+func (v *View) writeMessage(b []byte) (_ []byte, lost loss) {
 	buf := make([]byte, 0, 512)
 	m := v.appendMessage(buf)
 	if suspicious(m) {
-		return appendCut(b, Redact(string(m)), maxText)
+		clean := Redact(string(m))
+		if clean != string(m) {
+			lost = altered
+		}
+		b, more := appendCut(b, clean, maxText)
+		return b, lost | more
 	}
 	return appendCut(b, m, maxText)
 }

@@ -32,9 +32,9 @@ import (
 // and is wrong: legacy rewrites whole tables, and two writers under different locks undo each other's rules. Without
 // CAP_DAC_READ_SEARCH nobody can tell whether there are legacy rules, and Remove says that it could not look.
 
-// A Redirect is the deed to a Config on this host. Install, Verify, Status and Watch each hold its mutex while they
-// read and write rules; Forwardable does not wait for them. All may be called from any goroutine whose thread is in
-// the network namespace of Open. Close is its opener's.
+// A Redirect is the deed to a Config on this host. Install, InstallFor, Verify, Status and Watch each hold its mutex
+// while they read and write rules; Forwardable does not wait for them. All may be called from any goroutine whose
+// thread is in the network namespace of Open. Close is its opener's.
 type Redirect struct {
 	config Config
 	all    []*tools
@@ -337,6 +337,23 @@ func (r *Redirect) Install(ctx context.Context) (report Report, err error) {
 		report, err = r.install(ctx)
 		return err
 	})
+	return report, err
+}
+
+// InstallFor is Install with the guard of enforce mode, or that of audit mode, from now on. After an error the guard
+// is the one of before.
+func (r *Redirect) InstallFor(ctx context.Context, enforce bool) (report Report, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	was := r.config.Enforce
+	r.config.Enforce = enforce
+	err = r.unlessDormant(func() (err error) {
+		report, err = r.install(ctx)
+		return err
+	})
+	if err != nil {
+		r.config.Enforce = was
+	}
 	return report, err
 }
 

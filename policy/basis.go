@@ -21,14 +21,15 @@ type Step uint8
 
 const (
 	StepMalformed Step = iota
-	StepDeny
+	StepDeny           // of the policy, or an operator's decision
+	StepDecision       // of an operator, that allows
 	StepGrant
 	StepRule
 	StepUnattributed
 	StepClass // the posture of the class, of which one lets the request pass
 )
 
-var stepNames = []string{StepMalformed: "malformed", StepDeny: "deny", StepGrant: "grant", StepRule: "rule", StepUnattributed: "unattributed", StepClass: "class"}
+var stepNames = []string{StepMalformed: "malformed", StepDeny: "deny", StepDecision: "decision", StepGrant: "grant", StepRule: "rule", StepUnattributed: "unattributed", StepClass: "class"}
 
 func (s Step) String() string               { return stepNames[s] }
 func (s Step) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
@@ -48,6 +49,10 @@ func BasisOf(q *event.Request, d *event.Decision) Basis {
 	switch {
 	case q.Malformed != "":
 		return Basis{Step: StepMalformed, Name: q.Malformed}
+	case d.Operator != "" && d.WouldBe == event.Deny:
+		return Basis{Step: StepDeny, Name: "decision " + d.Operator}
+	case d.Operator != "":
+		return Basis{Step: StepDecision, Name: d.Operator}
 	case d.Deny != "":
 		return Basis{Step: StepDeny, Name: d.Deny}
 	case d.WouldBe == event.Allow && d.Grant != "":

@@ -88,6 +88,7 @@ var tools = []string{
 	"aria2c", "axel", "curl", "ftp", "lftp", "links", "lynx", "wget", "w3m", "xh",
 	"nc", "ncat", "netcat", "socat", "ssh", "telnet", "openssl",
 	"gdb", "lldb", "strace",
+	"env", "xargs", "rc", "aws", "http", "lwp-request",
 }
 
 // tool is the name in the list under which a program is there, whatever its version:
@@ -105,6 +106,11 @@ func tool(file string) (name string, ok bool) {
 		name = strings.TrimRight(name[:i], ".-_")
 	}
 	return name, slices.Contains(tools, name)
+}
+
+func isTool(file string) bool {
+	_, ok := tool(file)
+	return ok
 }
 
 // checkUnit says why a unit is not one that a grant can rest on.

@@ -19,9 +19,13 @@ import (
 // Engine applies the present policy. Its methods may be called from any
 // goroutine.
 type Engine struct {
-	state atomic.Pointer[state]
-	mode  atomic.Uint32
-	terms *firstseen.Store // what rules of the type new_terms have seen
+	state     atomic.Pointer[state]
+	mode      atomic.Uint32
+	decisions atomic.Pointer[Decisions]
+	terms     *firstseen.Store // what rules of the type new_terms have seen
+
+	mu   sync.Mutex                    // guards told
+	told remembered[imageID, struct{}] // process images whose start an event tells of
 }
 
 // state is a policy with what its rules remember.
@@ -34,12 +38,14 @@ type state struct {
 func NewEngine(p *Policy) *Engine {
 	e := &Engine{terms: firstseen.New()}
 	e.SetPolicy(p)
+	e.SetMode(p.Mode)
 	return e
 }
 
-// SetPolicy replaces the policy and its mode. A rule that is in both, with the same text
-// and action, goes on with what it remembers: the sequences that have begun, the
-// processes that it has blocked. Others begin anew. It must not be called by two at once.
+// SetPolicy replaces the policy, and leaves the mode as it is. A rule that is in both,
+// with the same text and action, goes on with what it remembers: the sequences that
+// have begun, the processes that it has blocked. Others begin anew. It must not be
+// called by two at once.
 func (e *Engine) SetPolicy(p *Policy) {
 	e.terms.Rules(p.windows())
 	m := newMemory(p, e.terms)
@@ -47,7 +53,6 @@ func (e *Engine) SetPolicy(p *Policy) {
 		m.inherit(p, old)
 	}
 	e.state.Store(&state{p, m})
-	e.mode.Store(uint32(p.Mode))
 }
 
 // Policy is the present policy.
@@ -59,10 +64,16 @@ func (e *Engine) Mode() Mode { return Mode(e.mode.Load()) }
 // SetMode changes the mode alone.
 func (e *Engine) SetMode(m Mode) { e.mode.Store(uint32(m)) }
 
+// Decisions are those of operators that are judged by.
+func (e *Engine) Decisions() *Decisions { return e.decisions.Load() }
+
+// SetDecisions replaces them all at once.
+func (e *Engine) SetDecisions(ds *Decisions) { e.decisions.Store(ds) }
+
 // Decisive reports whether policy may refuse a request of this kind, so that
 // it must be known for certain who asks.
 func (e *Engine) Decisive(q *event.Request) bool {
-	if q.Guarded {
+	if q.Guarded || e.Decisions().deny() {
 		return true
 	}
 	return e.Policy().decisive[q.Class]
@@ -105,22 +116,28 @@ func subjects(ev *event.Event) []*event.Process {
 var nobody = []*event.Process{nil}
 
 // Judge decides about an event and completes its Decision. The subject on whom
-// it turned comes first. It may be called again when more is known.
+// it turned comes first. It may be called again when more is known. The mode is the one
+// that the Decision has, if any: what becomes of a request was settled when it came, and
+// another mode since then does not change what its record says.
 func (e *Engine) Judge(ev *event.Event) {
-	mode := e.Mode()
-	ev.Decision = event.Decision{Mode: mode.String()}
-	ev.Decision.WouldBe = e.state.Load().outcome(ev)
+	mode := ev.Decision.Mode
+	if mode == "" {
+		mode = e.Mode().String()
+	}
+	ev.Decision = event.Decision{Mode: mode}
+	ev.Decision.WouldBe = e.state.Load().outcome(ev, e.Decisions())
 	if ev.Attribution.Unawaited && ev.Decision.WouldBe == event.Allow && ev.Request.Guarded {
 		ev.Decision.Reason = strings.TrimPrefix(ev.Decision.Reason+"; the client left before every process was searched, for which enforce mode makes it wait", "; ")
 	}
-	if mode == Enforce {
+	if mode == Enforce.String() {
 		ev.Decision.Verdict = ev.Decision.WouldBe
 	}
 }
 
 // outcome is the verdict of enforce mode. The order of the reasons: what cannot be
-// read; a deny; a grant; a rule that blocks; nobody known; the posture of the class.
-func (p *state) outcome(ev *event.Event) event.Verdict {
+// read; a decision that denies, or a deny; a decision that allows, or a grant; a rule
+// that blocks; nobody known; the posture of the class.
+func (p *state) outcome(ev *event.Event, decisions *Decisions) event.Verdict {
 	d, q := &ev.Decision, &ev.Request
 	ev.Token.Scope = p.tokenScope
 	if q.Malformed != "" {
@@ -156,6 +173,11 @@ func (p *state) outcome(ev *event.Event) event.Verdict {
 			break
 		}
 	}
+	if by, subject := decisions.denies(ev); by != nil {
+		d.Operator, d.Reason = by.ID, by.because
+		p.first(ev, subject)
+		return event.Deny
+	}
 	for _, subject := range subjects(ev) {
 		if deny := p.denied(subject, ev); deny != nil {
 			d.Deny = deny.Name
@@ -164,9 +186,7 @@ func (p *state) outcome(ev *event.Event) event.Verdict {
 			return event.Deny
 		}
 	}
-	if name, ok := p.allGranted(ev); ok {
-		d.Grant = name
-		d.Reason = "granted by " + name
+	if p.allCovered(ev, decisions) {
 		return event.Allow
 	}
 	switch {
@@ -191,33 +211,46 @@ func (p *state) outcome(ev *event.Event) event.Verdict {
 }
 
 // Final reports whether a judged event is refused whatever else may be found out
-// about who asks: a deny is about one of those who are known, or a rule blocks one
-// whom no grant covers.
+// about who asks: a decision or a deny is about one of those who are known, or a rule
+// blocks one whom neither a decision nor a grant covers.
 func (e *Engine) Final(ev *event.Event) bool {
-	p := e.Policy()
-	if ev.Decision.Deny != "" {
-		return true
+	p, decisions := e.Policy(), e.Decisions()
+	if ev.Decision.WouldBe != event.Deny {
+		return false
 	}
-	return ev.Decision.WouldBe == event.Deny && ev.Decision.Rule != nil && slices.ContainsFunc(ev.Subjects, func(subject *event.Process) bool {
+	return ev.Decision.Operator != "" || ev.Decision.Deny != "" || ev.Decision.Rule != nil && slices.ContainsFunc(ev.Subjects, func(subject *event.Process) bool {
 		_, ok := p.granted(subject, ev)
-		return !ok
+		return !ok && decisions.allows(subject, ev.Time) == nil
 	})
 }
 
-// allGranted reports whether every subject has a grant, on sufficient evidence.
-func (p *Policy) allGranted(ev *event.Event) (name string, ok bool) {
+// allCovered reports whether every subject has a decision that allows it or a grant,
+// on sufficient evidence, and says so in the event.
+func (p *Policy) allCovered(ev *event.Event, decisions *Decisions) bool {
 	if !ev.Attribution.Sufficient() || len(ev.Subjects) == 0 {
-		return "", false
+		return false
 	}
-	var names []string
+	var decided *standing
+	var grants []string
 	for _, subject := range ev.Subjects {
+		if by := decisions.allows(subject, ev.Time); by != nil {
+			decided = by
+			continue
+		}
 		name, ok := p.granted(subject, ev)
 		if !ok {
-			return "", false
+			return false
 		}
-		names = append(names, name)
+		grants = append(grants, name)
 	}
-	return strings.Join(names, ","), true
+	d := &ev.Decision
+	if d.Grant = strings.Join(grants, ","); d.Grant != "" {
+		d.Reason = "granted by " + d.Grant
+	}
+	if decided != nil {
+		d.Operator, d.Reason = decided.ID, decided.because
+	}
+	return true
 }
 
 // first puts the subject that decided to the front.
@@ -243,8 +276,10 @@ func describe(p *event.Process) string {
 }
 
 // Observe gives a judged event to the rules as they are written, settles which
-// matches raise an alert, and remembers whom a rule has blocked. It is called
-// once for each event, after the last Judge.
+// matches raise an alert, and remembers whom a rule has blocked. The event then tells of
+// the processes whose start no event has told of: its subjects, and those whose start is
+// a part of what a sequence has matched. It is called once for each event, after the
+// last Judge.
 func (e *Engine) Observe(ev *event.Event) {
 	p := e.state.Load()
 	m, d := p.memory, &ev.Decision
@@ -263,6 +298,10 @@ func (e *Engine) Observe(ev *event.Event) {
 		d.Matches[k].Literal = true
 	}
 	m.seen(all)
+	for i := range all {
+		e.tell(a, ev, all[i].subject)
+	}
+	e.tell(a, ev, a.matched...)
 	for k := range d.Matches {
 		match := &d.Matches[k]
 		if d.WouldBe == event.Deny && match.Bound && match.Rule == d.Rule && match.Action == actionNames[Block] {
@@ -306,7 +345,32 @@ func (e *Engine) ObserveStart(ev *event.Event) (alert bool) {
 		alert = alert || action != Log
 	}
 	m.seen(all)
+	if alert {
+		e.tell(a, ev, all[0].subject)
+		e.tell(a, ev, a.matched...)
+	}
 	return alert
+}
+
+// tell makes the event tell of processes of which none has told. One whose time is not
+// known cannot be put in order.
+func (e *Engine) tell(a *asker, ev *event.Event, processes ...*event.Process) {
+	for _, p := range processes {
+		if p == nil || p.Start.IsZero() && p.Executed.IsZero() {
+			continue
+		}
+		s := a.settled(ev.Host, p)
+		if s.told.Load() {
+			continue
+		}
+		e.mu.Lock()
+		if !e.told.has(s.image) {
+			e.told.put(s.image, struct{}{})
+			ev.Starts = append(ev.Starts, p)
+		}
+		e.mu.Unlock()
+		s.told.Store(true)
+	}
 }
 
 func (p *Policy) find(r *event.Rule) *rule {
@@ -389,10 +453,11 @@ func (a *asker) news(m *memory, ev *event.Event) []news {
 }
 
 // literally lists the rules that match as they are written, each once for a subject,
-// in order. Sequences are told of what one of their stages matches.
+// in order. Sequences are told of what one of their stages matches. Whose start they have
+// matched is in a.matched when all are listed.
 func (a *asker) literally(m *memory, ev *event.Event, all []news) iter.Seq[literalHit] {
 	m.sweep(ev.Time)
-	a.hits = a.hits[:0]
+	a.hits, a.matched = a.hits[:0], a.matched[:0]
 	for j := range all {
 		a.written(m, ev, j, &all[j])
 	}
@@ -405,7 +470,14 @@ func (a *asker) literally(m *memory, ev *event.Event, all []news) iter.Seq[liter
 			d := &document{event.View{Event: ev, Document: h.document, Subject: all[h.subject].subject}}
 			switch s, r := m.machines[h.rule], a.rules[h.rule]; {
 			case s != nil:
-				matched = s.observe(d) || matched // and keeps it while it waits for more
+				for _, match := range s.observe(d) { // and keeps it while it waits for more
+					matched = true
+					for _, e := range match.Events {
+						if of, ok := e.(*document); ok && of.Document == event.ProcessStart {
+							a.matched = append(a.matched, of.Subject)
+						}
+					}
+				}
 			case r.NewTerms != nil:
 				matched = m.observeTerms(r, d) || matched
 			default:
@@ -422,10 +494,10 @@ func (a *asker) literally(m *memory, ev *event.Event, all []news) iter.Seq[liter
 	}
 }
 
-func (m *machine) observe(d *document) bool {
+func (m *machine) observe(d *document) []eql.Match {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return len(m.Observe(d)) > 0
+	return m.Observe(d)
 }
 
 // sweepEvery is how long a sequence keeps what exceeds its span, if nothing comes that

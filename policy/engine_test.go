@@ -490,8 +490,8 @@ func TestStarts(t *testing.T) {
 		t.Error("no rule is about ls")
 	}
 	ev := started("nc")
-	if !e.Concerns(ev) || !e.ObserveStart(ev) || len(ev.Views()) != 1 {
-		t.Errorf("%+v", ev.Decision)
+	if !e.Concerns(ev) || !e.ObserveStart(ev) || !slices.Equal(documents(ev), []event.Document{event.ProcessStart, event.Alert}) {
+		t.Errorf("%+v in %v", ev.Decision, documents(ev))
 	}
 	if e.ObserveStart(started("nc")) {
 		t.Error("the same start raised a second alert")
@@ -499,9 +499,32 @@ func TestStarts(t *testing.T) {
 	if ev := started("curl"); !e.Concerns(ev) || e.ObserveStart(ev) {
 		t.Error("the first half of a sequence is no alert")
 	}
-	if ev := judge(e, asking("/usr/bin/sibling", nil)); len(ev.Decision.Matches) != 1 || !ev.Decision.Matches[0].Literal {
+	ev = judge(e, asking("/usr/bin/sibling", nil))
+	if len(ev.Decision.Matches) != 1 || !ev.Decision.Matches[0].Literal {
 		t.Errorf("a sibling of curl connected: %+v", ev.Decision.Matches)
 	}
+	// Both halves of the sequence are in the file, and once.
+	if len(ev.Starts) != 2 || ev.Starts[0].Name != "sibling" || ev.Starts[1].Name != "curl" {
+		t.Errorf("the event tells of the starts of %v", ev.Starts)
+	}
+	e.SetPolicy(e.Policy())
+	for _, name := range []string{"sibling", "curl", "nc"} {
+		if ev := judge(e, asking("/usr/bin/"+name, nil)); len(ev.Starts) != 0 {
+			t.Errorf("the start of %s is told again", name)
+		}
+	}
+	unknown := asking("/usr/bin/cat", nil)
+	unknown.Subjects[0].Start, unknown.Subjects[0].Executed = time.Time{}, time.Time{}
+	if ev := judge(e, unknown); len(ev.Starts) != 0 {
+		t.Error("a start is told whose time is not known")
+	}
+}
+
+func documents(ev *event.Event) (kinds []event.Document) {
+	for _, v := range ev.Views() {
+		kinds = append(kinds, v.Document)
+	}
+	return kinds
 }
 
 func TestReloadWhileJudging(t *testing.T) {

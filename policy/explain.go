@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"iter"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/imdsgate/imdsgate/event"
@@ -82,18 +83,19 @@ type GrantFinding struct {
 func (e *Engine) Explain(ev *event.Event) Explanation {
 	p := e.state.Load()
 	ev.Decision = event.Decision{Mode: e.Mode().String()}
-	ev.Decision.WouldBe = p.outcome(ev)
+	decisions := e.Decisions()
+	ev.Decision.WouldBe = p.outcome(ev, decisions)
 	d := &ev.Decision
 	x := Explanation{Verdict: d.WouldBe.String(), Basis: BasisOf(&ev.Request, d), Reason: d.Reason}
 	for step := StepMalformed; step <= StepClass; step++ {
-		f := p.explain(step, ev)
+		f := p.explain(step, ev, decisions)
 		f.Step, f.Decides, f.Reached = step, step == x.Basis.Step, step <= x.Basis.Step
 		x.Steps = append(x.Steps, f)
 	}
 	return x
 }
 
-func (p *state) explain(step Step, ev *event.Event) StepFinding {
+func (p *state) explain(step Step, ev *event.Event, decisions *Decisions) StepFinding {
 	q, a := &ev.Request, &ev.Attribution
 	var f StepFinding
 	switch step {
@@ -103,7 +105,12 @@ func (p *state) explain(step Step, ev *event.Event) StepFinding {
 			f.Found = "it is malformed: " + q.Malformed
 		}
 	case StepDeny:
-		f.Looked, f.Found = count(len(p.denies), "deny", "denies"), "none is about it"
+		f.Looked = count(len(p.denies), "deny", "denies")
+		if n := len(decisions.All()); n > 0 {
+			f.Looked += " and " + count(n, "decision", "decisions")
+		}
+		f.Found = "none is about it"
+		by, denied := decisions.denies(ev)
 		for _, subject := range subjects(ev) {
 			of := of(subject)
 			for i := range p.denies {
@@ -111,12 +118,22 @@ func (p *state) explain(step Step, ev *event.Event) StepFinding {
 					of.Denies = append(of.Denies, p.denies[i].Name)
 				}
 			}
+			if by != nil && subject == denied {
+				of.Denies = slices.Insert(of.Denies, 0, "decision "+by.ID)
+			}
 			if len(of.Denies) > 0 {
 				f.Of = append(f.Of, of)
 			}
 		}
 		if len(f.Of) > 0 {
 			f.Found = fmt.Sprintf("%q is about it", f.Of[0].Denies[0])
+		}
+	case StepDecision:
+		f.Looked, f.Found = count(len(decisions.All()), "decision", "decisions"), "none allows it"
+		for _, subject := range ev.Subjects {
+			if by := decisions.allows(subject, ev.Time); by != nil {
+				f.Found = fmt.Sprintf("%s is %s", describe(subject), by.because)
+			}
 		}
 	case StepGrant:
 		f.Looked = count(len(p.grants), "grant", "grants")
@@ -191,13 +208,15 @@ func (p *Policy) grantsFound(ev *event.Event) string {
 	case !ev.Attribution.Sufficient():
 		return "none counts while it is not certain who asks"
 	}
+	var names []string
 	for _, subject := range ev.Subjects {
-		if _, ok := p.granted(subject, ev); !ok {
+		name, ok := p.granted(subject, ev)
+		if !ok {
 			return "none covers " + describe(subject)
 		}
+		names = append(names, strconv.Quote(name))
 	}
-	name, _ := p.allGranted(ev)
-	return fmt.Sprintf("%q covers it", name)
+	return strings.Join(names, ", ") + " covers it"
 }
 
 // grantFindings is what the grants say of a process: those that cover it, then by how

@@ -132,9 +132,6 @@ func (r *Rule) read(s source) error {
 	if err := f.supported(s); err != nil {
 		return err
 	}
-	if f.Rule.Query == "" {
-		return s.at("rule", "query", "", "the rule has no query")
-	}
 	if _, err := event.SeverityNumber(r.Severity); err != nil {
 		return s.at("rule", "severity", "", "%v", err)
 	}
@@ -144,22 +141,13 @@ func (r *Rule) read(s source) error {
 			return err
 		}
 	}
-	if err := r.compile(&f, s.name); err != nil {
-		s.relocate(f.Rule.Query, errorList(err))
+	if err := r.compile(&f, s); err != nil {
 		return err
 	}
 	if r.NewTerms != nil && r.Query.IsSequence() {
 		return s.refuse("rule", "query", "", "first-seen values are those of single events, and this is a sequence")
 	}
 	r.Bound, r.Excluded = r.Query.WithoutExclusions(callerChosen)
-	places := slices.Clone(r.Warnings)
-	for _, x := range r.Excluded {
-		places = append(places, &syntax.Error{Pos: x.Pos})
-	}
-	s.relocate(f.Rule.Query, places)
-	for i, e := range places[len(r.Warnings):] {
-		r.Excluded[i].Pos = e.Pos
-	}
 	return nil
 }
 
@@ -258,7 +246,9 @@ func (f *file) supported(s source) error {
 	case r.EndpointID != "" && !slices.Contains(r.OSList, "linux") && len(r.OSList) > 0:
 		return s.refuse("rule", "os_list", "", "this rule is for %s, and not for linux", strings.Join(r.OSList, " and "))
 	case len(r.Filters) > 0:
-		return s.refuse("rule", "filters", "put them into the query", "filters narrow the search beside the query, and are not applied here")
+		return f.refuseFilters(s)
+	case r.Query == "":
+		return s.at("rule", "query", "", "the rule has no query")
 	}
 	for _, o := range []struct{ key, value, why string }{
 		{"timestamp_override", r.TimestampOverride, "events are judged as they happen, once"},
@@ -279,9 +269,13 @@ func (f *file) supported(s source) error {
 	return nil
 }
 
+func (f *file) refuseFilters(s source) error {
+	return s.refuse("rule", "filters", "put them into the query", "filters narrow the search beside the query, and are not applied here")
+}
+
 // compile turns the query into one that is run, whatever language it is written in.
-func (r *Rule) compile(f *file, name string) error {
-	tree, err := r.parse(f, name)
+func (r *Rule) compile(f *file, s source) error {
+	tree, err := r.parse(f, s)
 	if err != nil {
 		return err
 	}
@@ -296,20 +290,33 @@ func (r *Rule) compile(f *file, name string) error {
 	return observable(tree)
 }
 
-func (r *Rule) parse(f *file, name string) (*syntax.Query, error) {
+func (r *Rule) parse(f *file, s source) (*syntax.Query, error) {
 	if f.Rule.Language != "kuery" {
-		tree, err := syntax.Parse(name, f.Rule.Query)
+		tree, err := f.eql(s)
 		if err == nil && f.Rule.CategoryOverride != "" {
 			override(tree, f.Rule.CategoryOverride)
 		}
 		return tree, err
 	}
-	q, err := kql.Parse(name, f.Rule.Query)
+	name, query, lines := s.embedded(f.Rule.Query)
+	q, err := kql.Parse(name, query)
 	if err != nil {
-		return nil, err
+		return nil, quoting(lines, err)
 	}
-	r.Warnings = q.Warnings
+	r.Warnings, q.Source = q.Warnings, lines
+	quoting(lines, syntax.ErrorList(q.Warnings))
 	return kql.Translate(q, schema{})
+}
+
+// eql parses a query in EQL.
+func (f *file) eql(s source) (*syntax.Query, error) {
+	name, query, lines := s.embedded(f.Rule.Query)
+	tree, err := syntax.Parse(name, query)
+	if err != nil {
+		return nil, quoting(lines, err)
+	}
+	tree.Source = lines
+	return tree, nil
 }
 
 // override makes another field the one that "process where" tests.

@@ -55,6 +55,8 @@ process where process.name == "curl"
 		{"plain", plain, "", "", "", "", false},
 		{"KQL", plain, `type = "eql"`, "type = 'query'", "7:12", "kuery", true},
 		{"a list of numbers", plain, `["OS: Linux"]`, `[1]`, "9:9", "", false},
+		{"a fraction for a number", plain, `tags`, "risk_score = 47.5\ntags", "9:14", "rule.risk_score cannot be of the type float\n", false},
+		{"a query with escapes", plain, "'''\nprocess where process.name == \"curl\"\n'''", `"process where proces.name == \"curl\""`, " query:1:15", "did you mean process.name?\n\tprocess where proces.name", false},
 		{"a number for a name", plain, `name = "X"`, `name = 7`, "5:8", "", false},
 		{"a key twice", plain, `name = "X"`, "name = \"X\"\nname = \"Y\"", "6:1", "", false},
 		{"a table not closed", plain, `[rule]`, `[rule`, "3:", "", false},

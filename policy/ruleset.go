@@ -106,6 +106,7 @@ type asker struct {
 	open          [documentKinds][]int
 	hits          []literalHit
 	fresh         []news
+	matched       []*event.Process
 }
 
 func (rs *ruleSet) asker() *asker { return rs.askers.Get().(*asker) }
@@ -114,6 +115,7 @@ func (rs *ruleSet) asker() *asker { return rs.askers.Get().(*asker) }
 func (a *asker) done() {
 	a.about = [documentKinds]document{}
 	clear(a.fresh[:cap(a.fresh)])
+	clear(a.matched[:cap(a.matched)])
 	a.askers.Put(a)
 }
 
@@ -123,6 +125,7 @@ type settled struct {
 	host     *event.Host
 	image    imageID                // of the process, if there is one
 	started  atomic.Pointer[memory] // that has been told of its start
+	told     atomic.Bool            // an event tells of its start
 	literal  [documentKinds][]int
 	blocking [2]blocking // as the child of the process that forked it, and of the one that adopted it
 }

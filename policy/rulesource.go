@@ -23,7 +23,12 @@ func (s source) decode(f *file) error {
 	err := toml.Unmarshal(s.text, f)
 	if decode := (*toml.DecodeError)(nil); errors.As(err, &decode) {
 		line, column := decode.Position()
-		return s.errorf(syntax.Pos{Line: line, Col: column}, "", "%s", strings.TrimPrefix(decode.Error(), "toml: "))
+		said := strings.TrimPrefix(decode.Error(), "toml: ")
+		if found, ok := strings.CutPrefix(said, "cannot decode TOML "); ok { // and then Go types
+			found, _, _ = strings.Cut(found, " ")
+			said = fmt.Sprintf("%s cannot be of the type %s", strings.Join(decode.Key(), "."), found)
+		}
+		return s.errorf(syntax.Pos{Line: line, Col: column}, "", "%s", said)
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", s.name, err)
@@ -91,36 +96,34 @@ func (s source) position(offset int) syntax.Pos {
 	return syntax.Pos{Line: strings.Count(before, "\n") + 1, Col: utf8.RuneCountInString(before[start:]) + 1}
 }
 
-// relocate moves the errors of a query, which stands in the file as the value of a
-// key, to where it stands. One that is written with escapes keeps its own lines.
-func (s source) relocate(query string, list syntax.ErrorList) {
-	if len(list) == 0 {
-		return
-	}
+// embedded is a query, which stands in the file as the value of a key, as it stands there:
+// behind blanks, so that its lines and columns are those of the file, and with the
+// file's lines for what is said of them. One that is written with escapes has its own, and
+// its own name.
+func (s source) embedded(query string) (name, padded, lines string) {
 	from := s.find("rule", "query")
-	lines := strings.SplitAfter(strings.ReplaceAll(string(s.text), "\r\n", "\n"), "\n")
-	file := strings.Join(lines[from.Line-1:], "")
+	lines = strings.ReplaceAll(string(s.text), "\r\n", "\n")
 	query = strings.ReplaceAll(query, "\r\n", "\n")
-	key := len(string([]rune(lines[from.Line-1])[:from.Col-1])) // before the value
-	at := strings.Index(file[key:], query)
+	value := 0 // where that of the key begins
+	for range from.Line - 1 {
+		value += strings.IndexByte(lines[value:], '\n') + 1
+	}
+	at := strings.Index(lines[value:], query)
 	if at < 0 {
-		return
+		return s.name + ": query", query, query
 	}
-	at += key
-	above := from.Line - 1 + strings.Count(file[:at], "\n")
-	before := file[strings.LastIndexByte(file[:at], '\n')+1 : at] // on the query's first line
-	for _, e := range list {
-		if e.Line == 1 {
-			e.Col += utf8.RuneCountInString(before)
-			e.Text = strings.TrimRight(lines[above], "\n")
-		}
-		e.Line += above
-	}
+	before := lines[:value+at]
+	first := before[strings.LastIndexByte(before, '\n')+1:]
+	return s.name, strings.Repeat("\n", strings.Count(before, "\n")) + strings.Repeat(" ", utf8.RuneCountInString(first)) + query, lines
 }
 
-// errorList is the faults in err, which come with their places.
-func errorList(err error) syntax.ErrorList {
+// quoting gives errors about the text in which a query was parsed the lines of another,
+// which has it in the same place.
+func quoting(lines string, err error) error {
 	list := syntax.ErrorList(nil)
 	errors.As(err, &list)
-	return list
+	for _, e := range list {
+		e.Text = (&syntax.Query{Source: lines}).Errorf(e.Pos, "").Text
+	}
+	return err
 }

@@ -99,7 +99,8 @@ type Proxy struct {
 	loop             *loop.Loop   // nil before the first Serve
 	standing         []*loop.Task // end with Shutdown
 
-	closing atomic.Bool // set with mu held
+	closing atomic.Bool  // set with mu held
+	drained atomic.Int64 // connections that were accepted before end, in nanoseconds of the monotonic clock
 
 	// evidence has a place for each event that waits for its evidence, in audit
 	// mode, after its client was served and has perhaps left. Events for which
@@ -107,6 +108,7 @@ type Proxy struct {
 	evidence chan struct{}
 
 	ahead    ahead
+	ours     ours
 	pace     pace
 	rendered rendered
 	tokens   *tokens
@@ -299,31 +301,60 @@ func (p *Proxy) Shutdown(ctx context.Context) error {
 			l.Close()
 		}
 	}()
+	left := p.end(ctx, done)
+	<-done
+	return unanswered(left)
+}
+
+// Drain ends the connections that there are, as Shutdown does, and serves those that
+// come meanwhile. After a change of the mode none is left that began in the old one.
+func (p *Proxy) Drain(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, drainTimeout)
+	defer cancel()
+	p.drained.Store(int64(time.Since(start)))
+	return unanswered(p.end(ctx, nil))
+}
+
+// end has the connections that end go when they are idle, and cancels those that are
+// left when ctx is done. It returns how many these were, once none is left or done is
+// closed.
+func (p *Proxy) end(ctx context.Context, done <-chan struct{}) (cancelled int) {
 	for {
+		left := 0
 		p.mu.Lock()
 		for s := range p.sessions() {
-			s.task.Wake() // it sees for itself whether it has a request in its hands
-		}
-		p.mu.Unlock()
-		select {
-		case <-done:
-			return nil
-		case <-ctx.Done():
-			p.mu.Lock()
-			left := 0
-			for s := range p.sessions() {
-				s.task.Cancel()
+			if s.ends() {
+				s.task.Wake() // it sees for itself whether it has a request in its hands
 				left++
 			}
-			p.mu.Unlock()
-			<-done
-			if left > 0 {
-				return fmt.Errorf("closed %d connections whose answer had not come", left)
+		}
+		p.mu.Unlock()
+		if left == 0 && done == nil {
+			return 0
+		}
+		select {
+		case <-done:
+			return 0
+		case <-ctx.Done():
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			for s := range p.sessions() {
+				if s.ends() {
+					s.task.Cancel()
+					cancelled++
+				}
 			}
-			return nil
+			return cancelled
 		case <-time.After(grace / 5):
 		}
 	}
+}
+
+func unanswered(connections int) error {
+	if connections == 0 {
+		return nil
+	}
+	return fmt.Errorf("closed %d connections whose answer had not come", connections)
 }
 
 // sessions yields those that have a slot. It is called with p.mu held.
@@ -353,29 +384,26 @@ func (p *Proxy) looped(client *session) bool {
 		p.stats.Looped.Add(1)
 		return true
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for s := range p.sessions() {
-		if s.goesOutFrom(client.conn.Source) {
-			p.stats.Looped.Add(1)
-			s.looped.Store(true)
-			return true
-		}
+	s := p.ours.find(client.conn.Source)
+	if s == nil {
+		return false
 	}
-	return false
+	p.stats.Looped.Add(1)
+	s.looped.Store(true)
+	return true
 }
+
+// own reports whether an address is the near end of a connection of ours to the service.
+func (p *Proxy) own(a netip.AddrPort) bool { return p.ours.find(a) != nil || p.ahead.has(a) }
 
 // For names the client for whom a connection of ours to the service is, by the near
 // end of that connection. It is false for every other connection.
 func (p *Proxy) For(near netip.AddrPort) (client netip.AddrPort, ok bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for s := range p.sessions() {
-		if s.goesOutFrom(near) {
-			return s.conn.Source, true
-		}
+	s := p.ours.find(near)
+	if s == nil {
+		return netip.AddrPort{}, false
 	}
-	return netip.AddrPort{}, false
+	return s.conn.Source, true
 }
 
 // serves reports whether a destination is one of the endpoints.

@@ -484,3 +484,20 @@ func TestComesBackWhileBodyArrives(t *testing.T) {
 		t.Errorf("the service was asked what nobody judged, and the client got %.40q", got)
 	}
 }
+
+// Where every connection of ours comes back, each is known as ours before another is
+// made for it: one client does not keep the daemon busy with itself.
+func TestComesBackAlways(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}})
+	loops := []string{"OUTPUT", "-d", "169.254.169.254", "-p", "tcp", "--dport", "80", "-m", "mark", "--mark", fmt.Sprint(testMark), "-j", "REDIRECT", "--to-ports", "254"}
+	run(t, "iptables", append([]string{"-t", "nat", "-I"}, loops...)...)
+	defer run(t, "iptables", append([]string{"-t", "nat", "-D"}, loops...)...)
+	c := r.dial(false)
+	defer c.Close()
+	got, end := talk(t, c, "GET /latest/meta-data/instance-id HTTP/1.1\r\n"+host+"\r\n", 2*time.Second)
+	time.Sleep(100 * time.Millisecond)
+	s := r.proxy.Stats()
+	if n := s.Connections.Load(); s.Looped.Load() == 0 || n > 2+2*maxLoops {
+		t.Errorf("the client got %q, %s; %d connections, %d of them our own", got, end, n, s.Looped.Load())
+	}
+}

@@ -35,10 +35,11 @@ type session struct {
 	held     *int // by its owner, with this one
 	part     *int // from its cgroup
 	arriving bool // has a place among those without a slot
+	room     bool // for many more, when it was accepted
 
-	prepared bool                           // up was made before it was asked for
-	near     atomic.Pointer[netip.AddrPort] // the near end of up; nil if there is none
-	looped   atomic.Bool                    // up came back to us
+	prepared bool           // up was made before it was asked for
+	near     netip.AddrPort // of up; the zero value if there is none
+	looped   atomic.Bool    // up came back to us
 
 	conn   event.Connection
 	minTTL int
@@ -108,31 +109,52 @@ func (s *session) run() {
 		s.refuse("not redirected from an endpoint of the metadata service")
 		return
 	}
-	admitted := false
-	s.task.Away(func() { admitted = s.enter() })
-	if !admitted {
-		return
-	}
-	// While the client's request is on its way, so is the connection for it; but not
-	// where requests are counted, since that costs the service packets, too.
-	if s.p.pace.each == 0 {
-		if err := s.connect(); err != nil {
-			if !errors.Is(err, loop.ErrCancelled) {
-				stats.UpstreamFailed.Add(1)
-				s.client.Reset()
-			}
+	switch {
+	case !s.early():
+		if !s.known() || s.p.pace.each == 0 && !s.ready() {
 			return
 		}
+	case !s.ready(), !s.first() && !s.known():
+		return
 	}
 	for s.exchange() == nil {
 		s.count++
 		s.idle.Store(int64(time.Since(start)))
 		s.busy.Store(false)
-		if s.p.closing.Load() {
+		if s.ends() {
 			s.goodbye(false)
 			return
 		}
 	}
+}
+
+// ends reports whether the connection shall end when nothing is under way. It may be
+// called from any goroutine.
+func (s *session) ends() bool {
+	return s.p.closing.Load() || int64(s.accepted.Sub(start)) < s.p.drained.Load()
+}
+
+// early reports whether the connection to the service may begin before it is known who
+// asks: where there is room for both, and it is none of ours that came back. Where
+// requests are counted it waits even for those, since it costs the service packets.
+func (s *session) early() bool {
+	return s.p.pace.each == 0 && !s.forwarded && s.room && !s.p.own(s.conn.Source)
+}
+
+// first reports whether the request is there, and may be passed on before it is known
+// who asks: in audit mode, where the kernel has kept who called connect.
+func (s *session) first() bool {
+	return s.p.engine.Mode() == policy.Audit && s.p.finder.Level() >= attribution.Level2 && s.fill() == nil
+}
+
+// known finds out whose the connection is, unless it was. It reports false if there is
+// no room for it.
+func (s *session) known() bool {
+	admitted := true
+	if s.lookup == nil {
+		s.task.Away(func() { admitted = s.enter() })
+	}
+	return admitted
 }
 
 // enter finds out whose the connection is, and whether there is room for it. It is
@@ -182,6 +204,17 @@ func (s *session) ownedBy() part {
 	return part{owner{known: known, uid: uid}, s.lookup.CgroupID()}
 }
 
+// ready connects before there is a request. It reports false if that cannot be done, and
+// the client sees what it would see of the service.
+func (s *session) ready() bool {
+	err := s.connect()
+	if err != nil && !errors.Is(err, loop.ErrCancelled) {
+		s.p.stats.UpstreamFailed.Add(1)
+		s.client.Reset()
+	}
+	return err == nil
+}
+
 // connect begins a connection upstream. Where descriptors have run out it waits a
 // little for some: the client has a connection, and nobody to tell it why it ends.
 func (s *session) connect() error {
@@ -202,8 +235,7 @@ const descriptorsIn = 250 * time.Millisecond
 func (s *session) dial() error {
 	if !s.forwarded && !s.resent { // a second try needs one that is alive for certain
 		if p, ok := s.p.ahead.take(s.conn.Destination); ok {
-			s.up, s.prepared = p.conn, true
-			s.near.Store(&p.near)
+			s.reached(p.conn, p.near, true)
 			return nil
 		}
 	}
@@ -211,9 +243,13 @@ func (s *session) dial() error {
 	if err != nil {
 		return err
 	}
-	s.up, s.prepared = s.task.Adopt(fd), false
-	s.near.Store(&near)
+	s.reached(s.task.Adopt(fd), near, false)
 	return nil
+}
+
+func (s *session) reached(up *loop.Conn, near netip.AddrPort, prepared bool) {
+	s.up, s.near, s.prepared = up, near, prepared
+	s.p.ours.add(near, s)
 }
 
 // old reports whether the connection to the service may have waited for a request so
@@ -223,17 +259,10 @@ func (s *session) old() bool { return s.count > 0 || s.prepared }
 // hangUp ends the connection to the service.
 func (s *session) hangUp() {
 	if s.up != nil {
-		s.near.Store(nil)
+		s.p.ours.remove(s.near, s)
 		s.up.Close()
 		s.half.told = false
 	}
-}
-
-// goesOutFrom reports whether an address is the near end of the connection
-// upstream. It may be called from any goroutine.
-func (s *session) goesOutFrom(a netip.AddrPort) bool {
-	near := s.near.Load()
-	return near != nil && *near == a
 }
 
 // unused reports whether nothing of a request has come for a while.
@@ -267,7 +296,7 @@ func (s *session) refuse(why string) {
 	ev := s.event()
 	ev.Request.Malformed = why
 	ev.Attribution.Reason = "not_asked"
-	ev.Decision = event.Decision{Mode: s.p.engine.Mode().String(), Verdict: event.Deny, WouldBe: event.Deny, Reason: why}
+	ev.Decision = event.Decision{Mode: ev.Decision.Mode, Verdict: event.Deny, WouldBe: event.Deny, Reason: why}
 	s.p.options.Record(ev)
 	s.reset = true
 }
@@ -275,6 +304,7 @@ func (s *session) refuse(why string) {
 // event begins a record. The first of a connection is from when it was accepted.
 func (s *session) event() *event.Event {
 	ev := &event.Event{Host: s.p.options.Host, Time: s.accepted, Connection: s.conn}
+	ev.Decision.Mode = s.p.engine.Mode().String()
 	if ev.Connection.First = !s.told; s.told {
 		ev.Time = time.Now()
 	}
@@ -311,7 +341,7 @@ func (s *session) exchange() error {
 	asked(ev, r, target, size)
 	ev.Token = token
 
-	enforce := s.p.engine.Mode() == policy.Enforce
+	enforce := ev.Decision.Mode == policy.Enforce.String()
 	search := likely
 	if s.p.engine.Decisive(&ev.Request) {
 		if search = whole; !enforce {
@@ -452,6 +482,9 @@ func (s *session) complete(ev *event.Event, how search, then func()) bool {
 func (s *session) hint(ev *event.Event, within time.Duration, how search) (enough bool) {
 	ctx, cancel := context.WithTimeout(context.Background(), within)
 	defer cancel()
+	if s.lookup == nil {
+		s.enter() // there was room
+	}
 	var owner attribution.Owner
 	if how != likely {
 		owner, enough = s.lookup.Accounted(ctx)

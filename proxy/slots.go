@@ -194,6 +194,7 @@ func (p *Proxy) arrive(s *session) {
 	defer p.mu.Unlock()
 	s.arriving = true
 	s.slots.arriving++
+	s.room = len(s.slots.sessions)+s.slots.arriving < s.slots.limit/2
 }
 
 // full reports whether no more should be accepted. The task is woken when that changes.

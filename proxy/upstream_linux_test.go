@@ -186,6 +186,7 @@ func TestUpstreamEndsUnasked(t *testing.T) {
 	}
 	conn := r.dial(false)
 	<-third
+	time.Sleep(20 * time.Millisecond) // now its session waits for both
 	goOn := r.hold()
 	play <- struct{}{}
 	<-ended

@@ -25,6 +25,14 @@ func (s *session) fromClient(e loop.Events) loop.Interest {
 }
 func (s *session) fromUp(e loop.Events) loop.Interest { return loop.Interest{Conn: s.up, For: e} }
 
+// await waits, after it was found out whose the connection is.
+func (s *session) await(until time.Time, interests ...loop.Interest) error {
+	if !s.known() {
+		return loop.ErrCancelled
+	}
+	return s.task.Wait(until, interests...)
+}
+
 // read reads until a request head is there.
 func (s *session) read() (*request, error) {
 	deadline := time.Now().Add(s.p.silence)
@@ -55,7 +63,7 @@ func (s *session) read() (*request, error) {
 		wait := [2]loop.Interest{s.fromClient(loop.In)}
 		waits := 1
 		if !begun {
-			if woken && s.p.closing.Load() && s.unused() {
+			if woken && s.ends() && s.unused() {
 				s.goodbye(false)
 				return nil, io.EOF
 			}
@@ -74,7 +82,7 @@ func (s *session) read() (*request, error) {
 				}
 			}
 		}
-		err := s.task.Wait(deadline, wait[:waits]...)
+		err := s.await(deadline, wait[:waits]...)
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			switch {
 			case begun:
@@ -147,7 +155,7 @@ func (s *session) readBody(behind int) error {
 		}
 		err := s.fill()
 		if err == loop.ErrAgain {
-			err = s.task.Wait(deadline, s.fromClient(loop.In))
+			err = s.await(deadline, s.fromClient(loop.In))
 		}
 		switch {
 		case err == io.EOF, errors.Is(err, os.ErrDeadlineExceeded):
@@ -247,7 +255,7 @@ func (s *session) forward(b []byte) error {
 				s.half.begin(s.p.half)
 			}
 		}
-		err = s.task.Wait(s.half.until(silent), s.fromUp(loop.Out), s.fromClient(loop.Gone))
+		err = s.await(s.half.until(silent), s.fromUp(loop.Out), s.fromClient(loop.Gone))
 		if err := s.half.waited(err); err != nil {
 			return err
 		}
@@ -545,12 +553,15 @@ const lingerFor = 250 * time.Millisecond
 
 // odd deals with what cannot be read one way only. r is what can be read of it.
 func (s *session) odd(why error, r *request) {
+	if !s.known() {
+		return
+	}
 	s.p.stats.Malformed.Add(1)
 	ev := s.event()
 	ev.Request = readable(r)
 	ev.Request.Malformed = why.Error()
 	ev.Request.Bytes = int64(len(s.in))
-	if s.p.engine.Mode() == policy.Enforce {
+	if ev.Decision.Mode == policy.Enforce.String() {
 		s.task.Away(func() { s.decide(ev, AttributeIn, likely) })
 		s.say(imds.AppendBadRequest(nil, time.Now()))
 		ev.Response = event.Response{Status: 400, Refused: true}
@@ -569,7 +580,7 @@ func (s *session) odd(why error, r *request) {
 }
 
 // tunnel passes bytes both ways until both ends have ended, or nothing has
-// passed for long.
+// passed for long. In enforce mode nothing passes that cannot be read.
 func (s *session) tunnel() {
 	if s.reach(s.in) != nil {
 		s.client.Reset()
@@ -582,6 +593,9 @@ func (s *session) tunnel() {
 	defer back.release()
 	var over halfClosed
 	for silent := time.Now().Add(s.p.silence); ; {
+		if s.reset = s.p.engine.Mode() == policy.Enforce; s.reset { // from now on
+			return
+		}
 		// What the service has said is the client's, also if it takes no more.
 		more, err := back.move()
 		if s.reset = err != nil; s.reset || back.broken {

@@ -23,6 +23,9 @@ const DefaultEvents = "/var/log/imdsgate/events.ndjson"
 // DefaultFirstSeen is where rules remember what they have seen.
 const DefaultFirstSeen = "/var/lib/imdsgate/first-seen.db"
 
+// DefaultState is where the daemon keeps what operators have decided.
+const DefaultState = "/var/lib/imdsgate"
+
 // Config is all that can be set, in one file or several.
 type Config struct {
 	policy.Config `yaml:",inline"`
@@ -30,6 +33,7 @@ type Config struct {
 	Events        sink.Options    `yaml:"events"`
 	Attribution   Attribution     `yaml:"attribution"`
 	FirstSeen     FirstSeen       `yaml:"first_seen"`
+	State         State           `yaml:"state"`
 	Control       Control         `yaml:"control"`
 	Limits        Limits          `yaml:"limits"`
 	Upstream      Upstream        `yaml:"upstream"`
@@ -87,6 +91,12 @@ type FirstSeen struct {
 	Path string `yaml:"path"`
 }
 
+// State is what operators have decided, which outlives the daemon.
+type State struct {
+	// Dir is a directory that nobody else may write to. A change takes a restart.
+	Dir string `yaml:"dir"`
+}
+
 // Control is where operators ask.
 type Control struct {
 	Socket string `yaml:"socket"`
@@ -137,6 +147,7 @@ func (l LogLevel) MarshalText() ([]byte, error) { return []byte(l), nil }
 func (c *Config) complete() {
 	c.Events.Path = cmp.Or(c.Events.Path, DefaultEvents)
 	c.FirstSeen.Path = cmp.Or(c.FirstSeen.Path, DefaultFirstSeen)
+	c.State.Dir = cmp.Or(c.State.Dir, DefaultState)
 	c.Control.Socket = cmp.Or(c.Control.Socket, control.DefaultSocket)
 	c.Log.Level = cmp.Or(c.Log.Level, "info")
 }

@@ -5,9 +5,11 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/event"
+	"github.com/imdsgate/imdsgate/event/sink"
 	"github.com/imdsgate/imdsgate/policy"
 )
 
@@ -71,7 +73,7 @@ redirect:
   override_foreign: true
   override_conntrack: true
   forwarded_addrs: [169.254.213.81, "fd69:6d64:7367::81"]
-events: {path: /tmp/x, max_size: 1000, keep: 3, queue: 10}
+events: {path: /tmp/x, max_size: 1000, keep: 3, queue: 10, max_age: 24h, fsync: interval, layout: defend, journal: true}
 first_seen: {path: /tmp/f}
 attribution: {require_level: L2, uncovered: report}
 control: {socket: /tmp/s, group: wheel}
@@ -101,6 +103,9 @@ log: {level: debug}
 		c.Attribution.RequireLevel != attribution.Level2 || c.Attribution.Uncovered != Report {
 		t.Errorf("%+v", c)
 	}
+	if e := c.Events; e.MaxSize != 1000 || e.Queue != 10 || e.MaxAge != 24*time.Hour || e.Fsync != sink.FsyncInterval || e.Layout != event.Defend || !e.Journal {
+		t.Errorf("%+v", e)
+	}
 	if c.Tokens.Scope != event.ScopeParent || *c.Tokens.Action != policy.TokenBlock || !g.OwnToken {
 		t.Errorf("%+v", c.Tokens)
 	}
@@ -125,6 +130,8 @@ func TestErrors(t *testing.T) {
 		{"a list for a mapping", "rules: [a]\n", []string{"config.yaml:1:8:", "mapping is expected", "^"}},
 		{"unknown level", "attribution: {require_level: L4}\n", []string{"config.yaml:1:", "L4", "L0, L1, L2, L3", "^"}},
 		{"unknown value", "attribution: {uncovered: allow}\n", []string{"config.yaml:1:", "allow", "deny and report", "^"}},
+		{"unknown layout", "events: {layout: both}\n", []string{"config.yaml:1:", "both", "own and defend", "^"}},
+		{"unknown fsync", "events: {fsync: sometimes}\n", []string{"config.yaml:1:", "sometimes", "never, rotate, interval, always", "^"}},
 		{"unknown scope", "tokens:\n  scope: host\n", []string{"config.yaml:2:10:", "host", "unit, parent, process", "^"}},
 		{"unknown action on tokens", "tokens: {action: deny}\n", []string{"config.yaml:1:18:", "deny", "off, alert, block", "^"}},
 		{"unknown key of tokens", "tokens: {scopes: unit}\n", []string{"1:10:", "scopes", "^"}},

@@ -23,10 +23,12 @@ import (
 // eqlOptions are the flags of imdsgate eql.
 type eqlOptions struct {
 	file      string
+	rule      string
 	timestamp string
 	roles     ndjson.Roles
 	pending   int
 	explain   bool
+	given     func(flag string) bool // on the command line
 }
 
 func newEQL(o *options) *cobra.Command {
@@ -61,18 +63,25 @@ what the query compares them with; a field that no event has is worth a warning.
 Values are taken as Elasticsearch takes them: "42" is good for a number, and
 42 for a string.
 
+With --rule the query is that of a rule file in Elastic's form, of the type eql. Its
+event_category_override, timestamp_field and tiebreaker_field hold unless a flag says
+another; what else the rule says is left to who runs it.
+
 Bad lines are named and left out. Exit status: 0 something matches, 1 nothing does,
 2 the query is wrong, or a file could not be read.`,
 		Example: `  imdsgate eql 'process where process.name : "curl"' /var/log/imdsgate/events.ndjson*
   imdsgate eql --id event.id 'sequence by process.entity_id with maxspan=1m
     [process where event.action == "exec"] [network where destination.port == 80]' events.ndjson.gz
+  imdsgate eql --rule credential_access.toml --id event.id events.ndjson
   imdsgate eql -f hunt.eql --timestamp time:ms --category kind < events.ndjson`,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			e.given = cmd.Flags().Changed
 			return e.run(cmd.Context(), o.json, args, cmd.InOrStdin(), cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},
 	}
 	flags := cmd.Flags()
 	flags.StringVarP(&e.file, "file", "f", "", "file with the query, instead of QUERY; - is standard input")
+	flags.StringVar(&e.rule, "rule", "", "rule file with the query, instead of QUERY")
 	flags.StringVar(&e.roles.Category, "category", "event.category", "field that the category is in (process where ...)")
 	flags.StringVar(&e.timestamp, "timestamp", "@timestamp", "field with the time, FIELD or FIELD:FORM")
 	flags.StringVar(&e.roles.Tiebreaker, "tiebreaker", "event.sequence", "field that orders events of the same time")
@@ -134,14 +143,24 @@ func (o *eqlOptions) run(ctx context.Context, json bool, args []string, stdin io
 
 // query reads the query, and says which of the arguments are files.
 func (o *eqlOptions) query(args []string, stdin io.Reader) (*syntax.Query, []string, error) {
-	if o.file == "" {
+	switch {
+	case o.rule != "" && o.file != "":
+		return nil, nil, errors.New("the query is either in the file of -f or in that of --rule")
+	case o.rule != "":
+		tree, err := o.queryOfRule()
+		return tree, args, err
+	case o.file == "":
 		if len(args) == 0 {
 			return nil, nil, errors.New(`which query? One is given as in imdsgate eql 'process where process.name == "curl"' FILE, or in a file with -f`)
 		}
 		tree, err := syntax.Parse("query", args[0])
 		if err != nil {
 			if info, statErr := os.Stat(args[0]); statErr == nil && info.Mode().IsRegular() {
-				err = fmt.Errorf("%w\n%s is a file: -f %[2]s takes the query from it", err, args[0])
+				flag := "-f"
+				if strings.HasSuffix(args[0], ".toml") {
+					flag = "--rule"
+				}
+				err = fmt.Errorf("%w\n%s is a file: %s %[2]s takes the query from it", err, args[0], flag)
 			}
 			return nil, nil, err
 		}
@@ -164,6 +183,31 @@ func (o *eqlOptions) query(args []string, stdin io.Reader) (*syntax.Query, []str
 	}
 	tree, err := syntax.Parse(name, strings.TrimPrefix(string(src), "\uFEFF"))
 	return tree, args, err
+}
+
+// queryOfRule reads a rule file, and takes from it the fields that no flag names.
+func (o *eqlOptions) queryOfRule() (*syntax.Query, error) {
+	src, err := os.ReadFile(o.rule)
+	if err != nil {
+		return nil, fmt.Errorf("read the rule: %w", err)
+	}
+	rule, err := policy.ParseRuleQuery(o.rule, src)
+	if err != nil {
+		return nil, err
+	}
+	for _, f := range []struct {
+		flag, of string
+		field    *string
+	}{
+		{"category", rule.Category, &o.roles.Category},
+		{"timestamp", rule.Timestamp, &o.timestamp},
+		{"tiebreaker", rule.Tiebreaker, &o.roles.Tiebreaker},
+	} {
+		if f.of != "" && !o.given(f.flag) {
+			*f.field = f.of
+		}
+	}
+	return rule.Tree, nil
 }
 
 // form takes the form of times off the name of their field.

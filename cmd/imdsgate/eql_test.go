@@ -273,6 +273,86 @@ func TestEQLQuery(t *testing.T) {
 	}
 }
 
+// A rule file says what is asked, and of which fields, unless flags do.
+func TestEQLRule(t *testing.T) {
+	t.Chdir(t.TempDir())
+	const rule = `[metadata]
+maturity = "production"
+
+[rule]
+name = "Twice"
+rule_id = "0b7f6f0a"
+type = "eql"
+language = "eql"
+index = ["logs-*"]
+event_category_override = "kind"
+timestamp_field = "seen"
+tiebreaker_field = "serial"
+query = '''
+sequence by pid with maxspan=1s
+  [start where name == "sh"]
+  [file where ?path like~ "/ETC/*"]
+'''
+
+[rule.alert_suppression]
+group_by = ["host.id"]
+
+[rule.investigation_fields]
+field_names = ["pid"]
+`
+	for name, text := range map[string]string{
+		"rule.toml":   rule,
+		"typo.toml":   strings.Replace(rule, "like~", "liek", 1),
+		"wrong.toml":  strings.Replace(rule, `"sh"`, "7", 1),
+		"kql.toml":    strings.NewReplacer(`type = "eql"`, `type = "query"`, `"eql"`, `"kuery"`).Replace(rule),
+		"count.toml":  strings.Replace(rule, `"eql"`, `"threshold"`, 1),
+		"narrow.toml": strings.Replace(rule, "index", "filters = [{}]\nindex", 1),
+		"empty.toml":  strings.Replace(rule, "query", "other", 1),
+		"agent.toml": `[rule]
+name = "Agent"
+id = "5d1c"
+os_list = ["windows"]
+query = '''any where event.id == "b"'''
+[[actions]]
+action = "kill_process"
+`,
+		"events": `{"id":2,"kind":"file","seen":1764089671000,"serial":2,"pid":1,"path":"/etc/shadow","time":1764089671000,"name":"sh"}
+{"id":1,"kind":"start","seen":1764089671000,"serial":1,"pid":1,"name":"sh","time":1764089679000}
+`,
+		"ours": threeLines,
+	} {
+		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range []struct {
+		args []string
+		says string
+		code int
+	}{
+		{[]string{"--rule", "rule.toml", "--id", "id", "events"}, "[1,2]\n", 0},
+		{[]string{"--rule", "rule.toml", "--id", "id", "--tiebreaker", "none", "events"}, "", 1},
+		{[]string{"--rule", "rule.toml", "--id", "id", "--timestamp", "time:ms", "events"}, "", 1},
+		{[]string{"--rule", "rule.toml", "--id", "id", "--category", "name", "events"}, "", 1},
+		{[]string{"--rule", "rule.toml", "--explain"}, "serial  tiebreaker", 0},
+		{[]string{"--rule", "agent.toml", "ours"}, connected, 0},
+		{[]string{"--rule", "typo.toml", "events"}, "typo.toml:16:21: expected ]", 2},
+		{[]string{"--rule", "wrong.toml", "events"}, "wrong.toml:15:24: name (a string) cannot be compared with an integer\n\t  [start where name == 7]\n", 2},
+		{[]string{"--rule", "kql.toml", "events"}, `kql.toml:7:8: the query of a rule of the type "query" cannot be asked by itself`, 2},
+		{[]string{"--rule", "count.toml", "events"}, `"threshold"`, 2},
+		{[]string{"--rule", "narrow.toml", "events"}, "narrow.toml:9:1: filters narrow the search", 2},
+		{[]string{"--rule", "empty.toml", "events"}, "has no query", 2},
+		{[]string{"--rule", "none.toml", "events"}, "read the rule: open none.toml", 2},
+		{[]string{"--rule", "rule.toml", "-f", "q.eql", "events"}, "either", 2},
+		{[]string{"rule.toml", "events"}, "--rule rule.toml takes the query from it", 2},
+	} {
+		out, stderr, code := eqlRun(c.args...)
+		if code != c.code || !strings.Contains(out+stderr, c.says) {
+			t.Errorf("%v: exit %d, want %d and %q\n%s%s", c.args, code, c.code, c.says, out, stderr)
+		}
+	}
+}
+
 func TestEQLExplain(t *testing.T) {
 	events := writeFile(t, "events", threeLines)
 	const query = `sequence by host.id, ?labels.n with maxspan=90s

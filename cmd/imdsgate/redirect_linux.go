@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strconv"
 
+	"github.com/imdsgate/imdsgate/cmd/report"
 	"github.com/imdsgate/imdsgate/iptables"
 	"github.com/imdsgate/imdsgate/policy"
 	"github.com/spf13/cobra"
@@ -33,15 +34,21 @@ const (
 	daemonUnit = "system.slice/imdsgated.service"
 )
 
-// plan is what the daemon would install: with its user, and with its unit
-// where that is running.
-func (o *options) plan() (iptables.Config, error) {
+// plan is what the daemon would install: with its user, with its unit where that is
+// running, and in the mode that it is in.
+func (o *options) plan(ctx context.Context) (iptables.Config, error) {
 	c, err := o.load()
 	if err != nil {
 		return iptables.Config{}, err
 	}
 	rules := c.Redirect.WithDefaults()
 	rules.Enforce = c.Mode == policy.Enforce
+	if client, err := o.client(); err == nil {
+		var now report.Modes
+		if client.Get(ctx, "mode", nil, &now) == nil {
+			rules.Enforce = now.Mode == policy.Enforce
+		}
+	}
 	rules.SocketActivated = true // by imdsgated.socket, or by the daemon that runs
 	u, err := user.Lookup(daemonUser)
 	if err != nil {
@@ -66,7 +73,7 @@ func newPrint(o *options) *cobra.Command {
 		Short: "Print the rules, as iptables-restore reads them, and change nothing",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			rules, err := o.plan()
+			rules, err := o.plan(cmd.Context())
 			if err != nil {
 				return err
 			}
@@ -84,7 +91,7 @@ func newPrint(o *options) *cobra.Command {
 }
 
 func (o *options) open(ctx context.Context) (*iptables.Redirect, error) {
-	rules, err := o.plan()
+	rules, err := o.plan(ctx)
 	if err != nil {
 		return nil, err
 	}

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"strings"
 	"time"
 
 	"github.com/imdsgate/imdsgate/cmd/config"
@@ -59,7 +58,7 @@ something would, 2 there is no answer, or not the whole of one.`,
 	flags.StringVar(&r.policy, "policy", "", "configuration with the policy to try (default: that of --config)")
 	flags.StringVar(&r.against, "against", "", "configuration with the policy to compare with, instead of what was recorded")
 	flags.BoolVar(&r.actual, "actual", false, "compare with what clients got")
-	flags.StringVar(&r.since, "since", "", "count requests from this time on: 2026-11-26, 2026-11-26T08:00:00Z, or 7d for seven days ago")
+	flags.StringVar(&r.since, "since", "", "count requests from a time on: 2026-11-26, 2026-11-26T08:00:00Z, or how long ago, as in 7d")
 	flags.StringVar(&r.until, "until", "", "count requests before this time")
 	flags.BoolVar(&r.all, "all", false, "show every group of requests, and not only the largest")
 	cmd.MarkFlagsMutuallyExclusive("against", "actual")
@@ -128,45 +127,20 @@ func (o *replayOptions) compare(common *options) (to replay.Options, err error) 
 		}
 	}
 	to.Actual = o.actual
-	to.Since, to.Until, err = parseSpan(o.since, o.until, time.Now())
+	to.Since, to.Until, err = span(o.since, o.until, time.Now())
 	return to, err
 }
 
-// parseSpan reads the values of --since and --until. The zero time is no bound.
-func parseSpan(since, until string, now time.Time) (from, to time.Time, err error) {
-	for _, t := range []struct {
-		flag, text string
-		to         *time.Time
-	}{{"since", since, &from}, {"until", until, &to}} {
-		if t.text == "" {
-			continue
-		}
-		if *t.to, err = parseWhen(t.text, now); err != nil {
-			return from, to, fmt.Errorf("--%s: %w", t.flag, err)
-		}
+// span reads the values of --since and --until. The zero time is no bound.
+func span(since, until string, now time.Time) (from, to time.Time, err error) {
+	if from, err = moment("--since", since, now); err != nil {
+		return from, to, err
+	}
+	if to, err = moment("--until", until, now); err != nil {
+		return from, to, err
 	}
 	if !to.IsZero() && !from.Before(to) {
 		return from, to, errors.New("--since is not before --until")
 	}
 	return from, to, nil
-}
-
-// parseWhen reads a time, or how long ago it was.
-func parseWhen(text string, now time.Time) (time.Time, error) {
-	for _, layout := range []string{time.RFC3339, "2006-01-02T15:04:05", "2006-01-02 15:04:05", "2006-01-02 15:04", time.DateOnly} {
-		if t, err := time.ParseInLocation(layout, text, now.Location()); err == nil {
-			return t, nil
-		}
-	}
-	ago := strings.TrimPrefix(text, "-")
-	if days, ok := strings.CutSuffix(ago, "d"); ok {
-		var n int
-		if _, err := fmt.Sscanf(days+"\n", "%d\n", &n); err == nil && n >= 0 && n < 1e5 {
-			return now.AddDate(0, 0, -n), nil
-		}
-	}
-	if d, err := time.ParseDuration(ago); err == nil && d >= 0 {
-		return now.Add(-d), nil
-	}
-	return time.Time{}, fmt.Errorf("%q is no time: write 2026-11-26, 2026-11-26T08:00:00Z, or how long ago, as 7d or 12h", text)
 }

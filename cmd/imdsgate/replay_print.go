@@ -23,7 +23,7 @@ func printDiff(w io.Writer, d *replay.Diff, all bool) error {
 		return p.err
 	}
 	against := map[string]string{"recorded": "what was recorded", "actual": "what clients got"}[d.Against]
-	p.line("%s on %s, %s to %s, compared with %s", requests(d.Requests), hosts(d.Hosts), stamp(d.First), stamp(d.Last), cmp.Or(against, "the other policy"))
+	p.line("%s on %s, %s to %s, compared with %s", countRequests(d.Requests), countHosts(d.Hosts), stamp(d.First), stamp(d.Last), cmp.Or(against, "the other policy"))
 	p.section("WOULD NEWLY BE REFUSED", &d.New, all, true)
 	p.section("would newly pass", &d.Opened, all, false)
 	p.section("cannot be decided from what was recorded", &d.Undecided, all, false)
@@ -43,7 +43,7 @@ func (p *printer) section(title string, s *replay.Section, all, hints bool) {
 	if s.Requests == 0 {
 		return
 	}
-	p.line("\n%s: %s", title, requests(s.Requests))
+	p.line("\n%s: %s", title, countRequests(s.Requests))
 	rest, groups := s.Others, uint64(0)
 	for i := range s.Groups {
 		if i >= largest && !all {
@@ -74,7 +74,7 @@ func (p *printer) group(g *replay.Group, hints bool) {
 		}
 	}
 	p.line("%8d  %s: %s", g.Requests, printable(cmp.Or(g.Class, "malformed")), who)
-	p.line("          on %s (%s), %s to %s", hosts(g.Hosts), printable(strings.Join(g.HostNames, ", ")), stamp(g.First), stamp(g.Last))
+	p.line("          on %s (%s), %s to %s", countHosts(g.Hosts), printable(strings.Join(g.HostNames, ", ")), stamp(g.First), stamp(g.Last))
 	if len(g.Examples) > 0 {
 		p.line("          e.g. %s, event %s", printable(strings.Join(g.Paths, ", ")), printable(strings.Join(g.Examples, ", ")))
 	}
@@ -118,14 +118,14 @@ func hint(g *replay.Group) string {
 	return ""
 }
 
-func requests(n uint64) string {
+func countRequests(n uint64) string {
 	if n == 1 {
 		return "1 request"
 	}
 	return fmt.Sprintf("%d requests", n)
 }
 
-func hosts(n int) string {
+func countHosts(n int) string {
 	if n == 1 {
 		return "1 host"
 	}

@@ -160,6 +160,9 @@ func reason(file string, err error) string {
 	}
 	if fault != nil {
 		first = fmt.Sprintf("line %d: %s", fault.Line, fault.Msg)
+		if fault.File != file {
+			first = "query, " + first
+		}
 	} else {
 		first, _, _ = strings.Cut(strings.TrimPrefix(err.Error(), file+": "), "\n")
 	}
@@ -177,7 +180,7 @@ func printRules(w io.Writer, r rulesReport) error {
 	for _, rule := range r.Rules {
 		result := "ok"
 		if !rule.OK {
-			result = "refused: " + rule.Reason
+			result = "refused: " + beginning(rule.Reason)
 		}
 		cells := []string{rule.File, cmp.Or(rule.ID, "-"), cmp.Or(rule.Type, "-"), result, cmp.Or(strings.Join(rule.Missing, " "), "-")}
 		for i, cell := range cells {
@@ -220,6 +223,15 @@ func printRules(w io.Writer, r rulesReport) error {
 		p.line("\n%d load, %d refused", r.Loaded, r.Refused)
 	}
 	return p.err
+}
+
+// beginning is what of a reason a table has room for. All of it is below.
+func beginning(reason string) string {
+	const room = 60
+	if r := []rune(reason); len(r) > room {
+		return string(r[:room-1]) + "…"
+	}
+	return reason
 }
 
 // named puts the file before lines that do not have it.

@@ -32,7 +32,7 @@ func TestRulesCheck(t *testing.T) {
 	const want = `FILE    RULE  TYPE       RESULT                                                                                                         FIELDS THAT NO EVENT HERE HAS
 a.toml  a     eql        ok                                                                                                             -
 b.toml  b     query      ok                                                                                                             file.path proc�ess.x
-c.toml  c     threshold  refused: line 6: a rule of the type threshold counts the hits of a search, which is done where events are collected  -
+c.toml  c     threshold  refused: line 6: a rule of the type threshold counts the hits of a s…  -
 d.toml  d     eql        refused: line 12: unknown field file.path (and 1 more)                                                         file.name file.path
 e.toml  -     -          refused: line 2: `
 	got, code := imdsgate("rules", "check", ".")

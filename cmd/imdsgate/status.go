@@ -63,6 +63,9 @@ func protected(s report.Status) bool {
 		s.Attribution.Broken == "" && s.Attribution.Level >= s.Attribution.Required
 }
 
+// maxListed bounds the decisions that status names.
+const maxListed = 5
+
 // gives is what a level adds to the ones below.
 var gives = map[string]string{
 	"L1": "who forked whom, what a process was before",
@@ -85,12 +88,30 @@ func printStatus(w io.Writer, s report.Status) error {
 	}
 	row("daemon", "imdsgated %s, pid %d, up %v", s.Version, s.PID, time.Since(s.Since).Round(time.Second))
 	row("mode", "%s, posture %s", s.Mode, s.Policy.Posture)
+	if set := s.Modes.Set; set != nil {
+		row("", "! the configuration asks for %s; set by %s %s: %s", s.Modes.Configured, set.By, lasting(set.Until), set.Reason)
+	}
+	if s.Modes.Error != "" {
+		row("", "! %s", s.Modes.Error)
+	}
 	if s.Mode == "enforce" && s.Policy.Posture == "default" {
 		row("", "a program that no rule matches gets what it asks for; in posture strict only one with a grant does")
 	}
 	row("policy", "%d rules, %d grants, %.19s", len(s.Policy.Rules), len(s.Policy.Grants), s.Policy.Digest)
 	if n := s.Policy.Skipped; n > 0 {
 		row("", "%d rule files were left out: imdsgate rules check says why", n)
+	}
+	if n := len(s.Decisions.All); n > 0 {
+		row("decisions", "%d, which come before rules and grants", n)
+		for _, d := range s.Decisions.All[:min(n, maxListed)] {
+			row("", "%s %s %s, %s by %s: %s", d.ID, d.Effect, d.About(), lasting(d.Expires), d.By, d.Reason)
+		}
+		if n > maxListed {
+			row("", "and %d more: imdsgate decisions list", n-maxListed)
+		}
+	}
+	if s.Decisions.Error != "" {
+		row("decisions", "! %s", s.Decisions.Error)
 	}
 	row("redirect", "%s %s, %d repairs", s.Redirect.Backend, strings.Join(s.Redirect.Covered, ", "), s.Redirect.Repairs)
 	for _, problem := range [][]string{{s.Redirect.Error}, s.Redirect.Differences, s.Redirect.Locks} {
@@ -166,7 +187,7 @@ func printStatus(w io.Writer, s report.Status) error {
 		row("", "! %d packets to the metadata service, DNS and NTP dropped by the network interfaces: more than 1,024 a second", *n)
 	}
 	row("tokens", "whose %d are is known; %d were forgotten for want of room", r.Tokens, r.Forgotten)
-	row("events", "%s: %d written, %d dropped, %d lost", s.Events.Path, s.Events.Written, s.Events.Dropped, s.Events.Failed)
+	row("events", "%s: %d written, %d dropped, %d lost, %d removed from a full disk", s.Events.Path, s.Events.Written, s.Events.Dropped, s.Events.Failed, s.Events.Removed)
 	if s.Events.Error != "" {
 		row("", "! %s", s.Events.Error)
 	}

@@ -162,7 +162,7 @@ func (o *tuneOptions) run(ctx context.Context, all *options, args []string, stdi
 // options checks the flags.
 func (o *tuneOptions) options(stdin io.Reader) (t tune.Options, max tune.Risk, err error) {
 	t = tune.Options{MinCount: o.minCount, MinDays: o.minDays, Owner: o.owner}
-	if t.Since, t.Until, err = parseSpan(o.since, o.until, time.Now()); err != nil {
+	if t.Since, t.Until, err = span(o.since, o.until, time.Now()); err != nil {
 		return t, max, err
 	}
 	for _, class := range imds.Classes() {

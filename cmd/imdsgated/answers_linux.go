@@ -28,8 +28,14 @@ func (d *daemon) routes() map[string]control.Route {
 		"whois":       {Answer: d.whois},
 		"events":      {Stream: d.events},
 		"credentials": {Answer: d.credentials},
-		"reload": {Change: true, Answer: func(context.Context, control.Question) (any, error) {
-			return d.reload(), nil
+		"decisions":   {Answer: d.listDecisions},
+		"mode":        {Answer: d.answerMode},
+
+		"decisions/add":    {Change: true, Answer: d.addDecision},
+		"decisions/delete": {Change: true, Answer: d.deleteDecisions},
+		"mode/set":         {Change: true, Answer: d.setMode},
+		"reload": {Change: true, Answer: func(ctx context.Context, _ control.Question) (any, error) {
+			return d.reload(ctx)
 		}},
 	}
 }
@@ -38,6 +44,7 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 	p := d.engine.Policy()
 	s := report.Status{
 		Version: version, PID: os.Getpid(), Since: d.since, Mode: d.engine.Mode().String(),
+		Modes: d.modesNow(), Decisions: d.decisionsNow(),
 		Policy:      policyReport(p),
 		Attribution: d.attributionStatus(),
 		Events:      report.Events{Path: d.spool.Path(), Stats: d.spool.Stats()},
@@ -97,6 +104,11 @@ func (d *daemon) redirectStatus(ctx context.Context) report.Redirect {
 	found, err := d.redirect.Status(ctx)
 	if err != nil {
 		r.Error = err.Error()
+		return r
+	}
+	if d.engine.Mode() == policy.Off {
+		r.Notes = append(r.Notes, "removed: the mode is off")
+		r.Backend = found.Backend.String()
 		return r
 	}
 	for _, difference := range found.Differences {
@@ -213,7 +225,7 @@ func (d *daemon) whois(ctx context.Context, q control.Question) (any, error) {
 	ctx, cancel := context.WithTimeout(ctx, whoisTakes)
 	defer cancel()
 	var none error
-	for _, endpoint := range d.endpoints {
+	for _, endpoint := range d.rules.Endpoints {
 		if endpoint.Addr().Is4() != client.Addr().Is4() {
 			continue
 		}

@@ -66,7 +66,13 @@ func (d *daemon) openAttribution(c config.Attribution, rules iptables.Config, co
 	}
 	if d.finder.Level() < c.RequireLevel {
 		err := d.tooLow()
-		if enforce {
+		switch {
+		case enforce && d.modesNow().Set != nil && d.modesNow().Configured != policy.Enforce:
+			d.forgetMode(err)
+			if d.witness != nil {
+				d.witness.SetDeny(false)
+			}
+		case enforce:
 			return nil, errors.Join(err, closeAll())
 		}
 		d.log.Warn().Err(err).Msg("in enforce mode the daemon would not start")

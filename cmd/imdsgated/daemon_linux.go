@@ -47,8 +47,11 @@ type daemon struct {
 	finder    *attribution.Finder
 	witness   *witness.Witness // nil below level 2
 	required  attribution.Level
-	endpoints []netip.AddrPort
+	rules     iptables.Config
 	engine    *policy.Engine
+	decisions decisions
+	modes     modes
+	started   chan struct{} // closed when the redirect is there
 	terms     *firstseen.Store
 	redirect  *iptables.Redirect
 	proxy     *proxy.Proxy
@@ -58,8 +61,6 @@ type daemon struct {
 	repairs uint64
 	broken  error // what the last check of attribution found
 	level   string
-
-	reloading sync.Mutex
 }
 
 // run starts everything in the order in which one needs the other, waits until
@@ -79,10 +80,11 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	if d.host, err = describeHost(version); err != nil {
 		return err
 	}
+	d.host.Layout = c.Events.Layout
 	if err := os.MkdirAll(filepath.Dir(c.Events.Path), 0o750); err != nil {
 		return fmt.Errorf("make the directory of the event file: %w", err)
 	}
-	if d.spool, err = sink.Open(c.Events); err != nil {
+	if d.spool, err = sink.Open(c.Events, d.host); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, d.spool.Close()) }()
@@ -90,11 +92,13 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	rules := c.Redirect.WithDefaults()
 	rules.UID = uint32(os.Geteuid())
 	rules.Cgroup = ownCgroup()
-	rules.Enforce = p.Mode == policy.Enforce
 	rules.SocketActivated = len(inherited) > 0
-	d.endpoints = rules.Endpoints
+	d.rules = rules
 
+	d.started = make(chan struct{})
 	d.engine = policy.NewEngine(p)
+	d.recallDecisions(c.State.Dir)
+	d.recallMode(c.State.Dir)
 	d.terms = firstseen.Open(c.FirstSeen.Path, d.keptTerms)
 	defer func() { d.keptTerms(d.terms.Close()) }()
 	d.engine.KeepTerms(d.terms)
@@ -111,6 +115,7 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	answering := control.Serve(listening, d.routes())
 	defer func() { err = errors.Join(err, answering.Close()) }()
 
+	rules.Enforce = d.engine.Mode() == policy.Enforce
 	if d.redirect, err = iptables.Open(ctx, rules); err != nil {
 		return err
 	}
@@ -140,18 +145,22 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	}()
 
 	defer d.release() // also when start fails half-way
-	if err := d.start(ctx, p, rules); err != nil {
+	if err := d.start(ctx); err != nil {
 		return err
 	}
+	close(d.started)
 	var background sync.WaitGroup
 	defer background.Wait()
 	defer fail(nil)
-	background.Go(func() { d.watch(ctx) })
+	background.Go(func() { d.keepTime(ctx) })
 	background.Go(func() { d.checkAttribution(ctx) })
 	background.Go(func() { d.reloadOnHangup(ctx) })
+	if c.Events.Journal {
+		background.Go(func() { d.passToJournal(ctx, filepath.Join(filepath.Dir(c.FirstSeen.Path), "journal-cursor")) })
+	}
 
 	sd.SdNotify(false, sd.SdNotifyReady)
-	d.log.Info().Str("version", version).Stringer("mode", p.Mode).Int("rules", len(p.Rules())).Int("grants", len(p.Grants())).
+	d.log.Info().Str("version", version).Stringer("mode", d.engine.Mode()).Int("rules", len(p.Rules())).Int("grants", len(p.Grants())).
 		Stringer("attribution", d.finder.Level()).Str("events", c.Events.Path).Msg("serving")
 	if d.engine.Mode() == policy.Enforce && d.engine.Policy().Posture != policy.Strict {
 		d.log.Warn().Msg("a program that no rule matches gets what it asks for; in posture strict only one with a grant does")
@@ -171,6 +180,20 @@ func (d *daemon) keptTerms(err error) {
 		d.log.Warn().Err(err).Msg("what rules have seen for the first time is not kept beyond a restart")
 	} else {
 		d.log.Debug().Msg("what rules have seen for the first time is kept")
+	}
+}
+
+// passToJournal is a reader of the event file, which knows after a restart where it was.
+func (d *daemon) passToJournal(ctx context.Context, state string) {
+	err := sink.Journal(ctx, d.spool.Path(), state, func(err error) {
+		if err != nil {
+			d.log.Warn().Err(err).Msg("journald takes no events, which wait in the event file")
+		} else {
+			d.log.Info().Msg("journald takes events again")
+		}
+	})
+	if err != nil {
+		d.log.Error().Err(err).Msg("events are not passed on to journald any more")
 	}
 }
 
@@ -316,52 +339,27 @@ func ports(rules iptables.Config) []netip.AddrPort {
 
 // start brings the traffic here, and deals with connections that were there
 // before.
-func (d *daemon) start(ctx context.Context, p *policy.Policy, rules iptables.Config) error {
-	d.state("daemon-started", "info", fmt.Sprintf("imdsgated %s started in %s mode", version, p.Mode), nil)
-	if p.Mode == policy.Off {
+func (d *daemon) start(ctx context.Context) error {
+	d.modes.changing.Lock()
+	defer d.modes.changing.Unlock()
+	mode := d.engine.Mode()
+	d.state("daemon-started", "info", fmt.Sprintf("imdsgated %s started in %s mode", version, mode), nil)
+	if mode == policy.Off {
 		_, err := iptables.Remove(ctx)
 		return err
 	}
-	// Twice, because the guard of enforce mode resets some of the first at once,
-	// and some are made while we install.
-	older, err := d.finder.Direct(rules.Endpoints, ports(rules), rules.UID)
+	older, err := d.bring(ctx, mode)
 	if err != nil {
 		return err
 	}
-	if err := d.install(ctx); err != nil {
-		return err
-	}
-	newer, err := d.finder.Direct(rules.Endpoints, ports(rules), rules.UID)
-	if err != nil {
-		return err
-	}
-	known := make(map[uint64]bool)
-	for _, s := range older {
-		known[s.Cookie] = true
-	}
-	for _, s := range newer {
-		if !known[s.Cookie] {
-			older = append(older, s)
-		}
-	}
-	for _, s := range older {
-		message := fmt.Sprintf("a connection to %v is older than the redirect and does not pass through it", s.Remote)
-		if p.Mode == policy.Enforce {
-			err := d.finder.Abort(s)
-			if err == nil {
-				message += "; it was aborted"
-			}
-			d.integrity("direct-imds-connection", message, err)
-			continue
-		}
-		d.integrity("direct-imds-connection", message, nil)
-	}
-	return nil
+	d.beginWatch()
+	return d.settle(older)
 }
 
-// install makes the redirect and remembers how that went.
-func (d *daemon) install(ctx context.Context) error {
-	report, err := d.redirect.Install(ctx)
+// install makes the redirect, with the guard of enforce mode or without, and remembers
+// how that went.
+func (d *daemon) install(ctx context.Context, enforce bool) error {
+	report, err := d.redirect.InstallFor(ctx, enforce)
 	d.mu.Lock()
 	d.failure = ""
 	if err != nil {
@@ -394,6 +392,8 @@ func (d *daemon) notTaken(report iptables.Report) {
 // stand between a client and the service. In enforce mode the redirect stays: until we
 // are back, connections are held by the socket unit, or refused.
 func (d *daemon) release() {
+	d.modes.changing.Lock() // and nobody changes the mode any more
+	d.endWatch()
 	mode := d.engine.Mode()
 	if mode == policy.Audit {
 		d.redirected(false)
@@ -416,9 +416,6 @@ func (d *daemon) remove() {
 
 // watch keeps the redirect as it should be.
 func (d *daemon) watch(ctx context.Context) {
-	if d.engine.Mode() == policy.Off {
-		return
-	}
 	err := d.redirect.Watch(ctx, 0, func(drift iptables.Drift) {
 		for _, difference := range drift.Found {
 			d.log.Warn().Str("difference", difference.String()).Bool("repaired", drift.Repaired).Msg("the redirect was changed")
@@ -466,7 +463,7 @@ func (d *daemon) reloadOnHangup(ctx context.Context) {
 			return
 		case <-hangup:
 			sd.SdNotify(false, sd.SdNotifyReloading)
-			if changed := d.reload(); changed.Refused != "" {
+			if changed, err := d.reload(ctx); err == nil && changed.Refused != "" {
 				d.log.Error().Str("error", changed.Refused).Msg("the new configuration is refused, the old one stays in force")
 			}
 			sd.SdNotify(false, sd.SdNotifyReady)
@@ -475,25 +472,33 @@ func (d *daemon) reloadOnHangup(ctx context.Context) {
 }
 
 // reload replaces the policy by the one that the configuration has now, or leaves
-// everything as it is, and tells what it did.
-func (d *daemon) reload() report.Reload {
-	d.reloading.Lock()
-	defer d.reloading.Unlock()
+// everything as it is, and tells what it did. The error is that of ctx, before the
+// daemon has started.
+func (d *daemon) reload(ctx context.Context) (report.Reload, error) {
+	select {
+	case <-d.started:
+	case <-ctx.Done():
+		return report.Reload{}, ctx.Err()
+	}
+	d.modes.changing.Lock()
+	defer d.modes.changing.Unlock()
 	old := d.engine.Policy()
 	r := report.Reload{Before: policyReport(old), After: policyReport(old), Changed: []string{}}
 	c, p, err := d.load()
-	if err == nil && p.Mode != d.engine.Mode() {
-		err = fmt.Errorf("the mode changes from %s to %s: restart the daemon for that", d.engine.Mode(), p.Mode)
+	if err == nil && p.Mode == policy.Enforce && d.finder.Level() < d.required {
+		err = d.tooLow()
+	}
+	if err == nil {
+		err = d.takeUp(ctx, p)
 	}
 	if err != nil {
 		r.Refused = err.Error()
 		d.state("policy-rejected", "change", "the new policy is refused, the old one stays in force", err)
-		return r
+		return r, nil
 	}
 	for _, w := range warnings(p) {
 		d.log.Warn().Msg(w)
 	}
-	d.engine.SetPolicy(p)
 	r.After, r.Changed = policyReport(p), append(r.Changed, old.Changes(p)...)
 	r.Restart = d.config.Restart(c)
 	for _, key := range r.Restart {
@@ -501,20 +506,45 @@ func (d *daemon) reload() report.Reload {
 	}
 	d.state("policy-activated", "change", fmt.Sprintf("a policy with %d rules and %d grants is in force, was %s", len(p.Rules()), len(p.Grants()), old.Digest), nil)
 	d.log.Info().Int("rules", len(p.Rules())).Int("grants", len(p.Grants())).Int("changes", len(r.Changed)).Str("digest", p.Digest).Msg("reloaded")
-	return r
+	return r, nil
+}
+
+// takeUp puts a policy in force, with its mode, unless an operator has set one for a
+// time: then the new one comes when that is over. It is called with modes.changing held.
+func (d *daemon) takeUp(ctx context.Context, p *policy.Policy) error {
+	m := &d.modes
+	now := d.modesNow()
+	switch {
+	case p.Mode == now.Configured:
+		d.engine.SetPolicy(p)
+	case now.Set != nil && !now.Set.Until.IsZero():
+		d.engine.SetPolicy(p)
+		d.state("mode-configured", "change", fmt.Sprintf("the configuration asks for %s mode, which begins when the one that %s has set is over", p.Mode, now.Set.By), nil)
+	default:
+		if err := d.goTo(ctx, p.Mode, nil, p, event.Actor{}, "the configuration asks for it"); err != nil {
+			return err
+		}
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.configured = p.Mode
+	return nil
 }
 
 // state records something about the daemon itself.
 func (d *daemon) state(action, kind, message string, failure error) {
+	d.change(event.State{Action: action, Type: kind, Message: message}, failure)
+}
+
+// change records something about the daemon itself, with what else there is to say.
+func (d *daemon) change(s event.State, failure error) {
 	p := d.engine.Policy()
-	ev := &event.Event{Kind: event.Lifecycle, Host: d.host, Time: time.Now(), State: event.State{
-		Action: action, Type: kind, Message: message, Mode: d.engine.Mode().String(), Policy: p.Digest,
-		Rules: int64(len(p.Rules())), Grants: int64(len(p.Grants())), Level: d.levelNow(),
-	}}
+	s.Mode, s.Policy, s.Level = d.engine.Mode().String(), p.Digest, d.levelNow()
+	s.Rules, s.Grants = int64(len(p.Rules())), int64(len(p.Grants()))
 	if failure != nil {
-		ev.State.Failed, ev.State.Reason = true, failure.Error()
+		s.Failed, s.Reason = true, strings.TrimPrefix(s.Reason+"; "+failure.Error(), "; ")
 	}
-	d.spool.Record(ev)
+	d.spool.Record(&event.Event{Kind: event.Lifecycle, Host: d.host, Time: time.Now(), State: s})
 }
 
 // integrity records that what protects the service is not as it should be.

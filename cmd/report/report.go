@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/imdsgate/imdsgate/event/sink"
+	"github.com/imdsgate/imdsgate/policy"
 	"github.com/imdsgate/imdsgate/policy/firstseen"
 )
 
@@ -15,6 +16,8 @@ type Status struct {
 	PID         int         `json:"pid"`
 	Since       time.Time   `json:"since"`
 	Mode        string      `json:"mode"`
+	Modes       Modes       `json:"modes"`
+	Decisions   Decisions   `json:"decisions"`
 	Policy      Policy      `json:"policy"`
 	Redirect    Redirect    `json:"redirect"`
 	Attribution Attribution `json:"attribution"`
@@ -23,6 +26,40 @@ type Status struct {
 	// FirstSeen is what rules of the type new_terms remember.
 	FirstSeen firstseen.Stats `json:"first_seen"`
 	Process   Process         `json:"process"`
+}
+
+// Modes is what `imdsgate mode` shows.
+type Modes struct {
+	Mode       policy.Mode `json:"mode"`
+	Since      time.Time   `json:"since"`
+	Configured policy.Mode `json:"configured"`
+	Set        *SetMode    `json:"set,omitempty"`   // nil if it is the configured one
+	Error      string      `json:"error,omitempty"` // why it is not as it should be, or not kept beyond a restart
+}
+
+// SetMode is a mode that an operator has set.
+type SetMode struct {
+	Mode policy.Mode `json:"mode"`
+	// Configured is what the configuration asked for then.
+	Configured policy.Mode  `json:"configured"`
+	Since      time.Time    `json:"since"`
+	Until      time.Time    `json:"until,omitzero"` // zero if it holds until it is changed
+	By         policy.Actor `json:"by"`
+	Reason     string       `json:"reason"`
+}
+
+// Decisions are those of operators.
+type Decisions struct {
+	All   []policy.Decision `json:"decisions"`
+	Error string            `json:"error,omitempty"` // why they are not kept beyond a restart, or were not taken up
+}
+
+// Decided is what came of a change of decisions.
+type Decided struct {
+	Decision *policy.Decision  `json:"decision,omitempty"` // that was added
+	Replaced *policy.Decision  `json:"replaced,omitempty"` // by it
+	Deleted  []policy.Decision `json:"deleted,omitempty"`
+	Notes    []string          `json:"notes,omitempty"` // what the operator should know
 }
 
 // Reload is what a reload of the configuration has changed.

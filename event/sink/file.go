@@ -1,20 +1,19 @@
 // Package sink takes events away from those who make them.
 //
 // A File is the spool: one line of JSON per document, in a file that is
-// rotated by size. Everything else that wants events reads them from there, so
-// that one slow reader costs nobody anything. Record never blocks: what does
-// not fit into the queue is dropped, and counted.
+// rotated by size and age. Everything else that wants events reads them from there,
+// with a Cursor that knows after a restart where it was, so that one slow reader costs
+// nobody anything. Record never blocks: what does not fit into the queue is dropped. On
+// a full disk the oldest documents make room. What is missing for either reason is
+// counted, and told by an event of the action events-suppressed.
 package sink
 
 import (
-	"bufio"
 	"cmp"
 	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
-	"os"
 	"sync/atomic"
 	"time"
 
@@ -30,10 +29,20 @@ type Options struct {
 	// Keep is how many rotated files are kept beside the present one: 4, five
 	// in all. They are called Path.1 (the youngest) and so on.
 	Keep int `yaml:"keep"`
+	// MaxAge is how old the file gets before it is rotated, however small it is. All
+	// files together reach back Keep+1 times as far at most. Without it, as far as their
+	// sizes do.
+	MaxAge time.Duration `yaml:"max_age"`
+	// Fsync is when documents are brought to the disk itself: see Fsync.
+	Fsync Fsync `yaml:"fsync"`
 	// Queue is how many events may wait for the disk: 4096. A lower number
 	// drops events when the disk stalls for a moment; each place costs a few
 	// kilobytes while it is taken.
 	Queue int `yaml:"queue"`
+	// Journal passes what somebody should see on to journald. A change takes a restart.
+	Journal bool `yaml:"journal"`
+	// Layout is the data streams that documents name: own, or defend.
+	Layout event.Layout `yaml:"layout"`
 }
 
 const (
@@ -43,6 +52,8 @@ const (
 	// daemon loses that much; followers see it that much later.
 	batchFor   = 50 * time.Millisecond
 	bufferSize = 64 << 10
+	// notMoreOften is how often gaps are told, and FsyncInterval syncs.
+	notMoreOften = time.Second
 )
 
 // File is the spool. Record may be called from any goroutine, and by many at
@@ -57,31 +68,72 @@ type File struct {
 	stopped atomic.Bool
 	stop    chan struct{}
 
-	written, dropped, failed atomic.Uint64
-	err                      atomic.Pointer[error]
+	host    *event.Host // of events of its own
+	later   *time.Timer // wakes for what need not be done at once
+	dropped atomic.Uint64
+	counts
+	err  atomic.Pointer[error]
+	told gaps // which only loop uses
 }
+
+// counts is what became of documents. The writer counts, anybody reads.
+type counts struct{ written, failed, removed atomic.Uint64 }
 
 // Stats counts documents since the start.
 type Stats struct {
 	Written uint64 `json:"written"`
 	Dropped uint64 `json:"dropped"` // events that found the queue full
 	Failed  uint64 `json:"failed"`  // documents that the disk did not take
+	Removed uint64 `json:"removed"` // documents that made room on a full disk
 	Error   string `json:"error,omitempty"`
+}
+
+// Fsync is when documents are brought to the disk itself. The end of the daemon, however
+// sudden, loses none that was written; only the end of the host does.
+type Fsync uint8
+
+const (
+	// FsyncRotate is when the file is rotated. What is younger the kernel writes within
+	// half a minute by itself.
+	FsyncRotate Fsync = iota
+	// FsyncNever leaves all of it to the kernel.
+	FsyncNever
+	// FsyncInterval is once a second, while there are events.
+	FsyncInterval
+	// FsyncAlways is after every batch: 50 ms of events, or one that is urgent. A slow
+	// disk makes the queue overflow.
+	FsyncAlways
+)
+
+// UnmarshalText reads never, rotate, interval or always.
+func (f *Fsync) UnmarshalText(text []byte) error {
+	for i, name := range []string{"rotate", "never", "interval", "always"} {
+		if string(text) == name {
+			*f = Fsync(i)
+			return nil
+		}
+	}
+	return fmt.Errorf("unknown value %q; there are never, rotate, interval, always", text)
 }
 
 // Open opens or makes the file, for its owner to write and its group to read.
 // It never follows a link. The sequence numbers of its documents go on from
-// those of an earlier run in the same boot.
-func Open(o Options) (*File, error) {
+// those of an earlier run in the same boot. What a crash has left of a line is taken
+// away.
+func Open(o Options, host *event.Host) (*File, error) {
 	o.MaxSize = cmp.Or(o.MaxSize, 100<<20)
 	o.Keep = cmp.Or(o.Keep, 4)
 	o.Queue = cmp.Or(o.Queue, 4096)
-	w := &writer{path: o.Path, maxSize: o.MaxSize, keep: o.Keep}
+	f := &File{options: o, host: host, queue: make(chan *event.Event, o.Queue), wake: make(chan struct{}, 1), done: make(chan struct{}), stop: make(chan struct{})}
+	w := &writer{path: o.Path, maxSize: o.MaxSize, maxAge: o.MaxAge, keep: o.Keep, fsync: o.Fsync, counts: &f.counts}
 	if err := w.open(); err != nil {
 		return nil, err
 	}
-	f := &File{options: o, queue: make(chan *event.Event, o.Queue), wake: make(chan struct{}, 1), done: make(chan struct{}), stop: make(chan struct{})}
+	if err := w.tidy(); err != nil {
+		return nil, errors.Join(err, w.close())
+	}
 	f.batch = time.AfterFunc(batchFor, f.wakeUp)
+	f.later = time.AfterFunc(batchFor, f.wakeUp)
 	go f.loop(w)
 	return f, nil
 }
@@ -151,7 +203,7 @@ func (f *File) Path() string { return f.options.Path }
 
 // Stats reports what became of the events so far.
 func (f *File) Stats() Stats {
-	s := Stats{Written: f.written.Load(), Dropped: f.dropped.Load(), Failed: f.failed.Load()}
+	s := Stats{Written: f.written.Load(), Dropped: f.dropped.Load(), Failed: f.failed.Load(), Removed: f.removed.Load()}
 	if err := f.err.Load(); err != nil {
 		s.Error = (*err).Error()
 	}
@@ -162,7 +214,8 @@ func (f *File) Stats() Stats {
 func (f *File) loop(w *writer) {
 	defer close(f.done)
 	defer f.batch.Stop()
-	enc := encoder{sequence: sinceBoot(), entropy: ulid.Monotonic(rand.Reader, 0)}
+	defer f.later.Stop()
+	enc := newEncoder()
 	for stopped := false; !stopped; {
 		select {
 		case <-f.wake:
@@ -173,37 +226,92 @@ func (f *File) loop(w *writer) {
 		for more := true; more; {
 			select {
 			case e := <-f.queue:
-				f.write(w, &enc, e)
+				f.write(w, enc, e)
 			default:
 				more = false
 			}
 		}
-		f.note(w.flush())
+		err := w.flush()
+		f.note(err)
+		if err == nil {
+			f.tellGaps(w, enc, stopped)
+		}
+		again, err := w.settle()
+		f.note(err)
+		if again {
+			f.later.Reset(notMoreOften)
+		}
 	}
 	f.note(w.close())
+}
+
+// gaps is what is missing between documents.
+type gaps struct {
+	at                       time.Time // when it was told last
+	dropped, failed, removed uint64
+}
+
+// tellGaps records what is missing since that was told last. It is called when the disk
+// takes documents.
+func (f *File) tellGaps(w *writer, enc *encoder, atOnce bool) {
+	now := gaps{time.Now(), f.dropped.Load(), f.failed.Load(), f.removed.Load()}
+	missing := []struct {
+		n      uint64
+		reason string
+	}{
+		{now.dropped - f.told.dropped, "they came faster than the disk took them, and the queue was full"},
+		{now.failed - f.told.failed, "the disk did not take them"},
+		{now.removed - f.told.removed, "the disk was full, and they were the oldest"},
+	}
+	if missing[0].n+missing[1].n+missing[2].n == 0 {
+		return
+	}
+	if !atOnce && now.at.Sub(f.told.at) < notMoreOften {
+		f.later.Reset(notMoreOften)
+		return
+	}
+	told := uint64(0)
+	for _, m := range missing {
+		if m.n == 0 {
+			continue
+		}
+		told++
+		f.write(w, enc, &event.Event{Kind: event.Lifecycle, Host: f.host, Time: now.at, State: event.State{
+			Action: "events-suppressed", Type: "info", Message: fmt.Sprintf("%d events are missing: %s", m.n, m.reason),
+			Reason: m.reason, Failed: true, Suppressed: int64(m.n),
+		}})
+	}
+	if err := w.flush(); err != nil {
+		f.note(err)
+		f.told.at = now.at
+		f.told.failed += told // they come again
+		f.later.Reset(notMoreOften)
+		return
+	}
+	f.told = now
 }
 
 func (f *File) write(w *writer, enc *encoder, e *event.Event) {
 	now := time.Now()
 	views := e.Views()
+	var ids []string
 	for i := range views {
 		v := &views[i]
-		if i > 0 && views[0].Document == event.RequestDecision {
-			v.Decided = views[0].ID
+		if v.Document == event.Alert {
+			v.Related = ids
 		}
 		f.note(w.write(enc.encode(v, now)))
+		if v.Document != event.Alert {
+			ids = append(ids, v.ID)
+		}
 	}
 }
 
-// note counts what became of the documents that an operation of the writer
-// settled.
-func (f *File) note(documents int, err error) {
+// note keeps an error for Stats and Close.
+func (f *File) note(err error) {
 	if err != nil {
-		f.failed.Add(uint64(documents))
 		f.err.Store(&err)
-		return
 	}
-	f.written.Add(uint64(documents))
 }
 
 // encoder gives each document its id, its place and its form.
@@ -211,6 +319,10 @@ type encoder struct {
 	sequence uint64
 	entropy  io.Reader
 	line     []byte
+}
+
+func newEncoder() *encoder {
+	return &encoder{sequence: sinceBoot(), entropy: ulid.Monotonic(rand.Reader, 0)}
 }
 
 // encode returns a line that is good until the next call.
@@ -226,111 +338,4 @@ func (enc *encoder) encode(v *event.View, now time.Time) []byte {
 	v.ID = id.String()
 	enc.line = append(v.AppendJSON(enc.line[:0]), '\n')
 	return enc.line
-}
-
-// writer is the file with its rotation. Its methods return how many documents
-// they settled: those that are in the file now, or, with an error, those that
-// are lost.
-type writer struct {
-	path    string
-	maxSize int64
-	keep    int
-
-	file    *os.File // nil after a rotation that failed
-	buf     *bufio.Writer
-	good    int64 // bytes of the file that are whole lines
-	waiting int   // documents in buf
-}
-
-func (w *writer) open() error {
-	file, err := openAppend(w.path)
-	if err != nil {
-		return fmt.Errorf("open the event file: %w", err)
-	}
-	info, err := file.Stat()
-	if err != nil {
-		file.Close()
-		return fmt.Errorf("open the event file: %w", err)
-	}
-	w.file, w.good = file, info.Size()
-	w.buf = bufio.NewWriterSize(file, bufferSize)
-	return nil
-}
-
-func (w *writer) write(line []byte) (settled int, err error) {
-	if w.file == nil {
-		if err := w.open(); err != nil {
-			return 1, err
-		}
-	}
-	if w.buf.Available() < len(line) {
-		if settled, err = w.flush(); err != nil {
-			return settled + 1, err
-		}
-	}
-	if size := w.good + int64(w.buf.Buffered()); size > 0 && size+int64(len(line)) > w.maxSize {
-		n, err := w.rotate()
-		if settled += n; err != nil {
-			return settled + 1, err
-		}
-	}
-	if len(line) > bufferSize {
-		if _, err := w.file.Write(line); err != nil {
-			return settled + 1, w.lost(err)
-		}
-		w.good += int64(len(line))
-		return settled + 1, nil
-	}
-	w.waiting++
-	w.buf.Write(line) // fits, so it cannot fail
-	return settled, nil
-}
-
-func (w *writer) flush() (settled int, err error) {
-	if w.file == nil || w.waiting == 0 {
-		return 0, nil
-	}
-	size := int64(w.buf.Buffered())
-	settled = w.waiting
-	if err := w.buf.Flush(); err != nil {
-		return settled, w.lost(err)
-	}
-	w.waiting = 0
-	w.good += size
-	return settled, nil
-}
-
-// lost drops what the disk did not take, with the line that it took a part of,
-// and lets the next write try again.
-func (w *writer) lost(err error) error {
-	w.waiting = 0
-	w.buf.Reset(w.file)
-	return errors.Join(fmt.Errorf("write the event file: %w", err), w.file.Truncate(w.good))
-}
-
-func (w *writer) rotate() (settled int, err error) {
-	if settled, err = w.close(); err != nil {
-		return settled, err
-	}
-	for i := w.keep; i > 0; i-- {
-		from := w.path
-		if i > 1 {
-			from = fmt.Sprintf("%s.%d", w.path, i-1)
-		}
-		err := os.Rename(from, fmt.Sprintf("%s.%d", w.path, i))
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return settled, fmt.Errorf("rotate the event file: %w", err)
-		}
-	}
-	return settled, w.open()
-}
-
-func (w *writer) close() (settled int, err error) {
-	if w.file == nil {
-		return 0, nil
-	}
-	settled, err = w.flush()
-	err = errors.Join(err, w.file.Close())
-	w.file = nil
-	return settled, err
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -22,9 +23,11 @@ func started(n int) *event.Event {
 		State: event.State{Action: "daemon-started", Type: "info", Message: fmt.Sprint("number ", n)}}
 }
 
+var testHost = &event.Host{ID: "host"}
+
 func open(t *testing.T, o Options) *File {
 	t.Helper()
-	f, err := Open(o)
+	f, err := Open(o, testHost)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -35,8 +38,10 @@ type line struct {
 	Message string
 	Event   struct {
 		ID       string
+		Action   string
 		Sequence uint64
 	}
+	Imdsgate struct{ Suppressed int64 }
 }
 
 func lines(t *testing.T, path string) []line {
@@ -109,8 +114,15 @@ func TestDropsRatherThanWaits(t *testing.T) {
 	}
 	f.Record(started(n))
 	s := f.Stats()
-	if s.Dropped == 0 || s.Written+s.Dropped != n+1 || int(s.Written) != len(lines(t, path)) {
-		t.Errorf("%+v of %d, and %d lines", s, n, len(lines(t, path)))
+	all := lines(t, path)
+	events, missing := 0, int64(0)
+	for _, l := range all {
+		if missing += l.Imdsgate.Suppressed; l.Imdsgate.Suppressed == 0 {
+			events++
+		}
+	}
+	if s.Dropped == 0 || uint64(events)+s.Dropped != n+1 || int(s.Written) != len(all) || missing != int64(s.Dropped)-1 {
+		t.Errorf("%+v of %d, %d lines, %d told missing", s, n, len(all), missing)
 	}
 }
 
@@ -118,10 +130,14 @@ func TestDropsRatherThanWaits(t *testing.T) {
 func TestKeepsRoomForWhatIsUrgent(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "events.ndjson")
 	f := open(t, Options{Path: path, Queue: 64})
+	rule := &event.Rule{ID: "rule", Name: "rule"}
+	program := &event.Event{Kind: event.Started, Host: &event.Host{ID: "host"}, Time: time.Now(), Subjects: []*event.Process{{PID: 1}},
+		Decision: event.Decision{Matches: []event.Match{{Rule: rule, Alert: true}}}}
 	const rounds = 100
 	for i := range rounds {
 		for range 200 {
 			f.Record(&event.Event{Host: &event.Host{ID: "host"}, Time: time.Now()})
+			f.Record(program) // with an alert: anybody can start as many as he likes
 		}
 		f.Record(started(i))
 		time.Sleep(time.Millisecond)
@@ -149,7 +165,7 @@ func TestRefusesLink(t *testing.T) {
 	if err := os.Symlink(victim, path); err != nil {
 		t.Fatal(err)
 	}
-	if f, err := Open(Options{Path: path}); err == nil {
+	if f, err := Open(Options{Path: path}, &event.Host{}); err == nil {
 		f.Close()
 		t.Error("wrote through a symbolic link")
 	}
@@ -157,31 +173,103 @@ func TestRefusesLink(t *testing.T) {
 	if err := unix.Mkfifo(fifo, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if f, err := Open(Options{Path: fifo}); err == nil {
+	if f, err := Open(Options{Path: fifo}, &event.Host{}); err == nil {
 		f.Close()
 		t.Error("wrote into a pipe")
 	}
 }
 
-// A full disk loses what does not fit, says so, and loses nothing once there is
-// room again.
+// On a full disk the oldest events make room for what comes, as often as it takes, and
+// the file says how many are gone. Whoever reads with a cursor knows.
 func TestDiskFull(t *testing.T) {
 	labtest.RequireRoot(t)
-	dir := t.TempDir()
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=64k"); err != nil {
+	dir := tmpfs(t, "64k")
+	path := filepath.Join(dir, "events.ndjson")
+	f := open(t, Options{Path: path, MaxSize: 8 << 10, Keep: 20})
+	defer f.Close()
+	record := func(from, to int) {
+		t.Helper()
+		before := f.Stats().Written
+		for i := from; i < to; i++ {
+			f.Record(started(i))
+		}
+		for end := time.Now().Add(5 * time.Second); f.Stats().Written < before+uint64(to-from); time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("not all are written: %+v", f.Stats())
+			}
+		}
+	}
+	record(0, 20)
+	state := filepath.Join(t.TempDir(), "cursor")
+	c, err := OpenCursor(path, state)
+	if err != nil {
 		t.Fatal(err)
 	}
-	defer unix.Unmount(dir, 0)
-	ballast := filepath.Join(dir, "ballast")
-	if err := os.WriteFile(ballast, make([]byte, 56<<10), 0o600); err != nil {
+	if l, err := c.Next(); err != nil || !strings.Contains(string(l), "number 0") {
+		t.Fatalf("%s, %v", l, err)
+	}
+	if err := c.Commit(); err != nil {
 		t.Fatal(err)
 	}
+	c.Close()
+	if err := os.WriteFile(filepath.Join(dir, "ballast"), make([]byte, 28<<10), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	record(20, 500)
+	f.Close()
+	s := f.Stats()
+	if s.Failed != 0 || s.Dropped != 0 || s.Removed == 0 || s.Error != "" {
+		t.Errorf("%+v", s)
+	}
+	c, err = OpenCursor(path, state)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if !c.Missed() {
+		t.Error("the cursor's file is gone, and it does not say so")
+	}
+	last, missing, there := -1, int64(0), uint64(0)
+	for {
+		text, err := c.Next()
+		if err == io.EOF {
+			break
+		}
+		var l line
+		if err != nil || json.Unmarshal(text, &l) != nil {
+			t.Fatalf("%v in %q", err, text)
+		}
+		if there++; l.Event.Action == "events-suppressed" {
+			missing += l.Imdsgate.Suppressed
+			continue
+		}
+		var n int
+		if fmt.Sscanf(l.Message, "number %d", &n); last >= 0 && n != last+1 {
+			t.Errorf("%d comes after %d", n, last)
+		}
+		last = n
+	}
+	if last != 499 || s.Written != there+s.Removed || missing == 0 || uint64(missing) > s.Removed {
+		t.Errorf("the last is %d, %d are there, %d are told missing; %+v", last, there, missing, s)
+	}
+}
+
+// When nothing of ours is left that could make room, events are lost, and are told as soon
+// as there is some.
+func TestDiskFullOfOthers(t *testing.T) {
+	labtest.RequireRoot(t)
+	dir := tmpfs(t, "64k")
 	path := filepath.Join(dir, "events.ndjson")
 	f := open(t, Options{Path: path})
+	defer f.Close()
+	ballast := filepath.Join(dir, "ballast")
+	if err := os.WriteFile(ballast, make([]byte, 64<<10), 0o600); err != nil && !errors.Is(err, unix.ENOSPC) {
+		t.Fatal(err)
+	}
 	for i := range 40 {
 		f.Record(started(i))
 	}
-	for end := time.Now().Add(5 * time.Second); f.Stats().Error == ""; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(5 * time.Second); f.Stats().Failed < 40; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("a full disk is not reported: %+v", f.Stats())
 		}
@@ -193,10 +281,19 @@ func TestDiskFull(t *testing.T) {
 	f.Record(started(1000))
 	f.Close()
 	all := lines(t, path) // all of them whole
-	stats := f.Stats()
-	if last := all[len(all)-1]; last.Message != "number 1000" || int(stats.Written) != len(all) || stats.Failed == 0 || stats.Written+stats.Failed != 41 {
-		t.Errorf("%d lines, the last %+v; %+v", len(all), last, stats)
+	if len(all) != 2 || all[0].Message != "number 1000" || all[1].Imdsgate.Suppressed != 40 || !strings.Contains(all[1].Message, "the disk did not take them") {
+		t.Errorf("%+v; %+v", all, f.Stats())
 	}
+}
+
+func tmpfs(t *testing.T, size string) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size="+size); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	return dir
 }
 
 // Ordinary requests wait for each other, and all of them arrive without
@@ -223,7 +320,7 @@ func TestBatches(t *testing.T) {
 
 func TestTail(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "events.ndjson")
-	f := open(t, Options{Path: path, MaxSize: 2048, Keep: 50})
+	f := open(t, Options{Path: path, MaxSize: 2200, Keep: 50})
 	for i := range 3 {
 		f.Record(started(i))
 	}
@@ -286,7 +383,7 @@ func TestTail(t *testing.T) {
 
 // BenchmarkRecord includes the writing: it waits for what was recorded.
 func BenchmarkRecord(b *testing.B) {
-	f, err := Open(Options{Path: filepath.Join(b.TempDir(), "events.ndjson")})
+	f, err := Open(Options{Path: filepath.Join(b.TempDir(), "events.ndjson")}, &event.Host{})
 	if err != nil {
 		b.Fatal(err)
 	}

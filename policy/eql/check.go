@@ -217,6 +217,8 @@ func (c *compiler) field(f *syntax.Field) Type {
 	c.fieldsSeen++
 	field, ok := c.schema.Field(f.Name)
 	switch {
+	case ok && field.Slot < 0 && f.Optional:
+		c.constants[f] = Value{}
 	case ok && field.Slot < 0:
 		c.warnOfAbsent(f, "")
 	case ok:

@@ -164,7 +164,7 @@ func (c *compiler) atom(e syntax.Expr) *cond {
 	if f, ok := e.(*syntax.Field); ok {
 		return a.on(c.fields[f], test{val: func(v Value) bool { return v.bool() }}, k)
 	}
-	if x, ok := existence(e); ok {
+	if x, ok := c.existence(e); ok {
 		if f, ok := x.(*syntax.Field); ok {
 			return a.without(c.fields[f], k)
 		}
@@ -178,12 +178,20 @@ func (c *compiler) atom(e syntax.Expr) *cond {
 	return k
 }
 
-// existence returns x if e is x == null.
-func existence(e syntax.Expr) (syntax.Expr, bool) {
+// existence returns x if e is x == null, where an optional field that no event has is
+// null, too.
+func (c *compiler) existence(e syntax.Expr) (syntax.Expr, bool) {
 	if b, ok := e.(*syntax.Binary); ok && b.Op == syntax.Eq {
 		for _, side := range [][2]syntax.Expr{{b.X, b.Y}, {b.Y, b.X}} {
-			if l, ok := side[1].(*syntax.Literal); ok && l.Value == nil {
-				return side[0], true
+			switch y := side[1].(type) {
+			case *syntax.Literal:
+				if y.Value == nil {
+					return side[0], true
+				}
+			case *syntax.Field:
+				if !c.varies[y] {
+					return side[0], true
+				}
 			}
 		}
 	}
@@ -196,7 +204,7 @@ func existence(e syntax.Expr) (syntax.Expr, bool) {
 func (c *compiler) operand(e syntax.Expr) (x syntax.Expr, ok bool) {
 	switch e := e.(type) {
 	case *syntax.Binary:
-		if _, ok := existence(e); ok || e.Op >= syntax.Add {
+		if _, ok := c.existence(e); ok || e.Op >= syntax.Add {
 			return nil, false
 		}
 		_, x, y := c.constantLast(e)
@@ -474,7 +482,7 @@ func (c *compiler) term(e syntax.Expr, slots map[string]int) term {
 			}
 		}
 	}
-	if x, ok := existence(e); ok {
+	if x, ok := c.existence(e); ok {
 		xt := c.evaluate(x, slots)
 		return func(env *env) Value { return Bool(isNull(xt(env))) }
 	}

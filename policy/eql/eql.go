@@ -23,9 +23,11 @@
 // Differences to Elasticsearch, all of them intended:
 //
 //   - An unknown field marked optional (?name) is a warning, and is treated as a
-//     field that this event lacks. Elasticsearch lets it silence the whole rule.
+//     field that this event lacks; only == and != have null for it, as there.
+//     Elasticsearch lets it silence the whole rule.
 //   - number("x"), division by zero and integer overflow are null rather than
-//     failures; so is between where it finds nothing, rather than "".
+//     failures. Where between finds nothing it is null, which is what
+//     Elasticsearch's tests expect; its manual says "".
 //   - Letters are folded in ASCII only, everywhere.
 //   - Events are taken as they come, not sorted; Machine says what that means for
 //     a late one.
@@ -76,7 +78,7 @@ func (t Type) String() string {
 type Field struct {
 	Name string
 	Type Type
-	Slot int // the number by which an Event knows it; negative for one that no event has
+	Slot int // the number by which an Event knows it; negative for one that no event has, which is worth a warning unless it is optional
 }
 
 // A Schema says which fields there are.

@@ -108,7 +108,7 @@ func (c *compiler) atomCertainty(e syntax.Expr) certainty {
 	}
 	switch e := e.(type) {
 	case *syntax.Binary:
-		if _, ok := existence(e); !ok && e.Op < syntax.Add && (isNever(e.X) || isNever(e.Y)) {
+		if _, ok := c.existence(e); !ok && e.Op < syntax.Add && (isNever(e.X) || isNever(e.Y)) {
 			return impossible
 		}
 	case *syntax.In:
@@ -164,7 +164,7 @@ func (c *compiler) contradiction(l *syntax.Logic) (one, other syntax.Expr) {
 			}
 			atoms[text] = side{holds, x}
 		}
-		if y, ok := existence(a); ok && holds && l.Op == syntax.And {
+		if y, ok := c.existence(a); ok && holds && l.Op == syntax.And {
 			if f, ok := y.(*syntax.Field); ok {
 				missing[f.Name] = x
 			}

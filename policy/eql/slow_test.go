@@ -106,7 +106,7 @@ func slowValue(s schema, e syntax.Expr, fields map[string]any) any {
 		if e.Op >= syntax.Add {
 			return slowArithmetic(e.Op.String(), value(e.X), value(e.Y))
 		}
-		if isNull(e.X) || isNull(e.Y) {
+		if isNull(s, e.X) || isNull(s, e.Y) {
 			switch e.Op {
 			case syntax.Eq:
 				return value(e.X) == nil && value(e.Y) == nil
@@ -163,9 +163,17 @@ func slowValue(s schema, e syntax.Expr, fields map[string]any) any {
 	panic(fmt.Sprintf("%T", e))
 }
 
-func isNull(e syntax.Expr) bool {
-	l, ok := e.(*syntax.Literal)
-	return ok && l.Value == nil
+// isNull reports whether e is null for every event: the literal, or an optional field
+// that none has.
+func isNull(s schema, e syntax.Expr) bool {
+	switch e := e.(type) {
+	case *syntax.Literal:
+		return e.Value == nil
+	case *syntax.Field:
+		f, ok := s[e.Name]
+		return e.Optional && (!ok || f.Slot < 0)
+	}
+	return false
 }
 
 func slowNot(v any) any {

@@ -1,7 +1,6 @@
 package replay
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -86,6 +85,17 @@ func (f *fleet) record(host int, p *event.Process, change func(*event.Event)) []
 		lines = append(v.AppendJSON(lines), '\n')
 	}
 	return lines
+}
+
+// decision is its line on the verdict alone.
+func (f *fleet) decision(host int, p *event.Process, change func(*event.Event)) []byte {
+	for line := range strings.Lines(string(f.record(host, p, change))) {
+		if strings.Contains(line, `"dataset":"imdsgate.decision"`) {
+			return []byte(strings.TrimSpace(line))
+		}
+	}
+	f.t.Fatal("no decision is written")
+	return nil
 }
 
 func play(t testing.TB, r *Replay, lines ...[]byte) *Diff {
@@ -217,8 +227,7 @@ func TestGroups(t *testing.T) {
 	f := newFleet(t, 1, policy.Config{Grants: []policy.Grant{backup}})
 	r := New(Options{Policy: compile(t, policy.Config{Posture: policy.Strict})})
 	for i := range MaxGroups + 10 {
-		line, _, _ := bytes.Cut(f.record(0, process(fmt.Sprintf("/opt/%d/app", i), "app.service"), nil), []byte("\n"))
-		if err := r.Line(line); err != nil {
+		if err := r.Line(f.decision(0, process(fmt.Sprintf("/opt/%d/app", i), "app.service"), nil)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -256,11 +265,7 @@ func fleetLines(t testing.TB, hosts, programs int) [][]byte {
 	f := newFleet(t, hosts, policy.Config{Grants: []policy.Grant{backup}})
 	var lines [][]byte
 	decision := func(host int, p *event.Process, change func(*event.Event)) {
-		for line := range strings.Lines(string(f.record(host, p, change))) {
-			if strings.Contains(line, `"dataset":"imdsgate.decision"`) {
-				lines = append(lines, []byte(strings.TrimSpace(line)))
-			}
-		}
+		lines = append(lines, f.decision(host, p, change))
 	}
 	var all []*event.Process
 	for i := range hosts * programs {

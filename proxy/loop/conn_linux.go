@@ -242,7 +242,10 @@ func (c *Conn) Look() State {
 }
 
 // Listener accepts connections. Its methods must be called on the Loop.
-type Listener struct{ conn *Conn }
+type Listener struct {
+	conn   *Conn
+	waited bool // for the connection that was accepted last
+}
 
 // Listen takes the socket of a listener, which it closes. What is accepted has the
 // listener's socket options (tcp(7)), and is sent without delay.
@@ -263,13 +266,20 @@ func (t *Task) Listen(ln *net.TCPListener) (*Listener, error) {
 	}
 	c := t.Adopt(fd)
 	c.level = true
-	return &Listener{c}, nil
+	return &Listener{conn: c}, nil
 }
 
-// Accept waits for the next connection, and tells where it comes from. Where some are
-// waiting it returns one after the other, before other tasks have their turn. Its error
-// is one of Wait, of accept4(2), or ErrAgain if there is none after all.
+// Accept waits for the next connection, and tells where it comes from. Other tasks have
+// their turn after one that was waited for; those that came with it are returned one
+// after the other. Its error is one of Wait, of accept4(2), or ErrAgain if there is none
+// after all.
 func (t *Task) Accept(ln *Listener) (*Conn, netip.AddrPort, error) {
+	if ln.waited {
+		ln.waited = false
+		if err := t.Yield(); err != nil {
+			return nil, netip.AddrPort{}, err
+		}
+	}
 	c, from, err := t.accept(ln)
 	if err != ErrAgain {
 		return c, from, err
@@ -277,6 +287,7 @@ func (t *Task) Accept(ln *Listener) (*Conn, netip.AddrPort, error) {
 	if err := t.Wait(time.Time{}, Interest{ln.conn, In}); err != nil {
 		return nil, netip.AddrPort{}, err
 	}
+	ln.waited = true
 	return t.accept(ln)
 }
 

@@ -44,6 +44,7 @@ type Loop struct {
 	armed   time.Time // when the wait ends at the latest; zero for never
 	idle    []*fiber
 	left    bool // a task has gone away since others were last let run
+	away    int  // tasks that are
 	tasks   int  // that have not ended
 	events  [64]unix.EpollEvent
 	n       int // of the events
@@ -227,6 +228,7 @@ func (l *Loop) collect() int {
 			l.tasks++
 			l.makeReady(t)
 		case back:
+			l.away--
 			t.state = running
 			l.makeReady(t)
 		case look:
@@ -274,9 +276,43 @@ func (l *Loop) resume(t *Task) {
 	}
 }
 
-// wait waits for events or the first timer. While it waits, it takes no thread and
-// no processor: the runtime waits for it as for any connection.
+// wait waits for events or the first timer.
 func (l *Loop) wait() {
+	if l.away > 0 || !l.linger() {
+		l.park()
+	}
+	l.tell()
+}
+
+// lingerFor is how long the Loop waits in the kernel, in milliseconds, before it parks.
+// While it does, it keeps its processor from other goroutines: more, and those are
+// late; less, and requests that come one after the other each pay for a round
+// through Go's scheduler, and for the monitor thread that it wakes. That one sees to it
+// that a Loop which lingers again and again does not keep the processor for longer than
+// any goroutine may: some 10 ms.
+const lingerFor = 1
+
+// linger waits a little for events, and reports whether there are some. It is not for
+// when a task is away, which may need the processor to come back. The runtime can end
+// it: to be stopped is a signal, and that ends the call (signal(7), epoll_wait(2)).
+func (l *Loop) linger() bool {
+	n, _, errno := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(l.ep), uintptr(unsafe.Pointer(&l.events)), uintptr(len(l.events)), lingerFor, 0, 0)
+	if l.n = int(n); errno != 0 || n == 0 {
+		l.n = 0
+		return false
+	}
+	l.mu.Lock()
+	l.asleep = false
+	l.mu.Unlock()
+	if first := l.timers.first(); !first.IsZero() && !first.After(time.Now()) {
+		l.expire()
+	}
+	return true
+}
+
+// park waits as long as it takes. Meanwhile it takes no thread and no processor: the
+// runtime waits for it as for any connection.
+func (l *Loop) park() {
 	if first := l.timers.first(); !first.IsZero() && (l.armed.IsZero() || first.Before(l.armed)) {
 		l.armed = first
 		l.file.SetReadDeadline(first)
@@ -292,7 +328,6 @@ func (l *Loop) wait() {
 	case err != nil:
 		panic("loop: epoll is lost: " + err.Error())
 	}
-	l.tell()
 }
 
 // look is wait, without waiting.

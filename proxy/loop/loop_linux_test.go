@@ -6,6 +6,8 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
+	"runtime"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -175,6 +177,85 @@ func TestDeadline(t *testing.T) {
 	})
 	if len(l.timers) != 0 {
 		t.Errorf("%d timers are left", len(l.timers))
+	}
+}
+
+// A loop that lingers for one answer after the other, on the only processor that there
+// is, keeps out nobody: neither its own timers nor other goroutines.
+func TestLinger(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
+	l := run(t)
+	fd, far := pair(t)
+	end, err := far.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer end.Close()
+	echo := exec.Command("cat") // which needs no processor of this process
+	echo.Stdin, echo.Stdout = end, end
+	if err := echo.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		far.CloseWrite()
+		echo.Wait()
+	}()
+	if err := unix.SetNonblock(int(end.Fd()), false); err != nil { // both ends of a file description share it
+		t.Fatal(err)
+	}
+
+	const lasts = 300 * time.Millisecond
+	var expired, rounds int
+	var ticks atomic.Int32
+	stop := make(chan struct{})
+	ticking := make(chan struct{})
+	go func() {
+		defer close(ticking)
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(2 * time.Millisecond):
+				ticks.Add(1)
+			}
+		}
+	}()
+	do(t, l, func(k *Task) {
+		c := k.Adopt(fd)
+		defer c.Close()
+		begin := time.Now()
+		k.Go(func(k *Task) {
+			for time.Since(begin) < lasts {
+				if k.Sleep(10*time.Millisecond) == nil {
+					expired++
+				}
+			}
+		})
+		buf := make([]byte, 16)
+		for ; time.Since(begin) < lasts; rounds++ {
+			if _, err := c.Write([]byte("x")); err != nil {
+				t.Error(err)
+				return
+			}
+			for {
+				if _, err = c.Read(buf); err != ErrAgain {
+					break
+				}
+				if err = k.Wait(time.Now().Add(5*time.Second), Interest{c, In}); err != nil {
+					break
+				}
+			}
+			if err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	})
+	close(stop)
+	<-ticking
+	t.Logf("%d round trips, %d timers, %d ticks of a goroutine", rounds, expired, ticks.Load())
+	if rounds < 100 || expired < 10 || ticks.Load() < 5 {
+		t.Errorf("%d round trips, %d timers, %d ticks of a goroutine in %v: somebody was kept out", rounds, expired, ticks.Load(), lasts)
 	}
 }
 

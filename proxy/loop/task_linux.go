@@ -113,6 +113,7 @@ func (t *Task) Yield() error {
 func (t *Task) Away(f func()) {
 	l := t.loop
 	l.left = true
+	l.away++
 	t.state = away
 	job := func() {
 		f()

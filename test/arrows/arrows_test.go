@@ -22,6 +22,7 @@ var arrows = []struct{ from, to, reason string }{
 	{"cmd/imdsgated", "cmd/report", "answers in the form that the command reads"},
 	{"cmd/imdsgated", "attribution", "puts it together"},
 	{"cmd/imdsgated", "attribution/witness", "puts it together"},
+	{"cmd/imdsgated", "attribution/diag", "tells connections that are older than the redirect apart"},
 	{"cmd/imdsgated", "control", "puts it together"},
 	{"cmd/imdsgated", "event", "puts it together"},
 	{"cmd/imdsgated", "event/sink", "puts it together"},

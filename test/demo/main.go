@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -145,7 +146,7 @@ func play(lab *netlab.Lab, daemon *gate.Daemon, p part) (line, problem string) {
 	if docs, err := daemon.Documents(); err == nil {
 		for _, d := range docs {
 			related, _ := d.At("imdsgate.alert.correlated_event_ids").([]any)
-			if len(related) == 1 && related[0] == doc.At("event.id") {
+			if slices.Contains(related, doc.At("event.id")) {
 				alerts++
 			}
 		}

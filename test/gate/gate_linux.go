@@ -165,12 +165,15 @@ func Start(lab *netlab.Lab, b Binaries, s Settings) (*Daemon, error) {
 
 // Write replaces the configuration; the daemon reads it on SIGHUP.
 func (d *Daemon) Write(config string) error {
-	text := fmt.Sprintf("events:\n  path: %s\nfirst_seen:\n  path: %s\ncontrol:\n  socket: %s\n%s", d.Events, d.FirstSeen(), d.Socket(), config)
+	text := fmt.Sprintf("events:\n  path: %s\nfirst_seen:\n  path: %s\nstate:\n  dir: %s\ncontrol:\n  socket: %s\n%s", d.Events, d.FirstSeen(), d.State(), d.Socket(), config)
 	return os.WriteFile(d.Config, []byte(text), 0o644)
 }
 
 // FirstSeen is where rules remember what they have seen.
 func (d *Daemon) FirstSeen() string { return filepath.Join(filepath.Dir(d.Events), "first-seen.db") }
+
+// State is where it keeps what operators have decided.
+func (d *Daemon) State() string { return filepath.Dir(d.Events) }
 
 // Socket is the control socket.
 func (d *Daemon) Socket() string { return filepath.Join(d.Dir, "run", "control.sock") }

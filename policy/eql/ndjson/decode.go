@@ -1,21 +1,16 @@
 package ndjson
 
 import (
-	"bytes"
 	"cmp"
 	"encoding/json"
 	"errors"
-	"io"
 	"math"
 	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
-	"unicode/utf8"
 	"unsafe"
-
-	"github.com/go-faster/jx"
 
 	"github.com/imdsgate/imdsgate/policy/eql"
 )
@@ -141,12 +136,10 @@ func mark(key []byte) uint64 {
 
 // decoder reads lines. Its event is good until the next line.
 type decoder struct {
-	json    *jx.Decoder
+	json    cursor
 	root    *place
 	form    Form
-	odd     string                          // what stands where the time should be
-	at      *place                          // where it is
-	member  func(*jx.Decoder, []byte) error // reads a key's value there
+	odd     string // what stands where the time should be
 	event   Event
 	slots   []slot
 	misfits []uint64 // values that could not be taken, for each slot
@@ -160,7 +153,7 @@ type slot struct {
 
 func newDecoder(fs *Fields, roles Roles) *decoder {
 	n := len(fs.bySlot)
-	d := &decoder{json: jx.DecodeBytes(nil), root: &place{}, form: roles.Form, slots: make([]slot, n), misfits: make([]uint64, n)}
+	d := &decoder{root: &place{}, form: roles.Form, slots: make([]slot, n), misfits: make([]uint64, n)}
 	d.event.values = make([]eql.Value, n)
 	for _, f := range fs.bySlot {
 		d.root.to(f.Name).field = f
@@ -173,12 +166,6 @@ func newDecoder(fs *Fields, roles Roles) *decoder {
 		d.root.to(roles.ID).id = true
 	}
 	d.root.dotted()
-	d.member = func(json *jx.Decoder, key []byte) error {
-		if next := d.at.under(key); next != nil {
-			return d.value(next)
-		}
-		return json.Skip()
-	}
 	return d
 }
 
@@ -191,14 +178,12 @@ func (d *decoder) decode(line []byte) error {
 		}
 	}
 	d.event, d.odd = Event{line: view(line), values: d.event.values}, ""
-	d.json.ResetBytes(line)
-	if d.json.Next() != jx.Object {
+	d.json.reset(line)
+	if d.json.next() != '{' {
 		return fault(line, errors.New("no JSON object"))
 	}
-	if err := d.object(d.root); err != nil {
-		return fault(line, err)
-	}
-	if err := d.json.Skip(); err != io.EOF {
+	d.object(d.root)
+	if d.json.next(); d.json.failed || d.json.at < len(line) {
 		return fault(line, errors.New("more than one JSON object"))
 	}
 	return nil
@@ -247,28 +232,27 @@ func newClock(roles Roles) *decoder {
 // stands behind the time is not read.
 func (d *decoder) when(line []byte) (at int64, ok bool) {
 	d.event = Event{values: d.event.values}
-	d.json.ResetBytes(line)
+	d.json.reset(line)
 	d.seek(d.root)
 	return d.event.at, d.event.timed
 }
 
 // seek reads until there is a time.
-func (d *decoder) seek(p *place) error {
-	if d.json.Next() != jx.Object || p.below == nil {
-		return d.value(p)
+func (d *decoder) seek(p *place) {
+	if d.json.next() != '{' || p.below == nil {
+		d.value(p)
+		return
 	}
-	it, err := d.json.ObjIter()
-	for err == nil && it.Next() {
-		if next := p.under(it.Key()); next != nil {
-			err = d.seek(next)
+	for more := d.json.open('}'); more; more = d.json.more('}') {
+		if next := p.under(d.json.key()); next != nil {
+			d.seek(next)
 		} else {
-			err = d.json.Skip()
+			d.json.skip()
 		}
 		if d.event.timed {
-			return nil
+			return
 		}
 	}
-	return cmp.Or(err, it.Err())
 }
 
 // fault says what is wrong with a line in the words of encoding/json, which people
@@ -281,42 +265,39 @@ func fault(line []byte, err error) error {
 	return err
 }
 
-func (d *decoder) object(p *place) error {
-	outer := d.at
-	d.at = p
-	err := d.json.ObjBytes(d.member)
-	d.at = outer
-	return err
+func (d *decoder) object(p *place) {
+	for more := d.json.open('}'); more; more = d.json.more('}') {
+		if next := p.under(d.json.key()); next != nil {
+			d.value(next)
+		} else {
+			d.json.skip()
+		}
+	}
 }
 
-func (d *decoder) value(p *place) error {
-	switch d.json.Next() {
-	case jx.Object:
+func (d *decoder) value(p *place) {
+	switch d.json.next() {
+	case '{':
 		if p.field != nil {
 			d.misfits[p.field.Slot]++
 		}
 		if p.below != nil {
-			return d.object(p)
+			d.object(p)
+		} else {
+			d.json.skip()
 		}
-	case jx.Array:
-		it, err := d.json.ArrIter()
-		if err != nil {
-			return err
+	case '[':
+		for more := d.json.open(']'); more; more = d.json.more(']') {
+			d.value(p)
 		}
-		for it.Next() {
-			if err := d.value(p); err != nil {
-				return err
-			}
+	case 'n':
+		d.json.skip()
+	default:
+		from := d.json.at
+		if d.json.skip(); !d.json.failed {
+			d.take(p, d.json.data[from:d.json.at])
 		}
-		return it.Err()
-	case jx.String, jx.Number, jx.Bool:
-		raw, err := d.json.Raw()
-		if err == nil {
-			d.take(p, raw)
-		}
-		return err
 	}
-	return d.json.Skip()
 }
 
 // take gives a single value, as it stands in the line, to all that want it.
@@ -339,20 +320,6 @@ func (d *decoder) take(p *place, raw []byte) {
 	if p.id && e.id == "" {
 		e.id = view(raw)
 	}
-}
-
-// unquote reads a JSON string.
-func unquote(raw []byte) string {
-	if bytes.IndexByte(raw, '\\') >= 0 {
-		var text string
-		json.Unmarshal(raw, &text) // which is valid
-		return text
-	}
-	text := view(raw[1 : len(raw)-1])
-	if !utf8.ValidString(text) {
-		return string([]rune(text))
-	}
-	return text
 }
 
 // field adds a value that begins with a byte as JSON to a field. It returns false if it

@@ -30,6 +30,7 @@ type Field struct {
 	form     Form          // of dates
 	at       *syntax.Field // where the query has it first; nil for the category
 	optional bool          // everywhere
+	absent   bool          // optional, and no event of all has it
 	sampled  kind          // of the first value that was seen
 }
 
@@ -88,6 +89,7 @@ func (fs *Fields) learn(tree *syntax.Query, data *sample) {
 	for _, f := range fs.unknown() {
 		switch f.sampled = data.kinds[f.Name]; f.sampled {
 		case none:
+			f.absent = data.all && f.optional && len(f.Name) <= sampleName
 			continue
 		case isNumber:
 			f.Type = eql.Double
@@ -221,7 +223,11 @@ func (fs *Fields) Field(name string) (eql.Field, bool) {
 	if !ok {
 		return eql.Field{}, false
 	}
-	return f.Field, true
+	field := f.Field
+	if f.absent {
+		field.Slot = -1
+	}
+	return field, true
 }
 
 // Category is the field that "process where ..." tests.

@@ -3,8 +3,6 @@ package ndjson
 import (
 	"fmt"
 	"net/netip"
-
-	"github.com/go-faster/jx"
 )
 
 const (
@@ -68,39 +66,50 @@ func (s *sample) nobody() string {
 // look looks at one line, which may be a bad one.
 func (s *sample) look(line []byte) {
 	s.bytes += len(line)
-	d := jx.DecodeBytes(line)
-	if d.Next() != jx.Object || d.Validate() != nil {
+	c := cursor{data: line}
+	if c.next() != '{' {
+		return
+	}
+	if c.skip(); c.failed || c.next() != 0 {
 		return
 	}
 	s.events++
-	d.ResetBytes(line)
-	s.value(d, "") // which is valid
+	c.reset(line)
+	s.value(&c, "")
 }
 
-func (s *sample) value(d *jx.Decoder, name string) error {
-	switch d.Next() {
-	case jx.Object:
-		return d.Obj(func(d *jx.Decoder, key string) error {
+// value looks at a value, which is valid.
+func (s *sample) value(c *cursor, name string) {
+	switch c.next() {
+	case '{':
+		for more := c.open('}'); more; more = c.more('}') {
+			key := string(c.key())
 			if name != "" {
 				key = name + "." + key
 			}
 			if len(key) > sampleName {
-				return d.Skip()
+				c.skip()
+			} else {
+				s.value(c, key)
 			}
-			return s.value(d, key)
-		})
-	case jx.Array:
-		return d.Arr(func(d *jx.Decoder) error { return s.value(d, name) })
-	case jx.String:
-		text, err := d.Str()
-		s.saw(name, kindOf(text))
-		return err
-	case jx.Number:
-		s.saw(name, isNumber)
-	case jx.Bool:
+		}
+	case '[':
+		for more := c.open(']'); more; more = c.more(']') {
+			s.value(c, name)
+		}
+	case '"':
+		from := c.at
+		c.skip()
+		s.saw(name, kindOf(unquote(c.data[from:c.at])))
+	case 't', 'f':
+		c.skip()
 		s.saw(name, isBool)
+	case 'n':
+		c.skip()
+	default:
+		c.skip()
+		s.saw(name, isNumber)
 	}
-	return d.Skip()
 }
 
 func kindOf(text string) kind {

@@ -65,6 +65,24 @@ func mustRun(t testing.TB, s *ndjson.Search) ndjson.Summary {
 	return sum
 }
 
+// An optional field that no event has is null, and so can be compared with another, but
+// not while some event that was not looked at may have it.
+func TestAbsent(t *testing.T) {
+	const query = `any where ?x == ?y and ?x.z != 3`
+	var found []string
+	mustRun(t, search(t, query, &found, input("a", []byte(`{"id":1,"@timestamp":1}`))))
+	if !slices.Equal(found, []string{"1"}) {
+		t.Errorf("found %v", found)
+	}
+	text := bytes.Repeat([]byte("{\"id\":1,\"@timestamp\":1}\n"), 1000)
+	for _, text := range [][]byte{text, []byte(`{"x":"a","y":"a"}`)} {
+		s := search(t, query, &found, input("b", text))
+		if _, err := s.Plan(context.Background()); err == nil || !strings.Contains(err.Error(), "a field cannot be compared with another") {
+			t.Error(err)
+		}
+	}
+}
+
 // Whatever the order of the events in the files and whatever fits into memory, they
 // are judged by time, tiebreaker and arrival.
 func TestOrder(t *testing.T) {

@@ -125,7 +125,7 @@ func Nearest(word string, candidates iter.Seq[string]) string {
 	if len(word) > 100 { // no slip of the fingers
 		return ""
 	}
-	best, least := "", len(word)/3+1
+	best, least := "", max(2, len(word)/4+1)
 	for c := range candidates {
 		d := distance(strings.ToLower(word), strings.ToLower(c), least)
 		if d < least || d == least && best != "" && c < best {

@@ -225,6 +225,20 @@ func (p *parser) skipTo(kinds ...kind) {
 	}
 }
 
+// skipBrackets passes over what stands in brackets, others inside of them included.
+func (p *parser) skipBrackets() {
+	for depth := 0; !p.at(eof, invalid); p.next++ {
+		switch {
+		case p.at(lbracket, missing):
+			depth++
+		case depth == 0:
+			return
+		case p.at(rbracket):
+			depth--
+		}
+	}
+}
+
 func (p *parser) parse() {
 	switch p.tok().kind {
 	case kwSequence:
@@ -713,8 +727,10 @@ func (p *parser) primary() Expr {
 			case lparen:
 				return p.call()
 			case kwOf:
-				p.failed = true
 				p.refuse(t.pos, "", "%s of is not supported", t.text)
+				p.next += 2
+				p.skipBrackets()
+				lit.Value = true
 				return lit
 			}
 		}

@@ -1,0 +1,88 @@
+package proxy
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/proxy/imds/imdstest"
+	"github.com/imdsgate/imdsgate/test/lab/netlab"
+)
+
+// What was there before a change of the mode ends when it has its answer, a tunnel does
+// not outlive audit mode, and who comes meanwhile is served as ever.
+func TestDrain(t *testing.T) {
+	const slow, silent, id = "/latest/meta-data/ami-id", "/latest/meta-data/hostname", "/latest/meta-data/instance-id"
+	r := newRig(t, setting{policy: policy.Config{Mode: policy.Audit}, lab: netlab.Options{IMDS: &imdstest.Config{
+		Persistence: imdstest.AlwaysKeep, Fault: func(r *imdstest.Request) imdstest.Fault {
+			switch r.Target {
+			case slow:
+				return imdstest.Fault{Delay: time.Second}
+			case silent:
+				return imdstest.Fault{Outcome: imdstest.Silence}
+			}
+			return imdstest.Fault{}
+		}}}})
+	ask := func(c net.Conn, path string) {
+		c.SetDeadline(time.Now().Add(15 * time.Second))
+		fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n", path)
+	}
+	answer := func(c net.Conn) (in *bufio.Reader) {
+		t.Helper()
+		in = bufio.NewReader(c)
+		resp, err := http.ReadResponse(in, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.Copy(io.Discard, resp.Body)
+		return in
+	}
+	idle, asking, tunnel := r.dial(false), r.dial(false), r.dial(false)
+	ask(idle, id)
+	kept := answer(idle)
+	ask(asking, slow)
+	tunnel.SetDeadline(time.Now().Add(15 * time.Second))
+	fmt.Fprintf(tunnel, "GET %s HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", silent)
+	seen := func(path string) int { return strings.Count(strings.Join(r.received(), ""), path) }
+	for end := time.Now().Add(5 * time.Second); seen(silent) == 0 || seen(slow) == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the requests have not come")
+		}
+	}
+	r.engine.SetMode(policy.Enforce)
+	drained := make(chan error, 1)
+	go func() { drained <- r.proxy.Drain(context.Background()) }()
+	if _, err := kept.ReadByte(); err != io.EOF {
+		t.Errorf("the idle connection: %v", err)
+	}
+	later := r.dial(false)
+	for range 2 { // and again on the same
+		ask(later, id)
+		answer(later)
+	}
+	_, sent := fmt.Fprintf(tunnel, "GET %s HTTP/1.1\r\nHost: x\r\n\r\n", id)
+	n, got := io.Copy(io.Discard, tunnel)
+	if err := errors.Join(sent, got); n > 0 || !errors.Is(err, syscall.ECONNRESET) { // told once, to whoever is first
+		t.Errorf("the tunnel: %d bytes, %v", n, err)
+	}
+	if n := seen(id); n != 3 {
+		t.Errorf("the service has seen %d requests, 3 of them readable", n)
+	}
+	if _, err := answer(asking).ReadByte(); err != io.EOF {
+		t.Errorf("after the answer: %v", err)
+	}
+	if err := <-drained; err != nil {
+		t.Error(err)
+	}
+	ask(later, id)
+	answer(later)
+}

@@ -1,0 +1,214 @@
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/imdsgate/imdsgate/attribution"
+	"github.com/imdsgate/imdsgate/test/gate"
+	"github.com/imdsgate/imdsgate/test/lab/netlab"
+)
+
+// verified reports whether the rules are what `imdsgate redirect verify` says that they
+// should be, with an account for the daemon as packages make it.
+func (h *host) verified() (string, bool) {
+	h.t.Helper()
+	passwd := filepath.Join(h.Dir, "passwd")
+	if err := os.WriteFile(passwd, []byte("root:x:0:0::/root:/bin/sh\nimdsgate:x:61080:61080::/:/bin/false\n"), 0o644); err != nil {
+		h.t.Fatal(err)
+	}
+	out, code := h.run(client{args: []string{"unshare", "-m", "sh", "-c", "mount --bind " + passwd + " /etc/passwd && exec " + h.gate.Command + " --config " + h.Config + " redirect verify"}})
+	return out, code == 0
+}
+
+func (h *host) redirected() bool { return strings.Contains(h.output("iptables-save"), "IMDSGATE") }
+
+// guarded reports whether packets past the redirect are refused.
+func (h *host) guarded() bool {
+	return strings.Contains(h.output("iptables-save"), "-A IMDSGATE-OUTPUT -p tcp -j REJECT")
+}
+
+func (h *host) setMode(args ...string) {
+	h.t.Helper()
+	if out, code := h.imdsgate(append([]string{"mode", "set", "--reason", "INC-123"}, args...)...); code != 0 {
+		h.t.Fatalf("%v: %d, %s", args, code, out)
+	}
+}
+
+// inMode waits until the daemon says that it is in a mode.
+func (h *host) inMode(want string) {
+	h.t.Helper()
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		s, err := h.Status()
+		if err == nil && s.Mode == want {
+			return
+		}
+		if time.Now().After(end) {
+			h.t.Fatalf("%v, %+v\n%s", err, s.Modes, h.Log())
+		}
+	}
+}
+
+// A mode is set for a time. What is weaker lets everything pass, and when the time is
+// over everything is there again that enforce mode has from the start.
+func TestModeSet(t *testing.T) {
+	t.Parallel()
+	h := start(t, takesTime(), "mode: enforce\n")
+	const curl = "/usr/bin/curl"
+	h.asksAs(curl, "403", 0)
+	for _, c := range []struct {
+		args []string
+		says string
+	}{
+		{[]string{"audit", "--reason", "x"}, "--for 30m"},
+		{[]string{"off", "--reason", "x"}, "--for 30m"},
+		{[]string{"off", "--for", "1h"}, "reason"},
+		{[]string{"off", "--for", "8d", "--reason", "x"}, "7 days"},
+		{[]string{"enforce", "--for", "1h", "--reason", "x"}, "leave out --for"},
+		{[]string{"block", "--reason", "x"}, "block"},
+	} {
+		if out, code := h.imdsgate(append([]string{"mode", "set"}, c.args...)...); code != 2 || !strings.Contains(out, c.says) {
+			t.Errorf("%v: %d, %s", c.args, code, out)
+		}
+	}
+
+	h.setMode("audit", "--for", "8s")
+	h.asksAs(curl, "200", 0)
+	if h.guarded() {
+		t.Errorf("the guard of enforce mode is there:\n%s", h.output("iptables-save"))
+	}
+	if out, ok := h.verified(); !ok {
+		t.Errorf("in audit mode: %s", out)
+	}
+	if out, code := h.imdsgate("mode"); code != 0 || !strings.HasPrefix(out, "audit, since") || !strings.Contains(out, "root") || !strings.Contains(out, "INC-123") || !strings.Contains(out, "then enforce") {
+		t.Errorf("%d, %s", code, out)
+	}
+	if out, _ := h.imdsgate("status"); !strings.Contains(out, "the configuration asks for enforce") {
+		t.Errorf("%s", out)
+	}
+	// Something that cannot be read, which passes now and must not go on passing.
+	tunnel, err := h.dial("169.254.169.254:80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tunnel.Close()
+	fmt.Fprintf(tunnel, "GET %s HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", silent)
+	if _, err := h.Await("the tunnel", func(d gate.Document) bool { return d.At("imdsgate.request.malformed") != nil }); err != nil {
+		t.Fatal(err)
+	}
+	h.Signal(syscall.SIGHUP) // which keeps the mode
+	h.logged("reloaded")
+	h.asksAs(curl, "200", 0)
+
+	h.inMode("enforce")
+	h.asksAs(curl, "403", 0)
+	tunnel.SetDeadline(time.Now().Add(10 * time.Second))
+	if n, err := io.Copy(io.Discard, tunnel); n > 0 || !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the tunnel: %d bytes, %v", n, err)
+	}
+	if out, ok := h.verified(); !ok || !h.guarded() {
+		t.Errorf("back in enforce mode: %s\n%s", out, h.output("iptables-save"))
+	}
+	changed := h.told("mode-changed", func(d gate.Document) bool { return d.At("imdsgate.mode") == "audit" })
+	if changed.At("imdsgate.previous_mode") != "enforce" || changed.At("imdsgate.actor.user.id") != "0" || changed.At("event.reason") != "INC-123" || changed.At("imdsgate.until") == nil {
+		t.Errorf("%v", changed)
+	}
+	h.told("mode-changing", func(d gate.Document) bool { return d.At("imdsgate.mode") == "enforce" })
+	h.told("mode-changed", func(d gate.Document) bool {
+		return d.At("imdsgate.mode") == "enforce" && d.At("imdsgate.previous_mode") == "audit"
+	})
+
+	// off, through a restart, and back.
+	h.setMode("off", "--for", "8s")
+	if h.redirected() {
+		t.Errorf("the redirect is there:\n%s", h.output("iptables-save"))
+	}
+	h.asksAs(curl, "200", 0)
+	h.Kill()
+	h.startWith(gate.Settings{Config: "mode: enforce\n", Dir: h.Dir})
+	h.inMode("off")
+	if h.redirected() {
+		t.Errorf("the redirect is there:\n%s", h.output("iptables-save"))
+	}
+	h.inMode("enforce")
+	h.asksAs(curl, "403", 0)
+	if out, ok := h.verified(); !ok {
+		t.Errorf("after off: %s", out)
+	}
+
+	// Over before the daemon starts again.
+	h.setMode("off", "--for", "2s")
+	h.Kill()
+	time.Sleep(2 * time.Second)
+	h.startWith(gate.Settings{Config: "mode: enforce\n", Dir: h.Dir})
+	h.inMode("enforce")
+	h.asksAs(curl, "403", 0)
+	h.told("mode-changed", func(d gate.Document) bool {
+		reason, _ := d.At("event.reason").(string)
+		return d.At("imdsgate.previous_mode") == "off" && strings.Contains(reason, "over when the daemon started")
+	})
+
+	// The configuration weakens by a reload, and nothing but its own mode is left then.
+	if err := h.Write("mode: audit\n"); err != nil {
+		t.Fatal(err)
+	}
+	h.Signal(syscall.SIGHUP)
+	h.inMode("audit")
+	h.asksAs(curl, "200", 0)
+	h.setMode("enforce", "--for", "3s")
+	h.asksAs(curl, "403", 0)
+	h.inMode("audit")
+	if out, ok := h.verified(); !ok || h.guarded() {
+		t.Errorf("back in audit mode: %s", out)
+	}
+}
+
+// Without the evidence that is required for it there is no enforce mode, however it is
+// asked for.
+func TestModeRequiresLevel(t *testing.T) {
+	t.Parallel()
+	h := prepare(t, netlab.Options{})
+	h.startWith(gate.Settings{Config: "mode: audit\nattribution: {require_level: L2}\n", Lacks: attribution.Level2})
+	out, code := h.imdsgate("mode", "set", "enforce", "--reason", "x")
+	if code != 2 || !strings.Contains(out, "require_level is L2") {
+		t.Errorf("%d, %s", code, out)
+	}
+	if err := h.Write("mode: enforce\nattribution: {require_level: L2}\n"); err != nil {
+		t.Fatal(err)
+	}
+	h.Signal(syscall.SIGHUP)
+	h.logged("require_level is L2")
+	h.inMode("audit")
+	if h.guarded() {
+		t.Error("the guard of enforce mode is there")
+	}
+	h.asksAs("/usr/bin/curl", "200", 0)
+	h.Stop()
+
+	// One that was set where the level was there does not keep the daemon from starting.
+	const config = "mode: audit\nattribution: {require_level: L2}\n"
+	h.startWith(gate.Settings{Config: config, Dir: h.Dir})
+	h.setMode("enforce")
+	h.asksAs("/usr/bin/curl", "403", 0)
+	h.Kill()
+	h.startWith(gate.Settings{Config: config, Dir: h.Dir})
+	h.inMode("enforce")
+	h.Stop()
+	h.startWith(gate.Settings{Config: config, Dir: h.Dir, Lacks: attribution.Level2})
+	h.inMode("audit")
+	h.logged("cannot be taken up")
+	h.asksAs("/usr/bin/curl", "200", 0)
+	if h.guarded() {
+		t.Error("the guard of enforce mode is there")
+	}
+	if out, _ := h.imdsgate("mode"); !strings.Contains(out, "require_level is L2") {
+		t.Error(out)
+	}
+}
