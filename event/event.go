@@ -41,6 +41,9 @@ type Event struct {
 
 	// Of the daemon itself.
 	State State
+
+	// Gaps are those of a document that the event was read from.
+	Gaps Gaps
 }
 
 // Kind tells what was observed.
@@ -96,7 +99,6 @@ const (
 	Defend
 )
 
-// MarshalText writes what UnmarshalText reads.
 func (l Layout) MarshalText() ([]byte, error) {
 	if l == Defend {
 		return []byte("defend"), nil
@@ -184,6 +186,7 @@ type Process struct {
 	Earlier      bool // an image that the process has left since it connected
 	Swapped      bool // /proc/PID/exe named another file than the kernel has executed
 	Ended        bool // the process is gone; nothing but the program is known
+	Gaps         Gaps // of the document that it was read from; its own, and GapAncestors
 
 	Parent    *Process // that forked it, as it was then, where Ancestry says "birth"
 	ParentNow *Process // if another: the one that adopted it
@@ -266,6 +269,7 @@ type Decision struct {
 	WouldBe Verdict
 	Reason  string // for a person, one line
 	Rule    *Rule  // that decided; nil if none did
+	Latched bool   // the rule has blocked the process before, and need not match now
 	Deny    string // of the policy, that decided
 	Grant   string // that decided
 	// Operator is the ID of an operator's decision that decided.

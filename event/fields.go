@@ -62,6 +62,7 @@ type Field struct {
 	free    bool // text that a process or client chose, and that may carry a secret
 	first   bool // only the first of several values is written; ECS wants one
 	fixed   bool // depends on the document alone
+	rests   Gaps
 	exact   bool // a time to the nanosecond, not the millisecond
 	get     func(*View) Value
 	tells   loss                               // that the line has of rules' text
@@ -286,6 +287,7 @@ func fields() []Field {
 	for i := range all {
 		all[i].asked = ofRequest(all[i].Name)
 		all[i].lasting = lasting(all[i].Name)
+		all[i].rests = restsOf(all[i].Name)
 		all[i].key = string(append(appendString(nil, all[i].parts[len(all[i].parts)-1]), ':'))
 	}
 	slices.SortFunc(all, func(a, b Field) int { return slices.Compare(a.parts, b.parts) })
@@ -315,7 +317,7 @@ func lasting(name string) docs {
 // ofRequest reports whether a field says something about a connection or a request.
 func ofRequest(name string) bool {
 	for _, prefix := range []string{"source.", "destination.", "network.", "http.", "url.", "user_agent.", "related.ip", "event.duration",
-		"imdsgate.request.", "imdsgate.response.", "imdsgate.credential.", "imdsgate.token.", "imdsgate.attribution.", "imdsgate.verdict", "imdsgate.audit_verdict"} {
+		"imdsgate.request.", "imdsgate.response.", "imdsgate.credential.", "imdsgate.token.", "imdsgate.attribution.", "imdsgate.verdict", "imdsgate.audit_verdict", "imdsgate.latched"} {
 		if strings.HasPrefix(name, prefix) {
 			return true
 		}
@@ -424,6 +426,7 @@ func ownFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 	add(onRequest, Keyword, "imdsgate.audit_verdict", func(v *View) Value { return text(v.Decision.WouldBe.String()) })
 	add(onRequest, Keyword, "imdsgate.deny", func(v *View) Value { return known(v.Decision.Deny) })
 	add(onRequest, Keyword, "imdsgate.grant", func(v *View) Value { return known(v.Decision.Grant) })
+	add(onRequest, Boolean, "imdsgate.latched", func(v *View) Value { return Value{Set: v.Decision.Latched, Bool: true} })
 	add(onRequest|onState, Keyword, "imdsgate.decision.id", func(v *View) Value {
 		if v.Kind == Asked || v.Kind == Started {
 			return known(v.Decision.Operator)
@@ -475,6 +478,7 @@ func ownFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 	add(onRequest, Keyword, "imdsgate.attribution.confidence", func(v *View) Value { return known(v.Attribution.Confidence) })
 	add(onRequest, Keyword, "imdsgate.attribution.via", func(v *View) Value { return known(v.Attribution.Via) })
 	add(onRequest, Boolean, "imdsgate.attribution.complete", func(v *View) Value { return flag(v.Attribution.Complete) })
+	add(onRequest, Boolean, "imdsgate.attribution.unawaited", func(v *View) Value { return Value{Set: v.Attribution.Unawaited, Bool: true} })
 	add(onRequest, Keyword, "imdsgate.attribution.reason", func(v *View) Value { return known(v.Attribution.Reason) })
 	add(onRequest, Long, "imdsgate.attribution.cookie", func(v *View) Value { return positive(int64(v.Attribution.Cookie)) })
 	add(onRequest, Long, "imdsgate.attribution.latency_us", func(v *View) Value { return number(v.Attribution.Took.Microseconds()) })
@@ -492,16 +496,25 @@ func ownFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 	add(onProcess, Boolean, "imdsgate.executable.swapped", of(func(p *Process) Value { return Value{Set: p.Swapped, Bool: true} }))
 	add(onProcess, Boolean, "imdsgate.process.ended", of(func(p *Process) Value { return Value{Set: p.Ended, Bool: true} }))
 	add(onProcess, Keyword, "imdsgate.process.ancestry", of(func(p *Process) Value { return known(p.Ancestry) }))
-	now := func(get func(*Process) Value) func(*View) Value {
+	processFields(add, array, "imdsgate.process.parent_now", func(v *View) *Process {
+		if v.Subject == nil {
+			return nil
+		}
+		return v.Subject.ParentNow
+	})
+	// Grants look at the parent's file, too.
+	parent := func(get func(*Process) Value) func(*View) Value {
 		return of(func(p *Process) Value {
-			if p.ParentNow == nil {
+			if p.Parent == nil {
 				return Value{}
 			}
-			return get(p.ParentNow)
+			return get(p.Parent)
 		})
 	}
-	add(onProcess, Long, "imdsgate.process.parent_now.pid", now(func(p *Process) Value { return number(p.PID) }))
-	add(onProcess, Keyword, "imdsgate.process.parent_now.executable", now(func(p *Process) Value { return known(p.Executable) })).free = true
+	add(onProcess, Boolean, "imdsgate.process.parent.host_verified", parent(func(p *Process) Value { return flag(p.HostVerified) }))
+	add(onProcess, Boolean, "imdsgate.process.parent.loader", parent(func(p *Process) Value { return flag(p.Loader) }))
+	add(onProcess, Boolean, "imdsgate.process.parent.root_owned", parent(func(p *Process) Value { return flag(p.RootOwned) }))
+	add(onProcess, Boolean, "imdsgate.process.parent.unproven", parent(func(p *Process) Value { return Value{Set: p.Unproven, Bool: true} }))
 	add(onProcess, Boolean, "imdsgate.process.earlier_image", of(func(p *Process) Value { return flag(p.Earlier) }))
 	add(onProcess, Keyword, "imdsgate.process.unit", of(func(p *Process) Value { return known(p.Unit) }))
 	add(onProcess, Keyword, "imdsgate.process.user_unit", of(func(p *Process) Value { return known(p.UserUnit) })).free = true

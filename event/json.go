@@ -43,6 +43,10 @@ func (v *View) appendRows(b []byte, rows []row, depth int) (_ []byte, lost loss)
 		var value Value
 		var whole written
 		switch {
+		case r.others:
+			if len(v.Subjects) < 2 {
+				continue
+			}
 		case r.field == nil:
 			if all := r.of(v); all != nil {
 				whole = (*all)[r.ordinal]
@@ -76,6 +80,8 @@ func (v *View) appendRows(b []byte, rows []row, depth int) (_ []byte, lost loss)
 		shared = open
 		more := whole.lost
 		switch {
+		case r.others:
+			b, more = v.appendOthers(b)
 		case r.field == nil:
 			b = append(b, whole.json...)
 		case r.fixed != "":

@@ -47,6 +47,7 @@ type row struct {
 	shared  int                    // how many of them the row before is in, too
 	field   *Field                 // nil for an object
 	fixed   string                 // the field with its value, if that is always the same
+	others  bool                   // the subjects that come after the first
 	of      func(*View) *[]written // what has the object, if there is one
 	ordinal int                    // of the object
 }
@@ -87,6 +88,10 @@ func rowsOf(d Document) []row {
 			r.fixed = string(b)
 		}
 		all = append(all, r)
+	}
+	// After imdsgate.mode, as the alphabet has it.
+	if i := slices.IndexFunc(all, func(r row) bool { return r.field != nil && r.field.Name == "imdsgate.mode" }); i >= 0 && d == RequestDecision {
+		all = slices.Insert(all, i+1, row{path: all[i].path, others: true})
 	}
 	// At the end it is known what was lost.
 	slices.SortStableFunc(all, func(x, y row) int { return x.last() - y.last() })

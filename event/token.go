@@ -17,6 +17,16 @@ type Token struct {
 	Issued  time.Time
 	Expires time.Time
 	Scope   TokenScope // of the policy that judges; set by whoever judges
+
+	told []tie // what a document says of each subject, instead of Issuers
+}
+
+// tie is how a process is tied to the issuer that is closest to it.
+type tie struct {
+	process *Process
+	issuer  *Issuer // nil if none is known
+	scope   TokenScope
+	tied    bool
 }
 
 // TokenScope is how far from the process to whom it was issued a token is still
@@ -138,6 +148,11 @@ func (i *Issuer) relative(p *Process) bool {
 // closest is the issuer to whom a process is tied most closely, and the scope of
 // that; or else the first, and false.
 func (t *Token) closest(p *Process) (issuer *Issuer, s TokenScope, tied bool) {
+	for i := range t.told {
+		if tie := &t.told[i]; tie.process == p && p != nil {
+			return tie.issuer, tie.scope, tie.tied
+		}
+	}
 	if p == nil || len(t.Issuers) == 0 {
 		return nil, 0, false
 	}

@@ -83,6 +83,7 @@ func (e *Engine) Decisive(q *event.Request) bool {
 type stage struct {
 	*eql.Stage
 	documents []event.Document
+	rests     event.Gaps // facts that its conditions look at
 }
 
 func stages(q *eql.Query) []*stage {
@@ -90,6 +91,9 @@ func stages(q *eql.Query) []*stage {
 	for _, s := range q.Stages() {
 		category, any := s.Category()
 		st := &stage{Stage: s}
+		for _, f := range s.Fields() {
+			st.rests |= event.Fields[f.Slot].Rests()
+		}
 		if any || category == "process" {
 			st.documents = append(st.documents, event.ProcessStart)
 		}
@@ -187,20 +191,20 @@ func (p *state) outcome(ev *event.Event, decisions *Decisions) event.Verdict {
 	}
 	switch {
 	case blocked != nil:
-		d.Rule = blocked.Rule
+		d.Rule, d.Latched = blocked.Rule, how != "matches"
 		d.Reason = fmt.Sprintf("rule %q %s %s", blocked.Rule.Name, how, describe(blocked.Subject))
 		p.first(ev, blocked.Subject)
 		return event.Deny
 	case !q.Guarded && p.posture(q) == Default:
 		return event.Allow
 	case len(ev.Subjects) == 0:
-		d.Reason = "unattributed: " + ev.Attribution.Reason
+		d.Reason = unattributed + ev.Attribution.Reason
 		return event.Deny
 	case !ev.Attribution.Sufficient():
-		d.Reason = "unattributed: somebody else may hold the connection: " + ev.Attribution.Reason
+		d.Reason = unattributed + "somebody else may hold the connection: " + ev.Attribution.Reason
 		return event.Deny
 	case p.posture(q) == Strict:
-		d.Reason = "posture strict: no grant covers " + describe(ev.Subjects[0])
+		d.Reason = postureStrict + "no grant covers " + describe(ev.Subjects[0])
 		return event.Deny
 	}
 	return event.Allow
@@ -395,10 +399,11 @@ type memory struct {
 	policy   int              // how many there were before
 	since    []int            // by rule: the policy that brought it
 
-	mu      sync.Mutex                 // guards the following
-	swept   time.Time                  // when sequences last forgot what is too old
-	started remembered[imageID, int]   // process images that rules have seen start, and those of which policy
-	blocked remembered[string, bitset] // rules that have blocked a process, by its entity ID
+	mu      sync.Mutex                   // guards the following
+	swept   time.Time                    // when sequences last forgot what is too old
+	started remembered[imageID, int]     // process images that rules have seen start, and those of which policy
+	blocked remembered[string, bitset]   // rules that have blocked a process, by its entity ID
+	doubted remembered[string, struct{}] // processes that a rule may have blocked, for all that was read of them
 
 	latches atomic.Bool // whether anything is in blocked
 }
@@ -586,6 +591,17 @@ func (m *memory) latched(p *event.Process, to bitset) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	to.add(m.blocked.keys[p.EntityID])
+}
+
+// hasBlocked reports whether a rule has blocked a process before.
+func (m *memory) hasBlocked(r *rule, rules []*rule, p *event.Process) bool {
+	if p == nil || !m.latches.Load() {
+		return false
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	of, ok := m.blocked.keys[p.EntityID]
+	return ok && of.has(slices.Index(rules, r))
 }
 
 // remembered is a map that forgets its oldest keys.

@@ -635,7 +635,7 @@ func TestCounting(t *testing.T) {
 			}
 		}
 	}
-	rules, _, _ := NewEngine(compile(t, Config{})).Explain([]*event.Event{asking("/opt/app/bin/app", nil)})
+	rules := NewEngine(compile(t, Config{})).Explain(asking("/opt/app/bin/app", nil)).Steps[StepRule].Of[0].Rules
 	for _, r := range rules {
 		if (r.ID == hoarded || r.ID == searched) && (r.Matches || len(r.Clauses) != 1 || r.Clauses[0].Excuse) {
 			t.Errorf("explained: %+v", r)

@@ -3,6 +3,7 @@ package policy
 import (
 	"cmp"
 	"fmt"
+	"iter"
 	"slices"
 	"strconv"
 	"strings"
@@ -155,96 +156,75 @@ func (w *What) check(c *complaints, classes []string) {
 }
 
 // allows reports whether the grant covers what this process asks for, and if not what
-// keeps it from doing so.
+// keeps it from doing so first.
 func (g *Grant) allows(p *event.Process, ev *event.Event) (ok bool, missed string) {
-	if missed = g.who(p); missed == "" {
-		missed = g.what(p, ev)
+	for missed := range g.misses(p, ev) {
+		return false, missed
 	}
-	return missed == "", missed
+	return true, ""
 }
 
-// who is what keeps a grant from being this process's.
-func (g *Grant) who(p *event.Process) (missed string) {
-	switch {
-	case !g.executable(p.Executable):
-		return "executable"
-	case p.Loader:
-		return "the executable is a dynamic loader"
-	case p.Earlier:
-		return "the process has executed another program since"
-	case p.Ended:
-		return "the process has ended, and little is known of it"
+// misses is all that keeps the grant from covering what this process asks for.
+func (g *Grant) misses(p *event.Process, ev *event.Event) iter.Seq[string] {
+	return func(yield func(string) bool) {
+		_ = g.who(p, yield) && g.what(p, ev, yield)
 	}
-	if g.contained() {
-		switch {
-		case !p.Known || p.Deleted || p.Swapped:
-			return "the executable is not a file that can be read"
-		case g.Container != "" && !strings.HasPrefix(p.Container, g.Container):
-			return "container " + strconv.Quote(p.Container)
-		case g.Pod != "" && p.Pod != g.Pod:
-			return "pod " + strconv.Quote(p.Pod)
-		case p.Container == "":
-			return "no container" // of a pod there are others: conmon runs beside them
-		}
-	} else {
-		switch {
-		case p.Container != "" || p.Pod != "":
-			return "it runs in a container, and the grant names none"
-		case !p.HostVerified:
-			return "the executable is not the host's own file"
-		case !p.RootOwned:
-			return "others than root can change the executable"
-		}
-	}
-	switch {
-	case g.Unit != "" && !g.unit(p.Unit):
-		return "unit " + strconv.Quote(p.Unit)
-	case g.User != "" && !userIs(g.User, p):
-		return "user " + strconv.Quote(cmp.Or(p.UserName, p.UserID))
-	case g.Group != "" && !groupIs(g.Group, p):
-		return "group " + strconv.Quote(cmp.Or(p.GroupName, p.GroupID))
-	case g.Parent != "":
-		return g.parent(p)
-	}
-	return ""
 }
 
-// parent is what keeps the parent from being the one that is named. It counts only
+// who yields what keeps a grant from being this process's. It is false when yield was.
+func (g *Grant) who(p *event.Process, yield func(string) bool) bool {
+	return (g.executable(p.Executable) || yield("executable "+strconv.Quote(p.Executable))) &&
+		(!p.Loader || yield("the executable is a dynamic loader")) &&
+		(!p.Earlier || yield("the process has executed another program since")) &&
+		(!p.Ended || yield("the process has ended, and little is known of it")) &&
+		g.file(p, yield) &&
+		(g.Unit == "" || g.unit(p.Unit) || yield("unit "+strconv.Quote(p.Unit))) &&
+		(g.User == "" || userIs(g.User, p) || yield("user "+strconv.Quote(cmp.Or(p.UserName, p.UserID)))) &&
+		(g.Group == "" || groupIs(g.Group, p) || yield("group "+strconv.Quote(cmp.Or(p.GroupName, p.GroupID)))) &&
+		(g.Parent == "" || g.parent(p, yield))
+}
+
+// file yields what is wrong with the executable as a file, and with the container.
+func (g *Grant) file(p *event.Process, yield func(string) bool) bool {
+	if !g.contained() {
+		return (p.Container == "" && p.Pod == "" || yield("it runs in a container, and the grant names none")) &&
+			(p.HostVerified || yield("the executable is not the host's own file")) &&
+			(!p.HostVerified || p.RootOwned || yield("others than root can change the executable"))
+	}
+	return (p.Known && !p.Deleted && !p.Swapped || yield("the executable is not a file that can be read")) &&
+		(g.Container == "" || strings.HasPrefix(p.Container, g.Container) || yield("container "+strconv.Quote(p.Container))) &&
+		(g.Pod == "" || p.Pod == g.Pod || yield("pod "+strconv.Quote(p.Pod))) &&
+		(g.Pod == "" || p.Container != "" || yield("no container")) // of a pod there are others: conmon runs beside them
+}
+
+// parent yields what keeps the parent from being the one that is named. It counts only
 // where the kernel said who forked whom: a process that outlives its parent has the
 // one that it is given to, and can bring that about. Of a parent that has ended nobody
 // can say any more whether its file was the host's.
-func (g *Grant) parent(p *event.Process) (missed string) {
+func (g *Grant) parent(p *event.Process, yield func(string) bool) bool {
 	parent := p.Parent
 	switch {
 	case p.Ancestry != birth || parent == nil:
-		return "who has forked the process is not known for certain"
+		return yield("who has forked the process is not known for certain")
 	case !isProgram(g.Parent, parent.Executable) || parent.Loader:
-		return "parent " + strconv.Quote(parent.Executable)
+		return yield("parent " + strconv.Quote(parent.Executable))
 	case !g.contained() && !parent.Unproven && !(parent.HostVerified && parent.RootOwned):
-		return "others than root can change the executable of the parent"
+		return yield("others than root can change the executable of the parent")
 	}
-	return ""
+	return true
 }
 
 // birth is event.Process.Ancestry where the kernel has said who forked a process.
 const birth = "birth"
 
-// what is what keeps a grant from being for this request.
-func (g *Grant) what(p *event.Process, ev *event.Event) (missed string) {
+// what yields what keeps a grant from being for this request.
+func (g *Grant) what(p *event.Process, ev *event.Event, yield func(string) bool) bool {
 	q := &ev.Request
-	switch {
-	case len(g.Classes) > 0 && !slices.Contains(g.Classes, q.Class):
-		return "class " + q.Class
-	case len(g.Paths) > 0 && !g.path(q):
-		return "path " + strconv.Quote(q.Path)
-	case g.API != AnyAPI && g.API != g.API.of(q):
-		return "no session token"
-	case g.OwnToken && ev.Token.Foreign(p):
-		return "the session token of another process"
-	case g.Expires.over(ev.Time):
-		return "expired on " + g.Expires.Format(time.DateOnly)
-	}
-	return ""
+	return (len(g.Classes) == 0 || slices.Contains(g.Classes, q.Class) || yield("class "+q.Class)) &&
+		(len(g.Paths) == 0 || g.path(q) || yield("path "+strconv.Quote(q.Path))) &&
+		(g.API == AnyAPI || g.API == g.API.of(q) || yield("no session token")) &&
+		(!g.OwnToken || !ev.Token.Foreign(p) || yield("the session token of another process")) &&
+		(!g.Expires.over(ev.Time) || yield("expired on "+g.Expires.Format(time.DateOnly)))
 }
 
 // path reports whether a request is for one of the paths. One that is spelled as no

@@ -75,7 +75,7 @@ func TestNewTerms(t *testing.T) {
 		if ev.Decision.Verdict == event.Deny {
 			t.Errorf("%s: refused, though nobody said that the rule blocks", c.name)
 		}
-		e.Explain([]*event.Event{asking(c.executable, c.change)})
+		e.Explain(asking(c.executable, c.change))
 		e.Observe(ev)
 		if got := alerts(ev, "first"); got != c.want {
 			t.Errorf("%d, %s: alert %v", i, c.name, got)
@@ -194,7 +194,7 @@ func TestNewTermsOfStarts(t *testing.T) {
 func TestExplainNewTerms(t *testing.T) {
 	e := NewEngine(compile(t, only(t, firstClient, Config{})))
 	holds := func() bool {
-		rules, _, _ := e.Explain([]*event.Event{asking("/opt/app", nil)})
+		rules := e.Explain(asking("/opt/app", nil)).Steps[StepRule].Of[0].Rules
 		c := rules[0].Clauses[len(rules[0].Clauses)-1]
 		if c.Text != "first seen in 7d: host.id, process.executable" || c.Holds != rules[0].Matches {
 			t.Errorf("%+v", rules[0])

@@ -83,6 +83,7 @@ type Policy struct {
 	grants     []Grant
 	byProgram  map[program][]*Grant
 	denies     []Deny
+	rests      event.Gaps // facts at which grants and denies look
 	tokenScope event.TokenScope
 }
 
@@ -93,8 +94,9 @@ type rule struct {
 	blocking []*stage // of the query that blocks
 	literal  []*stage // of the query as written
 
-	aboutProcess bool // blocks because of what the process is, not of a request alone, nor of what is new
-	alertsOnly   bool // of counts and of what did not come before: neither says anything of one process
+	aboutProcess bool       // blocks because of what the process is, not of a request alone, nor of what is new
+	rests        event.Gaps // facts that the stages that block look at
+	alertsOnly   bool       // of counts and of what did not come before: neither says anything of one process
 }
 
 //go:embed rules/*.toml
@@ -180,7 +182,7 @@ func Compile(c Config, classes []string) (*Policy, error) {
 		fmt.Fprintln(digest, *c.Tokens.Action)
 	}
 	p.set = newRuleSet(p.rules)
-	p.byProgram = grantsByProgram(p.grants)
+	p.byProgram, p.rests = grantsByProgram(p.grants), restsOf(p.grants, p.denies)
 	p.findDecisive(classes)
 	p.Digest = "sha256:" + hex.EncodeToString(digest.Sum(nil))
 	return p, errors.Join(errs...)
@@ -232,6 +234,7 @@ func newRule(r *Rule, a RuleAction) *rule {
 		own.blocking = nil
 	}
 	for _, s := range own.blocking {
+		own.rests |= s.rests
 		own.aboutProcess = own.aboutProcess || r.NewTerms == nil && slices.ContainsFunc(s.Fields(), func(f eql.Field) bool {
 			return strings.HasPrefix(f.Name, "process.") || strings.HasPrefix(f.Name, "imdsgate.executable.")
 		})

@@ -95,7 +95,7 @@ func callerChosen(field string) bool {
 		return true
 	}
 	for _, prefix := range []string{"process.parent.", "process.group_leader.", "process.session_leader.",
-		"process.entry_leader.", "process.env_vars", "imdsgate.ancestors."} {
+		"process.entry_leader.", "process.env_vars", "imdsgate.ancestors.", "imdsgate.process.parent"} {
 		if len(field) >= len(prefix) && field[:len(prefix)] == prefix {
 			return true
 		}

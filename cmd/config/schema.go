@@ -42,7 +42,7 @@ var words = map[reflect.Type][]string{
 	reflect.TypeFor[policy.API]():         {"any", "v1", "v2"},
 	reflect.TypeFor[event.TokenScope]():   {"unit", "parent", "process"},
 	reflect.TypeFor[event.Layout]():       {"own", "defend"},
-	reflect.TypeFor[sink.Fsync]():         {"rotate", "never", "interval", "always"},
+	reflect.TypeFor[sink.Fsync]():         {"never", "rotate", "interval", "always"},
 	reflect.TypeFor[iptables.Backend]():   {"auto", "nft", "legacy"},
 	reflect.TypeFor[attribution.Level]():  {"L0", "L1", "L2", "L3"},
 	reflect.TypeFor[Uncovered]():          {"deny", "report"},

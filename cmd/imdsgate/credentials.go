@@ -98,8 +98,8 @@ func second(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 // printable quotes what would do more to a terminal than to show itself, or to the
 // table.
 func printable(s string) string {
-	if quoted := strconv.Quote(s); quoted != `"`+s+`"` {
-		return quoted
+	if strings.ContainsFunc(s, func(r rune) bool { return !strconv.IsPrint(r) }) {
+		return strconv.Quote(s)
 	}
 	return s
 }

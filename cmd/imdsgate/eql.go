@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"maps"
 	"os"
 	"slices"
@@ -108,22 +107,10 @@ func (o *eqlOptions) run(ctx context.Context, json bool, args []string, stdin io
 	}
 	out := bufio.NewWriter(stdout)
 	_, single := tree.Body.(*syntax.Event)
-	t := &eqlOutput{out: out, err: stderr, progress: newProgress(stderr), array: !single, byID: o.roles.ID != ""}
+	t := &eqlOutput{inputs: newInputs(stderr, "searching", "matches"), out: out, array: !single, byID: o.roles.ID != ""}
 	search := ndjson.Search{
 		Query: tree, Schema: policy.Schema(), Roles: o.roles, Pending: o.pending,
-		Found: t.found, Bad: t.badLine, Failed: t.failed, Progress: t.report,
-	}
-	for _, name := range files {
-		if name == "-" {
-			search.Inputs = append(search.Inputs, ndjson.Stream("standard input", stdin))
-			continue
-		}
-		in, err := ndjson.File(name)
-		if err != nil {
-			t.failed(name, err)
-			continue
-		}
-		search.Inputs = append(search.Inputs, in)
+		Found: t.found, Bad: t.badLine, Failed: t.failed, Progress: t.report, Inputs: t.open(files, stdin),
 	}
 	if len(search.Inputs) == 0 && !o.explain {
 		return exit(exitTrouble)
@@ -247,19 +234,10 @@ func interrupted(err error) error {
 
 // eqlOutput prints what a search finds, and says what it meets.
 type eqlOutput struct {
-	out      *bufio.Writer
-	err      io.Writer
-	progress *progress
-	array    bool // a match is one
-	byID     bool
-	bad      uint64
-	trouble  bool // the answer is not complete
-}
-
-// say prints a line beside the matches.
-func (o *eqlOutput) say(format string, args ...any) {
-	o.progress.clear()
-	fmt.Fprintf(o.err, "imdsgate: "+format+"\n", args...)
+	inputs
+	out   *bufio.Writer
+	array bool // a match is one
+	byID  bool
 }
 
 // found prints a match.
@@ -291,27 +269,6 @@ func (o *eqlOutput) event(e *ndjson.Event) {
 	}
 }
 
-// maxBad is how many bad lines are named. Somebody who gives a file that is
-// something else should still see what was said before.
-const maxBad = 20
-
-func (o *eqlOutput) badLine(l ndjson.BadLine) {
-	if o.bad++; o.bad <= maxBad {
-		o.say("%v", l)
-	}
-	if o.bad == maxBad {
-		o.say("further bad lines are only counted")
-	}
-}
-
-func (o *eqlOutput) failed(name string, err error) {
-	o.trouble = true
-	if p := (*fs.PathError)(nil); errors.As(err, &p) {
-		err = p.Err
-	}
-	o.say("read %s: %v", name, err)
-}
-
 // report is called again and again. What was found so far should be seen.
 func (o *eqlOutput) report(p ndjson.Progress) {
 	if o.out.Buffered() > 0 {
@@ -339,12 +296,4 @@ func (o *eqlOutput) summary(sum ndjson.Summary, fields *ndjson.Fields, pending i
 	if sum.Evicted > 0 {
 		o.say("matches may be missing: %s given up, because no more than %d are kept; --pending keeps more", count(sum.Evicted, "unfinished sequence", ""), pending)
 	}
-}
-
-// count says how many of something were.
-func count(n uint64, thing, more string) string {
-	if n == 1 {
-		return "1 " + thing + more + " was"
-	}
-	return fmt.Sprintf("%d %ss%s were", n, thing, more)
 }

@@ -239,7 +239,7 @@ func (f filter) compile(now time.Time) (func(line []byte) (bool, error), error) 
 	}, nil
 }
 
-// moment is a time, or how long ago.
+// moment is a time, a day, or how long ago.
 func moment(flag, text string, now time.Time) (time.Time, error) {
 	if text == "" {
 		return time.Time{}, nil
@@ -247,11 +247,17 @@ func moment(flag, text string, now time.Time) (time.Time, error) {
 	if ago, err := time.ParseDuration(text); err == nil {
 		return now.Add(-ago), nil
 	}
-	at, err := time.Parse(time.RFC3339, text)
-	if err != nil {
-		return at, fmt.Errorf("%s %s: a time as in 2026-11-23T18:04:05Z, or how long ago, as in 90m", flag, text)
+	if days, ok := strings.CutSuffix(text, "d"); ok {
+		if n, err := strconv.ParseUint(days, 10, 16); err == nil {
+			return now.AddDate(0, 0, -int(n)), nil
+		}
 	}
-	return at, nil
+	for _, layout := range []string{time.RFC3339, time.DateOnly} {
+		if at, err := time.Parse(layout, text); err == nil {
+			return at, nil
+		}
+	}
+	return time.Time{}, fmt.Errorf("%s %s: a time as in 2026-11-23T18:04:05Z, a day as in 2026-11-23, or how long ago, as in 90m or 7d", flag, text)
 }
 
 // document is what one line of an event says to a person.

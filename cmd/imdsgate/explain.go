@@ -1,164 +1,327 @@
 package main
 
 import (
+	"bytes"
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/url"
+	"path"
+	"path/filepath"
 	"strconv"
+	"strings"
+	"time"
 
+	"github.com/imdsgate/imdsgate/cmd/config"
 	"github.com/imdsgate/imdsgate/cmd/report"
+	"github.com/imdsgate/imdsgate/event"
+	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/policy/eql/ndjson"
 	"github.com/spf13/cobra"
 )
 
-func newExplain(o *options) *cobra.Command {
-	var pid int
-	cmd := &cobra.Command{
-		Use:   "explain --pid N",
-		Short: "Show what would become of a process's requests, and why",
-		Long: `Show how the daemon sees a running process, what each rule and grant says of
-it, and what would become of its requests in enforce mode.
+// explainOptions are the flags of imdsgate explain.
+type explainOptions struct {
+	*options
+	pid      int
+	event    string
+	who      hypothesis
+	method   string
+	path     string
+	v1       bool
+	all      bool
+	exitCode bool
+}
 
-A rule's conditions are marked: + holds, - does not, ~ does not, and would not
-keep the rule from blocking, because the process can bring it about itself.`,
-		Args: func(_ *cobra.Command, args []string) error {
-			if len(args) > 0 {
-				return fmt.Errorf("what is %q? A process is given as in imdsgate explain --pid 4711", args[0])
+// hypothesis is a process that somebody makes up.
+type hypothesis struct {
+	exe, file, parent, user, unit, container, cmdline, cwd string
+}
+
+func newExplain(o *options) *cobra.Command {
+	e := explainOptions{options: o}
+	cmd := &cobra.Command{
+		Use:   "explain (--pid N | --event ID [FILE|DIR...] | --exe PATH)",
+		Short: "Show how a verdict comes about, step by step",
+		Long: `Show how the verdict on a request comes about: the steps in the order of judging,
+what each has looked at, the clause that decided, and the grants that almost covered
+it with what they miss it by.
+
+  --pid N     a process that runs now, as the daemon sees it
+  --event ID  a request that was recorded, of FILEs (default: those of the
+              configuration), by the policy of --config; without the daemon, and on any
+              machine. Of a request whose record was redacted, it says where that matters
+  --exe PATH  a process that you make up, by the policy of --config
+
+What a process asks for is --path, by default the credentials of a role with a session
+token. A rule's conditions are marked: + holds, - does not, ~ does not, and would not
+keep the rule from blocking, because the process can bring it about itself, ? is not
+known.
+
+Exit status: 0, or with --exit-code 1 if enforce mode refuses the request; 2 if there is
+no answer.`,
+		Example: `  imdsgate explain --pid 4711 --path /latest/user-data
+  imdsgate explain --event 01KAT5Z3N8Q2 /var/log/imdsgate
+  imdsgate explain --exe /usr/bin/python3 --unit backup.service --parent /usr/lib/systemd/systemd --exit-code`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if !cmd.Flags().Changed("pid") && e.event == "" && e.who.exe == "" {
+				return errors.New("explain what? A process as in imdsgate explain --pid 4711, a recorded request (--event ID), or a process that you make up (--exe PATH)")
 			}
-			return nil
-		},
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			client, err := o.client()
-			if err != nil {
-				return err
-			}
-			var e report.Explanation
-			if err := client.Get(cmd.Context(), "explain", url.Values{"pid": {strconv.Itoa(pid)}}, &e); err != nil {
-				return err
-			}
-			if o.json {
-				return json.NewEncoder(cmd.OutOrStdout()).Encode(e)
-			}
-			return printExplanation(cmd.OutOrStdout(), e)
+			return e.run(cmd.Context(), args, cmd.InOrStdin(), cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},
 	}
-	cmd.Flags().IntVar(&pid, "pid", 0, "process to explain")
-	cmd.MarkFlagRequired("pid")
+	flags := cmd.Flags()
+	flags.IntVar(&e.pid, "pid", 0, "process that runs now")
+	flags.StringVar(&e.event, "event", "", "event.id of a request that was recorded, or of its alert")
+	flags.StringVar(&e.who.exe, "exe", "", "executable of a process that is made up")
+	flags.StringVar(&e.who.file, "file", "root", "whose the executable is: root (the host's own file that only root can change), host (that others can change), other (not the host's)")
+	flags.StringVar(&e.who.parent, "parent", "", "executable that started it")
+	flags.StringVar(&e.who.user, "user", "root", "its user, a name or number")
+	flags.StringVar(&e.who.unit, "unit", "", "its system unit")
+	flags.StringVar(&e.who.container, "container", "", "ID of its container")
+	flags.StringVar(&e.who.cmdline, "cmdline", "", "its arguments, the program's name first")
+	flags.StringVar(&e.who.cwd, "cwd", "/", "its working directory")
+	flags.StringVar(&e.method, "method", "", "method of the request (default: that of clients)")
+	flags.StringVar(&e.path, "path", report.CredentialsPath, "what it asks for")
+	flags.BoolVar(&e.v1, "v1", false, "without a session token")
+	flags.BoolVar(&e.all, "all", false, "show every rule and grant, and not only the nearest")
+	flags.BoolVar(&e.exitCode, "exit-code", false, "exit 1 if enforce mode refuses the request")
+	cmd.MarkFlagsMutuallyExclusive("pid", "event", "exe")
+	for _, name := range []string{"file", "parent", "user", "unit", "container", "cmdline", "cwd"} {
+		cmd.MarkFlagsMutuallyExclusive("pid", name)
+		cmd.MarkFlagsMutuallyExclusive("event", name)
+	}
+	for _, name := range []string{"method", "path", "v1"} {
+		cmd.MarkFlagsMutuallyExclusive("event", name)
+	}
 	return cmd
 }
 
-func printExplanation(w io.Writer, e report.Explanation) error {
-	p := &printer{w: w}
-	p.subject(e.Subject, e.Ancestors)
-	for _, was := range e.Past {
-		p.line("  was before         %s: %s", image(was), was.CommandLine)
+func (o *explainOptions) run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) error {
+	if len(args) > 0 && o.event == "" {
+		return fmt.Errorf("what is %q? A process is given as in imdsgate explain --pid 4711, and files go with --event", args[0])
 	}
-	p.line("  evidence           level %s", e.Level)
-	p.line("\nrules")
-	for _, r := range e.Rules {
-		mark := "does not match"
-		if r.Matches {
-			mark = "MATCHES"
+	var x report.Explanation
+	var err error
+	switch {
+	case o.event != "":
+		x, err = o.recorded(ctx, args, stdin, stderr)
+	case o.who.exe != "":
+		x, err = o.madeUp()
+	default:
+		x, err = o.running(ctx)
+	}
+	if err != nil {
+		return err
+	}
+	if o.json {
+		err = json.NewEncoder(stdout).Encode(x)
+	} else {
+		err = printExplanation(stdout, x, o.all)
+	}
+	if err == nil && o.exitCode && x.Verdict == event.Deny.String() {
+		return exit(exitNo)
+	}
+	return err
+}
+
+// running asks the daemon about a process.
+func (o *explainOptions) running(ctx context.Context) (x report.Explanation, err error) {
+	client, err := o.client()
+	if err != nil {
+		return x, err
+	}
+	ask := url.Values{"pid": {strconv.Itoa(o.pid)}, "method": {o.method}, "path": {o.path}, "v1": {strconv.FormatBool(o.v1)}}
+	return x, client.Get(ctx, "explain", ask, &x)
+}
+
+// engine judges by the policy of the configuration.
+func (o *explainOptions) engine() (config.Config, *policy.Policy, error) {
+	c, err := o.load()
+	if err != nil {
+		return c, nil, err
+	}
+	p, err := c.Policy()
+	if err != nil {
+		return c, nil, fmt.Errorf("%w: %w", errConfig, err)
+	}
+	return c, p, nil
+}
+
+// madeUp is about a process that there need not be.
+func (o *explainOptions) madeUp() (x report.Explanation, err error) {
+	p, err := o.who.process()
+	if err != nil {
+		return x, err
+	}
+	_, rules, err := o.engine()
+	if err != nil {
+		return x, err
+	}
+	e := policy.NewEngine(rules)
+	ev := report.Asking(&event.Host{}, p, report.Ask(o.method, o.path, !o.v1))
+	ev.Time, ev.Connection.Accepted = time.Now(), time.Now()
+	x = report.Explain(e, ev)
+	x.Verdicts = report.Classes(e, ev)
+	return x, nil
+}
+
+func (h *hypothesis) process() (*event.Process, error) {
+	if !path.IsAbs(h.exe) {
+		return nil, fmt.Errorf("--exe %s: an executable is named by its whole path, as in /usr/bin/curl", h.exe)
+	}
+	p := h.image(h.exe)
+	p.Args = []string{p.Name}
+	if h.cmdline != "" {
+		p.Args = strings.Fields(h.cmdline)
+	}
+	p.CommandLine, p.WorkingDir = strings.Join(p.Args, " "), h.cwd
+	switch h.file {
+	case "root":
+	case "host":
+		p.RootOwned = false
+	case "other":
+		p.HostVerified, p.RootOwned = false, false
+	default:
+		return nil, fmt.Errorf("--file %s: there are root, host and other", h.file)
+	}
+	if p.Container = h.container; h.container != "" {
+		p.HostVerified, p.RootOwned = false, false // whose files are its image's
+	}
+	if p.Unit = h.unit; h.unit != "" {
+		p.Cgroup = "/system.slice/" + h.unit
+	}
+	if h.parent != "" {
+		p.Parent, p.Ancestry = h.image(h.parent), "birth"
+	}
+	return p, nil
+}
+
+// image is a program of the host, run by the user.
+func (h *hypothesis) image(executable string) *event.Process {
+	p := &event.Process{Executable: executable, Name: path.Base(executable), Known: true, HostVerified: true, RootOwned: true}
+	name, id := h.user, ""
+	if _, err := strconv.ParseUint(h.user, 10, 32); err == nil {
+		name, id = "", h.user
+	}
+	if name == "root" {
+		id = "0"
+	}
+	p.UserName, p.UserID, p.RealUserID, p.SavedUserID = name, id, id, id
+	return p
+}
+
+// recorded is about a request of a file of events.
+func (o *explainOptions) recorded(ctx context.Context, files []string, stdin io.Reader, stderr io.Writer) (x report.Explanation, err error) {
+	c, rules, err := o.engine()
+	if err != nil {
+		return x, err
+	}
+	if len(files) == 0 {
+		if files, err = filepath.Glob(c.Events.Path + "*"); err != nil || len(files) == 0 {
+			return x, fmt.Errorf("there are no events in %s: name the FILE or directory that has them", c.Events.Path)
 		}
-		p.line("  %s: %s", r.Name, mark)
-		for _, c := range r.Clauses {
-			sign := "-"
-			switch {
-			case c.Holds:
-				sign = "+"
-			case c.Excuse:
-				sign = "~"
+	}
+	in := newInputs(stderr, "searching", "matches")
+	if files, err = expand(files); err != nil {
+		return x, err
+	}
+	s := &eventSearch{inputs: &in, opened: in.open(files, stdin), reader: event.NewReader()}
+	rec, err := s.find(ctx, o.event)
+	if err != nil {
+		return x, err
+	}
+	// Whom rules had blocked before is what the record says, as far as it does.
+	doubt := policy.NewEngine(rules).Rejudge(rec)
+	was := rec.Decision
+	x = report.Explain(policy.NewEngine(rules), &rec.Event)
+	if doubt.About != policy.Nothing {
+		x.Doubt = doubt.Why
+	}
+	host := rec.Event.Host.Name
+	if host == "" {
+		host = rec.Event.Host.ID
+	}
+	x.Recorded = &report.Recorded{ID: rec.ID, Time: rec.Event.Time.Format(time.RFC3339Nano), Host: host,
+		Mode: was.Mode, Verdict: was.Verdict.String(), WouldBe: was.WouldBe.String(), Reason: was.Reason}
+	return x, nil
+}
+
+// eventSearch looks for one event.
+type eventSearch struct {
+	*inputs
+	opened []ndjson.Input
+	reader *event.Reader
+}
+
+// find looks for the decision that has an ID, or that is the alert's which has it.
+func (s *eventSearch) find(ctx context.Context, id string) (*event.Record, error) {
+	alert := id
+	for range 2 {
+		var found, other *event.Record
+		related := ""
+		walk := ndjson.Walk{Inputs: s.opened, Failed: s.failed, Line: func(name string, number int, line []byte) error {
+			if !bytes.Contains(line, []byte(id)) {
+				return nil
 			}
-			p.line("    %s %.160s", sign, c.Text)
+			rec := new(event.Record)
+			if err := s.reader.Read(line, rec); err != nil {
+				if !errors.Is(err, event.ErrForeign) {
+					s.badLine(ndjson.BadLine{Input: name, Number: number, Err: err})
+				}
+				return nil
+			}
+			switch {
+			case rec.ID != id:
+			case rec.Document == event.RequestDecision:
+				found = rec
+				return errFound
+			case rec.Document == event.Alert:
+				other, related = rec, decisionOf(line)
+			default:
+				other = rec
+			}
+			return nil
+		}}
+		if err := walk.Run(ctx); err != nil && !errors.Is(err, errFound) {
+			return nil, interrupted(err)
 		}
-	}
-	p.line("\ngrants")
-	if len(e.Grants) == 0 {
-		p.line("  there are none")
-	}
-	for _, g := range e.Grants {
-		if g.Allows {
-			p.line("  %s: covers it", g.Name)
-		} else {
-			p.line("  %s: does not cover it: %s", g.Name, g.Missed)
+		switch {
+		case found != nil:
+			return found, nil
+		case other != nil && related == "":
+			return nil, fmt.Errorf("event %s is not the decision on a request, nor an alert about one: there is nothing to explain", id)
+		case related == "" || related == id:
+			return nil, fmt.Errorf("no event has the id %s in %s", alert, strings.Join(names(s.opened), ", "))
 		}
+		id = related
 	}
-	p.line("\nin enforce mode (it is %s now), if it is the only holder of the connection", e.Mode)
-	for _, v := range e.Verdicts {
-		p.line("  %-15s %-5s  %s", v.Class, v.Verdict, v.Reason)
-	}
-	return p.err
+	return nil, fmt.Errorf("the decision that alert %s is about, %s, is not in %s", alert, id, strings.Join(names(s.opened), ", "))
 }
 
-// subject prints one process and where it comes from.
-func (p *printer) subject(s report.Subject, ancestors []report.Subject) {
-	p.line("%s (pid %d), user %s", program(s), s.PID, s.User)
-	p.line("  command line       %s", s.CommandLine)
-	if !s.Ended {
-		p.line("  working directory  %s", s.WorkingDir)
-		p.line("  unit               %s", unit(s))
-		p.line("  executable         %s", file(s))
+var errFound = errors.New("found")
+
+func names(inputs []ndjson.Input) []string {
+	var all []string
+	for _, in := range inputs {
+		all = append(all, in.Name)
 	}
-	how := map[string]string{"birth": "forked by", "snapshot": "parent at startup", "present": "parent"}[s.Ancestry]
-	if how == "" {
-		p.line("  forked by          not known: events were lost, or its record had to make room")
-		how = "then"
-	}
-	for _, a := range ancestors {
-		p.line("  %-18s %s (pid %d)", how, program(a), a.PID)
-		how = "then"
-	}
-	if s.ParentNow != nil {
-		p.line("  %-18s %s (pid %d)", "parent now", program(*s.ParentNow), s.ParentNow.PID)
-	}
+	return all
 }
 
-func program(s report.Subject) string {
-	if s.Ended {
-		return image(s) + ", ended or another program now"
+// decisionOf is the ID of the decision that an alert is about.
+func decisionOf(alert []byte) string {
+	var doc struct {
+		Own struct {
+			Alert struct {
+				IDs []string `json:"correlated_event_ids"`
+			} `json:"alert"`
+		} `json:"imdsgate"`
 	}
-	return image(s)
-}
-
-func image(s report.Subject) string {
-	if s.Executable == "" {
-		return "a program that could not be read"
+	if json.Unmarshal(alert, &doc) != nil || len(doc.Own.Alert.IDs) == 0 {
+		return ""
 	}
-	return s.Executable
-}
-
-func unit(s report.Subject) string {
-	switch {
-	case s.Unit != "":
-		return s.Unit
-	case s.UserUnit != "":
-		return s.UserUnit + ", a name that its user chose"
-	}
-	return "none, cgroup " + s.Cgroup
-}
-
-func file(s report.Subject) string {
-	switch {
-	case s.Swapped:
-		return "exchanged: /proc/PID/exe names another file than the kernel has executed"
-	case s.Loader:
-		return "a dynamic loader"
-	case s.RootOwned:
-		return "the host's own, only root can change it"
-	case s.HostVerified:
-		return "the host's own, others than root can change it"
-	}
-	return "not the file that the host has under this path"
-}
-
-// printer keeps the first error of many lines.
-type printer struct {
-	w   io.Writer
-	err error
-}
-
-func (p *printer) line(format string, args ...any) {
-	if p.err == nil {
-		_, p.err = fmt.Fprintf(p.w, format+"\n", args...)
-	}
+	return doc.Own.Alert.IDs[len(doc.Own.Alert.IDs)-1] // after those of processes and connections
 }

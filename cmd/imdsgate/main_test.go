@@ -35,6 +35,9 @@ func TestOffline(t *testing.T) {
 	if got, code := imdsgate("events", "-n", "1", "--json", events); code != 0 || strings.Count(got, "\n") != 1 || !strings.Contains(got, `"pid":8`) {
 		t.Errorf("%d\n%s", code, got)
 	}
+	if err := os.Mkdir(filepath.Join(dir, "empty"), 0o700); err != nil {
+		t.Fatal(err)
+	}
 	if err := os.WriteFile(events, []byte("not an event\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -48,10 +51,15 @@ func TestOffline(t *testing.T) {
 		{[]string{"--socket", filepath.Join(dir, "none"), "status"}, 3, "not running"},
 		{[]string{"--config", filepath.Join(dir, "none"), "status"}, 78, "none"},
 		{[]string{"stauts"}, 2, "status"},
-		{[]string{"explain"}, 2, `"pid" not set`},
+		{[]string{"explain"}, 2, "explain --pid 4711"},
+		{[]string{"explain", "--pid", "1", "--exe", "/bin/sh"}, 2, "[exe pid]"},
+		{[]string{"explain", "--pid", "1", "file"}, 2, "files go with --event"},
+		{[]string{"explain", "--exe", "sh"}, 2, "whole path"},
+		{[]string{"replay", filepath.Join(dir, "none")}, 2, "none: no such file"},
+		{[]string{"replay", dir + "/empty"}, 2, "no files of events"},
 		{[]string{"explain", "4711"}, 2, "explain --pid 4711"},
 		{[]string{"whois"}, 2, "whois LOCAL:PORT"},
-		{[]string{"events", "a", "b"}, 2, "accepts at most 1"},
+		{[]string{"events", filepath.Join(dir, "a"), filepath.Join(dir, "b")}, 2, "no such file"},
 	} {
 		if got, code := imdsgate(c.args...); code != c.code || !strings.Contains(got, c.says) {
 			t.Errorf("%v: %d, want %d\n%s", c.args, code, c.code, got)

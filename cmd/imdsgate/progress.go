@@ -17,16 +17,18 @@ const (
 	progressEvery = 200 * time.Millisecond
 )
 
-// progress is a line on a terminal that says how far a search is.
+// progress is a line on a terminal that says how far something is.
 type progress struct {
+	doing string    // what
+	found string    // what is counted
 	w     io.Writer // nil if nobody looks
 	start time.Time
 	last  time.Time
 	shown bool
 }
 
-func newProgress(stderr io.Writer) *progress {
-	p := &progress{start: time.Now()}
+func newProgress(stderr io.Writer, doing, found string) *progress {
+	p := &progress{doing: doing, found: found, start: time.Now()}
 	if f, ok := stderr.(*os.File); ok && isatty.IsTerminal(f.Fd()) {
 		p.w = stderr
 	}
@@ -41,7 +43,7 @@ func (p *progress) show(at ndjson.Progress) {
 	p.last = now
 	p.clear()
 	p.shown = true
-	doing := "searching"
+	doing := p.doing
 	if at.Sorting {
 		doing = "looking for the order of"
 	}
@@ -49,7 +51,7 @@ func (p *progress) show(at ndjson.Progress) {
 	if at.Size > 0 {
 		far = fmt.Sprintf("%d %%", min(100, 100*at.Read/at.Size))
 	}
-	fmt.Fprintf(p.w, "%s %s: %s, %d events, %d matches", doing, at.Input, far, at.Events, at.Matches)
+	fmt.Fprintf(p.w, "%s %s: %s, %d events, %d %s", doing, at.Input, far, at.Events, at.Matches, p.found)
 }
 
 // clear takes the line away, so that something else can be written.

@@ -9,17 +9,14 @@ import (
 	"os"
 	"runtime"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/cmd/report"
 	"github.com/imdsgate/imdsgate/control"
-	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/event/sink"
 	"github.com/imdsgate/imdsgate/policy"
 	"github.com/imdsgate/imdsgate/proxy"
-	"github.com/imdsgate/imdsgate/proxy/imds"
 	"github.com/prometheus/procfs"
 )
 
@@ -198,21 +195,18 @@ func (d *daemon) explain(_ context.Context, q control.Question) (any, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: process %d cannot be read: %w", control.ErrBadQuestion, pid, err)
 	}
-	p := proxy.Process(found)
-	var requests []*event.Event
-	for _, class := range imds.Classes() {
-		requests = append(requests, &event.Event{
-			Host: d.host, Time: time.Now(), Subjects: []*event.Process{p},
-			Connection:  event.Connection{Destination: imds.Endpoints[0], Accepted: time.Now()},
-			Attribution: event.Attribution{Complete: true},
-			Request:     event.Request{Method: "GET", Class: class.String(), Guarded: imds.Target{Class: class}.Guarded(), Token: true},
-		})
+	path := q.Args.Get("path")
+	if path == "" {
+		path = report.CredentialsPath
 	}
-	e := report.Explanation{Level: d.finder.Level().String(), Subject: subject(p), Ancestors: ancestors(p), Mode: d.engine.Mode().String()}
+	ask := report.Ask(q.Args.Get("method"), path, q.Args.Get("v1") != "true")
+	ev := report.Asking(d.host, proxy.Process(found), ask)
+	ev.Time, ev.Connection.Accepted, ev.Attribution.Level = time.Now(), time.Now(), d.finder.Level().String()
+	e := report.Explain(d.engine, ev)
+	e.Verdicts = report.Classes(d.engine, ev)
 	for _, was := range d.finder.Past(found) {
-		e.Past = append(e.Past, subject(proxy.Process(was)))
+		e.Past = append(e.Past, report.SubjectOf(proxy.Process(was)))
 	}
-	e.Rules, e.Grants, e.Verdicts = d.engine.Explain(requests)
 	return e, nil
 }
 
@@ -256,7 +250,7 @@ func (d *daemon) whois(ctx context.Context, q control.Question) (any, error) {
 			}
 			for i, found := range o.Subjects {
 				p := proxy.Process(found)
-				w.Subjects = append(w.Subjects, report.Holder{Role: o.Roles[i].String(), Subject: subject(p), Ancestors: ancestors(p)})
+				w.Subjects = append(w.Subjects, report.Holder{Role: o.Roles[i].String(), Subject: report.SubjectOf(p), Ancestors: report.AncestorsOf(p)})
 			}
 			return w, nil
 		}
@@ -269,33 +263,3 @@ func (d *daemon) whois(ctx context.Context, q control.Question) (any, error) {
 
 // whoisTakes bounds the wait of a person for a search of the host.
 const whoisTakes = 5 * time.Second
-
-func ancestors(p *event.Process) []report.Subject {
-	var all []report.Subject
-	for a := p.Parent; a != nil; a = a.Parent {
-		all = append(all, subject(a))
-	}
-	return all
-}
-
-func subject(p *event.Process) report.Subject {
-	s := described(p)
-	if p.ParentNow != nil {
-		now := described(p.ParentNow)
-		s.ParentNow = &now
-	}
-	return s
-}
-
-func described(p *event.Process) report.Subject {
-	name := p.UserName
-	if name == "" {
-		name = p.UserID
-	}
-	return report.Subject{
-		PID: p.PID, EntityID: p.EntityID, Start: p.Start, Executable: p.Executable, Name: p.Name,
-		CommandLine: strings.Join(event.RedactArgs(p.Args), " "), WorkingDir: p.WorkingDir, User: name, Unit: p.Unit, UserUnit: p.UserUnit,
-		Cgroup: p.Cgroup, Container: p.Container, HostVerified: p.HostVerified, RootOwned: p.RootOwned, Loader: p.Loader,
-		Swapped: p.Swapped, Ended: p.Ended, Earlier: p.Earlier, Ancestry: p.Ancestry,
-	}
-}

@@ -216,18 +216,6 @@ type Process struct {
 	Goroutines  int    `json:"goroutines"`
 }
 
-// Explanation is what `imdsgate explain` shows.
-type Explanation struct {
-	Level     string                  `json:"level"`
-	Subject   Subject                 `json:"process"`
-	Past      []Subject               `json:"earlier_programs,omitempty"`
-	Ancestors []Subject               `json:"ancestors"`
-	Rules     []policy.RuleFinding    `json:"rules"`
-	Grants    []policy.GrantFinding   `json:"grants"`
-	Verdicts  []policy.VerdictFinding `json:"verdicts"`
-	Mode      string                  `json:"mode"`
-}
-
 // Subject is a process as policy sees it.
 type Subject struct {
 	PID          int64     `json:"pid"`

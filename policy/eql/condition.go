@@ -3,6 +3,7 @@ package eql
 import (
 	"cmp"
 	"encoding/binary"
+	"slices"
 
 	"github.com/imdsgate/imdsgate/policy/eql/syntax"
 )
@@ -78,6 +79,43 @@ func (k *cond) pred() pred {
 		}
 		return false
 	}
+}
+
+// Truth is what can be said of a condition.
+type Truth uint8
+
+const (
+	False Truth = iota
+	Maybe       // it depends on what is not known
+	True
+)
+
+// truth is Kleene's: what does not depend on unknown fields is not in doubt for them.
+func (k *cond) truth(e Event, known func(Field) bool) Truth {
+	switch k.op {
+	case opAtom:
+		switch {
+		case slices.ContainsFunc(k.atom.fields, func(f Field) bool { return f.Slot >= 0 && !known(f) }):
+			return Maybe
+		case k.atom.pred(e):
+			return True
+		}
+		return False
+	case opNot:
+		return True - k.of[0].truth(e, known)
+	}
+	all := True
+	if k.op == opOr {
+		all = False
+	}
+	for _, x := range k.of {
+		if t := x.truth(e, known); k.op == opAnd {
+			all = min(all, t)
+		} else {
+			all = max(all, t)
+		}
+	}
+	return all
 }
 
 // atom is a condition without and, or and not.

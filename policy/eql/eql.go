@@ -234,6 +234,18 @@ func (s *Stage) Fields() []Field { return slices.Clone(s.fields) }
 // Match reports whether an event has the category and satisfies the condition.
 func (s *Stage) Match(e Event) bool { return s.inCat(e) && s.match(e) }
 
+// Known is Match for an event of which not all fields are known. The category is.
+func (s *Stage) Known(e Event, known func(Field) bool) Truth {
+	if !s.inCat(e) {
+		return False
+	}
+	all := True
+	for _, c := range s.conjuncts {
+		all = min(all, c.cond.truth(e, known))
+	}
+	return all
+}
+
 // Conjuncts are the parts of the condition that must all hold, as written: the
 // operands of its "and", and of those among them that are joined by "and"
 // themselves. The category is not one.
@@ -257,6 +269,9 @@ type Conjunct struct {
 
 // Match reports whether an event satisfies the part.
 func (c Conjunct) Match(e Event) bool { return c.match(e) }
+
+// Fields are the fields that the part reads.
+func (c Conjunct) Fields() []Field { return c.cond.fields(nil) }
 
 func (c *compiler) stage(e *syntax.Event, keys []*syntax.Field) *Stage {
 	s := &Stage{event: e, inCat: always}

@@ -30,14 +30,15 @@ var arrows = []struct{ from, to, reason string }{
 	{"cmd/imdsgated", "policy", "puts it together"},
 	{"cmd/imdsgated", "policy/firstseen", "puts it together"},
 	{"cmd/imdsgated", "proxy", "puts it together"},
-	{"cmd/imdsgated", "proxy/imds", "knows the classes of requests"},
 	{"cmd/imdsgate", "cmd/config", "reads what the operator wrote"},
 	{"cmd/imdsgate", "cmd/report", "shows what the daemon answers"},
 	{"cmd/imdsgate", "control", "asks the daemon"},
 	{"cmd/imdsgate", "event/sink", "reads events without the daemon"},
+	{"cmd/imdsgate", "event", "reads what was recorded, and makes up processes to explain"},
 	{"cmd/imdsgate", "iptables", "prints, installs and removes the redirect without the daemon"},
 	{"cmd/imdsgate", "policy", "knows the mode that the configuration asks for, the fields that events have, and checks rules"},
 	{"cmd/imdsgate", "policy/eql", "explains a query"},
+	{"cmd/imdsgate", "policy/replay", "tries a policy on what was recorded"},
 	{"cmd/imdsgate", "policy/eql/ndjson", "searches files of events"},
 	{"cmd/imdsgate", "policy/eql/syntax", "reads the query that is searched for, and prints the errors of rules"},
 	{"cmd/config", "attribution", "has its levels"},
@@ -48,8 +49,10 @@ var arrows = []struct{ from, to, reason string }{
 	{"cmd/config", "policy", "has its settings"},
 	{"cmd/config", "policy/eql/syntax", "guesses what a key was meant to be"},
 	{"cmd/config", "proxy/imds", "knows the classes of requests"},
+	{"cmd/report", "event", "shows processes, and the request that is explained"},
 	{"cmd/report", "event/sink", "shows its counters"},
 	{"cmd/report", "policy", "shows its findings"},
+	{"cmd/report", "proxy/imds", "asks for one thing of each class"},
 	{"cmd/report", "policy/firstseen", "shows its counters"},
 	{"proxy", "attribution", "asks who"},
 	{"proxy", "policy", "asks whether"},
@@ -65,6 +68,8 @@ var arrows = []struct{ from, to, reason string }{
 	{"policy", "policy/eql/syntax", "moves errors to the line of the file"},
 	{"policy", "policy/kql", "runs rules"},
 	{"policy", "policy/firstseen", "remembers what is new to a rule"},
+	{"policy/replay", "event", "reads records back"},
+	{"policy/replay", "policy", "judges them again"},
 	{"policy/eql", "policy/eql/syntax", "compiles what was parsed"},
 	{"policy/eql/ndjson", "policy/eql", "runs queries over lines"},
 	{"policy/eql/ndjson", "policy/eql/syntax", "asks which fields a query reads"},
@@ -74,7 +79,7 @@ var arrows = []struct{ from, to, reason string }{
 }
 
 // portable packages build on the laptops on which rules are written, and events searched.
-var portable = []string{"policy", "policy/eql", "policy/eql/syntax", "policy/eql/ndjson", "policy/kql", "policy/firstseen", "event", "event/sink", "proxy/imds", "cmd/imdsgate"}
+var portable = []string{"policy", "policy/eql", "policy/eql/syntax", "policy/eql/ndjson", "policy/kql", "policy/firstseen", "policy/replay", "event", "event/sink", "proxy/imds", "cmd/imdsgate"}
 
 type listed struct {
 	ImportPath string
