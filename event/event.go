@@ -99,6 +99,13 @@ const (
 	Defend
 )
 
+func (l Layout) MarshalText() ([]byte, error) {
+	if l == Defend {
+		return []byte("defend"), nil
+	}
+	return []byte("own"), nil
+}
+
 // UnmarshalText reads "own" or "defend".
 func (l *Layout) UnmarshalText(text []byte) error {
 	switch string(text) {

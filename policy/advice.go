@@ -53,14 +53,10 @@ func (g *Grant) includes(other *Grant) bool {
 	}
 	anyOr := func(mine, theirs string) bool { return mine == "" || mine == theirs }
 	return subset(other.Executable, g.Executable) && g.contained() == other.contained() &&
-		anyOr(g.Unit, other.Unit) && anyOr(g.User, other.User) && anyOr(g.Group, other.Group) && anyOr(g.Pod, other.Pod) && anyOr(g.Parent, other.Parent) &&
+		(g.Unit == "" || g.unit(other.Unit)) && anyOr(g.User, other.User) && anyOr(g.Group, other.Group) && anyOr(g.Pod, other.Pod) && anyOr(g.Parent, other.Parent) &&
 		strings.HasPrefix(other.Container, g.Container) &&
 		(len(g.Classes) == 0 || len(other.Classes) > 0 && subset(other.Classes, g.Classes)) &&
 		(len(g.Paths) == 0 || len(other.Paths) > 0 && subset(other.Paths, g.Paths)) &&
 		(g.API == AnyAPI || g.API == other.API) && (!g.OwnToken || other.OwnToken) &&
 		(g.Expires.IsZero() || !other.Expires.IsZero() && !other.Expires.After(g.Expires.Time))
 }
-
-// IsTool reports whether a program does whatever it is told, so that a grant for it needs
-// a unit or container, and a purpose. name is what it is known by.
-func IsTool(file string) (name string, ok bool) { return tool(file) }

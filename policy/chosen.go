@@ -63,11 +63,15 @@ func outsider(file string) string {
 	return ""
 }
 
-// checkExecutable says what is wrong with the path of an executable.
+// checkExecutable says what is wrong with the path of an executable. A wildcard may stand
+// for a directory, such as that of a version: on the host what is there is root's, or the
+// grant does not hold.
 func checkExecutable(file string) error {
 	switch {
-	case strings.ContainsAny(file, "*?["):
-		return fmt.Errorf("%q has a wildcard: whoever can add a file there has the grant; list each path, as in [/usr/bin/a, /usr/bin/b]", file)
+	case strings.ContainsAny(path.Base(file), "*?["):
+		return fmt.Errorf("%q has a wildcard in the name of the program: list each, as in [/usr/bin/a, /usr/bin/b]", file)
+	case strings.ContainsAny(file, "?[") || strings.Contains(file, "**") || strings.HasPrefix(file, "/*"):
+		return fmt.Errorf("%q: of wildcards there is * for a part of the name of a directory below the first, as in /opt/app-*/bin/app", file)
 	case !path.IsAbs(file) || path.Clean(file) != file || file == "/":
 		return fmt.Errorf("%q is not an absolute, clean path, as the kernel has it: /usr/bin/x", file)
 	}
@@ -91,9 +95,10 @@ var tools = []string{
 	"env", "xargs", "rc", "aws", "http", "lwp-request",
 }
 
-// tool is the name in the list under which a program is there, whatever its version:
-// "python" for /usr/bin/python3.11, "java" for /usr/lib/jvm/java-17/bin/java.
-func tool(file string) (name string, ok bool) {
+// Tool is the name of a program that does whatever it is told, whatever its version:
+// "python" for /usr/bin/python3.11, "java" for /usr/lib/jvm/java-17/bin/java. A grant
+// for one needs a unit or container, and a purpose.
+func Tool(file string) (name string, ok bool) {
 	name = strings.ToLower(path.Base(file))
 	// "perl5.36-x86_64-linux-gnu", "nc.openbsd", "gawk-5.2", "python3.11d"
 	for _, suffix := range []string{".openbsd", ".traditional", "-x86_64-linux-gnu", "-aarch64-linux-gnu", "-static", ".exe", ".bin"} {
@@ -108,8 +113,19 @@ func tool(file string) (name string, ok bool) {
 	return name, slices.Contains(tools, name)
 }
 
+// template is the unit of which another is an instance: "app@.service" of
+// "app@one.service"; "" if it is none. Only root instantiates system units.
+func template(unit string) string {
+	name, instance, ok := strings.Cut(unit, "@")
+	i := strings.LastIndexByte(instance, '.')
+	if !ok || i <= 0 {
+		return ""
+	}
+	return name + "@" + instance[i:]
+}
+
 func isTool(file string) bool {
-	_, ok := tool(file)
+	_, ok := Tool(file)
 	return ok
 }
 
@@ -126,9 +142,7 @@ func checkUnit(unit string) error {
 	case strings.HasSuffix(unit, ".slice"):
 		return fmt.Errorf("%q is a slice, in which there are many units: name one, as in app.service", unit)
 	case strings.ContainsAny(unit, "*?["):
-		return fmt.Errorf("%q has a wildcard: a grant is for one unit; write a grant for each", unit)
-	case strings.HasSuffix(unit, "@.service"):
-		return fmt.Errorf("%q is a template: name an instance of it, as in %s", unit, strings.Replace(unit, "@.", "@NAME.", 1))
+		return fmt.Errorf("%q has a wildcard: a grant is for one unit, or with app@.service for every instance of a template", unit)
 	case isScope && len(name) > 64 && isHex(name[len(name)-64:]):
 		return fmt.Errorf("%q is a container: write container: %s", unit, name[len(name)-64:])
 	case !isScope && !strings.HasSuffix(unit, ".service"):

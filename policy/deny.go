@@ -57,13 +57,13 @@ func (d *Deny) covers(p *event.Process, ev *event.Event) bool {
 }
 
 func (d *Deny) who(p *event.Process) bool {
-	return (len(d.Executable) == 0 || slices.Contains(d.Executable, p.Executable)) &&
-		(d.Unit == "" || d.Unit == p.Unit || d.Unit == p.UserUnit) &&
+	return (len(d.Executable) == 0 || d.executable(p.Executable)) &&
+		(d.Unit == "" || d.unit(p.Unit) || d.unit(p.UserUnit)) &&
 		(d.User == "" || slices.Contains([]string{p.UserID, p.RealUserID, p.SavedUserID, p.UserName}, d.User)) &&
 		(d.Group == "" || slices.Contains([]string{p.GroupID, p.RealGroupID, p.SavedGroupID, p.GroupName}, d.Group) || slices.Contains(p.SupplementalGroups, d.Group)) &&
 		(d.Container == "" || strings.HasPrefix(p.Container, d.Container)) &&
 		(d.Pod == "" || d.Pod == p.Pod) &&
-		(d.Parent == "" || p.Parent != nil && p.Parent.Executable == d.Parent || p.ParentNow != nil && p.ParentNow.Executable == d.Parent)
+		(d.Parent == "" || p.Parent != nil && isProgram(d.Parent, p.Parent.Executable) || p.ParentNow != nil && isProgram(d.Parent, p.ParentNow.Executable))
 }
 
 // path reports whether a request may be for one of the paths: in any case, with a slash

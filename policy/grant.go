@@ -76,7 +76,7 @@ func (g *Grant) check(c *complaints, classes []string) {
 		key := fmt.Sprintf("executable[%d]", i)
 		if err := checkExecutable(file); err != nil {
 			c.say(key, "%w", err)
-		} else if name, ok := tool(file); ok {
+		} else if name, ok := Tool(file); ok {
 			g.checkTool(c, key, file, name)
 		}
 	}
@@ -173,12 +173,12 @@ func (g *Grant) misses(p *event.Process, ev *event.Event) iter.Seq[string] {
 
 // who yields what keeps a grant from being this process's. It is false when yield was.
 func (g *Grant) who(p *event.Process, yield func(string) bool) bool {
-	return (slices.Contains(g.Executable, p.Executable) || yield("executable "+strconv.Quote(p.Executable))) &&
+	return (g.executable(p.Executable) || yield("executable "+strconv.Quote(p.Executable))) &&
 		(!p.Loader || yield("the executable is a dynamic loader")) &&
 		(!p.Earlier || yield("the process has executed another program since")) &&
 		(!p.Ended || yield("the process has ended, and little is known of it")) &&
 		g.file(p, yield) &&
-		(g.Unit == "" || g.Unit == p.Unit || yield("unit "+strconv.Quote(p.Unit))) &&
+		(g.Unit == "" || g.unit(p.Unit) || yield("unit "+strconv.Quote(p.Unit))) &&
 		(g.User == "" || userIs(g.User, p) || yield("user "+strconv.Quote(cmp.Or(p.UserName, p.UserID)))) &&
 		(g.Group == "" || groupIs(g.Group, p) || yield("group "+strconv.Quote(cmp.Or(p.GroupName, p.GroupID)))) &&
 		(g.Parent == "" || g.parent(p, yield))
@@ -206,7 +206,7 @@ func (g *Grant) parent(p *event.Process, yield func(string) bool) bool {
 	switch {
 	case p.Ancestry != birth || parent == nil:
 		return yield("who has forked the process is not known for certain")
-	case parent.Executable != g.Parent || parent.Loader:
+	case !isProgram(g.Parent, parent.Executable) || parent.Loader:
 		return yield("parent " + strconv.Quote(parent.Executable))
 	case !g.contained() && !parent.Unproven && !(parent.HostVerified && parent.RootOwned):
 		return yield("others than root can change the executable of the parent")

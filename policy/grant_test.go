@@ -79,6 +79,15 @@ func TestGrants(t *testing.T) {
 		{"unit", unit, nil, true},
 		{"one of several executables", Grant{Who: Who{Executable: OneOrMore{"/opt/app/bin/other", app[0]}, Unit: "app.service"}}, nil, true},
 		{"none of several executables", Grant{Who: Who{Executable: OneOrMore{"/opt/app/bin/other", "/opt/app/bin/third"}, Unit: "app.service"}}, nil, false},
+		{"a directory of some version", Grant{Who: Who{Executable: OneOrMore{"/opt/a*/bin/app"}, Unit: "app.service"}}, nil, true},
+		{"a directory of some version, and another program", Grant{Who: Who{Executable: OneOrMore{"/opt/a*/bin/app2"}, Unit: "app.service"}}, nil, false},
+		{"a directory of some version that others can write", Grant{Who: Who{Executable: OneOrMore{"/opt/*/bin/app"}, Unit: "app.service"}}, func(_ *event.Event, p *event.Process) { p.RootOwned = false }, false},
+		{"a directory below one of some version", Grant{Who: Who{Executable: OneOrMore{"/opt/*/app"}, Unit: "app.service"}}, nil, false},
+		{"an instance of a template", Grant{Who: Who{Executable: app, Unit: "app@.service"}}, func(_ *event.Event, p *event.Process) { p.Unit = "app@one.two.service" }, true},
+		{"an instance of another template", Grant{Who: Who{Executable: app, Unit: "app@.service"}}, func(_ *event.Event, p *event.Process) { p.Unit = "app2@one.service" }, false},
+		{"no instance of the template", Grant{Who: Who{Executable: app, Unit: "app@.service"}}, nil, false},
+		{"an instance in a user manager", Grant{Who: Who{Executable: app, Unit: "app@.service"}}, func(_ *event.Event, p *event.Process) { p.Unit, p.UserUnit = "", "app@one.service" }, false},
+		{"another instance", Grant{Who: Who{Executable: app, Unit: "app@two.service"}}, func(_ *event.Event, p *event.Process) { p.Unit = "app@one.service" }, false},
 		{"a unit of a user manager", unit, func(_ *event.Event, p *event.Process) { p.Unit, p.UserUnit = "", "app.service" }, false},
 		{"another unit", unit, func(_ *event.Event, p *event.Process) { p.Unit = "app2.service" }, false},
 		{"no unit", unit, func(_ *event.Event, p *event.Process) { p.Unit = "" }, false},
@@ -130,6 +139,7 @@ func TestGrants(t *testing.T) {
 		{"another user in the container", Grant{Who: Who{Executable: app, Container: containerID, User: "1001"}}, inside, false},
 
 		{"parent", parent, born, true},
+		{"a parent in a directory of some version", Grant{Who: Who{Executable: app, Unit: "app.service", Parent: "/usr/s*/cron"}}, born, true},
 		{"another parent", parent, and(born, func(_ *event.Event, p *event.Process) {
 			p.Parent = &event.Process{PID: 901, Executable: "/usr/bin/bash", HostVerified: true, RootOwned: true}
 		}), false},
@@ -203,7 +213,10 @@ func TestRefusedGrants(t *testing.T) {
 		{"unit alone", who(func(g *Grant) { g.Executable = nil }), "executable", "needs an executable"},
 		{"relative", executable("x"), "executable[0]", "absolute"},
 		{"not clean", executable("/bin/../tmp/x"), "executable[0]", "clean"},
-		{"a wildcard", executable("/usr/bin/python*"), "executable[0]", "list each"},
+		{"a wildcard", executable("/usr/bin/app*"), "executable[0]", "list each"},
+		{"any directory", executable("/*/bin/app"), "executable[0]", "/opt/app-*/bin/app"},
+		{"directories in each other", executable("/opt/**/app"), "executable[0]", "/opt/app-*/bin/app"},
+		{"an interpreter in a directory of some version", who(func(g *Grant) { g.Executable, g.Unit, g.User = OneOrMore{"/opt/py-*/bin/python3"}, "", "app" }), "executable[0]", "whatever it is told"},
 		{"the second of two", who(func(g *Grant) { g.Executable = OneOrMore{"/opt/x", "/tmp/x"} }), "executable[1]", "/tmp"},
 		{"/tmp", executable("/tmp/x"), "executable[0]", "every user can put files"},
 		{"/var/tmp", executable("/var/tmp/a/b"), "executable[0]", "every user"},
@@ -229,8 +242,7 @@ func TestRefusedGrants(t *testing.T) {
 		{"a login", unit("session-3.scope"), "unit", "login"},
 		{"a slice", unit("system.slice"), "unit", "slice"},
 		{"a cgroup", unit("/system.slice/x.service"), "unit", "path of a cgroup"},
-		{"a template", unit("x@.service"), "unit", "x@NAME.service"},
-		{"a unit with a wildcard", unit("x@*.service"), "unit", "wildcard"},
+		{"a unit with a wildcard", unit("x@*.service"), "unit", "app@.service"},
 		{"half a unit", unit("x"), "unit", "x.service"},
 		{"a container as a unit", unit("docker-" + containerID + ".scope"), "unit", "container: " + containerID},
 
@@ -269,12 +281,12 @@ func TestTool(t *testing.T) {
 	for _, file := range []string{"/usr/bin/python3", "/usr/bin/python3.11", "/usr/bin/python", "/usr/bin/python3.12d", "/bin/sh", "/bin/bash", "/usr/bin/perl5.36-x86_64-linux-gnu",
 		"/usr/bin/node18", "/usr/bin/php8.2", "/usr/sbin/php-fpm8.2", "/usr/lib/jvm/java-17/bin/java", "/usr/bin/curl", "/usr/bin/wget2", "/usr/bin/nc.openbsd", "/usr/bin/ruby3.1",
 		"/usr/bin/lua5.4", "/usr/bin/gawk-5.2", "/bin/busybox", "/usr/bin/pypy3", "/opt/CURL", "/usr/bin/aria2c", "/usr/bin/ssh"} {
-		if name, ok := tool(file); !ok {
+		if name, ok := Tool(file); !ok {
 			t.Errorf("%s is %q, which is not in the list", file, name)
 		}
 	}
 	for _, file := range []string{"/usr/bin/curlew", "/usr/bin/shasum", "/opt/app/bin/app", "/usr/bin/amazon-ssm-agent", "/usr/sbin/nginx", "/usr/bin/bzip2", "/usr/sbin/sshd", "/usr/bin/s3", "/2", "/opt/pythonic"} {
-		if name, ok := tool(file); ok {
+		if name, ok := Tool(file); ok {
 			t.Errorf("%s is taken for %s", file, name)
 		}
 	}

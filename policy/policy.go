@@ -19,6 +19,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"path"
 	"slices"
 	"strings"
 
@@ -297,7 +298,8 @@ func (p *Policy) posture(q *event.Request) Posture {
 }
 
 // program is what finds the grants that can be a process's, however many there are of
-// others.
+// others: the path, or where that has a wildcard the name behind the last slash, and the
+// unit, of which that may be an instance.
 type program struct{ executable, unit string }
 
 func grantsByProgram(grants []Grant) map[program][]*Grant {
@@ -305,6 +307,9 @@ func grantsByProgram(grants []Grant) map[program][]*Grant {
 	for i := range grants {
 		g := &grants[i]
 		for _, file := range slices.Compact(slices.Sorted(slices.Values(g.Executable))) {
+			if strings.Contains(file, "*") {
+				file = path.Base(file)
+			}
 			key := program{file, g.Unit}
 			by[key] = append(by[key], g)
 		}
@@ -312,17 +317,20 @@ func grantsByProgram(grants []Grant) map[program][]*Grant {
 	return by
 }
 
-// granted finds the grant that covers what a process asks for: of those that name its
-// unit the first, or else of those that name none.
+// granted finds the grant that covers what a process asks for: the first of those that
+// name its path and its unit, then of those that name less exactly what it is.
 func (p *Policy) granted(subject *event.Process, ev *event.Event) (name string, ok bool) {
-	for _, unit := range [...]string{subject.Unit, ""} {
-		for _, g := range p.byProgram[program{subject.Executable, unit}] {
-			if ok, _ := g.allows(subject, ev); ok {
-				return g.Name, true
+	units := [...]string{subject.Unit, template(subject.Unit), ""}
+	for _, file := range [...]string{subject.Executable, path.Base(subject.Executable)} {
+		for i, unit := range units {
+			if i > 0 && unit == units[i-1] {
+				continue
 			}
-		}
-		if unit == "" {
-			break
+			for _, g := range p.byProgram[program{file, unit}] {
+				if ok, _ := g.allows(subject, ev); ok {
+					return g.Name, true
+				}
+			}
 		}
 	}
 	return "", false

@@ -13,15 +13,29 @@ import (
 // holds.
 type Who struct {
 	// Executable is one path or several: of the host's own file, or of one in the
-	// container that is named.
+	// container that is named. "*" is a part of the name of a directory.
 	Executable OneOrMore `yaml:"executable"`
-	Unit       string    `yaml:"unit"`      // system unit
+	Unit       string    `yaml:"unit"`      // system unit; "app@.service" is every instance
 	User       string    `yaml:"user"`      // name or number
 	Group      string    `yaml:"group"`     // name or number
 	Container  string    `yaml:"container"` // ID, or at least its first 12 digits
 	Pod        string    `yaml:"pod"`       // UID of a Kubernetes pod
 	// Parent is the executable of the process that forked this one.
 	Parent string `yaml:"parent"`
+}
+
+// executable reports whether a program is one of those that are named.
+func (w *Who) executable(file string) bool {
+	return slices.ContainsFunc(w.Executable, func(named string) bool { return isProgram(named, file) })
+}
+
+func isProgram(named, file string) bool {
+	return named == file || strings.Contains(named, "*") && glob(named, file)
+}
+
+// unit reports whether a unit is the one that is named, or an instance of it.
+func (w *Who) unit(unit string) bool {
+	return unit == w.Unit || unit != "" && template(unit) == w.Unit
 }
 
 // contained reports whether this is about processes in a container.

@@ -6,9 +6,11 @@ import (
 	"net/netip"
 	"reflect"
 	"strings"
+	"time"
 
 	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/event"
+	"github.com/imdsgate/imdsgate/event/sink"
 	"github.com/imdsgate/imdsgate/iptables"
 	"github.com/imdsgate/imdsgate/policy"
 	"github.com/imdsgate/imdsgate/proxy/imds"
@@ -39,6 +41,8 @@ var words = map[reflect.Type][]string{
 	reflect.TypeFor[policy.TokenAction](): {"off", "alert", "block"},
 	reflect.TypeFor[policy.API]():         {"any", "v1", "v2"},
 	reflect.TypeFor[event.TokenScope]():   {"unit", "parent", "process"},
+	reflect.TypeFor[event.Layout]():       {"own", "defend"},
+	reflect.TypeFor[sink.Fsync]():         {"never", "rotate", "interval", "always"},
 	reflect.TypeFor[iptables.Backend]():   {"auto", "nft", "legacy"},
 	reflect.TypeFor[attribution.Level]():  {"L0", "L1", "L2", "L3"},
 	reflect.TypeFor[Uncovered]():          {"deny", "report"},
@@ -49,6 +53,7 @@ var texts = map[reflect.Type]schema{
 	reflect.TypeFor[policy.Date]():    {"type": "string", "pattern": `^[0-9]{4}-[0-9]{2}-[0-9]{2}$`},
 	reflect.TypeFor[netip.AddrPort](): {"type": "string", "pattern": `^(\[.*\]|[0-9.]+):[0-9]+$`},
 	reflect.TypeFor[netip.Addr]():     {"type": "string"},
+	reflect.TypeFor[time.Duration]():  {"type": "string", "pattern": `^([0-9.]+(ns|us|µs|ms|s|m|h))+$`},
 	reflect.TypeFor[LogLevel]():       {"enum": logLevels},
 }
 

@@ -75,6 +75,8 @@ func TestCheckFiles(t *testing.T) {
 		{"a link to itself", "executable: /opt/loop, unit: app.service", 0, []string{"cannot be looked at"}},
 		{"an interpreter under another name", "executable: /opt/worker, user: app", 1, []string{"error: /opt/worker is /usr/bin/python3.11 (python)"}},
 		{"a parent that all can write", "executable: /opt/app, unit: app.service, parent: /opt/open", 1, []string{"error: /opt/open is writable"}},
+		{"a directory of some version", "executable: /srv/*/app, unit: app.service", 1, []string{"error: /srv/wide is writable by others"}},
+		{"a directory of no version", "executable: /srv/x*/app, unit: app.service", 0, []string{"warning: nothing on this host is at /srv/x*/app"}},
 		{"a file in a container", "executable: /opt/open, container: 0123456789ab", 0, []string{"ok"}},
 		{"refused", "executable: /tmp/x, unit: app.service", 1, []string{":2:25: error: ", "every user"}},
 		{"everybody's", "executable: /opt/app, executable_only: true", 0, []string{"warning: grant \"g\" is everybody's"}},

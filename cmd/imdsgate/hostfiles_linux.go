@@ -30,8 +30,8 @@ func hostFiles(root, key string, g *policy.Grant) (wrong, odd []error) {
 		case real != file:
 			odd = append(odd, about(key, "%s is a link, and the kernel names what it leads to: write %s", file, real))
 		}
-		if name, ok := policy.IsTool(real); ok && executable && g.Unit == "" {
-			if _, known := policy.IsTool(file); !known {
+		if name, ok := policy.Tool(real); ok && executable && g.Unit == "" {
+			if _, known := policy.Tool(file); !known {
 				wrong = append(wrong, about(key, "%s is %s (%s), which does whatever it is told: name the unit that runs it", file, real, name))
 			}
 		}
@@ -48,11 +48,24 @@ func hostFiles(root, key string, g *policy.Grant) (wrong, odd []error) {
 			wrong = append(wrong, about(key, "%w", err))
 		}
 	}
-	for i, file := range g.Executable {
-		look(fmt.Sprintf("%s.executable[%d]", key, i), file, true)
+	lookAt := func(key, named string, executable bool) {
+		if !strings.Contains(named, "*") {
+			look(key, named, executable)
+			return
+		}
+		found, err := fs.Glob(os.DirFS(root), strings.TrimPrefix(named, "/"))
+		if err != nil || len(found) == 0 {
+			odd = append(odd, about(key, "nothing on this host is at %s", named))
+		}
+		for _, file := range found {
+			look(key, "/"+file, executable)
+		}
+	}
+	for i, named := range g.Executable {
+		lookAt(fmt.Sprintf("%s.executable[%d]", key, i), named, true)
 	}
 	if g.Parent != "" {
-		look(key+".parent", g.Parent, false)
+		lookAt(key+".parent", g.Parent, false)
 	}
 	return wrong, odd
 }

@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -105,13 +106,15 @@ const (
 	FsyncAlways
 )
 
+var fsyncNames = []string{"rotate", "never", "interval", "always"}
+
+func (f Fsync) MarshalText() ([]byte, error) { return []byte(fsyncNames[f]), nil }
+
 // UnmarshalText reads never, rotate, interval or always.
 func (f *Fsync) UnmarshalText(text []byte) error {
-	for i, name := range []string{"rotate", "never", "interval", "always"} {
-		if string(text) == name {
-			*f = Fsync(i)
-			return nil
-		}
+	if i := slices.Index(fsyncNames, string(text)); i >= 0 {
+		*f = Fsync(i)
+		return nil
 	}
 	return fmt.Errorf("unknown value %q; there are never, rotate, interval, always", text)
 }
