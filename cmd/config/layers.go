@@ -137,6 +137,12 @@ func Parse(name string, text []byte) (Config, error) {
 	return c, err
 }
 
+// With is the configuration with one more file over it.
+func (c Config) With(name string, text []byte) (Config, error) {
+	err := c.add(name, text)
+	return c, err
+}
+
 // add puts a file over what there is. It leaves c as it is if the file is wrong.
 func (c *Config) add(name string, text []byte) error {
 	s, err := parse(name, text)
