@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -97,7 +98,8 @@ func (o *options) check(root string, files []string) *checkResult {
 	default:
 		if c, err = config.LoadFrom(root); err == nil {
 			for _, file := range c.Files() {
-				r.add("error", ownedByRoot("/", file, "whoever can change it makes the policy")...)
+				below := strings.TrimPrefix(file, filepath.Clean(root))
+				r.add("error", ownedByRoot(root, filepath.Join("/", below), "and makes the policy by that")...)
 			}
 		}
 	}
