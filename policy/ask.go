@@ -14,10 +14,6 @@ func (p *Policy) Granted(subject *event.Process, ev *event.Event) (name string, 
 	return p.granted(subject, ev)
 }
 
-// Tool is the name of a program that does whatever it is told, or fetches whatever it is
-// asked for, without its version: "python" for /usr/bin/python3.11.
-func Tool(file string) (name string, ok bool) { return tool(file) }
-
 // CheckExecutable says why a grant cannot rest on an executable of this path.
 func CheckExecutable(file string) error { return checkExecutable(file) }
 

@@ -124,6 +124,9 @@ func TestCheckHost(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	if out, code := imdsgate("check", "--root", root); code != 0 || !strings.Contains(out, "ok: mode enforce") {
+		t.Errorf("%d %s", code, out)
+	}
 	os.Chmod(dropIn, 0o666)
 	if out, code := imdsgate("check", "--root", root); code != 1 || !strings.Contains(out, "10.yaml is writable by others") || !strings.Contains(out, "mode enforce") {
 		t.Errorf("%d %s", code, out)
@@ -142,6 +145,9 @@ func TestCheckUnread(t *testing.T) {
 		t.Errorf("%d %s", code, out)
 	}
 	if out, code := imdsgate("check", "--root", filepath.Join(t.TempDir(), "none")); code != 2 || !strings.Contains(out, "none") {
+		t.Errorf("%d %s", code, out)
+	}
+	if out, code := imdsgate("check", t.TempDir()); code != 2 || !strings.Contains(out, "is a directory") {
 		t.Errorf("%d %s", code, out)
 	}
 }
