@@ -97,7 +97,6 @@ func (o *options) check(root string, files []string) *checkResult {
 		c, err = config.LoadFiles(o.config)
 	default:
 		if c, err = config.LoadFrom(root); err == nil {
-<<<<<<< HEAD
 			if len(c.ProfilePaths) == 0 {
 				for _, dir := range policy.ProfilePaths {
 					c.ProfilePaths = append(c.ProfilePaths, filepath.Join(root, dir))
@@ -110,12 +109,8 @@ func (o *options) check(root string, files []string) *checkResult {
 				}
 			}
 			for _, file := range files {
-				r.add("error", ownedByRoot("/", file, "whoever can change it makes the policy")...)
-=======
-			for _, file := range c.Files() {
 				below := strings.TrimPrefix(file, filepath.Clean(root))
 				r.add("error", ownedByRoot(root, filepath.Join("/", below), "and makes the policy by that")...)
->>>>>>> policy
 			}
 		}
 	}
