@@ -9,6 +9,7 @@ require (
 	github.com/coreos/go-iptables v0.8.0 // which iptables there is, and its counters
 	github.com/coreos/go-systemd/v22 v22.7.0 // ports from the socket unit, readiness, the journal
 	github.com/cpuguy83/go-md2man/v2 v2.0.7 // manual pages
+	github.com/creack/pty v1.1.24 // tests: a terminal on which questions are answered
 	github.com/goccy/go-yaml v1.19.2 // the configuration, with carets in its errors
 	github.com/google/go-cmp v0.7.0 // tests: differences one can read
 	github.com/mattn/go-isatty v0.0.20 // whether somebody looks at the progress of a search

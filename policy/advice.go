@@ -60,7 +60,3 @@ func (g *Grant) includes(other *Grant) bool {
 		(g.API == AnyAPI || g.API == other.API) && (!g.OwnToken || other.OwnToken) &&
 		(g.Expires.IsZero() || !other.Expires.IsZero() && !other.Expires.After(g.Expires.Time))
 }
-
-// IsTool reports whether a program does whatever it is told, so that a grant for it needs
-// a unit or container, and a purpose. name is what it is known by.
-func IsTool(file string) (name string, ok bool) { return tool(file) }

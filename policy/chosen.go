@@ -95,9 +95,10 @@ var tools = []string{
 	"env", "xargs", "rc", "aws", "http", "lwp-request",
 }
 
-// tool is the name in the list under which a program is there, whatever its version:
-// "python" for /usr/bin/python3.11, "java" for /usr/lib/jvm/java-17/bin/java.
-func tool(file string) (name string, ok bool) {
+// Tool is the name of a program that does whatever it is told, whatever its version:
+// "python" for /usr/bin/python3.11, "java" for /usr/lib/jvm/java-17/bin/java. A grant
+// for one needs a unit or container, and a purpose.
+func Tool(file string) (name string, ok bool) {
 	name = strings.ToLower(path.Base(file))
 	// "perl5.36-x86_64-linux-gnu", "nc.openbsd", "gawk-5.2", "python3.11d"
 	for _, suffix := range []string{".openbsd", ".traditional", "-x86_64-linux-gnu", "-aarch64-linux-gnu", "-static", ".exe", ".bin"} {
@@ -124,7 +125,7 @@ func template(unit string) string {
 }
 
 func isTool(file string) bool {
-	_, ok := tool(file)
+	_, ok := Tool(file)
 	return ok
 }
 

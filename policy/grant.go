@@ -76,7 +76,7 @@ func (g *Grant) check(c *complaints, classes []string) {
 		key := fmt.Sprintf("executable[%d]", i)
 		if err := checkExecutable(file); err != nil {
 			c.say(key, "%w", err)
-		} else if name, ok := tool(file); ok {
+		} else if name, ok := Tool(file); ok {
 			g.checkTool(c, key, file, name)
 		}
 	}

@@ -281,12 +281,12 @@ func TestTool(t *testing.T) {
 	for _, file := range []string{"/usr/bin/python3", "/usr/bin/python3.11", "/usr/bin/python", "/usr/bin/python3.12d", "/bin/sh", "/bin/bash", "/usr/bin/perl5.36-x86_64-linux-gnu",
 		"/usr/bin/node18", "/usr/bin/php8.2", "/usr/sbin/php-fpm8.2", "/usr/lib/jvm/java-17/bin/java", "/usr/bin/curl", "/usr/bin/wget2", "/usr/bin/nc.openbsd", "/usr/bin/ruby3.1",
 		"/usr/bin/lua5.4", "/usr/bin/gawk-5.2", "/bin/busybox", "/usr/bin/pypy3", "/opt/CURL", "/usr/bin/aria2c", "/usr/bin/ssh"} {
-		if name, ok := tool(file); !ok {
+		if name, ok := Tool(file); !ok {
 			t.Errorf("%s is %q, which is not in the list", file, name)
 		}
 	}
 	for _, file := range []string{"/usr/bin/curlew", "/usr/bin/shasum", "/opt/app/bin/app", "/usr/bin/amazon-ssm-agent", "/usr/sbin/nginx", "/usr/bin/bzip2", "/usr/sbin/sshd", "/usr/bin/s3", "/2", "/opt/pythonic"} {
-		if name, ok := tool(file); ok {
+		if name, ok := Tool(file); ok {
 			t.Errorf("%s is taken for %s", file, name)
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -117,16 +118,7 @@ func ReadFile(path string) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
-	text := make([]byte, 0, 4<<10)
-	for len(text) <= MaxFile {
-		text = slices.Grow(text, 4<<10)
-		n, err := f.Read(text[len(text):cap(text)])
-		text = text[:len(text)+n]
-		if n == 0 || err != nil {
-			break
-		}
-	}
-	return text, nil
+	return io.ReadAll(io.LimitReader(f, MaxFile+1))
 }
 
 // Parse reads a configuration from bytes; name is for errors.
@@ -134,6 +126,12 @@ func Parse(name string, text []byte) (Config, error) {
 	var c Config
 	err := c.add(name, text)
 	c.complete()
+	return c, err
+}
+
+// With is the configuration with one more file over it.
+func (c Config) With(name string, text []byte) (Config, error) {
+	err := c.add(name, text)
 	return c, err
 }
 

@@ -152,6 +152,7 @@ grants:
 denies: [{name: d, user: "007", reason: r}]
 redirect: {endpoints: ["169.254.169.254:80"], backend: legacy}
 limits: {connections: 0}
+events: {max_age: 48h, fsync: never, layout: defend}
 `},
 	} {
 		root := below(t, files)

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"reflect"
 	"strings"
+	"time"
 
 	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/event"
@@ -52,6 +53,7 @@ var texts = map[reflect.Type]schema{
 	reflect.TypeFor[policy.Date]():    {"type": "string", "pattern": `^[0-9]{4}-[0-9]{2}-[0-9]{2}$`},
 	reflect.TypeFor[netip.AddrPort](): {"type": "string", "pattern": `^(\[.*\]|[0-9.]+):[0-9]+$`},
 	reflect.TypeFor[netip.Addr]():     {"type": "string"},
+	reflect.TypeFor[time.Duration]():  {"type": "string", "pattern": `^([0-9.]+(ns|us|µs|ms|s|m|h))+$`},
 	reflect.TypeFor[LogLevel]():       {"enum": logLevels},
 }
 

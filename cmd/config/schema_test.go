@@ -96,6 +96,7 @@ func TestSchema(t *testing.T) {
 		"a number too large": {"limits: {burst: 70000}", false},
 		"actions of a rule":  {"rules: {actions: {x: {action: log, classes: {token: block}, alert_on: either}}}", true},
 		"a number of a user": {"denies: [{name: a, user: 1000, group: 7, reason: r}]", true},
+		"a duration":         {"events: {max_age: 48h, fsync: never, layout: defend}", true},
 		"an unknown action":  {"rules: {actions: {x: {action: deny}}}", false},
 	} {
 		var v any
@@ -106,6 +107,30 @@ func TestSchema(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
+}
+
+// Every type that has a form of its own can be dumped, and is in the schema by name.
+func TestTypes(t *testing.T) {
+	var look func(typ reflect.Type, at string)
+	look = func(typ reflect.Type, at string) {
+		typ = indirect(typ)
+		switch {
+		case isText(typ):
+			if !typ.Implements(reflect.TypeFor[encoding.TextMarshaler]()) {
+				t.Errorf("%s: %v has no MarshalText", at, typ)
+			}
+			if words[typ] == nil && texts[typ] == nil {
+				t.Errorf("%s: %v is not in the schema", at, typ)
+			}
+		case typ.Kind() == reflect.Slice || typ.Kind() == reflect.Map:
+			look(typ.Elem(), at+"[]")
+		case typ.Kind() == reflect.Struct:
+			for _, k := range keysOf(typ) {
+				look(k.typ, at+"."+k.name)
+			}
+		}
+	}
+	look(reflect.TypeFor[Config](), "")
 }
 
 // Each word of the schema is one that its type knows, and there are no others.

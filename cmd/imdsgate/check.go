@@ -109,7 +109,8 @@ func (o *options) check(root string, files []string) *checkResult {
 				}
 			}
 			for _, file := range files {
-				r.add("error", ownedByRoot("/", file, "whoever can change it makes the policy")...)
+				below := strings.TrimPrefix(file, filepath.Clean(root))
+				r.add("error", ownedByRoot(root, filepath.Join("/", below), "and makes the policy by that")...)
 			}
 		}
 	}

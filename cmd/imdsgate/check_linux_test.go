@@ -27,6 +27,7 @@ func hostImage(t *testing.T) (root string) {
 		{"/srv/wide/app", 0o755, 0},
 		{"/usr/bin/python3.11", 0o755, 0},
 		{"/usr/sbin/cron", 0o755, 0},
+		{"/snap/app/12/app", 0o755, 0},
 	} {
 		path := filepath.Join(root, f.path)
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -76,6 +77,7 @@ func TestCheckFiles(t *testing.T) {
 		{"an interpreter under another name", "executable: /opt/worker, user: app", 1, []string{"error: /opt/worker is /usr/bin/python3.11 (python)"}},
 		{"a parent that all can write", "executable: /opt/app, unit: app.service, parent: /opt/open", 1, []string{"error: /opt/open is writable"}},
 		{"a directory of some version", "executable: /srv/*/app, unit: app.service", 1, []string{"error: /srv/wide is writable by others"}},
+		{"a version of a snap, to which a link leads, too", "executable: /snap/app/*/app, unit: app.service", 0, []string{"ok: mode audit"}},
 		{"a directory of no version", "executable: /srv/x*/app, unit: app.service", 0, []string{"warning: nothing on this host is at /srv/x*/app"}},
 		{"a file in a container", "executable: /opt/open, container: 0123456789ab", 0, []string{"ok"}},
 		{"refused", "executable: /tmp/x, unit: app.service", 1, []string{":2:25: error: ", "every user"}},
@@ -122,6 +124,9 @@ func TestCheckHost(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	if out, code := imdsgate("check", "--root", root); code != 0 || !strings.Contains(out, "ok: mode enforce") {
+		t.Errorf("%d %s", code, out)
+	}
 	os.Chmod(dropIn, 0o666)
 	if out, code := imdsgate("check", "--root", root); code != 1 || !strings.Contains(out, "10.yaml is writable by others") || !strings.Contains(out, "mode enforce") {
 		t.Errorf("%d %s", code, out)
@@ -140,6 +145,9 @@ func TestCheckUnread(t *testing.T) {
 		t.Errorf("%d %s", code, out)
 	}
 	if out, code := imdsgate("check", "--root", filepath.Join(t.TempDir(), "none")); code != 2 || !strings.Contains(out, "none") {
+		t.Errorf("%d %s", code, out)
+	}
+	if out, code := imdsgate("check", t.TempDir()); code != 2 || !strings.Contains(out, "is a directory") {
 		t.Errorf("%d %s", code, out)
 	}
 }

@@ -30,8 +30,8 @@ func hostFiles(root, key string, g *policy.Grant) (wrong, odd []error) {
 		case real != file:
 			odd = append(odd, about(key, "%s is a link, and the kernel names what it leads to: write %s", file, real))
 		}
-		if name, ok := policy.IsTool(real); ok && executable && g.Unit == "" {
-			if _, known := policy.IsTool(file); !known {
+		if name, ok := policy.Tool(real); ok && executable && g.Unit == "" {
+			if _, known := policy.Tool(file); !known {
 				wrong = append(wrong, about(key, "%s is %s (%s), which does whatever it is told: name the unit that runs it", file, real, name))
 			}
 		}
@@ -58,7 +58,10 @@ func hostFiles(root, key string, g *policy.Grant) (wrong, odd []error) {
 			odd = append(odd, about(key, "nothing on this host is at %s", named))
 		}
 		for _, file := range found {
-			look(key, "/"+file, executable)
+			// A link to one of them, as /snap/NAME/current is, is none.
+			if real, err := resolve(root, "/"+file); err != nil || real == "/"+file {
+				look(key, "/"+file, executable)
+			}
 		}
 	}
 	for i, named := range g.Executable {

@@ -1,11 +1,16 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
 
+	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy/eql/ndjson"
 )
 
@@ -74,4 +79,92 @@ func count(n uint64, thing, more string) string {
 		return "1 " + thing + more + " was"
 	}
 	return fmt.Sprintf("%d %ss%s were", n, thing, more)
+}
+
+// history gives each line of events to take: of files, of all such files in directories,
+// or of standard input. What take says is wrong with a line is named, and the line left
+// out. far is how many events were taken so far, and how many of those were found.
+func (in *inputs) history(ctx context.Context, args []string, stdin io.Reader, take func(line []byte) error, far func() (events, found uint64)) error {
+	files, err := expand(args)
+	if err != nil {
+		return err
+	}
+	taken, foreign := map[string]uint64{}, uint64(0)
+	opened := in.open(files, stdin)
+	walk := ndjson.Walk{
+		Inputs: opened, Roles: ndjson.Roles{Timestamp: "@timestamp"}, Bad: in.badLine, Failed: in.failed,
+		Line: func(name string, number int, line []byte) error {
+			switch err := take(line); {
+			case err == nil:
+				taken[name]++
+			case errors.Is(err, event.ErrForeign):
+				foreign++
+			default:
+				in.badLine(ndjson.BadLine{Input: name, Number: number, Err: err})
+			}
+			return nil
+		},
+		Progress: func(at ndjson.Progress) {
+			at.Events, at.Matches = far()
+			in.progress.show(at)
+		},
+	}
+	err = walk.Run(ctx)
+	in.progress.clear()
+	if err != nil {
+		return interrupted(err)
+	}
+	if in.bad > 0 {
+		in.say("%s left out", count(in.bad, "bad line", ""))
+	}
+	if foreign > 0 {
+		in.say("%s no document of imdsgate, and left out", count(foreign, "line", ""))
+	}
+	for _, file := range opened {
+		if taken[file.Name] == 0 && file.Size != 0 {
+			in.trouble = true
+			in.say("%s has no events of imdsgate in it: is it the right file? They are written to events.path of the configuration", file.Name)
+		}
+	}
+	if len(opened) == 0 {
+		in.trouble = true
+	}
+	return nil
+}
+
+// expand puts the files of events in a directory in its place.
+func expand(args []string) ([]string, error) {
+	var all []string
+	for _, arg := range args {
+		info, err := os.Stat(arg)
+		if arg == "-" || err != nil || !info.IsDir() {
+			all = append(all, arg)
+			continue
+		}
+		before := len(all)
+		err = filepath.WalkDir(arg, func(path string, entry fs.DirEntry, err error) error {
+			if err == nil && entry.Type().IsRegular() && eventFile(entry.Name()) {
+				all = append(all, path)
+			}
+			return err
+		})
+		if err != nil {
+			return nil, fmt.Errorf("read directory: %w", err)
+		}
+		if len(all) == before {
+			return nil, fmt.Errorf("%s has no files of events: their names have .ndjson, .jsonl or .json in them", arg)
+		}
+	}
+	return all, nil
+}
+
+// eventFile tells files of events by their names: events.ndjson, events.ndjson.1,
+// events-20261126.ndjson.gz.
+func eventFile(name string) bool {
+	for _, part := range []string{".ndjson", ".jsonl", ".json"} {
+		if strings.Contains(name, part) {
+			return true
+		}
+	}
+	return false
 }

@@ -6,16 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
-	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/imdsgate/imdsgate/cmd/config"
-	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy"
-	"github.com/imdsgate/imdsgate/policy/eql/ndjson"
 	"github.com/imdsgate/imdsgate/policy/replay"
 	"github.com/mattn/go-isatty"
 	"github.com/spf13/cobra"
@@ -81,19 +76,12 @@ func (o *replayOptions) run(ctx context.Context, common *options, args []string,
 		}
 		args = []string{"-"}
 	}
-	files, err := expand(args)
+	in, r := newInputs(stderr, "replaying", "would newly be refused"), replay.New(options)
+	err = in.history(ctx, args, stdin, r.Line, func() (events, found uint64) { return r.Requests(), r.Newly() })
 	if err != nil {
 		return err
 	}
-	p := &player{inputs: newInputs(stderr, "replaying", "would newly be refused"), replay: replay.New(options), events: map[string]uint64{}}
-	opened := p.open(files, stdin)
-	walk := ndjson.Walk{Inputs: opened, Roles: ndjson.Roles{Timestamp: "@timestamp"}, Line: p.line, Bad: p.badLine, Failed: p.failed, Progress: p.report}
-	if err := walk.Run(ctx); err != nil {
-		return interrupted(err)
-	}
-	p.progress.clear()
-	p.summary(opened)
-	d := p.replay.Diff()
+	d := r.Diff()
 	if common.json {
 		err = json.NewEncoder(stdout).Encode(d)
 	} else {
@@ -102,7 +90,7 @@ func (o *replayOptions) run(ctx context.Context, common *options, args []string,
 	switch {
 	case err != nil:
 		return err
-	case p.trouble:
+	case in.trouble:
 		return exit(exitTrouble)
 	case d.New.Requests > 0:
 		return exit(exitNo)
@@ -139,96 +127,20 @@ func (o *replayOptions) compare(common *options) (to replay.Options, err error) 
 		}
 	}
 	to.Actual = o.actual
-	now := time.Now()
-	if to.Since, err = moment("--since", o.since, now); err != nil {
-		return to, err
-	}
-	if to.Until, err = moment("--until", o.until, now); err != nil {
-		return to, err
-	}
-	if !to.Until.IsZero() && !to.Since.Before(to.Until) {
-		return to, errors.New("--since is not before --until")
-	}
-	return to, nil
+	to.Since, to.Until, err = span(o.since, o.until, time.Now())
+	return to, err
 }
 
-// expand puts the files of events in a directory in its place.
-func expand(args []string) ([]string, error) {
-	var all []string
-	for _, arg := range args {
-		info, err := os.Stat(arg)
-		if arg == "-" || err != nil || !info.IsDir() {
-			all = append(all, arg)
-			continue
-		}
-		before := len(all)
-		err = filepath.WalkDir(arg, func(path string, entry fs.DirEntry, err error) error {
-			if err == nil && entry.Type().IsRegular() && eventFile(entry.Name()) {
-				all = append(all, path)
-			}
-			return err
-		})
-		if err != nil {
-			return nil, fmt.Errorf("read directory: %w", err)
-		}
-		if len(all) == before {
-			return nil, fmt.Errorf("%s has no files of events: their names have .ndjson, .jsonl or .json in them", arg)
-		}
+// span reads the values of --since and --until. The zero time is no bound.
+func span(since, until string, now time.Time) (from, to time.Time, err error) {
+	if from, err = moment("--since", since, now); err != nil {
+		return from, to, err
 	}
-	return all, nil
-}
-
-// eventFile tells files of events by their names: events.ndjson, events.ndjson.1,
-// events-20261126.ndjson.gz.
-func eventFile(name string) bool {
-	for _, part := range []string{".ndjson", ".jsonl", ".json"} {
-		if strings.Contains(name, part) {
-			return true
-		}
+	if to, err = moment("--until", until, now); err != nil {
+		return from, to, err
 	}
-	return false
-}
-
-// player gives lines to a replay, and says what it meets.
-type player struct {
-	inputs
-	replay  *replay.Replay
-	events  map[string]uint64 // documents of ours, by input
-	foreign uint64
-}
-
-func (p *player) line(name string, number int, line []byte) error {
-	switch err := p.replay.Line(line); {
-	case err == nil:
-		p.events[name]++
-	case errors.Is(err, event.ErrForeign):
-		p.foreign++
-	default:
-		p.badLine(ndjson.BadLine{Input: name, Number: number, Err: err})
+	if !to.IsZero() && !from.Before(to) {
+		return from, to, errors.New("--since is not before --until")
 	}
-	return nil
-}
-
-func (p *player) report(at ndjson.Progress) {
-	at.Events, at.Matches = p.replay.Requests(), p.replay.Newly()
-	p.progress.show(at)
-}
-
-// summary says what a reader of the answer should know about it.
-func (p *player) summary(opened []ndjson.Input) {
-	if p.bad > 0 {
-		p.say("%s left out", count(p.bad, "bad line", ""))
-	}
-	if p.foreign > 0 {
-		p.say("%s no document of imdsgate, and left out", count(p.foreign, "line", ""))
-	}
-	for _, in := range opened {
-		if p.events[in.Name] == 0 && in.Size != 0 {
-			p.trouble = true
-			p.say("%s has no events of imdsgate in it: is it the right file? They are written to events.path of the configuration", in.Name)
-		}
-	}
-	if len(opened) == 0 {
-		p.trouble = true
-	}
+	return from, to, nil
 }

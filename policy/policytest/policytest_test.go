@@ -188,7 +188,7 @@ func TestPolicyErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err = f.Compile()
-	for _, want := range []string{"x_test.yaml:2:14: no profile \"nosuch\"", "x_test.yaml:4:7: a grant needs a reason", "x_test.yaml:5:28: \"/tmp/a\" is below /tmp", "x_test.yaml: ", "none"} {
+	for _, want := range []string{"x_test.yaml:2:14: no profile \"nosuch\"", "x_test.yaml:4:7: a grant needs a reason", "x_test.yaml:5:28: \"/tmp/a\" is below /tmp", "x_test.yaml:9:13: read rules: open none"} {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v\nis without %q", err, want)
 		}

@@ -42,6 +42,8 @@ var arrows = []struct{ from, to, reason string }{
 	{"cmd/imdsgate", "policy/replay", "tries a policy on what was recorded"},
 	{"cmd/imdsgate", "policy/eql/ndjson", "searches files of events"},
 	{"cmd/imdsgate", "policy/eql/syntax", "reads the query that is searched for, and prints the errors of rules"},
+	{"cmd/imdsgate", "policy/tune", "proposes grants for what was recorded"},
+	{"cmd/imdsgate", "proxy/imds", "knows the classes of requests"},
 	{"cmd/config", "attribution", "has its levels"},
 	{"cmd/config", "control", "has its settings"},
 	{"cmd/config", "event", "has the scopes of tokens"},
@@ -83,6 +85,8 @@ var arrows = []struct{ from, to, reason string }{
 	{"policy/eql/ndjson", "policy/eql/syntax", "asks which fields a query reads"},
 	{"policy/kql", "policy/eql", "compiles what it has translated"},
 	{"policy/kql", "policy/eql/syntax", "translates to its tree"},
+	{"policy/tune", "event", "reads records"},
+	{"policy/tune", "policy", "judges them, and proposes grants"},
 	{"event/sink", "event", "writes the record"},
 }
 

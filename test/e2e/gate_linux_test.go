@@ -552,7 +552,7 @@ func TestReloadByCommand(t *testing.T) {
 	if err := h.Write("mode: enforce\nposture: strict\ngrants:\n- name: app\n  executable: /tmp/app\n  user: app\n  owner: o\n  reason: r\n"); err != nil {
 		t.Fatal(err)
 	}
-	reload(1, "refused", ":11:15: ", "/tmp", "^")
+	reload(1, "refused", ":15: \"/tmp/app\" is below /tmp", "^")
 	if err := h.Write("mode: enforce\nposture: default\nlimits: {connections: 100}\ndenies:\n- {name: stop, user: \"61234\", reason: left}\n"); err != nil {
 		t.Fatal(err)
 	}
@@ -591,7 +591,7 @@ func TestStartRefused(t *testing.T) {
 		code         int
 		says         []string
 	}{
-		{"unknown key", "mdoe: enforce\n", nil, 78, []string{"config.yaml:[9:1]", "mdoe", "^"}},
+		{"unknown key", "mdoe: enforce\n", nil, 78, []string{"config.yaml:9:1: ", "mdoe", "^"}},
 		{"repeated key", "mode: audit\nmode: enforce\n", nil, 78, []string{"mode", "^"}},
 		{"unknown mode", "mode: block\n", nil, 78, []string{"block", "audit, enforce, off"}},
 		{"a grant by executable alone", "grants: [{name: x, executable: /bin/x, owner: o, reason: r}]\n", nil, 78, []string{"LD_PRELOAD"}},

@@ -70,7 +70,7 @@ func (s *sample) look(line []byte) {
 	if c.next() != '{' {
 		return
 	}
-	if c.skip(); c.failed || c.next() != 0 {
+	if c.skip(); c.next() != 0 || c.failed {
 		return
 	}
 	s.events++
