@@ -53,8 +53,8 @@ type Tuner struct {
 	joint   map[string]*joint
 	hosts   map[string]*host
 	classes map[string]*classCount
-	granted map[string]bool           // executables that have a grant of the policy
-	chains  map[*event.Process]string // what speaks against those that were seen last
+	grants  []policy.Grant            // of the policy
+	above   map[*event.Process]string // what the parents of processes say that were seen last
 	sum     Sum
 	parts   []*group // of one request
 	ids     []byte   // of them
@@ -77,14 +77,8 @@ func New(o Options) *Tuner {
 	o.Lifetime = cmp.Or(o.Lifetime, defaultLifetime)
 	e := policy.NewEngine(o.Policy)
 	e.SetMode(policy.Audit)
-	granted := map[string]bool{}
-	for _, g := range o.Policy.Grants() {
-		for _, file := range g.Executable {
-			granted[file] = true
-		}
-	}
 	return &Tuner{
-		options: o, granted: granted, chains: map[*event.Process]string{}, reader: event.NewReader(), engine: e,
+		options: o, grants: o.Policy.Grants(), above: map[*event.Process]string{}, reader: event.NewReader(), engine: e,
 		groups: map[key]*group{}, joint: map[string]*joint{}, hosts: map[string]*host{}, classes: map[string]*classCount{},
 	}
 }

@@ -288,6 +288,24 @@ func TestFewest(t *testing.T) {
 			t.Errorf("%+v", p.Grant)
 		}
 	}
+	deployed := read(t, strict, Options{})
+	for _, dir := range []string{"/opt/app-1.9.2", "/opt/app-1.10.0"} {
+		deployed.days(func(ev *event.Event, p *event.Process) { app(p); p.Executable = dir + "/bin/app" })
+	}
+	if all := deployed.tuner.Report().Proposals; len(all) != 1 || !slices.Equal(all[0].Grant.Executable, []string{"/opt/app-*/bin/app"}) {
+		t.Errorf("%+v", all)
+	} else {
+		compiles(t, all[0])
+	}
+	instances := read(t, strict, Options{})
+	for _, unit := range []string{"app@one.service", "app@two.service"} {
+		instances.days(func(ev *event.Event, p *event.Process) { app(p); p.Unit = unit })
+	}
+	if all := instances.tuner.Report().Proposals; len(all) != 1 || all[0].Grant.Unit != "app@.service" {
+		t.Errorf("%+v", all)
+	} else {
+		compiles(t, all[0])
+	}
 	containers := read(t, strict, Options{})
 	for i := range 3 {
 		containers.asked(monday.AddDate(0, 0, i), func(ev *event.Event, p *event.Process) {
@@ -297,6 +315,26 @@ func TestFewest(t *testing.T) {
 	}
 	if r := containers.tuner.Report(); len(r.Proposals) != 0 || len(r.Refused) != 1 || !strings.Contains(r.Refused[0].Why, "3 containers") || len(r.Refused[0].Containers) != 3 {
 		t.Errorf("%+v", r.Refused)
+	}
+}
+
+func TestVersions(t *testing.T) {
+	for _, test := range []struct{ files, want []string }{
+		{[]string{"/a/b"}, []string{"/a/b"}},
+		{[]string{"/opt/node-v20.11.0/bin/node", "/opt/node-v20.18.1/bin/node"}, []string{"/opt/node-v*/bin/node"}},
+		{[]string{"/opt/releases/20261102/bin/x", "/opt/releases/20261103/bin/x"}, []string{"/opt/releases/*/bin/x"}},
+		{[]string{"/usr/bin/python3.9", "/usr/bin/python3.12"}, nil},
+		{[]string{"/opt/app-1/bin-1/x", "/opt/app-2/bin-2/x"}, nil},
+		{[]string{"/opt/blue/bin/x", "/opt/green/bin/x"}, nil},
+		{[]string{"/v1/bin/x", "/v2/bin/x"}, nil},
+		{[]string{"/opt/a-1/x", "/opt/a-1/lib/x"}, nil},
+	} {
+		if test.want == nil {
+			test.want = test.files
+		}
+		if got := versions(test.files); !slices.Equal(got, test.want) {
+			t.Errorf("%q: %q, want %q", test.files, got, test.want)
+		}
 	}
 }
 
