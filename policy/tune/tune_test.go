@@ -126,6 +126,7 @@ func TestWhat(t *testing.T) {
 		{"a file of others", func(ev *event.Event, p *event.Process) { app(p); p.RootOwned = false }, "refused: others than root can change the file"},
 		{"a file of another namespace", func(ev *event.Event, p *event.Process) { app(p); p.HostVerified = false }, "refused: it is not the file that the host has"},
 		{"replaced while it ran", func(ev *event.Event, p *event.Process) { p.Deleted, p.HostVerified = true, false }, "refused: its file was replaced"},
+		{"a name to overlook", func(ev *event.Event, p *event.Process) { app(p); p.Executable = "/opt/app\ngrants: []/x" }, "refused: its name, or that"},
 		{"a build", func(ev *event.Event, p *event.Process) {
 			p.Unit = "gitlab-runner.service"
 			parents(p, "/usr/bin/bash", "/usr/bin/gitlab-runner")
