@@ -78,6 +78,16 @@ func (p *printer) proposal(one *tune.Proposal) {
 	}
 	row("for", "%s", what)
 	row("seen", "%s", seen(&one.Evidence))
+	for i, line := range one.CommandLines {
+		name := "ran"
+		if i > 0 {
+			name = ""
+		}
+		row(name, "%.160s", line)
+	}
+	if g.Parent == "" && len(one.Parents) > 0 {
+		row("parents", "%s", strings.Join(one.Parents, ", "))
+	}
 	if len(one.Rules) > 0 {
 		row("refused", "by %s", strings.Join(one.Rules, "; "))
 	}
@@ -119,7 +129,7 @@ func (p *printer) details(one *tune.Proposal) {
 			p.text("   %-13s %s", name, text)
 		}
 	}
-	row("command lines", one.CommandLines)
+	row("command lines", one.CommandLines) // as a whole
 	row("parents", one.Parents)
 	row("users", one.Users)
 	row("paths", one.Paths)

@@ -223,7 +223,7 @@ func (c *candidate) grant() policy.Grant {
 	if paths := c.each(func(g *group) string { return g.paths }); len(paths) <= maxPaths && !slices.ContainsFunc(paths, func(p string) bool { return !plain(p) }) {
 		g.Paths = paths
 	}
-	if !c.any(overV1) {
+	if !c.any(overV1) && !c.any(otherTasks) { // who know no tokens
 		g.API = policy.V2
 	}
 	g.OwnToken = !c.any(foreign)

@@ -111,7 +111,7 @@ func (p *Proposal) grade() {
 	case g.Unit == "":
 		because(Medium, "whoever can write in %s can put another program at the same path", where)
 	}
-	if g.API != policy.V2 {
+	if slices.ContainsFunc(p.groups, func(g *group) bool { return g.is(overV1) }) {
 		because(Medium, "it asks over IMDSv1, which a forged request of a server reaches; have it use session tokens")
 	}
 	if !g.OwnToken {

@@ -48,7 +48,7 @@ func reason(ev *event.Event) string {
 // suspicious is what speaks against one process.
 func (t *Tuner) suspicious(p *event.Process, ev *event.Event) string {
 	about := event.View{Event: ev, Document: event.RequestDecision, Subject: p}
-	switch gaps := about.Gaps() & (event.GapExecutable | event.GapUser | event.GapPlace | event.GapExecutable.OfParent()); {
+	switch gaps := about.Gaps() & (event.GapExecutable | event.GapUser | event.GapPlace); {
 	case gaps != 0:
 		return fmt.Sprintf("the document does not have the whole of what grants look at: %s", gaps)
 	case p.Ended:

@@ -109,7 +109,7 @@ func (t *Tuner) Line(line []byte) error {
 	case rec.Document == event.RequestDecision:
 		doubt := t.engine.Rejudge(rec)
 		if doubt.About == policy.TheVerdict {
-			ev.Decision.WouldBe, ev.Decision.Rule = rec.Decision.WouldBe, rec.Decision.Rule
+			ev.Decision.WouldBe, ev.Decision.Rule, ev.Decision.Deny = rec.Decision.WouldBe, rec.Decision.Rule, rec.Decision.Deny
 		}
 		if counted {
 			t.count(doubt)
@@ -139,12 +139,14 @@ func (t *Tuner) count(doubt policy.Doubt) {
 	}
 	h := t.host(ev.Host)
 	h.asked(ev)
-	class := t.classes[ev.Request.Class]
+	name := ev.Request.Class
+	if t.classes[name] == nil && len(t.classes) >= maxClasses {
+		name = "others"
+	}
+	class := t.classes[name]
 	if class == nil {
 		class = &classCount{}
-		if len(t.classes) < maxClasses {
-			t.classes[ev.Request.Class] = class
-		}
+		t.classes[name] = class
 	}
 	class.requests++
 	if ev.Decision.WouldBe != event.Deny {

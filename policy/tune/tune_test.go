@@ -119,6 +119,12 @@ func TestWhat(t *testing.T) {
 			p.Container, p.HostVerified, p.RootOwned = strings.Repeat("a", 64), false, false
 		}, "medium: whoever can write in the container"},
 
+		{"a task's role", func(ev *event.Event, p *event.Process) {
+			app(p)
+			ev.Connection.Destination, ev.Request.Container, ev.Request.Token = netip.MustParseAddrPort("169.254.170.2:80"), true, false
+			ev.Request.Path, ev.Request.Version = "/v2/credentials/3a1b", "v2"
+		}, "low: "},
+
 		{"an interpreter in a session", func(ev *event.Event, p *event.Process) { p.Unit = "session-3.scope" }, "refused: python does whatever it is told"},
 		{"an interpreter in a user's unit", func(ev *event.Event, p *event.Process) { p.Unit, p.UserUnit = "", "x.service" }, "refused: python does whatever it is told"},
 		{"in a home", func(ev *event.Event, p *event.Process) { p.Executable, p.RootOwned = "/home/app/x", false }, `refused: "/home/app/x" is below /home`},
