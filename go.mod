@@ -8,6 +8,7 @@ require (
 	github.com/cilium/ebpf v0.22.0 // BPF programs without a C compiler
 	github.com/coreos/go-iptables v0.8.0 // which iptables there is, and its counters
 	github.com/coreos/go-systemd/v22 v22.7.0 // ports from the socket unit, readiness, the journal
+	github.com/cpuguy83/go-md2man/v2 v2.0.7 // manual pages
 	github.com/creack/pty v1.1.24 // tests: a terminal on which questions are answered
 	github.com/goccy/go-yaml v1.19.2 // the configuration, with carets in its errors
 	github.com/google/go-cmp v0.7.0 // tests: differences one can read
@@ -32,7 +33,9 @@ require (
 	github.com/BurntSushi/toml v1.6.0 // indirect
 	github.com/inconshreveable/mousetrap v1.1.0 // indirect
 	github.com/mattn/go-colorable v0.1.14 // indirect
+	github.com/russross/blackfriday/v2 v2.1.0 // indirect
 	github.com/spf13/pflag v1.0.10 // indirect
+	go.yaml.in/yaml/v3 v3.0.4 // indirect
 	golang.org/x/exp/typeparams v0.0.0-20260209203927-2842357ff358 // indirect
 	golang.org/x/mod v0.42.0 // indirect
 	golang.org/x/sync v0.25.0 // indirect

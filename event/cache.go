@@ -23,6 +23,9 @@ func (c *cache[V]) get(text []byte) (V, bool) {
 const entryCost = 64
 
 func (c *cache[V]) put(text []byte, v V) {
+	if len(text) > c.max/8 {
+		return // of a file that somebody made
+	}
 	if c.young == nil || c.size > c.max {
 		c.old, c.young, c.size = c.young, map[string]V{}, 0
 	}

@@ -47,7 +47,8 @@ const (
 	GapToken
 	GapSubjects // there were more subjects than the document has
 	GapTime     // to less than the millisecond, and of what came before the request
-	GapAnswer   // what became of it, in the words of messages
+	GapAnswer   // whether the request was judged before it was answered, or after that
+	GapOutcome  // the same, where the outcome of the event is another after it
 )
 
 // Gaps are those of a document: of the event, its subject and the parents of that.
@@ -92,6 +93,8 @@ func restsOf(name string) Gaps {
 		return GapTime
 	case "message", "event.reason":
 		return ^Gaps(0)
+	case "event.outcome":
+		return GapOutcome
 	case "http.request.method":
 		return GapMethod
 	case "url.original":
@@ -158,7 +161,7 @@ func (g Gaps) String() string {
 			}
 		}
 	}
-	for i, name := range [...]string{"ancestors", "method", "target", "path", "Host header", "user agent", "request", "session token", "other subjects", "exact time", "answer"} {
+	for i, name := range [...]string{"ancestors", "method", "target", "path", "Host header", "user agent", "request", "session token", "other subjects", "exact time", "answer", "outcome"} {
 		if g>>(36+i)&1 == 1 {
 			all = append(all, name)
 		}

@@ -43,6 +43,10 @@ type Reader struct {
 	seen      seen
 	byNumbers map[numbers]*Process
 	hostOf    map[hostNumbers]*Host
+	urls      memo[ofURL]
+	exchanges memo[exchange]
+	requests  memo[askedFor]
+	endpoints memo[netip.AddrPort]
 	key       []byte
 	first     subjectParts
 	others    []subjectParts
@@ -61,7 +65,8 @@ type numbers [7]uint64
 // hour, each document takes several times as long; each byte takes another five.
 func NewReader() *Reader {
 	return &Reader{
-		seen: seen{seed: maphash.MakeSeed()}, byNumbers: map[numbers]*Process{}, hostOf: map[hostNumbers]*Host{}, texts: cache[string]{max: 2 << 20}, hosts: cache[*Host]{max: 1 << 20}, processes: cache[*Process]{max: 6 << 20},
+		seen: seen{seed: maphash.MakeSeed()}, byNumbers: map[numbers]*Process{}, hostOf: map[hostNumbers]*Host{}, urls: memo[ofURL]{}, exchanges: memo[exchange]{}, requests: memo[askedFor]{},
+		endpoints: memo[netip.AddrPort]{}, texts: cache[string]{max: 2 << 20}, hosts: cache[*Host]{max: 1 << 20}, processes: cache[*Process]{max: 6 << 20},
 		rules: cache[*Rule]{max: 256 << 10}, issuers: cache[issuerPart]{max: 1 << 20},
 		lists: cache[[]string]{max: 256 << 10}, matches: cache[[]Match]{max: 256 << 10},
 	}
@@ -151,28 +156,21 @@ func (d *reading) line() {
 				}
 			}
 		case "destination":
-			d.Event.Connection.Destination = d.endpoint()
+			d.Event.Connection.Destination = recall(d, d.endpoints, beginning, (*reading).endpoint)
 		case "source":
 			d.Event.Connection.Source = d.endpoint()
 		case "event":
 			d.ofEvent()
 		case "http":
-			d.ofHTTP()
+			x := recall(d, d.exchanges, beginning, (*reading).exchange)
+			d.Event.Request.Method, d.Event.Request.HTTP, d.Event.Request.Bytes = x.method, x.version, x.asked
+			d.Response.Status, d.Response.Bytes = x.status, x.answered
 		case "imdsgate":
 			d.own()
 		case "url":
-			for more := d.begin('{', '}'); more; more = d.more('}') {
-				switch q := &d.Event.Request; string(d.name()) {
-				case "domain":
-					q.Host = d.text(GapHost)
-				case "original":
-					q.Target = d.text(GapTarget)
-				case "path":
-					q.Path = d.text(GapPath)
-				default:
-					d.skip()
-				}
-			}
+			u := recall(d, d.urls, beginningOfURL, (*reading).url)
+			q := &d.Event.Request
+			q.Host, q.Target, q.Path = u.host, u.target, u.path
 		case "user_agent":
 			for more := d.begin('{', '}'); more; more = d.more('}') {
 				if string(d.name()) == "original" {
@@ -224,17 +222,41 @@ func (d *reading) ofEvent() {
 	}
 }
 
-func (d *reading) ofHTTP() {
-	q := &d.Event.Request
+// ofURL is what the object url says.
+type ofURL struct{ host, target, path string }
+
+func (d *reading) url() (u ofURL) {
+	for more := d.begin('{', '}'); more; more = d.more('}') {
+		switch string(d.name()) {
+		case "domain":
+			u.host = d.text(GapHost)
+		case "original":
+			u.target = d.text(GapTarget)
+		case "path":
+			u.path = d.text(GapPath)
+		default:
+			d.skip()
+		}
+	}
+	return u
+}
+
+// exchange is what the object http says.
+type exchange struct {
+	method, version         string
+	asked, answered, status int64
+}
+
+func (d *reading) exchange() (x exchange) {
 	for more := d.begin('{', '}'); more; more = d.more('}') {
 		switch string(d.name()) {
 		case "request":
 			for more := d.begin('{', '}'); more; more = d.more('}') {
 				switch string(d.name()) {
 				case "bytes":
-					q.Bytes = d.int()
+					x.asked = d.int()
 				case "method":
-					q.Method = d.text(GapMethod)
+					x.method = d.text(GapMethod)
 				default:
 					d.skip()
 				}
@@ -243,19 +265,20 @@ func (d *reading) ofHTTP() {
 			for more := d.begin('{', '}'); more; more = d.more('}') {
 				switch string(d.name()) {
 				case "bytes":
-					d.Response.Bytes = d.int()
+					x.answered = d.int()
 				case "status_code":
-					d.Response.Status = d.int()
+					x.status = d.int()
 				default:
 					d.skip()
 				}
 			}
 		case "version":
-			q.HTTP = d.text(GapRequest)
+			x.version = d.text(GapRequest)
 		default:
 			d.skip()
 		}
 	}
+	return x
 }
 
 // own reads the fields that ECS has no names for.
@@ -317,7 +340,7 @@ func (d *reading) own() {
 		case "process":
 			d.first.place = d.part(d.salt(), beginning)
 		case "request":
-			d.request()
+			d.asked(recall(d, d.requests, beginning, (*reading).request))
 		case "response":
 			for more := d.begin('{', '}'); more; more = d.more('}') {
 				if string(d.name()) == "failure" {
@@ -373,9 +396,7 @@ func (d *reading) attribution() {
 		case "unawaited":
 			a.Unawaited = d.bool()
 		case "unreadable":
-			for more := d.begin('[', ']'); more; more = d.more(']') {
-				a.Unreadable = append(a.Unreadable, d.int())
-			}
+			a.Unreadable = d.ints()
 		case "via":
 			a.Via = d.text(0)
 		default:
@@ -384,8 +405,13 @@ func (d *reading) attribution() {
 	}
 }
 
-func (d *reading) request() {
-	q := &d.Event.Request
+// askedFor is what imdsgate.request says.
+type askedFor struct {
+	Request
+	guarded bool // it says whether it is
+}
+
+func (d *reading) request() (q askedFor) {
 	for more := d.begin('{', '}'); more; more = d.more('}') {
 		switch string(d.name()) {
 		case "api":
@@ -397,8 +423,7 @@ func (d *reading) request() {
 		case "forwarded_for":
 			q.Forwarded = d.bool()
 		case "guarded":
-			q.Guarded = d.bool()
-			d.has |= hasGuarded
+			q.Guarded, q.guarded = d.bool(), true
 		case "malformed":
 			q.Malformed = d.text(GapRequest)
 		case "public_host":
@@ -411,6 +436,17 @@ func (d *reading) request() {
 			d.skip()
 		}
 	}
+	return q
+}
+
+// asked adds what imdsgate.request says to what other objects do.
+func (d *reading) asked(of askedFor) {
+	if of.guarded {
+		d.has |= hasGuarded
+	}
+	q := &d.Event.Request
+	q.Container, q.Class, q.Evasive, q.Forwarded, q.Guarded = of.Container, of.Class, of.Evasive, of.Forwarded, of.Guarded
+	q.Malformed, q.HostIsOdd, q.Token, q.Version = of.Malformed, of.HostIsOdd, of.Token, of.Version
 }
 
 func (d *reading) token(of *subjectParts) {
@@ -477,6 +513,9 @@ func (d *reading) finish() error {
 		return err
 	}
 	d.Event.Gaps |= GapTime | GapAnswer
+	if d.Response.Failed != "" {
+		d.Event.Gaps |= GapOutcome
+	}
 	switch d.Document {
 	case LifecycleChange, IntegrityFinding:
 		d.Event.State = State{Action: d.kept(d.action), Mode: d.kept(d.mode), Policy: d.kept(d.policy), Reason: d.Decision.Reason}
@@ -776,10 +815,22 @@ func (s *scanner) copied() string {
 	return string(s.string())
 }
 
-// strings reads an array of them.
+// strings reads an array of them, as many as documents have.
 func (s *scanner) strings() (all []string) {
 	for more := s.begin('[', ']'); more; more = s.more(']') {
-		all = append(all, string(s.string()))
+		if text := s.string(); len(all) < maxTexts {
+			all = append(all, string(text))
+		}
+	}
+	return all
+}
+
+// ints reads an array of them, as many as documents have.
+func (s *scanner) ints() (all []int64) {
+	for more := s.begin('[', ']'); more; more = s.more(']') {
+		if n := s.int(); len(all) < maxTexts {
+			all = append(all, n)
+		}
 	}
 	return all
 }
@@ -1173,9 +1224,7 @@ func (r *processReader) ancestors(raw []byte) {
 		case "executable":
 			executables = s.strings()
 		case "pid":
-			for more := s.begin('[', ']'); more; more = s.more(']') {
-				pids = append(pids, s.int())
-			}
+			pids = s.ints()
 		default:
 			s.skip()
 		}

@@ -65,7 +65,7 @@ func TestRead(t *testing.T) {
 		d.Rule.Severity != "medium" || d.Rule.RiskScore != 47 || len(d.Matches) != 1 || d.Matches[0].Rule.ID != "rule-id" {
 		t.Errorf("%+v", d)
 	}
-	if got.Event.Gaps != GapTime|GapAnswer {
+	if got.Event.Gaps != GapTime|GapAnswer|GapOutcome {
 		t.Errorf("gaps: %v", got.Event.Gaps)
 	}
 	for _, part := range []struct{ got, want any }{
@@ -147,6 +147,37 @@ func TestReadGaps(t *testing.T) {
 		if test.want == 0 && gaps != 0 || gaps&test.want != test.want {
 			t.Errorf("gaps: %v; want %v", gaps, test.want)
 		}
+	}
+}
+
+// TestReadHuge is a document that somebody has made: what is kept of it is bounded.
+func TestReadHuge(t *testing.T) {
+	const many = 200_000
+	long := string(line(decisionOf(denied())))
+	pids := strings.Repeat("7,", many) + "7"
+	texts := strings.Repeat(`"x",`, many) + `"x"`
+	long = strings.Replace(long, `"pid":[4710]`, `"pid":[`+pids+`]`, 1)
+	long = strings.Replace(long, `"executable":["/usr/bin/bash"]`, `"executable":[`+texts+`]`, 1)
+	long = strings.Replace(long, `"args":["curl",`, `"args":[`+texts+`,"curl",`, 1)
+	long = strings.Replace(long, `"latency_us":`, `"unreadable":[`+pids+`],"latency_us":`, 1)
+	var got Record
+	r := NewReader()
+	if err := r.Read([]byte(long), &got); err != nil {
+		t.Fatal(err)
+	}
+	p := got.Event.Subjects[0]
+	chain := 0
+	for a := p.Parent; a != nil; a = a.Parent {
+		chain++
+	}
+	if len(p.Args) != maxTexts || chain != maxTexts || len(got.Event.Attribution.Unreadable) != maxTexts {
+		t.Errorf("%d arguments, %d ancestors, %d unreadable", len(p.Args), chain, len(got.Event.Attribution.Unreadable))
+	}
+	if want := GapArgs | GapArgsCount | GapAncestors; p.Gaps&want != want {
+		t.Errorf("gaps: %v", p.Gaps)
+	}
+	if len(r.processes.young)+len(r.processes.old) != 0 && len(long) > r.processes.max {
+		t.Error("it is remembered")
 	}
 }
 

@@ -20,9 +20,11 @@ const (
 	placesSeen, sharePlace = 1 << 11, 4
 	// beginning is how much of an object says its place: as much as tells most apart, and
 	// no more than most have. Programs with the same arguments differ behind these.
-	beginning, beginningOfProcess = 64, 384
+	beginning, beginningOfURL, beginningOfProcess = 64, 128, 384
 	// longestSeen is how much of one is kept, and maxSeen of all.
 	longestSeen, maxSeen = 16 << 10, 16 << 20
+	// longestRecalled bounds those of which is kept what they say.
+	longestRecalled = 2 << 10
 )
 
 type seenObject struct {
@@ -69,4 +71,41 @@ func (r *Reader) part(salt uint64, beginning int) part {
 	copy(place[1:], place[:])
 	place[0] = seenObject{string(raw), r.seen.number}
 	return part{raw, r.seen.number}
+}
+
+// memo has what was read of objects, by their numbers.
+type memo[V any] map[uint64]remark[V]
+
+type remark[V any] struct {
+	value V
+	gaps  Gaps
+}
+
+// recall is what an object says: what was read of it before, or what is read now.
+func recall[V any](d *reading, m memo[V], beginning int, read func(*reading) V) V {
+	start := d.at
+	o := d.part(0, beginning)
+	if known, ok := m[o.number]; ok && o.number != 0 {
+		d.Event.Gaps |= known.gaps
+		return known.value
+	}
+	if d.err != nil {
+		var none V
+		return none
+	}
+	end, gaps := d.at, d.Event.Gaps
+	d.at, d.Event.Gaps = start, 0
+	r := remark[V]{value: read(d)}
+	r.gaps = d.Event.Gaps
+	if d.Event.Gaps |= gaps; d.err != nil {
+		return r.value
+	}
+	d.at = end
+	if o.number != 0 && len(o.raw) <= longestRecalled {
+		if len(m) >= placesSeen {
+			clear(m)
+		}
+		m[o.number] = r
+	}
+	return r.value
 }

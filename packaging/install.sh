@@ -25,7 +25,8 @@ if [ -z "$dest" ]; then
 fi
 
 install -d "$dest$prefix/sbin" "$dest$prefix/bin" "$dest$prefix/lib/systemd/system" "$dest$prefix/lib/tmpfiles.d" "$dest/etc/imdsgate" \
-	"$dest$prefix/share/bash-completion/completions" "$dest$prefix/share/imdsgate"
+	"$dest$prefix/lib/imdsgate/profiles" "$dest$prefix/share/man/man1" "$dest$prefix/share/man/man5" "$dest$prefix/share/man/man8" \
+	"$dest$prefix/share/bash-completion/completions" "$dest$prefix/share/zsh/site-functions" "$dest$prefix/share/fish/vendor_completions.d" "$dest$prefix/share/imdsgate"
 install -m 0755 bin/imdsgated "$dest$prefix/sbin/imdsgated"
 install -m 0755 bin/imdsgate "$dest$prefix/bin/imdsgate"
 for unit in imdsgated.service imdsgated.socket; do
@@ -33,7 +34,17 @@ for unit in imdsgated.service imdsgated.socket; do
 	chmod 0644 "$dest$prefix/lib/systemd/system/$unit"
 done
 install -m 0644 packaging/systemd/imdsgate.tmpfiles "$dest$prefix/lib/tmpfiles.d/imdsgate.conf"
+install -m 0644 packaging/profiles/*.yaml "$dest$prefix/lib/imdsgate/profiles"
+
 bin/imdsgate completion bash >"$dest$prefix/share/bash-completion/completions/imdsgate"
+bin/imdsgate completion zsh >"$dest$prefix/share/zsh/site-functions/_imdsgate"
+bin/imdsgate completion fish >"$dest$prefix/share/fish/vendor_completions.d/imdsgate.fish"
+pages=$(mktemp -d)
+trap 'rm -r "$pages"' EXIT
+bin/imdsgate man "$pages" packaging/config.yaml
+install -m 0644 "$pages"/imdsgate*.1 "$dest$prefix/share/man/man1"
+install -m 0644 "$pages/imdsgate-config.5" "$dest$prefix/share/man/man5"
+install -m 0644 packaging/imdsgated.8 "$dest$prefix/share/man/man8"
 install -m 0644 packaging/config.schema.json "$dest$prefix/share/imdsgate/config.schema.json"
 if [ ! -e "$dest/etc/imdsgate/config.yaml" ]; then
 	install -m 0644 packaging/config.yaml "$dest/etc/imdsgate/config.yaml"

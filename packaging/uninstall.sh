@@ -21,7 +21,12 @@ fi
 rm -f "$dest$prefix/sbin/imdsgated" "$dest$prefix/bin/imdsgate" \
 	"$dest$prefix/lib/systemd/system/imdsgated.service" "$dest$prefix/lib/systemd/system/imdsgated.socket" \
 	"$dest$prefix/lib/tmpfiles.d/imdsgate.conf" "$dest$prefix/share/bash-completion/completions/imdsgate" \
+	"$dest$prefix/share/zsh/site-functions/_imdsgate" "$dest$prefix/share/fish/vendor_completions.d/imdsgate.fish" \
+	"$dest$prefix/share/man/man1/imdsgate.1" "$dest$prefix"/share/man/man1/imdsgate-*.1 \
+	"$dest$prefix/share/man/man5/imdsgate-config.5" "$dest$prefix/share/man/man8/imdsgated.8" \
 	"$dest$prefix/share/imdsgate/config.schema.json"
+rm -rf "$dest$prefix/lib/imdsgate/profiles"
+rmdir "$dest$prefix/lib/imdsgate" 2>/dev/null || true # unless whoever made the image has put more there
 rmdir "$dest$prefix/share/imdsgate" 2>/dev/null || true
 [ -z "$dest" ] || exit 0
 if [ -d /run/systemd/system ]; then

@@ -606,6 +606,7 @@ func (m *memory) hasBlocked(r *rule, rules []*rule, p *event.Process) bool {
 
 // remembered is a map that forgets its oldest keys.
 type remembered[K comparable, V any] struct {
+	max   int // maxRemembered if 0
 	keys  map[K]V
 	order []K
 	next  int
@@ -625,12 +626,12 @@ func (r *remembered[K, V]) put(key K, value V) {
 	if r.keys == nil {
 		r.keys = map[K]V{}
 	}
-	if len(r.order) < maxRemembered {
+	if len(r.order) < cmp.Or(r.max, maxRemembered) {
 		r.order = append(r.order, key)
 	} else {
 		delete(r.keys, r.order[r.next])
 		r.order[r.next] = key
-		r.next = (r.next + 1) % maxRemembered
+		r.next = (r.next + 1) % len(r.order)
 	}
 	r.keys[key] = value
 }

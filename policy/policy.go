@@ -35,7 +35,12 @@ type Config struct {
 	Rules   RulesConfig  `yaml:"rules"`
 	Tokens  TokensConfig `yaml:"tokens"`
 	Grants  []Grant      `yaml:"grants"`
-	Denies  []Deny       `yaml:"denies"`
+	// Profiles are names of files with grants for programs that come with a platform.
+	Profiles []string `yaml:"profiles"`
+	// ProfilePaths are the directories in which they are looked for; the package's
+	// ProfilePaths if there are none.
+	ProfilePaths []string `yaml:"profile_paths"`
+	Denies       []Deny   `yaml:"denies"`
 	// Classes are postures of single classes of requests, which go before Posture.
 	// Strict also keeps a class that is not guarded to those with a grant.
 	Classes map[string]Posture `yaml:"classes"`
@@ -84,6 +89,8 @@ type Policy struct {
 	byProgram  map[program][]*Grant
 	denies     []Deny
 	rests      event.Gaps // facts at which grants and denies look
+	rulesRest  event.Gaps // and rules that may block
+	mayDepend  bool       // one of which blocks what it has not seen before
 	tokenScope event.TokenScope
 }
 
@@ -166,6 +173,22 @@ func Compile(c Config, classes []string) (*Policy, error) {
 		entry(fmt.Sprintf("grants[%d]", i), "grant", g.Name, func(c *complaints) { g.check(c, classes) })
 		fmt.Fprintf(digest, "%+v\n", *g)
 	}
+	profiles, wrong := c.profiles()
+	errs = append(errs, wrong...)
+	for i, profile := range profiles {
+		for j := range profile.Grants {
+			g := &profile.Grants[j]
+			entry(fmt.Sprintf("profiles[%d]", i), "grant", g.Name, func(c *complaints) {
+				own := complaints{key: fmt.Sprintf("grants[%d]", j)}
+				g.check(&own, classes)
+				for _, err := range own.errs {
+					c.say("", "%s: %w", profile.File, err)
+				}
+			})
+			p.grants = append(p.grants, *g)
+			fmt.Fprintf(digest, "%+v\n", *g)
+		}
+	}
 	for i := range c.Denies {
 		d := &c.Denies[i]
 		entry(fmt.Sprintf("denies[%d]", i), "deny", d.Name, func(c *complaints) { d.check(c, classes) })
@@ -183,6 +206,12 @@ func Compile(c Config, classes []string) (*Policy, error) {
 	}
 	p.set = newRuleSet(p.rules)
 	p.byProgram, p.rests = grantsByProgram(p.grants), restsOf(p.grants, p.denies)
+	for _, r := range p.rules {
+		if r.mayBlock() {
+			p.rulesRest |= r.rests
+			p.mayDepend = p.mayDepend || r.NewTerms != nil
+		}
+	}
 	p.findDecisive(classes)
 	p.Digest = "sha256:" + hex.EncodeToString(digest.Sum(nil))
 	return p, errors.Join(errs...)

@@ -47,6 +47,18 @@ func (e *Engine) Rejudge(r *event.Record) Doubt {
 	return p.unsureLatch(r, doubt)
 }
 
+// RememberFleet makes room for the processes of many hosts, whose events are judged by one
+// engine: with less, one that was blocked would be forgotten when so many others are.
+func (e *Engine) RememberFleet() {
+	m := e.state.Load().memory
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.blocked.max, m.doubted.max = maxRememberedOfFleet, maxRememberedOfFleet
+}
+
+// maxRememberedOfFleet takes some 40 MB.
+const maxRememberedOfFleet = 1 << 18
+
 // unsureLatch is about a rule that may have blocked a process before: one of which that
 // was in doubt, or one of which the record says so, from before the first event that was
 // read.
@@ -88,14 +100,18 @@ func (p *state) doubt(ev *event.Event) Doubt {
 	if q.Malformed != "" {
 		return Doubt{} // refused whatever else is known
 	}
-	if d.Deny != "" && p.gaps(ev)&p.rests == 0 {
+	gaps := p.gaps(ev)
+	if gaps&(p.rests|p.rulesRest|event.GapSubjects) == 0 && !p.mayDepend {
+		return Doubt{} // nothing looks there
+	}
+	if d.Deny != "" && gaps&p.rests == 0 {
 		return Doubt{}
 	}
 	granted := d.Grant != ""
 	if ev.Gaps&event.GapSubjects != 0 && (granted || len(p.denies) > 0 && d.WouldBe == event.Allow) {
 		return Doubt{TheVerdict, "the document does not have all who held the connection, and a grant must cover, a deny can refuse, each of them"}
 	}
-	if gaps := p.gaps(ev) & p.rests; gaps != 0 {
+	if gaps &= p.rests; gaps != 0 {
 		return Doubt{TheVerdict, fmt.Sprintf("grants and denies look at what the document does not have whole: %s", gaps)}
 	}
 	if granted {
@@ -108,12 +124,16 @@ func (p *state) doubt(ev *event.Event) Doubt {
 	return doubt
 }
 
-// gaps are those of an event and of all its subjects.
+// gaps are those of an event and of all its subjects, as the children of the one parent
+// or the other.
 func (p *state) gaps(ev *event.Event) event.Gaps {
 	all := ev.Gaps
 	for _, subject := range ev.Subjects {
 		about := event.View{Event: ev, Subject: subject}
-		all |= about.Gaps()
+		if all |= about.Gaps(); subject.ParentNow != nil {
+			about.Adopted = true
+			all |= about.Gaps()
+		}
 	}
 	return all
 }

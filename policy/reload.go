@@ -57,7 +57,7 @@ func (m *memory) inherit(p *Policy, old *state) {
 
 // clone is a copy that can change by itself.
 func (r *remembered[K, V]) clone() remembered[K, V] {
-	return remembered[K, V]{maps.Clone(r.keys), slices.Clone(r.order), r.next}
+	return remembered[K, V]{r.max, maps.Clone(r.keys), slices.Clone(r.order), r.next}
 }
 
 // oldestFirst lists the keys in the order in which they are forgotten.

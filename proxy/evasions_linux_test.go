@@ -13,6 +13,7 @@ import (
 
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/proxy/http1"
 	"github.com/imdsgate/imdsgate/proxy/imds"
 	"github.com/imdsgate/imdsgate/proxy/imds/imdstest"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
@@ -98,8 +99,8 @@ var evasions = []struct {
 	{17, "no colon", get("/latest/user-data", "X\r\n"), "400", "", "malformed GET", "malformed"},
 	{17, "space before colon", get("/latest/user-data", "X : y\r\n"), "400", "", "malformed GET", "malformed"},
 	{17, "bare CR", get("/latest/user-data", "X: a\rb\r\n"), "400", "", "malformed GET", "malformed"},
-	{18, "length and chunked", put("Content-Length: 5\r\nTransfer-Encoding: chunked\r\n") + emptyBody, "400", "", "malformed PUT", "malformed"},
-	{18, "a request as body", put("Content-Length: 0\r\nTransfer-Encoding: chunked\r\n") + emptyBody + get("/latest/user-data", v2), "400", "", "malformed PUT", "malformed"},
+	{18, "length and chunked", put("Content-Length: 5\r\nTransfer-Encoding: chunked\r\n") + http1.EmptyBody, "400", "", "malformed PUT", "malformed"},
+	{18, "a request as body", put("Content-Length: 0\r\nTransfer-Encoding: chunked\r\n") + http1.EmptyBody + get("/latest/user-data", v2), "400", "", "malformed PUT", "malformed"},
 	{19, "two lengths", put("Content-Length: 0\r\nContent-Length: 0\r\n"), "400", "", "malformed PUT", "malformed"},
 	{19, "two lengths in one", put("Content-Length: 0, 0\r\n"), "400", "", "malformed PUT", "malformed"},
 	{19, "signed length", put("Content-Length: +0\r\n"), "400", "", "malformed PUT", "malformed"},
@@ -107,12 +108,12 @@ var evasions = []struct {
 	{19, "length in more digits", put("Content-Length: 00\r\n"), "400", "", "malformed PUT", "malformed"},
 	{19, "length with an underscore", put("Content_Length: 5\r\n") + "hello", "400", "", "malformed PUT", "malformed"},
 	{20, "another encoding", put("Transfer-Encoding: xchunked\r\n"), "400", "", "malformed PUT", "malformed"},
-	{20, "space before the colon", put("Transfer-Encoding : chunked\r\n") + emptyBody, "400", "", "malformed PUT", "malformed"},
-	{20, "encoded twice", put("Transfer-Encoding: gzip, chunked\r\n") + emptyBody, "400", "", "malformed PUT", "malformed"},
-	{20, "two encodings", put("Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n") + emptyBody, "400", "", "malformed PUT", "malformed"},
-	{20, "encoding with an underscore", put("Transfer_Encoding: chunked\r\n") + emptyBody, "400", "", "malformed PUT", "malformed"},
-	{21, "chunked", put("Transfer-Encoding: chunked\r\n") + emptyBody, "200", all, "token v2", ""},
-	{21, "chunked, without waiting to be told", put("Transfer-Encoding: chunked\r\nExpect: 100-continue\r\n") + emptyBody, "100 200", all, "token v2", ""},
+	{20, "space before the colon", put("Transfer-Encoding : chunked\r\n") + http1.EmptyBody, "400", "", "malformed PUT", "malformed"},
+	{20, "encoded twice", put("Transfer-Encoding: gzip, chunked\r\n") + http1.EmptyBody, "400", "", "malformed PUT", "malformed"},
+	{20, "two encodings", put("Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n") + http1.EmptyBody, "400", "", "malformed PUT", "malformed"},
+	{20, "encoding with an underscore", put("Transfer_Encoding: chunked\r\n") + http1.EmptyBody, "400", "", "malformed PUT", "malformed"},
+	{21, "chunked", put("Transfer-Encoding: chunked\r\n") + http1.EmptyBody, "200", all, "token v2", ""},
+	{21, "chunked, without waiting to be told", put("Transfer-Encoding: chunked\r\nExpect: 100-continue\r\n") + http1.EmptyBody, "100 200", all, "token v2", ""},
 	{21, "another expectation", put("Expect: the-best\r\n"), "400", "", "malformed PUT", "malformed"},
 	{21, "chunk extension", put("Transfer-Encoding: chunked\r\n") + "0;x=y\r\n\r\n", "400", "", "malformed PUT", "malformed"},
 	{21, "chunk size in more digits", put("Transfer-Encoding: chunked\r\n") + "00\r\n\r\n", "400", "", "malformed PUT", "malformed"},
@@ -120,7 +121,7 @@ var evasions = []struct {
 	{21, "a chunk", put("Transfer-Encoding: chunked\r\n") + "5\r\nhello\r\n0\r\n\r\n", "400", "", "malformed PUT", "malformed"},
 	{21, "a chunk that should wait", put("Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n") + "5\r\nhello\r\n0\r\n\r\n", "400", "", "malformed PUT", "malformed"},
 	{22, "body of a GET", get(ami, "Content-Length: 3\r\n") + "abc", "400", "", "malformed GET", "malformed"},
-	{22, "chunks in a GET", get(ami, "Transfer-Encoding: chunked\r\n") + emptyBody, "400", "", "malformed GET", "malformed"},
+	{22, "chunks in a GET", get(ami, "Transfer-Encoding: chunked\r\n") + http1.EmptyBody, "400", "", "malformed GET", "malformed"},
 	{22, "body of a PUT", put("Content-Length: 5\r\n") + "hello", "400", "", "malformed PUT", "malformed"},
 	{22, "body that does not come", put("Content-Length: 20000\r\n"), "400", "", "malformed PUT", "malformed"},
 	{22, "body that would wait", put("Expect: 100-continue\r\nContent-Length: 5\r\n"), "400", "", "malformed PUT", "malformed"},
@@ -129,8 +130,8 @@ var evasions = []struct {
 	{23, "a denied one between", get(ami, keptAlive) + get(role, keptAlive) + get(ami, ""), "200 403", get(ami, keptAlive), "credentials v1", "v1"},
 	{23, "a disguised one behind", get(ami, keptAlive) + get("/latest/x/../user-data", v2), "200 403", get(ami, keptAlive), "user-data v2 evasive", "disguised"},
 	{23, "a malformed one behind", get(ami, keptAlive) + get("/latest/user-data", "X\r\n"), "200 400", get(ami, keptAlive), "malformed GET", "malformed"},
-	{23, "half a one behind a body", put(keptAlive+"Transfer-Encoding: chunked\r\n") + emptyBody + "\r\nGET /latest/user-data HTTP/1.1\r\n\r\n", "200 400",
-		put(keptAlive+"Transfer-Encoding: chunked\r\n") + emptyBody, "malformed", "malformed"},
+	{23, "half a one behind a body", put(keptAlive+"Transfer-Encoding: chunked\r\n") + http1.EmptyBody + "\r\nGET /latest/user-data HTTP/1.1\r\n\r\n", "200 400",
+		put(keptAlive+"Transfer-Encoding: chunked\r\n") + http1.EmptyBody, "malformed", "malformed"},
 	{25, "HTTP/1.0", "GET " + ami + " HTTP/1.0\r\n\r\n", "200", all, "inventory v1", ""},
 	{25, "HTTP/0.9", "GET /latest/user-data\r\n\r\n", "400", "", "malformed", "malformed"},
 	{25, "HTTP/1.2", "GET /latest/user-data HTTP/1.2\r\n" + host + v2 + "\r\n", "400", "", "malformed GET", "malformed"},
@@ -167,9 +168,9 @@ var evasions = []struct {
 	{33, "host with an underscore", get(ami, "Host_: evil.example\r\n"), "400", "", "malformed GET", "malformed"},
 	{33, "empty token", get(role, "X-aws-ec2-metadata-token:\r\n"), "403", "", "credentials v1", "v1"},
 	{34, "hardly a head", "GET " + ami + " HTTP/1.1\r\n\r\n", "200", all, "inventory v1", ""},
-	{36, "long head", get(ami, "X: "+strings.Repeat("a", maxHead)+"\r\n"), "400", "", "malformed GET", "malformed"},
-	{36, "long target", get("/"+strings.Repeat("a", maxTarget), ""), "400", "", "malformed GET", "malformed"},
-	{36, "many fields", get(ami, strings.Repeat("X: a\r\n", maxFields)), "400", "", "malformed GET", "malformed"},
+	{36, "long head", get(ami, "X: "+strings.Repeat("a", http1.MaxHead)+"\r\n"), "400", "", "malformed GET", "malformed"},
+	{36, "long target", get("/"+strings.Repeat("a", http1.MaxTarget), ""), "400", "", "malformed GET", "malformed"},
+	{36, "many fields", get(ami, strings.Repeat("X: a\r\n", http1.MaxFields)), "400", "", "malformed GET", "malformed"},
 }
 
 const (
@@ -277,7 +278,7 @@ func saw(received []string) string {
 // service.
 func (direct told) compare(t *testing.T, ours told) {
 	t.Helper()
-	if len(direct.seen) > maxHead {
+	if len(direct.seen) > http1.MaxHead {
 		// The service stops reading somewhere in the middle, and resets.
 		direct.seen, ours.seen = direct.seen[:100], ours.seen[:100]
 		ours.got = direct.got

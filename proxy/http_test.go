@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/imdsgate/imdsgate/event"
+	"github.com/imdsgate/imdsgate/proxy/http1"
 	"github.com/imdsgate/imdsgate/proxy/imds"
 )
 
@@ -29,11 +30,11 @@ var excused = []struct{ complaint, because, send string }{
 // the test if that is not among the reasons.
 func agree(t *testing.T, b []byte) (because string) {
 	t.Helper()
-	ours, err := parseRequest(b)
+	ours, err := http1.Parse(b)
 	if ours == nil || err != nil {
 		return ""
 	}
-	if _, err := imds.Classify(imds.Endpoints[0].Addr(), ours.target); err != nil {
+	if _, err := imds.Classify(imds.Endpoints[0].Addr(), ours.Target); err != nil {
 		return ""
 	}
 	theirs, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(b)))
@@ -46,27 +47,27 @@ func agree(t *testing.T, b []byte) (because string) {
 		t.Errorf("%q: net/http refuses it, %v, and we do not", b, err)
 		return ""
 	}
-	if theirs.Method != ours.method || theirs.RequestURI != ours.target || theirs.ProtoMinor != int(ours.minor) {
-		t.Errorf("%q: we read %s %s HTTP/1.%d, net/http %s %s %s", b, ours.method, ours.target, ours.minor, theirs.Method, theirs.RequestURI, theirs.Proto)
+	if theirs.Method != ours.Method || theirs.RequestURI != ours.Target || theirs.ProtoMinor != int(ours.Minor) {
+		t.Errorf("%q: we read %s %s HTTP/1.%d, net/http %s %s %s", b, ours.Method, ours.Target, ours.Minor, theirs.Method, theirs.RequestURI, theirs.Proto)
 	}
-	if theirs.Host != ours.host && theirs.URL.Host == "" {
-		t.Errorf("%q: we read host %q, net/http %q", b, ours.host, theirs.Host)
+	if theirs.Host != ours.Host && theirs.URL.Host == "" {
+		t.Errorf("%q: we read host %q, net/http %q", b, ours.Host, theirs.Host)
 	}
-	if want := map[bool]int64{true: -1}[ours.chunked]; theirs.ContentLength != want {
+	if want := map[bool]int64{true: -1}[ours.Chunked]; theirs.ContentLength != want {
 		t.Errorf("%q: we read a body of %d bytes, net/http of %d", b, want, theirs.ContentLength)
 	}
-	if got := theirs.Header.Get("X-Aws-Ec2-Metadata-Token") != ""; got && !ours.token {
+	if got := theirs.Header.Get("X-Aws-Ec2-Metadata-Token") != ""; got && !ours.Token {
 		t.Errorf("%q: net/http sees a token", b)
 	}
-	if ours.userAgent != theirs.UserAgent() && len(theirs.Header.Values("User-Agent")) == 1 {
-		t.Errorf("%q: we read user agent %q, net/http %q", b, ours.userAgent, theirs.UserAgent())
+	if ours.UserAgent != theirs.UserAgent() && len(theirs.Header.Values("User-Agent")) == 1 {
+		t.Errorf("%q: we read user agent %q, net/http %q", b, ours.UserAgent, theirs.UserAgent())
 	}
-	size := ours.headSize
-	if ours.chunked {
-		if whole, err := parseBody(b[size:]); !whole || err != nil {
+	size := ours.Size
+	if ours.Chunked {
+		if whole, err := http1.ParseBody(b[size:]); !whole || err != nil {
 			return ""
 		}
-		size += len(emptyBody)
+		size += len(http1.EmptyBody)
 	}
 	// net/http, too, finds nothing in the body, and the next request where we do.
 	alone := bufio.NewReader(bytes.NewReader(b[:size]))
@@ -98,7 +99,7 @@ func TestRequestDifferential(t *testing.T) {
 		"PUT /x HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n",
 		"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
 	} {
-		if r, err := parseRequest([]byte(s)); r == nil || err != nil {
+		if r, err := http1.Parse([]byte(s)); r == nil || err != nil {
 			t.Errorf("%q: %v", s, err)
 		}
 		agree(t, []byte(s))
@@ -122,8 +123,8 @@ func TestRequestsOfClients(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%s: %v", f.Name(), err)
 		}
-		r, err := parseRequest([]byte(send))
-		if err != nil || r == nil || r.odd || r.relayed || r.chunked != strings.HasSuffix(send[r.headSize:], emptyBody) {
+		r, err := http1.Parse([]byte(send))
+		if err != nil || r == nil || r.Odd || r.Relayed || r.Chunked != strings.HasSuffix(send[r.Size:], http1.EmptyBody) {
 			t.Errorf("%s: %+v, %v", f.Name(), r, err)
 		}
 		if because := agree(t, []byte(send)); because != "" {
@@ -137,16 +138,16 @@ func TestRequestsOfClients(t *testing.T) {
 func TestRequestInPieces(t *testing.T) {
 	whole := []byte("PUT /latest/api/token HTTP/1.1\r\nHost: 169.254.169.254\r\nContent-Length: 0\r\n\r\n")
 	for n := range whole {
-		if r, err := parseRequest(whole[:n]); r != nil || err != nil {
+		if r, err := http1.Parse(whole[:n]); r != nil || err != nil {
 			t.Errorf("the first %d bytes: %+v, %v", n, r, err)
 		}
 	}
-	if r, err := parseRequest(whole); err != nil || r.headSize != len(whole) {
+	if r, err := http1.Parse(whole); err != nil || r.Size != len(whole) {
 		t.Errorf("%+v, %v", r, err)
 	}
 	for _, c := range evasions {
 		for n := range len(c.send) {
-			if r, err := parseRequest([]byte(c.send[:n])); r != nil && err != nil {
+			if r, err := http1.Parse([]byte(c.send[:n])); r != nil && err != nil {
 				t.Errorf("%s, %d bytes: both %+v and %v", c.name, n, r, err)
 			}
 		}
@@ -155,12 +156,12 @@ func TestRequestInPieces(t *testing.T) {
 
 // An error is short, and says nothing that a field has for a value.
 func TestMalformedIsShort(t *testing.T) {
-	long, secret := strings.Repeat("X", maxHead-200), "c2VjcmV0"
+	long, secret := strings.Repeat("X", http1.MaxHead-200), "c2VjcmV0"
 	for _, fields := range []string{
 		long + ": " + secret + "\x01", "Host: " + secret + "\r\nHost: " + secret, "Content-Length: " + secret, "Content-Length" + strings.Repeat("_", 10000) + ": 0",
 		"X-aws-ec2-metadata-token: " + secret + "\r\n " + secret, "Transfer-Encoding: " + secret, "Expect: " + secret, secret + " " + long,
 	} {
-		_, err := parseRequest([]byte("GET / HTTP/1.1\r\n" + fields + "\r\n\r\n"))
+		_, err := http1.Parse([]byte("GET / HTTP/1.1\r\n" + fields + "\r\n\r\n"))
 		if err == nil || len(err.Error()) > 150 || strings.Contains(err.Error(), secret) {
 			t.Errorf("%.60q: %.200v", fields, err)
 		}
@@ -179,11 +180,11 @@ func TestBeginning(t *testing.T) {
 		{"GET /a HTTP/1.2\r\n\r\n", "GET", "/a", ""},
 		{"GET /a", "", "", ""},
 		{"\x16\x03\x01 a b\r\n\r\n", "", "", ""},
-		{"GET /" + strings.Repeat("a", maxTarget) + " HTTP/1.1\r\n\r\n", "GET", "", ""},
+		{"GET /" + strings.Repeat("a", http1.MaxTarget) + " HTTP/1.1\r\n\r\n", "GET", "", ""},
 	} {
-		r := beginning([]byte(c.send))
-		if r.method != c.method || r.target != c.target || r.userAgent != c.agent {
-			t.Errorf("%.60q: %.200q", c.send, []string{r.method, r.target, r.userAgent})
+		r := http1.Beginning([]byte(c.send))
+		if r.Method != c.method || r.Target != c.target || r.UserAgent != c.agent {
+			t.Errorf("%.60q: %.200q", c.send, []string{r.Method, r.Target, r.UserAgent})
 		}
 	}
 }
@@ -197,8 +198,8 @@ func TestMalformedIsRedacted(t *testing.T) {
 		"GET /latest/ HTTP/1.1\r\n" + strings.TrimRight(token, "=") + ": \x01\r\n\r\n",
 		"GET /latest/ HTTP/1.1\r\nX-aws-ec2-metadata-token: " + token + "\r\nX-aws-ec2-metadata-token: " + token + "\r\n\r\n",
 	} {
-		_, err := parseRequest([]byte(send))
-		ev := &event.Event{Host: &event.Host{}, Request: readable(beginning([]byte(send)))}
+		_, err := http1.Parse([]byte(send))
+		ev := &event.Event{Host: &event.Host{}, Request: http1.Beginning([]byte(send)).Readable()}
 		ev.Request.Malformed = err.Error()
 		line := string(ev.Views()[0].AppendJSON(nil))
 		if strings.Contains(line, token[:20]) || !strings.Contains(line, "/latest/") {
@@ -217,21 +218,21 @@ func FuzzRequest(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		agree(t, b)
-		if r := beginning(b); len(r.target) > maxTarget {
-			t.Errorf("%q: the target begins with %d bytes", b, len(r.target))
+		if r := http1.Beginning(b); len(r.Target) > http1.MaxTarget {
+			t.Errorf("%q: the target begins with %d bytes", b, len(r.Target))
 		}
-		r, err := parseRequest(b)
-		if err != nil && !errors.Is(err, errMalformed) {
+		r, err := http1.Parse(b)
+		if err != nil && !errors.Is(err, http1.ErrMalformed) {
 			t.Errorf("%q: %v", b, err)
 		}
 		if r == nil {
 			return
 		}
-		if r.headSize > len(b) || !bytes.HasSuffix(b[:r.headSize], []byte("\r\n\r\n")) {
+		if r.Size > len(b) || !bytes.HasSuffix(b[:r.Size], []byte("\r\n\r\n")) {
 			t.Errorf("%q: %+v", b, r)
 		}
 		// What comes behind a head does not change it.
-		more, err := parseRequest(append(b[:r.headSize:r.headSize], "GET / HTTP/1.1\r\n\r\n"...))
+		more, err := http1.Parse(append(b[:r.Size:r.Size], "GET / HTTP/1.1\r\n\r\n"...))
 		if err != nil || *more != *r {
 			t.Errorf("%q: %+v alone, %+v, %v with more behind it", b, r, more, err)
 		}
@@ -393,7 +394,7 @@ func TestPublicHost(t *testing.T) {
 		"instance-data": false, "instance-data.ec2.internal": false, "Instance-Data.": false,
 		"evil.example": true, "evil.example:80": true, "169.254.169.254.nip.io": true, "localhost": true,
 	} {
-		if got := publicHost(host); got != want {
+		if got := http1.PublicHost(host); got != want {
 			t.Errorf("%q: %v", host, got)
 		}
 	}
@@ -405,7 +406,7 @@ func BenchmarkParseRequest(b *testing.B) {
 	b.SetBytes(int64(len(req)))
 	b.ReportAllocs()
 	for b.Loop() {
-		if _, err := parseRequest(req); err != nil {
+		if _, err := http1.Parse(req); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"time"
 
 	"github.com/imdsgate/imdsgate/event"
+	"github.com/imdsgate/imdsgate/proxy/http1"
 	"github.com/imdsgate/imdsgate/proxy/imds"
 )
 
@@ -22,10 +23,10 @@ const maxIssued = 16 << 10
 
 // hands says what the answer to a request may hand out. A path that is in no
 // catalogue may lead anywhere, and who asks for a document in parts gets the whole.
-func hands(r *request, class imds.Class, head *response) handout {
+func hands(r *http1.Request, class imds.Class, head *response) handout {
 	whole, part := head.status == 200, head.status == 206
 	switch {
-	case whole && (class == imds.Token || class == imds.Unknown && r.method == "PUT"):
+	case whole && (class == imds.Token || class == imds.Unknown && r.Method == "PUT"):
 		return aToken
 	case (whole || part) && (class == imds.Credentials || class == imds.Unknown):
 		return credentials

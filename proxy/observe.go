@@ -7,7 +7,6 @@ import (
 
 	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/event"
-	"github.com/imdsgate/imdsgate/proxy/imds"
 )
 
 // rendered remembers the form in which events have the processes that were seen
@@ -94,19 +93,3 @@ func render(p *attribution.Process) *event.Process {
 }
 
 func id(n uint32) string { return strconv.FormatUint(uint64(n), 10) }
-
-// asked records what is asked for.
-func asked(ev *event.Event, r *request, t imds.Target, size int) {
-	q := readable(r)
-	q.Path, q.Class, q.Guarded, q.Version = t.Path, t.Class.String(), t.Guarded(), t.Version
-	q.HTTP, q.Bytes, q.Evasive, q.Container = "1."+string('0'+r.minor), int64(size), t.Evasive || r.odd, t.Container
-	ev.Request = q
-}
-
-// readable is what a head says, whatever it asks for.
-func readable(r *request) event.Request {
-	return event.Request{
-		Method: r.method, Target: r.target, Host: r.host, UserAgent: r.userAgent,
-		Token: r.token, Forwarded: r.relayed, HostIsOdd: publicHost(r.host),
-	}
-}

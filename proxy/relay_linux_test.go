@@ -13,6 +13,7 @@ import (
 
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/proxy/http1"
 	"github.com/imdsgate/imdsgate/proxy/imds/imdstest"
 	"github.com/imdsgate/imdsgate/proxy/loop"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
@@ -91,10 +92,10 @@ func TestExpect(t *testing.T) {
 			name, head, body string
 			fault            imdstest.Fault
 		}{
-			{"chunked", "Transfer-Encoding: chunked\r\n", emptyBody, imdstest.Fault{}},
+			{"chunked", "Transfer-Encoding: chunked\r\n", http1.EmptyBody, imdstest.Fault{}},
 			{"no body", "Content-Length: 0\r\n", "", imdstest.Fault{}},
-			{"refused", "Transfer-Encoding: chunked\r\n", emptyBody, imdstest.Fault{Status: 417}},
-			{"never told", "Transfer-Encoding: chunked\r\n", emptyBody, imdstest.Fault{NoContinue: true}},
+			{"refused", "Transfer-Encoding: chunked\r\n", http1.EmptyBody, imdstest.Fault{Status: 417}},
+			{"never told", "Transfer-Encoding: chunked\r\n", http1.EmptyBody, imdstest.Fault{NoContinue: true}},
 		} {
 			t.Run(mode.String()+" "+c.name, func(t *testing.T) {
 				cfg := emulator()

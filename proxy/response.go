@@ -3,6 +3,8 @@ package proxy
 import (
 	"bytes"
 	"errors"
+
+	"github.com/imdsgate/imdsgate/proxy/http1"
 )
 
 // maxResponseHead bounds the head of an answer that we wait for. The service's
@@ -65,28 +67,28 @@ func parseResponse(b []byte, method string) (*response, error) {
 		}
 		value = bytes.Trim(value, " \t")
 		switch {
-		case is(name, "content-length"):
+		case http1.Is(name, "content-length"):
 			n, err := parseLength(value)
 			if err != nil || lengths > 0 && n != r.length {
 				n = untilEOF
 			}
 			lengths++
 			r.length = n
-		case is(name, "transfer-encoding"):
-			chunked = is(value, "chunked") && version == '1' // HTTP/1.0 has no chunks (RFC 9112 section 6.1)
+		case http1.Is(name, "transfer-encoding"):
+			chunked = http1.Is(value, "chunked") && version == '1' // HTTP/1.0 has no chunks (RFC 9112 section 6.1)
 			if !chunked {
 				r.length, lengths = untilEOF, 2
 			}
-		case is(name, "x-aws-ec2-metadata-token-ttl-seconds"):
+		case http1.Is(name, "x-aws-ec2-metadata-token-ttl-seconds"):
 			if n, err := parseLength(value); err == nil {
 				r.ttl = n
 			}
-		case is(name, "connection"):
+		case http1.Is(name, "connection"):
 			for option := range bytes.SplitSeq(value, []byte(",")) {
 				switch option = bytes.Trim(option, " \t"); {
-				case is(option, "close"):
+				case http1.Is(option, "close"):
 					r.close = true
-				case is(option, "keep-alive"):
+				case http1.Is(option, "keep-alive"):
 					keep = true
 				}
 			}

@@ -12,6 +12,7 @@ import (
 	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/proxy/http1"
 	"github.com/imdsgate/imdsgate/proxy/imds"
 	"github.com/imdsgate/imdsgate/proxy/loop"
 )
@@ -317,28 +318,28 @@ func (s *session) exchange() error {
 	s.half = halfClosed{}
 	r, err := s.read()
 	if err != nil {
-		if errors.Is(err, errMalformed) {
-			s.odd(err, beginning(s.in))
+		if errors.Is(err, http1.ErrMalformed) {
+			s.odd(err, http1.Beginning(s.in))
 		}
 		return err
 	}
-	size := r.headSize
-	token := s.p.tokens.find(r.bearer.of(s.in))
-	target, err := imds.Classify(s.conn.Destination.Addr(), r.target)
-	r.expect = r.expect && len(s.in) == size // or else the client did not wait
-	if err == nil && r.chunked && !r.expect {
-		size += len(emptyBody)
-		err = s.readBody(r.headSize)
+	size := r.Size
+	token := s.p.tokens.find(r.Bearer.Of(s.in))
+	target, err := imds.Classify(s.conn.Destination.Addr(), r.Target)
+	r.Expect = r.Expect && len(s.in) == size // or else the client did not wait
+	if err == nil && r.Chunked && !r.Expect {
+		size += len(http1.EmptyBody)
+		err = s.readBody(r.Size)
 	}
 	if err != nil {
-		if errors.Is(err, errMalformed) || errors.Is(err, imds.ErrTarget) {
+		if errors.Is(err, http1.ErrMalformed) || errors.Is(err, imds.ErrTarget) {
 			s.odd(err, r)
 		}
 		return err
 	}
 	s.p.stats.Requests.Add(1)
 	ev := s.event()
-	asked(ev, r, target, size)
+	ev.Request = r.Asked(target, size)
 	ev.Token = token
 
 	enforce := ev.Decision.Mode == policy.Enforce.String()
@@ -367,7 +368,7 @@ func (s *session) exchange() error {
 			s.guarded = ev
 		}
 	}
-	if s.resent = !repeatable(r.method); s.resent && s.prepared {
+	if s.resent = !http1.Repeatable(r.Method); s.resent && s.prepared {
 		s.hangUp() // it might have ended, and then there is no second try
 		s.up = nil
 	}
@@ -412,7 +413,7 @@ func (s *session) exchange() error {
 	failed := ""
 	switch {
 	case err == nil:
-	case errors.Is(err, errMalformed):
+	case errors.Is(err, http1.ErrMalformed):
 		failed = "its body is malformed"
 	case s.task.Cancelled():
 		failed = "the proxy closed the connection"
@@ -430,32 +431,32 @@ func (s *session) exchange() error {
 			s.answered(ev, answer, failed)
 		}()
 	}
-	if err == nil && (answer.close || r.close) {
-		s.goodbye(r.expect)
+	if err == nil && (answer.close || r.Close) {
+		s.goodbye(r.Expect)
 		return io.EOF
 	}
-	if errors.Is(err, errMalformed) {
+	if errors.Is(err, http1.ErrMalformed) {
 		s.odd(err, r) // a body, behind a head that asked to wait for it
 	}
 	return err
 }
 
 // refused answers a request that is denied, and ends the connection.
-func (s *session) refused(ev *event.Event, r *request) error {
+func (s *session) refused(ev *event.Event, r *http1.Request) error {
 	s.say(imds.AppendRefusal(nil, time.Now()))
 	ev.Response = event.Response{Status: 403, Refused: true}
 	s.finish(ev)
-	s.goodbye(r.expect)
+	s.goodbye(r.Expect)
 	return io.EOF
 }
 
 // throttled answers a request for which the caller has asked too often, as the service
 // does, and ends the connection.
-func (s *session) throttled(ev *event.Event, r *request) error {
+func (s *session) throttled(ev *event.Event, r *http1.Request) error {
 	s.say(imds.AppendUnavailable(nil, time.Now()))
 	ev.Response = event.Response{Status: 503, Refused: true, Failed: "the caller asks more often than limits.requests_per_second allows"}
 	s.finish(ev)
-	s.goodbye(r.expect)
+	s.goodbye(r.Expect)
 	return io.EOF
 }
 

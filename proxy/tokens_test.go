@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/imdsgate/imdsgate/event"
+	"github.com/imdsgate/imdsgate/proxy/http1"
 	"github.com/imdsgate/imdsgate/proxy/imds"
 )
 
@@ -240,7 +241,7 @@ func TestIssued(t *testing.T) {
 func passed(t *testing.T, method string, class imds.Class, answer string, step int) issued {
 	t.Helper()
 	p := &Proxy{tokens: newTokens()}
-	r := &request{method: method}
+	r := &http1.Request{Method: method}
 	head, err := parseResponse([]byte(answer), method)
 	if err != nil || head == nil {
 		t.Fatalf("%q: %v", answer, err)
@@ -312,10 +313,10 @@ func TestBearer(t *testing.T) {
 	} {
 		whole := []byte("GET / HTTP/1.1\r\nHost: a\r\n" + c.field + "Accept: */*\r\n\r\nGET / HTTP/1.1\r\n")
 		for piece := 1; piece <= len(whole); piece++ {
-			var h head
+			var h http1.Head
 			for n := piece; ; n += piece {
 				moved := append([]byte(nil), whole[:min(n, len(whole))]...)
-				r, err := h.read(moved)
+				r, err := h.Read(moved)
 				if err != nil {
 					t.Fatalf("%q: %v", c.field, err)
 				}
@@ -323,7 +324,7 @@ func TestBearer(t *testing.T) {
 					clear(moved)
 					continue
 				}
-				if got := string(r.bearer.of(moved)); got != c.want {
+				if got := string(r.Bearer.Of(moved)); got != c.want {
 					t.Errorf("%q in pieces of %d: %q, want %q", c.field, piece, got, c.want)
 				}
 				break

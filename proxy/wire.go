@@ -9,6 +9,7 @@ import (
 
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/proxy/http1"
 	"github.com/imdsgate/imdsgate/proxy/imds"
 	"github.com/imdsgate/imdsgate/proxy/loop"
 )
@@ -34,14 +35,14 @@ func (s *session) await(until time.Time, interests ...loop.Interest) error {
 }
 
 // read reads until a request head is there.
-func (s *session) read() (*request, error) {
+func (s *session) read() (*http1.Request, error) {
 	deadline := time.Now().Add(s.p.silence)
 	begun, woken := false, false
 	over := error(nil) // what the service has done to the connection meanwhile
-	head := new(head)
+	head := new(http1.Head)
 	for {
 		if len(s.in) > 0 {
-			r, err := head.read(s.in)
+			r, err := head.Read(s.in)
 			if r != nil || err != nil {
 				s.busy.Store(true)
 				return r, err
@@ -56,7 +57,7 @@ func (s *session) read() (*request, error) {
 		case err == nil:
 			continue
 		case err == io.EOF && begun:
-			return nil, malformed("head without its end")
+			return nil, http1.Malformed("head without its end")
 		case err != loop.ErrAgain:
 			return nil, err
 		}
@@ -86,7 +87,7 @@ func (s *session) read() (*request, error) {
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			switch {
 			case begun:
-				err = malformed("head not sent within %v", headTimeout)
+				err = http1.Malformed("head not sent within %v", headTimeout)
 			case over != nil:
 				s.reset = over == errReset
 				err = over
@@ -150,7 +151,7 @@ func (s *session) fill() error {
 func (s *session) readBody(behind int) error {
 	deadline := time.Now().Add(headTimeout)
 	for {
-		if whole, err := parseBody(s.in[behind:]); whole || err != nil {
+		if whole, err := http1.ParseBody(s.in[behind:]); whole || err != nil {
 			return err
 		}
 		err := s.fill()
@@ -159,7 +160,7 @@ func (s *session) readBody(behind int) error {
 		}
 		switch {
 		case err == io.EOF, errors.Is(err, os.ErrDeadlineExceeded):
-			return malformed("body without its end")
+			return http1.Malformed("body without its end")
 		case err != nil:
 			return err
 		}
@@ -171,10 +172,10 @@ func (s *session) passBody() error {
 	if err := s.readBody(0); err != nil {
 		return err
 	}
-	if err := s.forward(s.in[:len(emptyBody)]); err != nil {
+	if err := s.forward(s.in[:len(http1.EmptyBody)]); err != nil {
 		return err
 	}
-	s.in = s.in[len(emptyBody):]
+	s.in = s.in[len(http1.EmptyBody):]
 	s.owed = false
 	return nil
 }
@@ -306,12 +307,12 @@ type answer struct {
 // relay passes the answer to a request on, interim answers included, and reads what
 // is handed out with it. The error is io.EOF when the connection ended where the
 // answer did.
-func (s *session) relay(r *request, class imds.Class) (a answer, err error) {
+func (s *session) relay(r *http1.Request, class imds.Class) (a answer, err error) {
 	defer func() { a.end = time.Now() }()
-	s.owed = r.expect
+	s.owed = r.Expect
 	have := 0 // bytes in s.out that were not passed on
 	for {
-		head, err := parseResponse(s.out[:have], r.method)
+		head, err := parseResponse(s.out[:have], r.Method)
 		switch {
 		case err != nil:
 			a.close, s.owed = true, false
@@ -536,7 +537,7 @@ func (s *session) linger() {
 	deadline := time.Now().Add(lingerFor)
 	buf := hold()
 	defer release(buf)
-	for read := 0; read < 4*maxHead; {
+	for read := 0; read < 4*http1.MaxHead; {
 		n, err := s.client.Read(buf)
 		if read += n; err == loop.ErrAgain {
 			err = s.task.Wait(deadline, s.fromClient(loop.In))
@@ -552,13 +553,13 @@ func (s *session) linger() {
 const lingerFor = 250 * time.Millisecond
 
 // odd deals with what cannot be read one way only. r is what can be read of it.
-func (s *session) odd(why error, r *request) {
+func (s *session) odd(why error, r *http1.Request) {
 	if !s.known() {
 		return
 	}
 	s.p.stats.Malformed.Add(1)
 	ev := s.event()
-	ev.Request = readable(r)
+	ev.Request = r.Readable()
 	ev.Request.Malformed = why.Error()
 	ev.Request.Bytes = int64(len(s.in))
 	if ev.Decision.Mode == policy.Enforce.String() {

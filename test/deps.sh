@@ -6,7 +6,7 @@ set -eu
 missing=
 # The demo's thief runs as a user who may not see a Python in root's home.
 [ -x /usr/bin/python3 ] || missing=' python3'
-for tool in go gcc curl iptables-nft iptables-legacy nft conntrack nsenter haproxy nginx shellcheck busybox; do
+for tool in go gcc curl iptables-nft iptables-legacy nft conntrack nsenter haproxy nginx shellcheck busybox groff zsh fish; do
 	# /usr/sbin is not on every user's PATH.
 	PATH="$PATH:/usr/sbin:/sbin" command -v "$tool" >/dev/null 2>&1 || missing="$missing $tool"
 done
@@ -21,6 +21,7 @@ if command -v apt-get >/dev/null 2>&1; then
 	for tool in $missing; do
 		case $tool in
 		go) package='golang-go ca-certificates' ;;
+		groff) package=groff-base ;;
 		gcc) package='gcc libc6-dev' ;;
 		iptables-nft | iptables-legacy) package=iptables ;;
 		nft) package=nftables ;;
@@ -46,6 +47,7 @@ elif command -v dnf >/dev/null 2>&1; then
 	for tool in $missing; do
 		case $tool in
 		go) package=golang ;;
+		groff) package=groff-base ;;
 		iptables-nft) package=iptables-nft ;;
 		iptables-legacy) package=iptables-legacy ;;
 		nft) package=nftables ;;
@@ -56,9 +58,10 @@ elif command -v dnf >/dev/null 2>&1; then
 		esac
 		packages="$packages $package"
 	done
-	# Where there is no ShellCheck and no busybox, no test is skipped without them.
+	# Where there is no ShellCheck and no busybox, no test is skipped without them; without
+	# fish that of its completions is.
 	for package in $packages; do
-		dnf install -y -q "$package" || [ "$package" = ShellCheck ] || [ "$package" = busybox ]
+		dnf install -y -q "$package" || [ "$package" = ShellCheck ] || [ "$package" = busybox ] || [ "$package" = fish ]
 	done
 else
 	echo "missing:$missing; install them, this host has neither apt-get nor dnf" >&2

@@ -29,8 +29,8 @@ import (
 // a file in /etc/imdsgate/config.d takes the place of one of the same name in
 // /usr/lib/imdsgate/config.d; empty, or a link to /dev/null, it masks it.
 //
-// Values and lists go over each other, the last one wins. Grants, denies and paths of
-// rules are added, and actions of rules, postures of classes go over each other one by
+// Values and lists go over each other, the last one wins. Grants, denies, profiles and
+// paths of rules are added, and actions of rules, postures of classes go over each other one by
 // one.
 
 const (
@@ -74,7 +74,7 @@ func filesBelow(root string) (files []string, err error) {
 }
 
 // dropInsOf lists the drop-ins of a directory by name. Other files than *.yaml and
-// hidden ones, as editors leave them, are none.
+// hidden ones, as editors leave them, are none, nor are cases for imdsgate test.
 func dropInsOf(dir string) (files []string, err error) {
 	entries, err := os.ReadDir(filepath.Join(dir, dropIns))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -84,7 +84,7 @@ func dropInsOf(dir string) (files []string, err error) {
 		return nil, fmt.Errorf("read the drop-ins of the configuration: %w", err)
 	}
 	for _, e := range entries {
-		if strings.HasSuffix(e.Name(), ".yaml") && !strings.HasPrefix(e.Name(), ".") && !e.IsDir() {
+		if strings.HasSuffix(e.Name(), ".yaml") && !strings.HasSuffix(e.Name(), "_test.yaml") && !strings.HasPrefix(e.Name(), ".") && !e.IsDir() {
 			files = append(files, filepath.Join(dir, dropIns, e.Name()))
 		}
 	}
@@ -157,6 +157,7 @@ func (c *Config) add(name string, text []byte) error {
 	put(reflect.ValueOf(&all).Elem(), reflect.ValueOf(own), s.root)
 	all.Grants = slices.Concat(c.Grants, own.Grants)
 	all.Denies = slices.Concat(c.Denies, own.Denies)
+	all.Profiles = slices.Concat(c.Profiles, own.Profiles)
 	all.Rules.Paths = slices.Concat(c.Rules.Paths, own.Rules.Paths)
 	all.Rules.Actions = over(c.Rules.Actions, own.Rules.Actions)
 	all.Classes = over(c.Classes, own.Classes)
@@ -201,7 +202,7 @@ func over[V any](below, above map[string]V) map[string]V {
 type layers []*source
 
 // added are the lists to which each file adds.
-var added = [][]string{{"grants"}, {"denies"}, {"rules", "paths"}}
+var added = [][]string{{"grants"}, {"denies"}, {"profiles"}, {"rules", "paths"}}
 
 // find is the file that has set a key, and where; nil if none has set any part of it.
 func (l layers) find(key string) (s *source, path []string, depth int) {

@@ -72,7 +72,8 @@ func TestSchema(t *testing.T) {
 	if !ok || !strings.Contains(block, "grants:") {
 		t.Fatal("README has no example of a configuration")
 	}
-	if c, err := Parse("README.md", []byte(strings.ReplaceAll(block, "/etc/imdsgate/elastic", t.TempDir()))); err != nil {
+	here := strings.ReplaceAll(block, "/etc/imdsgate/elastic", t.TempDir()) + "profile_paths: [../../packaging/profiles]\n"
+	if c, err := Parse("README.md", []byte(here)); err != nil {
 		t.Error(err)
 	} else if _, err := c.Policy(); err != nil {
 		t.Error(err)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -96,7 +97,18 @@ func (o *options) check(root string, files []string) *checkResult {
 		c, err = config.LoadFiles(o.config)
 	default:
 		if c, err = config.LoadFrom(root); err == nil {
-			for _, file := range c.Files() {
+			if len(c.ProfilePaths) == 0 {
+				for _, dir := range policy.ProfilePaths {
+					c.ProfilePaths = append(c.ProfilePaths, filepath.Join(root, dir))
+				}
+			}
+			files := c.Files()
+			for _, name := range c.Profiles {
+				if p, err := policy.LoadProfile(name, c.ProfilePaths); err == nil { // or else Policy says so
+					files = append(files, p.File)
+				}
+			}
+			for _, file := range files {
 				r.add("error", ownedByRoot("/", file, "whoever can change it makes the policy")...)
 			}
 		}

@@ -49,6 +49,7 @@ type side struct {
 func newSide(p *policy.Policy) side {
 	e := policy.NewEngine(p)
 	e.SetMode(policy.Audit)
+	e.RememberFleet()
 	return side{reader: event.NewReader(), engine: e}
 }
 

@@ -37,6 +37,7 @@ var arrows = []struct{ from, to, reason string }{
 	{"cmd/imdsgate", "event", "reads what was recorded, and makes up processes to explain"},
 	{"cmd/imdsgate", "iptables", "prints, installs and removes the redirect without the daemon"},
 	{"cmd/imdsgate", "policy", "knows the mode that the configuration asks for, the fields that events have, and checks rules"},
+	{"cmd/imdsgate", "policy/policytest", "tests a policy"},
 	{"cmd/imdsgate", "policy/eql", "explains a query"},
 	{"cmd/imdsgate", "policy/replay", "tries a policy on what was recorded"},
 	{"cmd/imdsgate", "policy/eql/ndjson", "searches files of events"},
@@ -59,8 +60,11 @@ var arrows = []struct{ from, to, reason string }{
 	{"proxy", "attribution", "asks who"},
 	{"proxy", "policy", "asks whether"},
 	{"proxy", "event", "fills the record"},
+	{"proxy", "proxy/http1", "reads requests"},
 	{"proxy", "proxy/imds", "knows the protocol"},
 	{"proxy", "proxy/loop", "waits for both sides at once"},
+	{"proxy/http1", "event", "fills the record of a request"},
+	{"proxy/http1", "proxy/imds", "records the class of a target"},
 	{"attribution", "attribution/diag", "asks the kernel for a socket"},
 	{"attribution", "attribution/procwatch", "asks who forked whom, and when a program was executed"},
 	{"attribution/witness", "attribution", "answers its questions"},
@@ -72,6 +76,10 @@ var arrows = []struct{ from, to, reason string }{
 	{"policy", "policy/firstseen", "remembers what is new to a rule"},
 	{"policy/replay", "event", "reads records back"},
 	{"policy/replay", "policy", "judges them again"},
+	{"policy/policytest", "event", "makes the records that are judged"},
+	{"policy/policytest", "policy", "is what is tested"},
+	{"policy/policytest", "proxy/http1", "reads requests as the relay does"},
+	{"policy/policytest", "proxy/imds", "classifies them as the relay does"},
 	{"policy/eql", "policy/eql/syntax", "compiles what was parsed"},
 	{"policy/eql/ndjson", "policy/eql", "runs queries over lines"},
 	{"policy/eql/ndjson", "policy/eql/syntax", "asks which fields a query reads"},
@@ -83,7 +91,7 @@ var arrows = []struct{ from, to, reason string }{
 }
 
 // portable packages build on the laptops on which rules are written, and events searched.
-var portable = []string{"policy", "policy/eql", "policy/eql/syntax", "policy/eql/ndjson", "policy/kql", "policy/firstseen", "policy/replay", "event", "event/sink", "proxy/imds", "cmd/imdsgate"}
+var portable = []string{"policy", "policy/eql", "policy/eql/syntax", "policy/eql/ndjson", "policy/kql", "policy/firstseen", "policy/replay", "policy/policytest", "event", "event/sink", "proxy/http1", "proxy/imds", "cmd/imdsgate"}
 
 type listed struct {
 	ImportPath string
@@ -160,7 +168,7 @@ func TestDependencies(t *testing.T) {
 			if strings.HasPrefix(name, "cmd/") && (strings.HasPrefix(dep, module+"test/") || dep == "testing") {
 				t.Errorf("%s ships %s", name, dep)
 			}
-			if (name == "proxy" || name == "proxy/imds") && dep == "net/http" {
+			if (name == "proxy" || name == "proxy/http1" || name == "proxy/imds") && dep == "net/http" {
 				t.Errorf("%s has net/http on the path of requests", name)
 			}
 		}
