@@ -14,6 +14,9 @@ func (p *Policy) Granted(subject *event.Process, ev *event.Event) (name string, 
 	return p.granted(subject, ev)
 }
 
+// Names reports whether a program is one of those that are named.
+func (w *Who) Names(file string) bool { return w.executable(file) }
+
 // CheckExecutable says why a grant cannot rest on an executable of this path.
 func CheckExecutable(file string) error { return checkExecutable(file) }
 
@@ -23,3 +26,7 @@ func CheckUnit(unit string) error { return checkUnit(unit) }
 // Unversioned is the path of a request with "/latest" for its version, as the paths of
 // grants have it.
 func Unversioned(q *event.Request) string { return unversioned(q) }
+
+// Template is the unit of which another is an instance: "app@.service" of
+// "app@one.service"; "" if it is none.
+func Template(unit string) string { return template(unit) }

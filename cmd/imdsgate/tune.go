@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"time"
 
@@ -228,6 +229,12 @@ func (o *tuneOptions) render(c config.Config, r *tune.Report, taken []*tune.Prop
 	}
 	if err != nil {
 		return nil, fmt.Errorf("nothing is written: with what was taken the configuration is wrong: %w", err)
+	}
+	read := with.Grants[len(c.Grants):]
+	for i, p := range taken { // which has names that processes have chosen
+		if len(read) != len(taken) || !reflect.DeepEqual(read[i], p.Grant) {
+			return nil, fmt.Errorf("nothing is written: the grant %q would be read as another", p.Grant.Name)
+		}
 	}
 	return text, nil
 }

@@ -16,7 +16,8 @@ func ask(r *tune.Report, stdin io.Reader, stdout io.Writer) (taken []*tune.Propo
 	answers := bufio.NewScanner(stdin)
 	p := &printer{w: stdout}
 	for i, one := range r.Proposals {
-		p.line("\n%d of %d. %s  [risk %s]", i+1, len(r.Proposals), one.Grant.Name, one.Risk)
+		p.line("")
+		p.text("%d of %d. %s  [risk %s]", i+1, len(r.Proposals), one.Grant.Name, one.Risk)
 		p.proposal(one)
 		for asking := true; asking; {
 			fmt.Fprint(stdout, "\nGrant it? (y)es, (n)o, (d)etails, (q)uit: ")

@@ -235,3 +235,14 @@ func TestTuneWrong(t *testing.T) {
 		}
 	}
 }
+
+// TestPrinterText is about names that would do something to a terminal, or be a line of
+// the report.
+func TestPrinterText(t *testing.T) {
+	var b bytes.Buffer
+	p := &printer{w: &b}
+	p.text("who  %s", "/tmp/x\x1b[2J\nPROPOSALS")
+	if want := "who  /tmp/x\uFFFD[2J\uFFFDPROPOSALS\n"; b.String() != want || p.err != nil {
+		t.Errorf("%q, want %q", b.String(), want)
+	}
+}

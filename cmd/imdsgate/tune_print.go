@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/imdsgate/imdsgate/policy/tune"
 )
@@ -29,7 +30,8 @@ func printTuning(w io.Writer, r *tune.Report, chosen bool) error {
 		case chosen:
 			state = ", not taken"
 		}
-		p.line("\n%d. %s  [risk %s%s]", i+1, one.Grant.Name, one.Risk, state)
+		p.line("")
+		p.text("%d. %s  [risk %s%s]", i+1, one.Grant.Name, one.Risk, state)
 		p.proposal(one)
 	}
 	p.findings("REFUSED: no grant for it would be worth much; where it is legitimate, see what to do instead", r.Refused)
@@ -49,7 +51,7 @@ func printTuning(w io.Writer, r *tune.Report, chosen bool) error {
 // proposal prints one as somebody reads it who is to decide.
 func (p *printer) proposal(one *tune.Proposal) {
 	g := &one.Grant
-	row := func(name, format string, args ...any) { p.line("   %-9s %s", name, fmt.Sprintf(format, args...)) }
+	row := func(name, format string, args ...any) { p.text("   %-9s %s", name, fmt.Sprintf(format, args...)) }
 	who := strings.Join(g.Executable, " or ")
 	for _, part := range []struct{ before, value string }{{" in ", g.Unit}, {" in container ", g.Container}, {" in pod ", g.Pod}, {" as ", g.User}, {", started by ", g.Parent}} {
 		if part.value != "" {
@@ -76,6 +78,16 @@ func (p *printer) proposal(one *tune.Proposal) {
 	}
 	row("for", "%s", what)
 	row("seen", "%s", seen(&one.Evidence))
+	for i, line := range one.CommandLines {
+		name := "ran"
+		if i > 0 {
+			name = ""
+		}
+		row(name, "%.160s", line)
+	}
+	if g.Parent == "" && len(one.Parents) > 0 {
+		row("parents", "%s", strings.Join(one.Parents, ", "))
+	}
 	if len(one.Rules) > 0 {
 		row("refused", "by %s", strings.Join(one.Rules, "; "))
 	}
@@ -96,6 +108,17 @@ func (p *printer) proposal(one *tune.Proposal) {
 	row("events", "%s", strings.Join(one.IDs, ", "))
 }
 
+// text prints a line of what processes and clients have chosen: one line, and nothing
+// that does more to a terminal than to show itself.
+func (p *printer) text(format string, args ...any) {
+	p.line("%s", strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return unicode.ReplacementChar
+	}, fmt.Sprintf(format, args...)))
+}
+
 // details prints what a proposal rests on beyond that.
 func (p *printer) details(one *tune.Proposal) {
 	row := func(name string, list []string) {
@@ -103,10 +126,10 @@ func (p *printer) details(one *tune.Proposal) {
 			if i > 0 {
 				name = ""
 			}
-			p.line("   %-13s %s", name, text)
+			p.text("   %-13s %s", name, text)
 		}
 	}
-	row("command lines", one.CommandLines)
+	row("command lines", one.CommandLines) // as a whole
 	row("parents", one.Parents)
 	row("users", one.Users)
 	row("paths", one.Paths)
@@ -152,14 +175,15 @@ func (p *printer) findings(title string, all []tune.Finding) {
 			p.line("\n   and %d more: --json has them", len(all)-i)
 			break
 		}
-		p.line("\n-  %s", f.Who)
-		p.line("   %-9s %s", "seen", seen(&f.Evidence))
-		p.line("   %-9s %s", "for", strings.Join(slices.Sorted(maps.Keys(f.Classes)), ", "))
-		p.line("   %-9s %s", "why", f.Why)
+		p.line("")
+		p.text("-  %s", f.Who)
+		p.text("   %-9s %s", "seen", seen(&f.Evidence))
+		p.text("   %-9s %s", "for", strings.Join(slices.Sorted(maps.Keys(f.Classes)), ", "))
+		p.text("   %-9s %s", "why", f.Why)
 		if f.Instead != "" {
-			p.line("   %-9s %s", "instead", f.Instead)
+			p.text("   %-9s %s", "instead", f.Instead)
 		}
-		p.line("   %-9s %s", "events", strings.Join(f.IDs, ", "))
+		p.text("   %-9s %s", "events", strings.Join(f.IDs, ", "))
 	}
 }
 
@@ -184,13 +208,13 @@ func printReadiness(w io.Writer, r *tune.Report) error {
 		if !c.Safe {
 			verdict = "NOT YET"
 		}
-		p.line("   %-15s %s (%d requests, %d left that would be refused)", c.Class, verdict, c.Requests, c.Left)
+		p.text("   %-15s %s (%d requests, %d left that would be refused)", c.Class, verdict, c.Requests, c.Left)
 		for _, why := range c.Keeps {
 			p.line("   %-15s - %s", "", why)
 		}
 	}
 	for _, g := range a.Gaps {
-		p.line("   ! %s: %s", g.Host, g.Why)
+		p.text("   ! %s: %s", g.Host, g.Why)
 	}
 	return p.err
 }

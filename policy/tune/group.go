@@ -54,7 +54,7 @@ func keyOf(p *event.Process, ev *event.Event, why string) key {
 	if ev.Decision.Rule != nil {
 		k.rule = ev.Decision.Rule.ID
 	}
-	k.set(!q.Token && q.Class != "token", overV1)
+	k.set(!q.Token && q.Class != "token" && !q.Container, overV1)
 	k.set(q.Container, otherTasks)
 	k.set(q.Evasive, evasive)
 	k.set(ev.Attribution.Sufficient(), sufficient)

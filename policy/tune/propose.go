@@ -66,6 +66,7 @@ func (t *Tuner) candidates() (all []*candidate, refused []*refusal) {
 	of := func(g *group) who {
 		return who{g.executable, g.place(), g.user, g.contained()}
 	}
+	instances := map[string]map[string]struct{}{}
 	for _, g := range t.groups {
 		if g.why != "" {
 			continue
@@ -78,6 +79,12 @@ func (t *Tuner) candidates() (all []*candidate, refused []*refusal) {
 			classes[of(g)] = map[string]struct{}{}
 		}
 		classes[of(g)][g.class] = struct{}{}
+		if template := policy.Template(g.place()); template != "" {
+			if instances[template] == nil {
+				instances[template] = map[string]struct{}{}
+			}
+			instances[template][g.unit] = struct{}{}
+		}
 	}
 	byKey := map[candidateKey]*candidate{}
 	for _, g := range t.sorted() {
@@ -95,6 +102,9 @@ func (t *Tuner) candidates() (all []*candidate, refused []*refusal) {
 		}
 		if !g.is(oneUser) {
 			k.user = ""
+		}
+		if template := policy.Template(k.unit); len(instances[template]) > 1 {
+			k.unit = template // root alone makes instances of it
 		}
 		c := byKey[k]
 		if c == nil {
@@ -198,7 +208,7 @@ const maxPaths = 6
 
 // grant makes the narrowest one that covers all of a candidate.
 func (c *candidate) grant() policy.Grant {
-	g := policy.Grant{Who: policy.Who{Executable: c.executables(), Unit: c.unit, User: c.user}}
+	g := policy.Grant{Who: policy.Who{Executable: versions(c.executables()), Unit: c.unit, User: c.user}}
 	if c.contained {
 		one := c.groups[0]
 		if g.Pod = one.pod; g.Pod == "" {
@@ -213,7 +223,7 @@ func (c *candidate) grant() policy.Grant {
 	if paths := c.each(func(g *group) string { return g.paths }); len(paths) <= maxPaths && !slices.ContainsFunc(paths, func(p string) bool { return !plain(p) }) {
 		g.Paths = paths
 	}
-	if !c.any(overV1) {
+	if !c.any(overV1) && !c.any(otherTasks) { // who know no tokens
 		g.API = policy.V2
 	}
 	g.OwnToken = !c.any(foreign)
@@ -224,6 +234,47 @@ func (c *candidate) grant() policy.Grant {
 		g.Parent = parents[0]
 	}
 	return g
+}
+
+// versions puts "*" in the place of what differs, where that is the version in the name
+// of one directory: root alone can add another there, and the next deployment does.
+func versions(files []string) []string {
+	if len(files) < 2 {
+		return files
+	}
+	split := make([][]string, len(files))
+	for i, file := range files {
+		if split[i] = strings.Split(file, "/"); len(split[i]) != len(split[0]) {
+			return files
+		}
+	}
+	at := -1
+	for k, segment := range split[0] {
+		if slices.ContainsFunc(split, func(s []string) bool { return s[k] != segment }) {
+			if at >= 0 {
+				return files // in two places
+			}
+			at = k
+		}
+	}
+	if at < 2 || at == len(split[0])-1 { // "*" is not for the first directory, nor for the program
+		return files
+	}
+	before := ""
+	for i, s := range split {
+		digit := strings.IndexAny(s[at], "0123456789")
+		if digit < 0 || strings.Trim(s[at][digit:], "0123456789.-_+~") != "" || i > 0 && s[at][:digit] != before {
+			return files
+		}
+		before = s[at][:digit]
+	}
+	one := slices.Clone(split[0])
+	one[at] = before + "*"
+	pattern := strings.Join(one, "/")
+	if policy.CheckExecutable(pattern) != nil {
+		return files
+	}
+	return []string{pattern}
 }
 
 // plain reports whether a path can stand in a grant as it is.

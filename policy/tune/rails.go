@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"unicode"
 
 	"github.com/imdsgate/imdsgate/policy"
 )
@@ -27,6 +28,8 @@ func (g *group) rail() rail {
 	switch {
 	case g.executable == "":
 		return rail{"what it runs could not be read", "look at the events, and at what runs there"}
+	case strings.ContainsFunc(g.executable+g.unit+g.user+g.parent, func(r rune) bool { return !unicode.IsPrint(r) }):
+		return rail{"its name, or that of its unit, user or parent, has characters that do not show", "look at the events: such names are made to be overlooked"}
 	case g.is(deleted):
 		return rail{"its file was replaced or removed while it ran, so that it is not the host's own any more", "restart the service when its files are replaced"}
 	}

@@ -120,7 +120,7 @@ func (r *Report) Take(taken []*Proposal) {
 		if out.Days < week {
 			c.Keeps = append(c.Keeps, fmt.Sprintf("seen for %d days: what runs once a week may not have run", out.Days))
 		}
-		c.Safe = len(c.Keeps) == 0
+		c.Safe = len(c.Keeps) == 0 && c.Left == 0
 		out.Covered, out.Left = out.Covered+c.Covered, out.Left+c.Left
 		out.Classes = append(out.Classes, c)
 	}

@@ -111,7 +111,7 @@ func (p *Proposal) grade() {
 	case g.Unit == "":
 		because(Medium, "whoever can write in %s can put another program at the same path", where)
 	}
-	if g.API != policy.V2 {
+	if slices.ContainsFunc(p.groups, func(g *group) bool { return g.is(overV1) }) {
 		because(Medium, "it asks over IMDSv1, which a forged request of a server reaches; have it use session tokens")
 	}
 	if !g.OwnToken {
@@ -122,8 +122,11 @@ func (p *Proposal) grade() {
 			because(High, "the history has what looks like a theft, which the grant would let through: %s", f.Who)
 		}
 	}
-	if len(g.Executable) > 1 {
-		p.note("it was at %d paths, such as after a deployment: at the next one it is refused; a path that stays the same needs no new grant", len(g.Executable))
+	switch {
+	case len(g.Executable) > 1:
+		p.note("it was at %d paths; at another, such as after a deployment, it is refused", len(g.Executable))
+	case strings.Contains(g.Executable[0], "*"):
+		p.note("* stands for the version, so that the next deployment has the grant, too")
 	}
 	if g.Pod != "" || g.Container != "" {
 		p.note("the ID is another after the next start of the container or pod, except of static pods: then the grant is void")

@@ -48,7 +48,7 @@ func reason(ev *event.Event) string {
 // suspicious is what speaks against one process.
 func (t *Tuner) suspicious(p *event.Process, ev *event.Event) string {
 	about := event.View{Event: ev, Document: event.RequestDecision, Subject: p}
-	switch gaps := about.Gaps() & (event.GapExecutable | event.GapUser | event.GapPlace | event.GapExecutable.OfParent()); {
+	switch gaps := about.Gaps() & (event.GapExecutable | event.GapUser | event.GapPlace); {
 	case gaps != 0:
 		return fmt.Sprintf("the document does not have the whole of what grants look at: %s", gaps)
 	case p.Ended:
@@ -62,27 +62,37 @@ func (t *Tuner) suspicious(p *event.Process, ev *event.Event) string {
 	case ev.Token.Foreign(p) && !rootsOwn(&about):
 		return "its session token was issued to somebody else"
 	}
-	if p.Parent != nil && p.Parent.Executable != p.Executable && t.granted[p.Parent.Executable] {
+	why, ok := t.above[p]
+	if !ok {
+		if len(t.above) >= maxAbove {
+			clear(t.above)
+		}
+		why = t.parents(p)
+		t.above[p] = why
+	}
+	return why
+}
+
+// maxAbove bounds the processes of which is remembered what their parents say.
+const maxAbove = 4 << 10
+
+// parents is what those say who have started a process.
+func (t *Tuner) parents(p *event.Process) string {
+	if parent := p.Parent; parent != nil && parent.Executable != p.Executable && t.granted(parent.Executable) {
 		if _, tool := policy.Tool(p.Executable); tool {
-			return fmt.Sprintf("it was started by %s, which has a grant: this is how somebody works who has got hold of that", p.Parent.Executable)
+			return fmt.Sprintf("it was started by %s, which has a grant: this is how somebody works who has got hold of that", parent.Executable)
 		}
 	}
 	if builds(p.Unit) {
 		return "" // which run what they like; there is no grant for them in any case
 	}
-	why, ok := t.chains[p]
-	if !ok {
-		if len(t.chains) >= maxChains {
-			clear(t.chains)
-		}
-		why = chain(p)
-		t.chains[p] = why
-	}
-	return why
+	return chain(p)
 }
 
-// maxChains bounds the processes of which is remembered what their parents say.
-const maxChains = 4 << 10
+// granted reports whether the policy has a grant for a program.
+func (t *Tuner) granted(file string) bool {
+	return slices.ContainsFunc(t.grants, func(g policy.Grant) bool { return g.Names(file) })
+}
 
 var issuerUser = mustLookup("imdsgate.token.issuer.user.id")
 

@@ -53,8 +53,8 @@ type Tuner struct {
 	joint   map[string]*joint
 	hosts   map[string]*host
 	classes map[string]*classCount
-	granted map[string]bool           // executables that have a grant of the policy
-	chains  map[*event.Process]string // what speaks against those that were seen last
+	grants  []policy.Grant            // of the policy
+	above   map[*event.Process]string // what the parents of processes say that were seen last
 	sum     Sum
 	parts   []*group // of one request
 	ids     []byte   // of them
@@ -77,14 +77,8 @@ func New(o Options) *Tuner {
 	o.Lifetime = cmp.Or(o.Lifetime, defaultLifetime)
 	e := policy.NewEngine(o.Policy)
 	e.SetMode(policy.Audit)
-	granted := map[string]bool{}
-	for _, g := range o.Policy.Grants() {
-		for _, file := range g.Executable {
-			granted[file] = true
-		}
-	}
 	return &Tuner{
-		options: o, granted: granted, chains: map[*event.Process]string{}, reader: event.NewReader(), engine: e,
+		options: o, grants: o.Policy.Grants(), above: map[*event.Process]string{}, reader: event.NewReader(), engine: e,
 		groups: map[key]*group{}, joint: map[string]*joint{}, hosts: map[string]*host{}, classes: map[string]*classCount{},
 	}
 }
@@ -115,7 +109,7 @@ func (t *Tuner) Line(line []byte) error {
 	case rec.Document == event.RequestDecision:
 		doubt := t.engine.Rejudge(rec)
 		if doubt.About == policy.TheVerdict {
-			ev.Decision.WouldBe, ev.Decision.Rule = rec.Decision.WouldBe, rec.Decision.Rule
+			ev.Decision.WouldBe, ev.Decision.Rule, ev.Decision.Deny = rec.Decision.WouldBe, rec.Decision.Rule, rec.Decision.Deny
 		}
 		if counted {
 			t.count(doubt)
@@ -145,12 +139,14 @@ func (t *Tuner) count(doubt policy.Doubt) {
 	}
 	h := t.host(ev.Host)
 	h.asked(ev)
-	class := t.classes[ev.Request.Class]
+	name := ev.Request.Class
+	if t.classes[name] == nil && len(t.classes) >= maxClasses {
+		name = "others"
+	}
+	class := t.classes[name]
 	if class == nil {
 		class = &classCount{}
-		if len(t.classes) < maxClasses {
-			t.classes[ev.Request.Class] = class
-		}
+		t.classes[name] = class
 	}
 	class.requests++
 	if ev.Decision.WouldBe != event.Deny {

@@ -119,6 +119,12 @@ func TestWhat(t *testing.T) {
 			p.Container, p.HostVerified, p.RootOwned = strings.Repeat("a", 64), false, false
 		}, "medium: whoever can write in the container"},
 
+		{"a task's role", func(ev *event.Event, p *event.Process) {
+			app(p)
+			ev.Connection.Destination, ev.Request.Container, ev.Request.Token = netip.MustParseAddrPort("169.254.170.2:80"), true, false
+			ev.Request.Path, ev.Request.Version = "/v2/credentials/3a1b", "v2"
+		}, "low: "},
+
 		{"an interpreter in a session", func(ev *event.Event, p *event.Process) { p.Unit = "session-3.scope" }, "refused: python does whatever it is told"},
 		{"an interpreter in a user's unit", func(ev *event.Event, p *event.Process) { p.Unit, p.UserUnit = "", "x.service" }, "refused: python does whatever it is told"},
 		{"in a home", func(ev *event.Event, p *event.Process) { p.Executable, p.RootOwned = "/home/app/x", false }, `refused: "/home/app/x" is below /home`},
@@ -126,6 +132,7 @@ func TestWhat(t *testing.T) {
 		{"a file of others", func(ev *event.Event, p *event.Process) { app(p); p.RootOwned = false }, "refused: others than root can change the file"},
 		{"a file of another namespace", func(ev *event.Event, p *event.Process) { app(p); p.HostVerified = false }, "refused: it is not the file that the host has"},
 		{"replaced while it ran", func(ev *event.Event, p *event.Process) { p.Deleted, p.HostVerified = true, false }, "refused: its file was replaced"},
+		{"a name to overlook", func(ev *event.Event, p *event.Process) { app(p); p.Executable = "/opt/app\ngrants: []/x" }, "refused: its name, or that"},
 		{"a build", func(ev *event.Event, p *event.Process) {
 			p.Unit = "gitlab-runner.service"
 			parents(p, "/usr/bin/bash", "/usr/bin/gitlab-runner")
@@ -288,6 +295,24 @@ func TestFewest(t *testing.T) {
 			t.Errorf("%+v", p.Grant)
 		}
 	}
+	deployed := read(t, strict, Options{})
+	for _, dir := range []string{"/opt/app-1.9.2", "/opt/app-1.10.0"} {
+		deployed.days(func(ev *event.Event, p *event.Process) { app(p); p.Executable = dir + "/bin/app" })
+	}
+	if all := deployed.tuner.Report().Proposals; len(all) != 1 || !slices.Equal(all[0].Grant.Executable, []string{"/opt/app-*/bin/app"}) {
+		t.Errorf("%+v", all)
+	} else {
+		compiles(t, all[0])
+	}
+	instances := read(t, strict, Options{})
+	for _, unit := range []string{"app@one.service", "app@two.service"} {
+		instances.days(func(ev *event.Event, p *event.Process) { app(p); p.Unit = unit })
+	}
+	if all := instances.tuner.Report().Proposals; len(all) != 1 || all[0].Grant.Unit != "app@.service" {
+		t.Errorf("%+v", all)
+	} else {
+		compiles(t, all[0])
+	}
 	containers := read(t, strict, Options{})
 	for i := range 3 {
 		containers.asked(monday.AddDate(0, 0, i), func(ev *event.Event, p *event.Process) {
@@ -297,6 +322,26 @@ func TestFewest(t *testing.T) {
 	}
 	if r := containers.tuner.Report(); len(r.Proposals) != 0 || len(r.Refused) != 1 || !strings.Contains(r.Refused[0].Why, "3 containers") || len(r.Refused[0].Containers) != 3 {
 		t.Errorf("%+v", r.Refused)
+	}
+}
+
+func TestVersions(t *testing.T) {
+	for _, test := range []struct{ files, want []string }{
+		{[]string{"/a/b"}, []string{"/a/b"}},
+		{[]string{"/opt/node-v20.11.0/bin/node", "/opt/node-v20.18.1/bin/node"}, []string{"/opt/node-v*/bin/node"}},
+		{[]string{"/opt/releases/20261102/bin/x", "/opt/releases/20261103/bin/x"}, []string{"/opt/releases/*/bin/x"}},
+		{[]string{"/usr/bin/python3.9", "/usr/bin/python3.12"}, nil},
+		{[]string{"/opt/app-1/bin-1/x", "/opt/app-2/bin-2/x"}, nil},
+		{[]string{"/opt/blue/bin/x", "/opt/green/bin/x"}, nil},
+		{[]string{"/v1/bin/x", "/v2/bin/x"}, nil},
+		{[]string{"/opt/a-1/x", "/opt/a-1/lib/x"}, nil},
+	} {
+		if test.want == nil {
+			test.want = test.files
+		}
+		if got := versions(test.files); !slices.Equal(got, test.want) {
+			t.Errorf("%q: %q, want %q", test.files, got, test.want)
+		}
 	}
 }
 
