@@ -11,6 +11,7 @@ import (
 	"os/signal"
 	"os/user"
 	"path/filepath"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
@@ -159,6 +160,7 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 		background.Go(func() { d.passToJournal(ctx, filepath.Join(filepath.Dir(c.FirstSeen.Path), "journal-cursor")) })
 	}
 
+	debug.FreeOSMemory() // what reading rules and finding out the levels took is not needed again
 	sd.SdNotify(false, sd.SdNotifyReady)
 	d.log.Info().Str("version", version).Stringer("mode", d.engine.Mode()).Int("rules", len(p.Rules())).Int("grants", len(p.Grants())).
 		Stringer("attribution", d.finder.Level()).Str("events", c.Events.Path).Msg("serving")
