@@ -442,12 +442,18 @@ func childOf(t *testing.T, parent int) (pid int) {
 // Beyond the budget images are not read, and are not said to be.
 func TestReads(t *testing.T) {
 	w := open(t, Options{Reads: 5})
-	for range 20 {
-		exec.Command("/bin/true").Run()
+	var p Process
+	for range 10 { // the budget is by the second, and a busy machine may take longer
+		for range 20 {
+			exec.Command("/bin/true").Run()
+		}
+		a := run(t, "/proc/self/exe", "wait")
+		waitFor(t, "the end of the budget", func() bool { w.Drain(); return w.Stats().ImagesOverBudget > 0 })
+		if p = process(t, w, a.Process.Pid); !p.Image().Read {
+			break
+		}
 	}
-	a := run(t, "/proc/self/exe", "wait")
-	waitFor(t, "the end of the budget", func() bool { w.Drain(); return w.Stats().ImagesOverBudget > 0 })
-	if p := process(t, w, a.Process.Pid); p.Image().Read || p.Image().Path != "" || p.Execs != 1 {
+	if p.Image().Read || p.Image().Path != "" || p.Execs != 1 {
 		t.Errorf("%+v", p)
 	}
 }
