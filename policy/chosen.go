@@ -63,10 +63,10 @@ func outsider(file string) string {
 	return ""
 }
 
-// checkExecutable says what is wrong with the path of an executable. A wildcard may stand
+// CheckExecutable says what is wrong with the path of an executable. A wildcard may stand
 // for a directory, such as that of a version: on the host what is there is root's, or the
 // grant does not hold.
-func checkExecutable(file string) error {
+func CheckExecutable(file string) error {
 	switch {
 	case strings.ContainsAny(path.Base(file), "*?["):
 		return fmt.Errorf("%q has a wildcard in the name of the program: list each, as in [/usr/bin/a, /usr/bin/b]", file)
@@ -113,9 +113,9 @@ func Tool(file string) (name string, ok bool) {
 	return name, slices.Contains(tools, name)
 }
 
-// template is the unit of which another is an instance: "app@.service" of
+// Template is the unit of which another is an instance: "app@.service" of
 // "app@one.service"; "" if it is none. Only root instantiates system units.
-func template(unit string) string {
+func Template(unit string) string {
 	name, instance, ok := strings.Cut(unit, "@")
 	i := strings.LastIndexByte(instance, '.')
 	if !ok || i <= 0 {
@@ -129,8 +129,8 @@ func isTool(file string) bool {
 	return ok
 }
 
-// checkUnit says why a unit is not one that a grant can rest on.
-func checkUnit(unit string) error {
+// CheckUnit says why a unit is not one that a grant can rest on.
+func CheckUnit(unit string) error {
 	name, isScope := strings.CutSuffix(unit, ".scope")
 	switch {
 	case strings.Contains(unit, "/"):

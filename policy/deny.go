@@ -57,7 +57,7 @@ func (d *Deny) covers(p *event.Process, ev *event.Event) bool {
 }
 
 func (d *Deny) who(p *event.Process) bool {
-	return (len(d.Executable) == 0 || d.executable(p.Executable)) &&
+	return (len(d.Executable) == 0 || d.Names(p.Executable)) &&
 		(d.Unit == "" || d.unit(p.Unit) || d.unit(p.UserUnit)) &&
 		(d.User == "" || slices.Contains([]string{p.UserID, p.RealUserID, p.SavedUserID, p.UserName}, d.User)) &&
 		(d.Group == "" || slices.Contains([]string{p.GroupID, p.RealGroupID, p.SavedGroupID, p.GroupName}, d.Group) || slices.Contains(p.SupplementalGroups, d.Group)) &&

@@ -219,7 +219,7 @@ func (e *Engine) Final(ev *event.Event) bool {
 		return false
 	}
 	return ev.Decision.Operator != "" || ev.Decision.Deny != "" || ev.Decision.Rule != nil && slices.ContainsFunc(ev.Subjects, func(subject *event.Process) bool {
-		_, ok := p.granted(subject, ev)
+		_, ok := p.Granted(subject, ev)
 		return !ok && decisions.allows(subject, ev.Time) == nil
 	})
 }
@@ -237,7 +237,7 @@ func (p *Policy) allCovered(ev *event.Event, decisions *Decisions) bool {
 			decided = by
 			continue
 		}
-		name, ok := p.granted(subject, ev)
+		name, ok := p.Granted(subject, ev)
 		if !ok {
 			return false
 		}

@@ -210,7 +210,7 @@ func (p *Policy) grantsFound(ev *event.Event) string {
 	}
 	var names []string
 	for _, subject := range ev.Subjects {
-		name, ok := p.granted(subject, ev)
+		name, ok := p.Granted(subject, ev)
 		if !ok {
 			return "none covers " + describe(subject)
 		}
@@ -235,7 +235,7 @@ func (p *Policy) grantFindings(subject *event.Process, ev *event.Event) []GrantF
 // whom none covers; nil if there are no grants, or each is covered.
 func (p *Policy) NearestGrant(ev *event.Event) *GrantFinding {
 	for _, subject := range ev.Subjects {
-		if _, ok := p.granted(subject, ev); ok {
+		if _, ok := p.Granted(subject, ev); ok {
 			continue
 		}
 		var nearest *GrantFinding

@@ -74,7 +74,7 @@ func (g *Grant) check(c *complaints, classes []string) {
 	}
 	for i, file := range g.Executable {
 		key := fmt.Sprintf("executable[%d]", i)
-		if err := checkExecutable(file); err != nil {
+		if err := CheckExecutable(file); err != nil {
 			c.say(key, "%w", err)
 		} else if name, ok := Tool(file); ok {
 			g.checkTool(c, key, file, name)
@@ -121,7 +121,7 @@ func (g *Grant) checkWho(c *complaints) {
 		key, value string
 		check      func(string) error
 	}{
-		{"unit", g.Unit, checkUnit}, {"container", g.Container, checkContainer}, {"pod", g.Pod, checkPod}, {"parent", g.Parent, checkExecutable},
+		{"unit", g.Unit, CheckUnit}, {"container", g.Container, checkContainer}, {"pod", g.Pod, checkPod}, {"parent", g.Parent, CheckExecutable},
 	} {
 		if k.value == "" {
 			continue
@@ -155,9 +155,9 @@ func (w *What) check(c *complaints, classes []string) {
 	}
 }
 
-// allows reports whether the grant covers what this process asks for, and if not what
+// Allows reports whether the grant covers what this process asks for, and if not what
 // keeps it from doing so first.
-func (g *Grant) allows(p *event.Process, ev *event.Event) (ok bool, missed string) {
+func (g *Grant) Allows(p *event.Process, ev *event.Event) (ok bool, missed string) {
 	for missed := range g.misses(p, ev) {
 		return false, missed
 	}
@@ -173,7 +173,7 @@ func (g *Grant) misses(p *event.Process, ev *event.Event) iter.Seq[string] {
 
 // who yields what keeps a grant from being this process's. It is false when yield was.
 func (g *Grant) who(p *event.Process, yield func(string) bool) bool {
-	return (g.executable(p.Executable) || yield("executable "+strconv.Quote(p.Executable))) &&
+	return (g.Names(p.Executable) || yield("executable "+strconv.Quote(p.Executable))) &&
 		(!p.Loader || yield("the executable is a dynamic loader")) &&
 		(!p.Earlier || yield("the process has executed another program since")) &&
 		(!p.Ended || yield("the process has ended, and little is known of it")) &&
@@ -234,7 +234,7 @@ func (g *Grant) path(q *event.Request) bool {
 	if q.Evasive || q.Malformed != "" {
 		return false
 	}
-	path := unversioned(q)
+	path := Unversioned(q)
 	return slices.ContainsFunc(g.Paths, func(pattern string) bool {
 		return strings.HasPrefix(pattern, "/latest/") != q.Container && glob(pattern, path)
 	})

@@ -346,17 +346,17 @@ func grantsByProgram(grants []Grant) map[program][]*Grant {
 	return by
 }
 
-// granted finds the grant that covers what a process asks for: the first of those that
+// Granted finds the grant that covers what a process asks for: the first of those that
 // name its path and its unit, then of those that name less exactly what it is.
-func (p *Policy) granted(subject *event.Process, ev *event.Event) (name string, ok bool) {
-	units := [...]string{subject.Unit, template(subject.Unit), ""}
+func (p *Policy) Granted(subject *event.Process, ev *event.Event) (name string, ok bool) {
+	units := [...]string{subject.Unit, Template(subject.Unit), ""}
 	for _, file := range [...]string{subject.Executable, path.Base(subject.Executable)} {
 		for i, unit := range units {
 			if i > 0 && unit == units[i-1] {
 				continue
 			}
 			for _, g := range p.byProgram[program{file, unit}] {
-				if ok, _ := g.allows(subject, ev); ok {
+				if ok, _ := g.Allows(subject, ev); ok {
 					return g.Name, true
 				}
 			}

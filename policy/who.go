@@ -24,8 +24,8 @@ type Who struct {
 	Parent string `yaml:"parent"`
 }
 
-// executable reports whether a program is one of those that are named.
-func (w *Who) executable(file string) bool {
+// Names reports whether a program is one of those that are named.
+func (w *Who) Names(file string) bool {
 	return slices.ContainsFunc(w.Executable, func(named string) bool { return isProgram(named, file) })
 }
 
@@ -35,7 +35,7 @@ func isProgram(named, file string) bool {
 
 // unit reports whether a unit is the one that is named, or an instance of it.
 func (w *Who) unit(unit string) bool {
-	return unit == w.Unit || unit != "" && template(unit) == w.Unit
+	return unit == w.Unit || unit != "" && Template(unit) == w.Unit
 }
 
 // contained reports whether this is about processes in a container.
@@ -181,10 +181,10 @@ func segment(pattern, s string) bool {
 	}
 }
 
-// unversioned is the path of a request with "/latest" for its version, which names the
+// Unversioned is the path of a request with "/latest" for its version, which names the
 // same tree in each (EC2 User Guide, "Get the available versions of the instance
 // metadata"). The endpoints for tasks and pods have no such versions.
-func unversioned(q *event.Request) string {
+func Unversioned(q *event.Request) string {
 	if q.Version == "" || q.Version == "latest" || q.Container {
 		return q.Path
 	}
