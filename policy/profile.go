@@ -41,7 +41,7 @@ func LoadProfile(name string, dirs []string) (*Profile, error) {
 	}
 	for _, dir := range dirs {
 		file := filepath.Join(dir, name+".yaml")
-		src, err := os.ReadFile(file)
+		src, err := ReadYAML(file)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
 			continue
@@ -63,6 +63,12 @@ func LoadProfile(name string, dirs []string) (*Profile, error) {
 
 // ParseProfile reads a profile from bytes; file is its name.
 func ParseProfile(file string, src []byte) (p *Profile, err error) {
+	if len(src) > MaxYAML {
+		return nil, fmt.Errorf("%s: %d bytes are more than the %d that a profile may have", file, len(src), MaxYAML)
+	}
+	if line, column, deep := TooDeep(src); deep {
+		return nil, fmt.Errorf("%s:%d:%d: more than %d levels are in each other", file, line, column, MaxDepth)
+	}
 	defer func() {
 		if cause := recover(); cause != nil { // as the YAML library does for some tags
 			p, err = nil, fmt.Errorf("%s: not understood as YAML (%v)", file, cause)

@@ -83,3 +83,19 @@ func TestProfileErrors(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A profile that would take the YAML library gigabytes is refused before it sees it.
+func TestBoundedProfile(t *testing.T) {
+	for text, want := range map[string]string{
+		"sources: " + strings.Repeat("[", 200_000):            "x.yaml:1:74: more than 64 levels",
+		"sources:\n  " + strings.Repeat("- ", 10_000):         "x.yaml:2:",
+		"program: a\n" + strings.Repeat("#\n", MaxYAML/2):     "more than the 1048576",
+		"sources: [" + strings.Repeat("[a],", 1000) + "[b]]":  "",
+		"program: \"" + strings.Repeat("[]", 10_000) + "\"\n": "",
+	} {
+		_, err := ParseProfile("x.yaml", []byte(text))
+		if want != "" && (err == nil || !strings.Contains(err.Error(), want)) || want == "" && err != nil && strings.Contains(err.Error(), "more than") {
+			t.Errorf("%.40q: %v, want %q", text, err, want)
+		}
+	}
+}

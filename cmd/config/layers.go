@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -97,7 +96,7 @@ func load(files []string, optional bool) (Config, error) {
 	var c Config
 	var errs []error
 	for _, path := range files {
-		text, err := ReadFile(path)
+		text, err := policy.ReadYAML(path)
 		if optional && errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
@@ -109,16 +108,6 @@ func load(files []string, optional bool) (Config, error) {
 	}
 	c.complete()
 	return c, errors.Join(errs...)
-}
-
-// ReadFile reads a file, and not much more than a configuration may have.
-func ReadFile(path string) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	return io.ReadAll(io.LimitReader(f, MaxFile+1))
 }
 
 // Parse reads a configuration from bytes; name is for errors.

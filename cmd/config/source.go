@@ -19,13 +19,6 @@ import (
 	"github.com/imdsgate/imdsgate/policy/eql/syntax"
 )
 
-// MaxFile bounds a file. A thousand grants take a fifth of it.
-const MaxFile = 1 << 20
-
-// maxDepth bounds what is inside of what, since the YAML library goes down by calling
-// itself. A configuration has no more than six levels.
-const maxDepth = 64
-
 // Fault is what is wrong in a file, and where.
 type Fault struct {
 	File         string
@@ -54,11 +47,11 @@ type source struct {
 // parse reads a file as YAML, whatever it says.
 func parse(name string, text []byte) (s *source, err error) {
 	s = &source{name: name, text: text}
-	if len(text) > MaxFile {
-		return nil, s.whole(fmt.Errorf("%d bytes are more than the %d that a configuration may have", len(text), MaxFile))
+	if len(text) > policy.MaxYAML {
+		return nil, s.whole(fmt.Errorf("%d bytes are more than the %d that a configuration may have", len(text), policy.MaxYAML))
 	}
-	if deep(text) {
-		return nil, s.whole(fmt.Errorf("more than %d levels are in each other", maxDepth))
+	if line, _, deep := policy.TooDeep(text); deep {
+		return nil, s.whole(fmt.Errorf("more than %d levels are in each other in line %d", policy.MaxDepth, line))
 	}
 	defer s.recovered(&err)
 	file, err := parser.ParseBytes(text, parser.ParseComments)
@@ -75,30 +68,6 @@ func parse(name string, text []byte) (s *source, err error) {
 		s.root = doc.Body
 	}
 	return s, nil
-}
-
-// deep reports whether a text may be nested too deeply: by brackets, whatever they are
-// in, or by what a line begins with.
-func deep(text []byte) bool {
-	open := 0
-	for line := range bytes.Lines(text) {
-		begin := line[:len(line)-len(bytes.TrimLeft(line, " -?"))]
-		if len(begin) > 4*maxDepth || bytes.Count(begin, []byte("-"))+bytes.Count(begin, []byte("?")) > maxDepth {
-			return true
-		}
-		for _, c := range line {
-			switch c {
-			case '[', '{':
-				open++
-			case ']', '}':
-				open = max(open-1, 0)
-			}
-		}
-		if open > maxDepth {
-			return true
-		}
-	}
-	return false
 }
 
 // decode reads the file into c. Unknown keys are faults, all of them, and so are

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 
 	"github.com/imdsgate/imdsgate/cmd/config"
+	"github.com/imdsgate/imdsgate/policy"
 	textdiff "github.com/rogpeppe/go-internal/diff"
 	"github.com/spf13/cobra"
 )
@@ -79,9 +80,9 @@ could not be read or written.`,
 
 func readInput(in io.Reader, file string) ([]byte, error) {
 	if file == "-" {
-		return io.ReadAll(io.LimitReader(in, config.MaxFile+1))
+		return io.ReadAll(io.LimitReader(in, policy.MaxYAML+1))
 	}
-	return config.ReadFile(file)
+	return policy.ReadYAML(file)
 }
 
 // replace puts a new file in the place of another, with its mode and owner, so that

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -18,27 +17,16 @@ import (
 	"github.com/goccy/go-yaml/parser"
 	"github.com/goccy/go-yaml/printer"
 	"github.com/goccy/go-yaml/token"
+	"github.com/imdsgate/imdsgate/policy"
 )
 
-const (
-	// maxSource bounds a file of cases. Some thousand cases fit.
-	maxSource = 1 << 20
-	// maxLine bounds a line: to take one apart takes the YAML library the square of its
-	// length.
-	maxLine = 4 << 10
-	// maxNesting bounds lists within lists. No case needs ten; the YAML library takes
-	// gigabytes for some ten thousand.
-	maxNesting = 64
-)
+// maxLine bounds a line: to take one apart takes the YAML library the square of its
+// length.
+const maxLine = 4 << 10
 
-// Read reads a file of cases from the disk, and not much more than one may have.
+// Read reads a file of cases from the disk.
 func Read(name string) (*File, error) {
-	f, err := os.Open(name)
-	if err != nil {
-		return nil, fmt.Errorf("read cases: %w", err)
-	}
-	defer f.Close()
-	src, err := io.ReadAll(io.LimitReader(f, maxSource+1))
+	src, err := policy.ReadYAML(name)
 	if err != nil {
 		return nil, fmt.Errorf("read cases: %w", err)
 	}
@@ -48,14 +36,17 @@ func Read(name string) (*File, error) {
 // Parse reads a file of cases; name is for errors, which have line and caret. Keys that
 // there are not are errors, and so is a case that expects nothing.
 func Parse(name string, src []byte) (*File, error) {
-	if len(src) > maxSource {
-		return nil, fmt.Errorf("%s: a file of cases has at most %d bytes", name, maxSource)
+	if len(src) > policy.MaxYAML {
+		return nil, fmt.Errorf("%s: a file of cases has at most %d bytes", name, policy.MaxYAML)
 	}
 	number := 0
 	for line := range bytes.Lines(src) {
 		if number++; len(line) > maxLine {
 			return nil, fmt.Errorf("%s:%d:%d: a line of more than %d bytes", name, number, maxLine, maxLine)
 		}
+	}
+	if line, column, deep := policy.TooDeep(src); deep {
+		return nil, fmt.Errorf("%s:%d:%d: more than %d lists or mappings within each other", name, line, column, policy.MaxDepth)
 	}
 	s := source{name: name}
 	f := new(File)
@@ -91,9 +82,6 @@ func (s *source) decode(src []byte, f *File) (err error) {
 		}
 	}()
 	s.tokens = lexer.Tokenize(string(src))
-	if t := nested(s.tokens); t != nil {
-		return s.located(&yaml.SyntaxError{Message: fmt.Sprintf("more than %d lists or mappings within each other", maxNesting), Token: t})
-	}
 	if s.file, err = parser.Parse(s.tokens, 0); err != nil {
 		return s.located(err)
 	}
@@ -102,28 +90,6 @@ func (s *source) decode(src []byte, f *File) (err error) {
 		return nil
 	}
 	return s.located(err)
-}
-
-// nested is where there are too many brackets that are open, or list items in one line.
-func nested(tokens token.Tokens) *token.Token {
-	open, line, items := 0, 0, 0
-	for _, t := range tokens {
-		if t.Position.Line != line {
-			line, items = t.Position.Line, 0
-		}
-		switch t.Type {
-		case token.SequenceStartType, token.MappingStartType:
-			open++
-		case token.SequenceEndType, token.MappingEndType:
-			open--
-		case token.SequenceEntryType, token.MappingKeyType:
-			items++
-		}
-		if open > maxNesting || items > maxNesting {
-			return t
-		}
-	}
-	return nil
 }
 
 // located prints an error with line and caret, without colours, and without what would
