@@ -70,6 +70,19 @@ func (e *Engine) Decisions() *Decisions { return e.decisions.Load() }
 // SetDecisions replaces them all at once.
 func (e *Engine) SetDecisions(ds *Decisions) { e.decisions.Store(ds) }
 
+// Evicted is how often the sequences of the present policy have given something up that
+// they were waiting with, because there was too much (eql.Machine.Evicted).
+func (e *Engine) Evicted() (n uint64) {
+	for _, m := range e.state.Load().memory.machines {
+		if m != nil {
+			m.mu.Lock()
+			n += m.Machine.Evicted()
+			m.mu.Unlock()
+		}
+	}
+	return n
+}
+
 // Decisive reports whether policy may refuse a request of this kind, so that
 // it must be known for certain who asks.
 func (e *Engine) Decisive(q *event.Request) bool {

@@ -2,6 +2,7 @@ package policy
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -795,4 +796,29 @@ func write(t testing.TB, name, text string) string {
 		t.Fatal(err)
 	}
 	return path
+}
+
+// What a sequence gives up is counted, and goes on being counted after a reload.
+func TestEvicted(t *testing.T) {
+	e := NewEngine(compile(t, Config{}))
+	at := time.Unix(1e9, 0)
+	start := func(i int) {
+		p := &event.Process{EntityID: fmt.Sprint("child", i), PID: int64(i), Start: at, Executed: at, Executable: "/usr/bin/curl", Name: "curl",
+			Args: []string{"curl", "http://169.254.169.254/"}, CommandLine: "curl http://169.254.169.254/", Known: true,
+			Parent: &event.Process{EntityID: fmt.Sprint("parent", i), PID: int64(i) + 1, Executable: "/usr/bin/bash", Name: "bash", Known: true}}
+		e.ObserveStart(&event.Event{Kind: event.Started, Host: &event.Host{ID: "h"}, Time: at, Subjects: []*event.Process{p}})
+	}
+	for i := range maxChains {
+		start(i)
+	}
+	if n := e.Evicted(); n != 0 {
+		t.Fatalf("%d are gone, and there was room", n)
+	}
+	e.SetPolicy(compile(t, Config{}))
+	for i := range 10 {
+		start(maxChains + i)
+	}
+	if n := e.Evicted(); n < 10 {
+		t.Errorf("%d are gone", n)
+	}
 }

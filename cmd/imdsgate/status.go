@@ -101,6 +101,9 @@ func printStatus(w io.Writer, s report.Status) error {
 	if n := s.Policy.Skipped; n > 0 {
 		row("", "%d rule files were left out: imdsgate rules check says why", n)
 	}
+	if n := s.SequencesEvicted; n > 0 {
+		row("", "! sequences had no room for %d events that they waited with, and may have missed what followed", n)
+	}
 	if n := len(s.Decisions.All); n > 0 {
 		row("decisions", "%d, which come before rules and grants", n)
 		for _, d := range s.Decisions.All[:min(n, maxListed)] {

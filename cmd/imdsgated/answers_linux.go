@@ -49,6 +49,8 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 		Attribution: d.attributionStatus(),
 		Events:      report.Events{Path: d.spool.Path(), Stats: d.spool.Stats()},
 		FirstSeen:   d.terms.Stats(),
+
+		SequencesEvicted: d.engine.Evicted(),
 	}
 	if d.proxy != nil {
 		n := d.proxy.Stats()

@@ -23,6 +23,9 @@ type Status struct {
 	Attribution Attribution `json:"attribution"`
 	Requests    Requests    `json:"requests"`
 	Events      Events      `json:"events"`
+	// SequencesEvicted is how often a sequence has given up what it waited with, for want
+	// of room.
+	SequencesEvicted uint64 `json:"sequences_evicted"`
 	// FirstSeen is what rules of the type new_terms remember.
 	FirstSeen firstseen.Stats `json:"first_seen"`
 	Process   Process         `json:"process"`
