@@ -125,7 +125,7 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	d.proxy = proxy.New(proxy.Options{
 		Endpoints: rules.Endpoints, Mark: rules.Mark, MaxConns: c.Limits.Connections, Host: d.host,
 		Rate: int(c.Limits.RequestsPerSecond), Burst: int(c.Limits.Burst), DialAhead: int(c.Upstream.DialAhead),
-		Forwardable: d.forwardable, Record: d.spool.Record,
+		Forwardable: d.forwardable, Record: d.spool.Record, Ease: d.spool.Ease,
 	}, d.finder, d.engine)
 	told := ctx // to end
 	ctx, fail := context.WithCancelCause(ctx)

@@ -38,7 +38,7 @@ func BenchmarkFile(b *testing.B) {
 		{"Start", func(e *event.Event) { e.Connection.First, e.Starts = true, e.Subjects }},
 	} {
 		b.Run(c.name, func(b *testing.B) {
-			f, enc := &File{}, newEncoder()
+			f := &File{enc: newEncoder()}
 			w := &writer{path: filepath.Join(b.TempDir(), "events.ndjson"), maxSize: 100 << 20, keep: 1, counts: &f.counts}
 			if err := w.open(); err != nil {
 				b.Fatal(err)
@@ -47,7 +47,8 @@ func BenchmarkFile(b *testing.B) {
 			c.change(e)
 			b.ReportAllocs()
 			for b.Loop() {
-				f.write(w, enc, e)
+				f.add(e)
+				f.write(w)
 			}
 			if err := w.close(); err != nil || f.failed.Load() > 0 {
 				b.Fatal(fmt.Errorf("%w, %d documents failed", err, f.failed.Load()))

@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -69,12 +70,23 @@ type File struct {
 	stopped atomic.Bool
 	stop    chan struct{}
 
+	mu       sync.Mutex // guards the following, and receiving from queue
+	enc      *encoder
+	rendered documents
+
 	host    *event.Host // of events of its own
 	later   *time.Timer // wakes for what need not be done at once
 	dropped atomic.Uint64
 	counts
-	err  atomic.Pointer[error]
-	told gaps // which only loop uses
+	err   atomic.Pointer[error]
+	told  gaps      // which only loop uses
+	spare documents // the other half of rendered, likewise
+}
+
+// documents are lines that are yet to be written.
+type documents struct {
+	bytes []byte
+	ends  []int
 }
 
 // counts is what became of documents. The writer counts, anybody reads.
@@ -127,7 +139,7 @@ func Open(o Options, host *event.Host) (*File, error) {
 	o.MaxSize = cmp.Or(o.MaxSize, 100<<20)
 	o.Keep = cmp.Or(o.Keep, 4)
 	o.Queue = cmp.Or(o.Queue, 4096)
-	f := &File{options: o, host: host, queue: make(chan *event.Event, o.Queue), wake: make(chan struct{}, 1), done: make(chan struct{}), stop: make(chan struct{})}
+	f := &File{options: o, host: host, queue: make(chan *event.Event, o.Queue), wake: make(chan struct{}, 1), done: make(chan struct{}), stop: make(chan struct{}), enc: newEncoder()}
 	w := &writer{path: o.Path, maxSize: o.MaxSize, maxAge: o.MaxAge, keep: o.Keep, fsync: o.Fsync, counts: &f.counts}
 	if err := w.open(); err != nil {
 		return nil, err
@@ -218,7 +230,6 @@ func (f *File) loop(w *writer) {
 	defer close(f.done)
 	defer f.batch.Stop()
 	defer f.later.Stop()
-	enc := newEncoder()
 	for stopped := false; !stopped; {
 		select {
 		case <-f.wake:
@@ -226,18 +237,13 @@ func (f *File) loop(w *writer) {
 			stopped = true
 		}
 		f.waiting.Store(false)
-		for more := true; more; {
-			select {
-			case e := <-f.queue:
-				f.write(w, enc, e)
-			default:
-				more = false
-			}
+		for f.render(bufferSize) {
+			f.write(w)
 		}
 		err := w.flush()
 		f.note(err)
 		if err == nil {
-			f.tellGaps(w, enc, stopped)
+			f.tellGaps(w, stopped)
 		}
 		again, err := w.settle()
 		f.note(err)
@@ -256,7 +262,7 @@ type gaps struct {
 
 // tellGaps records what is missing since that was told last. It is called when the disk
 // takes documents.
-func (f *File) tellGaps(w *writer, enc *encoder, atOnce bool) {
+func (f *File) tellGaps(w *writer, atOnce bool) {
 	now := gaps{time.Now(), f.dropped.Load(), f.failed.Load(), f.removed.Load()}
 	missing := []struct {
 		n      uint64
@@ -279,11 +285,14 @@ func (f *File) tellGaps(w *writer, enc *encoder, atOnce bool) {
 			continue
 		}
 		told++
-		f.write(w, enc, &event.Event{Kind: event.Lifecycle, Host: f.host, Time: now.at, State: event.State{
+		f.mu.Lock()
+		f.add(&event.Event{Kind: event.Lifecycle, Host: f.host, Time: now.at, State: event.State{
 			Action: "events-suppressed", Type: "info", Message: fmt.Sprintf("%d events are missing: %s", m.n, m.reason),
 			Reason: m.reason, Failed: true, Suppressed: int64(m.n),
 		}})
+		f.mu.Unlock()
 	}
+	f.write(w)
 	if err := w.flush(); err != nil {
 		f.note(err)
 		f.told.at = now.at
@@ -294,7 +303,45 @@ func (f *File) tellGaps(w *writer, enc *encoder, atOnce bool) {
 	f.told = now
 }
 
-func (f *File) write(w *writer, enc *encoder, e *event.Event) {
+// Ease does a little of the work that is waiting, some 20 microseconds of it, and
+// reports whether it did. It neither waits nor touches the disk, so that somebody who
+// waits for clients can call it meanwhile: what is done then keeps nobody waiting later.
+func (f *File) Ease() bool {
+	if !f.mu.TryLock() {
+		return false
+	}
+	defer f.mu.Unlock()
+	if len(f.rendered.bytes) >= bufferSize {
+		f.wakeUp()
+		return false
+	}
+	select {
+	case e := <-f.queue:
+		f.add(e)
+		return true
+	default:
+		return false
+	}
+}
+
+// render gives queued events their form, about as many bytes as it is told. It reports
+// whether there is something to write.
+func (f *File) render(atLeast int) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for len(f.rendered.bytes) < atLeast {
+		select {
+		case e := <-f.queue:
+			f.add(e)
+		default:
+			return len(f.rendered.ends) > 0
+		}
+	}
+	return true
+}
+
+// add renders the documents of an event. It is called with f.mu held.
+func (f *File) add(e *event.Event) {
 	now := time.Now()
 	views := e.Views()
 	var ids []string
@@ -303,11 +350,26 @@ func (f *File) write(w *writer, enc *encoder, e *event.Event) {
 		if v.Document == event.Alert {
 			v.Related = ids
 		}
-		f.note(w.write(enc.encode(v, now)))
+		f.rendered.bytes = f.enc.append(f.rendered.bytes, v, now)
+		f.rendered.ends = append(f.rendered.ends, len(f.rendered.bytes))
 		if v.Document != event.Alert {
 			ids = append(ids, v.ID)
 		}
 	}
+}
+
+// write hands what is rendered to the writer.
+func (f *File) write(w *writer) {
+	f.mu.Lock()
+	these := f.rendered
+	f.rendered = documents{f.spare.bytes[:0], f.spare.ends[:0]}
+	f.mu.Unlock()
+	begin := 0
+	for _, end := range these.ends {
+		f.note(w.write(these.bytes[begin:end]))
+		begin = end
+	}
+	f.spare = these
 }
 
 // note keeps an error for Stats and Close.
@@ -321,15 +383,14 @@ func (f *File) note(err error) {
 type encoder struct {
 	sequence uint64
 	entropy  io.Reader
-	line     []byte
 }
 
 func newEncoder() *encoder {
 	return &encoder{sequence: sinceBoot(), entropy: ulid.Monotonic(rand.Reader, 0)}
 }
 
-// encode returns a line that is good until the next call.
-func (enc *encoder) encode(v *event.View, now time.Time) []byte {
+// append gives a document its place, and adds it to b as a line.
+func (enc *encoder) append(b []byte, v *event.View, now time.Time) []byte {
 	enc.sequence++
 	v.Sequence = enc.sequence
 	v.Created = now
@@ -339,6 +400,5 @@ func (enc *encoder) encode(v *event.View, now time.Time) []byte {
 		id = ulid.Make()
 	}
 	v.ID = id.String()
-	enc.line = append(v.AppendJSON(enc.line[:0]), '\n')
-	return enc.line
+	return append(v.AppendJSON(b), '\n')
 }
