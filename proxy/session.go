@@ -118,7 +118,7 @@ func (s *session) run() {
 	case !s.ready(), !s.first() && !s.known():
 		return
 	}
-	for s.exchange() == nil {
+	for s.next() == nil {
 		s.count++
 		s.idle.Store(int64(time.Since(start)))
 		s.busy.Store(false)
@@ -313,8 +313,10 @@ func (s *session) event() *event.Event {
 	return ev
 }
 
-// exchange serves one request. It returns nil when the connection goes on.
-func (s *session) exchange() error {
+// next waits for a request and serves it. It returns nil when the connection goes on.
+// An idle connection waits here rather than in exchange, whose frame is so large that
+// its stack could not shrink to 4 KiB.
+func (s *session) next() error {
 	s.half = halfClosed{}
 	r, err := s.read()
 	if err != nil {
@@ -323,6 +325,10 @@ func (s *session) exchange() error {
 		}
 		return err
 	}
+	return s.exchange(r)
+}
+
+func (s *session) exchange(r *http1.Request) error {
 	size := r.Size
 	token := s.p.tokens.find(r.Bearer.Of(s.in))
 	target, err := imds.Classify(s.conn.Destination.Addr(), r.Target)
