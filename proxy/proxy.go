@@ -111,8 +111,11 @@ type Proxy struct {
 	// there is none have the evidence of the moment.
 	evidence chan struct{}
 
-	ahead    ahead
-	ours     ours
+	ahead ahead
+	ours  ours
+
+	selfTests selfTests
+
 	pace     pace
 	rendered rendered
 	tokens   *tokens

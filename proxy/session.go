@@ -102,10 +102,14 @@ func (s *session) run() {
 	defer s.release()
 	defer s.close()
 	stats := &s.p.stats
-	stats.Connections.Add(1)
 	dst, err := originalDst(s.client, s.conn.Source.Addr().Is4())
 	s.conn.Destination = dst
-	if err != nil || !s.p.serves(dst) {
+	redirected := err == nil && s.p.serves(dst)
+	if redirected && s.testsItself() {
+		return
+	}
+	stats.Connections.Add(1)
+	if !redirected {
 		stats.NotRedirected.Add(1)
 		s.refuse("not redirected from an endpoint of the metadata service")
 		return
