@@ -186,7 +186,7 @@ func fields() []Field {
 	add(onRequest|onState, Keyword, "event.code", func(v *View) Value { return text(v.code()) })
 	add(onRequest|onState, Keyword, "event.reason", func(v *View) Value { return known(v.reason()) }).free = true
 	add(onRequest, Date, "event.start", func(v *View) Value { return date(v.Time) })
-	add(onRequest, Long, "event.duration", func(v *View) Value { return positive(v.Duration.Nanoseconds()) })
+	add(onRequest|onState, Long, "event.duration", func(v *View) Value { return positive(v.Duration.Nanoseconds()) })
 	add(onFinding, Long, "event.severity", func(v *View) Value {
 		if r := v.rule(); r != nil {
 			n, err := SeverityNumber(r.Severity)

@@ -29,7 +29,7 @@ install -d "$dest$prefix/sbin" "$dest$prefix/bin" "$dest$prefix/lib/systemd/syst
 	"$dest$prefix/share/bash-completion/completions" "$dest$prefix/share/zsh/site-functions" "$dest$prefix/share/fish/vendor_completions.d" "$dest$prefix/share/imdsgate"
 install -m 0755 bin/imdsgated "$dest$prefix/sbin/imdsgated"
 install -m 0755 bin/imdsgate "$dest$prefix/bin/imdsgate"
-for unit in imdsgated.service imdsgated.socket; do
+for unit in imdsgated.service imdsgated.socket imdsgated-failed.service; do
 	sed "s|/usr/|$prefix/|" packaging/systemd/$unit >"$dest$prefix/lib/systemd/system/$unit"
 	chmod 0644 "$dest$prefix/lib/systemd/system/$unit"
 done

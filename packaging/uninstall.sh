@@ -20,6 +20,7 @@ if [ -z "$dest" ]; then
 fi
 rm -f "$dest$prefix/sbin/imdsgated" "$dest$prefix/bin/imdsgate" \
 	"$dest$prefix/lib/systemd/system/imdsgated.service" "$dest$prefix/lib/systemd/system/imdsgated.socket" \
+	"$dest$prefix/lib/systemd/system/imdsgated-failed.service" \
 	"$dest$prefix/lib/tmpfiles.d/imdsgate.conf" "$dest$prefix/share/bash-completion/completions/imdsgate" \
 	"$dest$prefix/share/zsh/site-functions/_imdsgate" "$dest$prefix/share/fish/vendor_completions.d/imdsgate.fish" \
 	"$dest$prefix/share/man/man1/imdsgate.1" "$dest$prefix"/share/man/man1/imdsgate-*.1 \
@@ -32,6 +33,7 @@ rmdir "$dest$prefix/share/imdsgate" 2>/dev/null || true
 if [ -d /run/systemd/system ]; then
 	systemctl daemon-reload
 fi
+rm -rf /run/imdsgate
 if getent passwd imdsgate >/dev/null; then
 	userdel imdsgate
 fi

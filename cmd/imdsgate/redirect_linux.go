@@ -190,22 +190,11 @@ Exit status: 0 they are as they should be, 1 they are not.`,
 }
 
 func newRemove(*options) *cobra.Command {
-	var unlessEnforcing bool
-	cmd := &cobra.Command{
+	return &cobra.Command{
 		Use:   "remove",
 		Short: "Remove everything that any installation has left, and nothing else",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if unlessEnforcing {
-				enforcing, err := iptables.Enforcing(cmd.Context())
-				if err != nil {
-					return err
-				}
-				if enforcing {
-					_, err := fmt.Fprintln(cmd.OutOrStdout(), "kept: the rules are those of enforce mode")
-					return err
-				}
-			}
 			removed, err := iptables.Remove(cmd.Context())
 			if err != nil {
 				return err
@@ -218,6 +207,4 @@ func newRemove(*options) *cobra.Command {
 			return err
 		},
 	}
-	cmd.Flags().BoolVar(&unlessEnforcing, "unless-enforcing", false, "keep the rules if they are those of enforce mode, which outlive the daemon")
-	return cmd
 }

@@ -59,7 +59,7 @@ does not, or not all of it; 3 the daemon is not running.`,
 }
 
 func protected(s report.Status) bool {
-	return s.Redirect.Installed && len(s.Redirect.Differences) == 0 && len(s.Redirect.Locks) == 0 &&
+	return s.Redirect.Installed && len(s.Redirect.Differences) == 0 && len(s.Redirect.Locks) == 0 && s.SelfTest.Error == "" &&
 		s.Attribution.Broken == "" && s.Attribution.Level >= s.Attribution.Required
 }
 
@@ -126,6 +126,14 @@ func printStatus(w io.Writer, s report.Status) error {
 	}
 	for _, n := range s.Redirect.Notes {
 		row("", "%s", n)
+	}
+	switch test := s.SelfTest; {
+	case test.Error != "":
+		row("self-test", "! %s", test.Error)
+	case test.NoRoute != "":
+		row("self-test", "not possible: %s", test.NoRoute)
+	case test.Passed != nil:
+		row("self-test", "passed %v ago: a request of the daemon's own came through the redirect", time.Since(*test.Passed).Round(time.Second))
 	}
 	a := s.Attribution
 	last := "by the kernel"

@@ -70,6 +70,7 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 	if d.redirect != nil {
 		s.Redirect = d.redirectStatus(ctx)
 	}
+	s.SelfTest = d.healthNow()
 	s.Process.UID, s.Process.Goroutines = os.Geteuid(), runtime.NumGoroutine()
 	if self, err := procfs.Self(); err == nil {
 		if stat, err := self.Stat(); err == nil {

@@ -56,9 +56,11 @@ type daemon struct {
 	terms     *firstseen.Store
 	redirect  *iptables.Redirect
 	proxy     *proxy.Proxy
+	health    health
 
-	mu      sync.Mutex // guards the following
-	failure string     // why the redirect is not installed
+	mu      sync.Mutex    // guards the following
+	failure string        // why the redirect is not installed
+	taken   map[bool]bool // whether clients of this host come here, by whether it is IPv4
 	repairs uint64
 	broken  error // what the last check of attribution found
 	level   string
@@ -155,6 +157,7 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	defer fail(nil)
 	background.Go(func() { d.keepTime(ctx) })
 	background.Go(func() { d.checkAttribution(ctx) })
+	background.Go(func() { d.keepHealth(ctx) })
 	background.Go(func() { d.reloadOnHangup(ctx) })
 	if c.Events.Journal {
 		background.Go(func() { d.passToJournal(ctx, filepath.Join(filepath.Dir(c.FirstSeen.Path), "journal-cursor")) })
@@ -348,14 +351,26 @@ func (d *daemon) start(ctx context.Context) error {
 	d.state("daemon-started", "info", fmt.Sprintf("imdsgated %s started in %s mode", version, mode), nil)
 	if mode == policy.Off {
 		_, err := iptables.Remove(ctx)
+		d.returned()
 		return err
 	}
 	older, err := d.bring(ctx, mode)
 	if err != nil {
 		return err
 	}
+	differences, err := d.redirect.Verify(ctx)
+	if err != nil {
+		return fmt.Errorf("verify the redirect: %w", err)
+	}
+	if len(differences) > 0 {
+		return fmt.Errorf("the redirect is not as it was installed a moment ago: %s; does another tool write rules now?", differences[0])
+	}
 	d.beginWatch()
-	return d.settle(older)
+	if err := d.settle(older); err != nil {
+		return err
+	}
+	d.returned()
+	return nil
 }
 
 // install makes the redirect, with the guard of enforce mode or without, and remembers
@@ -366,6 +381,11 @@ func (d *daemon) install(ctx context.Context, enforce bool) error {
 	d.failure = ""
 	if err != nil {
 		d.failure = err.Error()
+	} else {
+		d.taken = map[bool]bool{}
+		for _, f := range report.Families {
+			d.taken[f.Family == iptables.IPv4] = f.Skipped == "" && f.Hooks.Host
+		}
 	}
 	d.mu.Unlock()
 	if err != nil {
@@ -402,6 +422,9 @@ func (d *daemon) release() {
 		if err := iptables.Release(context.Background()); err != nil {
 			d.log.Error().Err(err).Msg("the redirect could not be taken away")
 		}
+	}
+	if mode != policy.Off {
+		d.leaves(mode == policy.Audit)
 	}
 	d.state("daemon-stopped", "info", fmt.Sprintf("imdsgated stopped in %s mode", mode), nil)
 }

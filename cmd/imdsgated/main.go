@@ -52,6 +52,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return mode.UnmarshalText([]byte(s))
 	})
 	check := flags.Bool("check", false, "read the configuration and the rules, say what is wrong, and exit")
+	ended := flags.Bool("ended", false, "clean up after a daemon that has ended, as its mode asks for (ExecStopPost=), and exit")
+	failed := flags.Bool("failed", false, "remember that no daemon will be started any more (OnFailure=), and exit")
 	show := flags.Bool("version", false, "print the version and exit")
 	flags.Usage = func() {
 		fmt.Fprintln(stderr, "usage: imdsgated [flags]\n\nThe gate in front of the instance metadata service. SIGHUP reads the configuration again.\n\nflags:")
@@ -73,6 +75,17 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	}
 
 	d := &daemon{path: *path, mode: mode}
+	if *ended || *failed {
+		err := d.givenUp
+		if *ended {
+			err = func() error { return d.afterwards(ctx, stdout) }
+		}
+		if err := err(); err != nil {
+			fmt.Fprintf(stderr, "imdsgated: clean up after a daemon that has ended: %v\n", err)
+			return exitFailed
+		}
+		return 0
+	}
 	c, p, err := d.load()
 	if err != nil {
 		fmt.Fprintf(stderr, "imdsgated: the configuration is refused:\n%v\n", err)

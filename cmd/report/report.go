@@ -20,6 +20,7 @@ type Status struct {
 	Decisions   Decisions   `json:"decisions"`
 	Policy      Policy      `json:"policy"`
 	Redirect    Redirect    `json:"redirect"`
+	SelfTest    SelfTest    `json:"self_test"`
 	Attribution Attribution `json:"attribution"`
 	Requests    Requests    `json:"requests"`
 	Events      Events      `json:"events"`
@@ -105,6 +106,14 @@ type Redirect struct {
 	Notes       []string `json:"notes,omitempty"`
 	Repairs     uint64   `json:"repairs"`
 	Error       string   `json:"error,omitempty"`
+}
+
+// SelfTest is what came of requests of the daemon's own to the metadata service, which
+// it answers itself.
+type SelfTest struct {
+	Passed  *time.Time `json:"passed,omitempty"`   // the last time; nil if none has yet
+	NoRoute string     `json:"no_route,omitempty"` // why there is none to make
+	Error   string     `json:"error,omitempty"`
 }
 
 // Attribution is what can be known about clients on this host.

@@ -356,7 +356,7 @@ func TestKilledInEnforce(t *testing.T) {
 	if out, code := h.imdsgate("status"); code != 3 || !strings.Contains(out, "not running") {
 		t.Errorf("status: %d, %s", code, out)
 	}
-	if out, code := h.imdsgate("redirect", "remove", "--unless-enforcing"); code != 0 || !strings.Contains(out, "kept") {
+	if out, code := h.ended(); code != 0 || !strings.Contains(out, "stays") {
 		t.Errorf("%d, %s", code, out)
 	}
 	old := h.Daemon
@@ -388,7 +388,7 @@ func TestKilledInAudit(t *testing.T) {
 	t.Parallel()
 	h := start(t, netlab.Options{}, "")
 	h.Kill()
-	if out, code := h.imdsgate("redirect", "remove", "--unless-enforcing"); code != 0 || out != "removed" {
+	if out, code := h.ended(); code != 0 || out != "the redirect is removed" {
 		t.Errorf("%d, %s", code, out)
 	}
 	if got := h.curl(client{}, instanceID); got != "200" {

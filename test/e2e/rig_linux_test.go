@@ -183,6 +183,12 @@ func (h *host) imdsgate(args ...string) (out string, code int) {
 	return h.run(client{args: append([]string{h.gate.Command, "--config", h.Config}, args...)})
 }
 
+// ended runs what the unit runs after a daemon.
+func (h *host) ended() (out string, code int) {
+	h.t.Helper()
+	return h.run(client{args: []string{h.gate.Daemon, "-config", h.Config, "-ended"}, env: []string{"SERVICE_RESULT=signal", "EXIT_CODE=killed", "EXIT_STATUS=KILL"}})
+}
+
 // decided waits for the record of a request.
 func (h *host) decided(path, name string) gate.Document {
 	h.t.Helper()

@@ -1,0 +1,153 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"sync"
+	"syscall"
+	"time"
+
+	sd "github.com/coreos/go-systemd/v22/daemon"
+	"github.com/imdsgate/imdsgate/cmd/report"
+	"github.com/imdsgate/imdsgate/event"
+	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/proxy"
+)
+
+const (
+	// testEvery is how long the way to the daemon can have been wrong before it is known,
+	// while nothing else tells. More often costs ten packets on loopback each time.
+	testEvery = 10 * time.Second
+	// testFirst is how often it is tried until it has worked once: at boot there is no
+	// route yet.
+	testFirst = time.Second
+)
+
+// health is what the self-tests have found.
+type health struct {
+	mu      sync.Mutex // guards the following
+	passed  time.Time  // the last time that each way to the daemon worked; zero before the first
+	noRoute string     // why nothing can be said yet, or any more
+	failure error      // why clients are not served as they should be
+}
+
+// keepHealth tests what clients need, and tells systemd that the daemon lives as long as
+// what answers them does (WatchdogSec= of systemd.service(5)). A redirect that is gone
+// or a route that is not there is no reason to end a daemon, which would change neither.
+func (d *daemon) keepHealth(ctx context.Context) {
+	every := testEvery
+	if within, err := sd.SdWatchdogEnabled(false); err == nil && within > 0 {
+		every = min(every, within/3)
+	}
+	for next := time.NewTimer(0); ; {
+		select {
+		case <-ctx.Done():
+			return
+		case <-next.C:
+		}
+		err := d.selfTest(ctx)
+		if ctx.Err() != nil || errors.Is(err, net.ErrClosed) { // it drains
+			return
+		}
+		if !errors.Is(err, proxy.ErrStuck) && !errors.Is(err, proxy.ErrUnanswered) {
+			sd.SdNotify(false, sd.SdNotifyWatchdog)
+		}
+		d.health.mu.Lock()
+		first := d.health.passed.IsZero()
+		d.health.mu.Unlock()
+		if first {
+			next.Reset(min(every, testFirst))
+		} else {
+			next.Reset(every)
+		}
+	}
+}
+
+// selfTest tests each way that the redirect takes, once, and tells what has changed.
+func (d *daemon) selfTest(ctx context.Context) error {
+	ways := d.tested()
+	var failed, unreachable error
+	passed := 0
+	for _, endpoint := range ways {
+		switch err := d.proxy.SelfTest(ctx, endpoint); {
+		case err == nil:
+			passed++
+		case withoutRoute(err):
+			unreachable = err
+		default:
+			failed = errors.Join(failed, err)
+		}
+	}
+	if passed == 0 && failed == nil {
+		failed = d.proxy.Turns(ctx) // of which no route says nothing
+	}
+	if ctx.Err() != nil || errors.Is(failed, net.ErrClosed) {
+		return failed
+	}
+	h := &d.health
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	was, first := h.failure, h.passed.IsZero()
+	h.failure, h.noRoute = failed, ""
+	switch {
+	case failed != nil:
+		if was == nil {
+			d.log.Error().Err(failed).Msg("clients are not served as they should be")
+			d.integrity("self-test-failed", "a request of our own to the metadata service did not come here, or got no answer", failed)
+		}
+	case passed == 0:
+		if h.noRoute = "the redirect takes none"; unreachable != nil {
+			h.noRoute = unreachable.Error()
+		}
+	default:
+		if first || was != nil {
+			d.log.Info().Int("ways", passed).Msg("a request of our own to the metadata service came here")
+			d.change(event.State{Action: "self-test-passed", Type: "info", Message: "a request of our own to the metadata service came here and was answered"}, nil)
+		}
+		h.passed = time.Now()
+	}
+	return failed
+}
+
+// tested are the endpoints that clients of this host reach through us.
+func (d *daemon) tested() (ways []netip.AddrPort) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.engine.Mode() == policy.Off {
+		return nil
+	}
+	for _, e := range d.rules.Endpoints {
+		if d.taken[e.Addr().Is4()] {
+			ways = append(ways, e)
+		}
+	}
+	return ways
+}
+
+// withoutRoute reports whether this host cannot send anything there: the packets did not
+// even get as far as the redirect.
+func withoutRoute(err error) bool {
+	for _, e := range []error{syscall.ENETUNREACH, syscall.EHOSTUNREACH, syscall.ENETDOWN, syscall.EADDRNOTAVAIL, syscall.EACCES, syscall.EINVAL} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+func (d *daemon) healthNow() report.SelfTest {
+	h := &d.health
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	r := report.SelfTest{NoRoute: h.noRoute}
+	if !h.passed.IsZero() {
+		passed := h.passed
+		r.Passed = &passed
+	}
+	if h.failure != nil {
+		r.Error = h.failure.Error()
+	}
+	return r
+}

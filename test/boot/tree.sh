@@ -1,0 +1,30 @@
+#!/bin/sh
+# tree.sh DIR: makes DIR/root, a small Debian 12 that boots, unless it is there already.
+# It is not changed by the tests: each machine has a layer of its own above it.
+set -eu
+dir=$1
+packages=systemd,systemd-sysv,dbus,iptables,iproute2,curl,python3,procps
+# What the tree was made of, so that a change here makes it anew.
+recipe="bookworm minbase $packages"
+
+if [ "$(cat "$dir/recipe" 2>/dev/null)" = "$recipe" ]; then
+	exit 0
+fi
+if [ "$(id -u)" != 0 ]; then
+	echo "making a Debian tree needs root" >&2
+	exit 1
+fi
+mkdir -p "$dir"
+rm -rf --one-file-system "$dir/root" "$dir/new" "$dir/recipe"
+# Without its own namespace a run that is killed would leave /proc mounted in the tree.
+unshare --mount --propagation=private -- \
+	debootstrap --variant=minbase --include="$packages" bookworm "$dir/new" >"$dir/debootstrap.log" 2>&1 || {
+	tail -20 "$dir/debootstrap.log" >&2
+	exit 1
+}
+rm -rf "$dir"/new/var/cache/apt/* "$dir"/new/var/lib/apt/lists/*
+# An image has neither: the first boot makes them (machine-id(5)).
+: >"$dir/new/etc/machine-id"
+rm -f "$dir/new/var/lib/dbus/machine-id"
+mv "$dir/new" "$dir/root"
+printf '%s\n' "$recipe" >"$dir/recipe"
