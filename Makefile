@@ -5,6 +5,7 @@
 # make bench-attribution  times the naming of a connection's owner, beside ss and lsof
 # make test-load  12,000 connections for two minutes, while the service fails
 # make test-clients  runs AWS's SDKs and others, unmodified, and writes docs/clients.md
+# make test-boot  boots a Debian with our units: starts, restarts, crashes, a full disk
 # make install  onto this host, make uninstall takes it off again
 
 GO := ./test/go.sh
@@ -17,7 +18,7 @@ export PATH := $(CURDIR)/bin/toolchain:$(PATH)
 DESTDIR :=
 PREFIX := /usr
 
-.PHONY: build demo test test-load test-clients bench bench-attribution deps lint unit race fuzz install uninstall clean
+.PHONY: build demo test test-boot test-load test-clients bench bench-attribution deps lint unit race fuzz boot install uninstall clean
 
 build: bin/toolchain/go
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/imdsgated ./cmd/imdsgate
@@ -46,7 +47,7 @@ test-clients: deps bin/toolchain/go
 	@mkdir -p docs
 	go run ./test/compat --doc docs/clients.md bin/clients
 
-test: deps build lint unit race fuzz
+test: deps build lint unit race fuzz boot
 
 lint: bin/toolchain/go
 	test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -d $$(git ls-files '*.go'); exit 1; }
@@ -61,7 +62,7 @@ lint: bin/toolchain/go
 # What fills the host with descriptors and connections comes last, and alone: at
 # the lower levels others' searches go through all of them.
 unit: bin/toolchain/go
-	go test -count=1 $$(go list ./... | grep -v -e /test/attacks$$ -e /test/load$$)
+	go test -count=1 $$(go list ./... | grep -v -e /test/attacks$$ -e /test/boot$$ -e /test/load$$)
 	go test -count=1 -p 1 ./test/attacks ./test/load
 	cd test/clients && go vet ./... && go build -o /dev/null ./...
 
@@ -72,6 +73,13 @@ race: bin/toolchain/go
 # Every parser, a few seconds each; go test -fuzz takes one target at a time.
 fuzz: bin/toolchain/go
 	./test/fuzz.sh 5s
+
+test-boot: deps boot
+
+# The tree is made once, in bin/boot: 300 MB, and some minutes.
+boot: bin/toolchain/go
+	./test/boot/tree.sh bin/boot
+	go test -count=1 -v -timeout 15m ./test/boot
 
 test-load: deps bin/toolchain/go
 	go test -count=1 -v ./test/load -args -for 2m -idle 10000

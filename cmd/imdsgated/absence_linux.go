@@ -41,7 +41,7 @@ type absence struct {
 const bySuccess = "success"
 
 func absenceFile(socket string) kept {
-	return kept{filepath.Join(filepath.Dir(socket), "absence.json")}
+	return kept{path: filepath.Join(filepath.Dir(socket), "absence.json")}
 }
 
 // bootTime is the time since the boot, with that in which the host was suspended.
@@ -103,72 +103,75 @@ func (d *daemon) returned() {
 
 // afterwards is what the unit runs, as root, when a daemon has ended, whatever ended it.
 // In audit mode nothing of ours may stand between a client and the service from then
-// on. In enforce mode the redirect stays.
-func (d *daemon) afterwards(ctx context.Context, stdout io.Writer) error {
+// on. In enforce mode the redirect stays. givenUp says that systemd will not start
+// another one, and has closed the ports: then it runs once more, since the first may have
+// been killed with the daemon.
+func (d *daemon) afterwards(ctx context.Context, stdout io.Writer, givenUp bool) error {
+	why := os.Getenv("SERVICE_RESULT")
+	switch status := os.Getenv("EXIT_STATUS"); {
+	case why == "":
+		why = "for a reason that is not known"
+	case why != bySuccess && status != "":
+		why += ", " + os.Getenv("EXIT_CODE") + " " + status
+	}
 	enforcing, err := iptables.Enforcing(ctx)
 	if err != nil {
 		return err
 	}
 	removed := false
-	if !enforcing {
-		if removed, err = iptables.Remove(ctx); err != nil {
-			return err
-		}
-	}
-	why := os.Getenv("SERVICE_RESULT")
-	if status := os.Getenv("EXIT_STATUS"); why != bySuccess && status != "" {
-		why += ", " + os.Getenv("EXIT_CODE") + " " + status
-	}
-	now := bootTime()
-	err = d.amend(func(a *absence, there bool) bool {
-		if !there {
-			// A daemon in mode off had nothing to take away, and is not missed.
-			if why == bySuccess && !removed && !enforcing {
-				return false
-			}
-			*a = absence{Since: now, Open: !enforcing, Why: why}
-		}
-		if a.Why == bySuccess {
-			a.Why = why
-		}
-		a.Ends++
-		return true
-	})
 	switch {
 	case enforcing:
 		fmt.Fprintln(stdout, "the redirect stays: its rules are those of enforce mode")
-	case removed:
-		fmt.Fprintln(stdout, "the redirect is removed")
-	}
-	return err
-}
-
-// givenUp is what systemd runs when it will not start the daemon again, and has given
-// up its ports: who is led to them is refused from now on.
-func (d *daemon) givenUp() error {
-	return d.amend(func(a *absence, there bool) bool {
-		if !there || a.Open || a.Refused != 0 {
-			return false
+	case givenUp || why == bySuccess:
+		if removed, err = iptables.Remove(ctx); err != nil {
+			return err
 		}
-		a.Refused = bootTime()
-		return true
-	})
+		fmt.Fprintln(stdout, "the redirect is removed")
+	default:
+		// Who waits for the next daemon in the backlog of the ports would be reset if all
+		// of it went.
+		if err := iptables.Release(ctx); err != nil {
+			return err
+		}
+		fmt.Fprintln(stdout, "the redirect is released: new connections reach the service itself")
+	}
+	// A daemon in mode off had nothing to take away, and is not missed.
+	missed := why != bySuccess || removed || enforcing
+	if err := d.amend(enforcing, missed, why, givenUp); err != nil { // which is no reason for the unit to fail
+		fmt.Fprintf(stdout, "how long there is no daemon will not be known: %v\n", err)
+	}
+	return nil
 }
 
-// amend changes what is remembered, if the function says so.
-func (d *daemon) amend(change func(a *absence, there bool) bool) error {
+// amend remembers the end of a daemon.
+func (d *daemon) amend(enforcing, missed bool, why string, givenUp bool) error {
 	socket := control.DefaultSocket
 	if c, err := config.Load(d.path); err == nil { // or else it may be why the daemon has ended
 		socket = c.Control.Socket
 	}
 	file := absenceFile(socket)
-	var a absence
-	err := file.read(&a)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
+	var dir unix.Stat_t
+	if err := unix.Stat(filepath.Dir(file.path), &dir); err == nil {
+		file.owner = dir.Uid // the daemon's, who could replace what is in there
 	}
-	if !change(&a, err == nil) {
+	var a absence
+	switch err := file.read(&a); {
+	case err == nil:
+	case !errors.Is(err, fs.ErrNotExist):
+		return err
+	case !missed:
 		return nil
+	default:
+		a = absence{Since: bootTime(), Open: !enforcing, Why: why}
+	}
+	switch {
+	case !givenUp:
+		a.Ends++
+		if a.Why == bySuccess {
+			a.Why = why
+		}
+	case !a.Open && a.Refused == 0:
+		a.Refused = bootTime()
 	}
 	return file.write(a)
 }

@@ -132,11 +132,12 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	told := ctx // to end
 	ctx, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
-	serving, err := d.listen(ctx, fail, rules, inherited)
+	listeners, err := d.listen(ctx, rules, inherited)
 	if err != nil {
 		return err
 	}
 	defer d.remove()
+	var serving sync.WaitGroup
 	defer func() {
 		// Who says it a second time will not wait for answers.
 		drain, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -149,7 +150,18 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 
 	defer d.release() // also when start fails half-way
 	if err := d.start(ctx); err != nil {
+		closeAll(listeners)
 		return err
+	}
+	// Not before the rules exempt us: those that enforce mode has left are about the
+	// cgroup of the daemon before, and lead our own connections back to us.
+	for _, ln := range listeners {
+		serving.Go(func() {
+			addr := ln.Addr().(*net.TCPAddr).AddrPort()
+			if err := d.proxy.Serve(ln, !addr.Addr().Unmap().IsLoopback()); err != nil {
+				fail(fmt.Errorf("serve a port: %w", err))
+			}
+		})
 	}
 	close(d.started)
 	var background sync.WaitGroup
@@ -294,40 +306,36 @@ func ownCgroup() string {
 	return ""
 }
 
-// listen serves the ports: those that systemd holds for us, or our own. fail is told
-// when one cannot be served any more: the redirect would lead to nothing.
-func (d *daemon) listen(ctx context.Context, fail context.CancelCauseFunc, rules iptables.Config, inherited []net.Listener) (*sync.WaitGroup, error) {
-	listeners := inherited
-	if len(inherited) == 0 {
-		if err := d.redirect.EnsureLink(); err != nil {
-			return nil, err
-		}
-		for _, addr := range ports(rules) {
-			ln, err := proxy.Listen(ctx, addr)
-			// The kernel has no IPv6, or an old one has it off: see proxy.Listen.
-			if addr.Addr().Is6() && (errors.Is(err, syscall.EAFNOSUPPORT) || errors.Is(err, syscall.EADDRNOTAVAIL)) {
-				d.log.Info().Stringer("address", addr).Msg("this host has no IPv6")
-				continue
-			}
-			if err != nil {
-				for _, ln := range listeners {
-					ln.Close()
-				}
-				return nil, fmt.Errorf("listen on %v, where the redirect leads: %w; is another daemon running?", addr, err)
-			}
-			listeners = append(listeners, ln)
-		}
+// listen opens the ports, unless systemd holds them for us. Connections wait there until
+// they are served.
+func (d *daemon) listen(ctx context.Context, rules iptables.Config, inherited []net.Listener) ([]net.Listener, error) {
+	if len(inherited) > 0 {
+		return inherited, nil
 	}
-	serving := new(sync.WaitGroup)
+	if err := d.redirect.EnsureLink(); err != nil {
+		return nil, err
+	}
+	var listeners []net.Listener
+	for _, addr := range ports(rules) {
+		ln, err := proxy.Listen(ctx, addr)
+		// The kernel has no IPv6, or an old one has it off: see proxy.Listen.
+		if addr.Addr().Is6() && (errors.Is(err, syscall.EAFNOSUPPORT) || errors.Is(err, syscall.EADDRNOTAVAIL)) {
+			d.log.Info().Stringer("address", addr).Msg("this host has no IPv6")
+			continue
+		}
+		if err != nil {
+			closeAll(listeners)
+			return nil, fmt.Errorf("listen on %v, where the redirect leads: %w; is another daemon running?", addr, err)
+		}
+		listeners = append(listeners, ln)
+	}
+	return listeners, nil
+}
+
+func closeAll(listeners []net.Listener) {
 	for _, ln := range listeners {
-		serving.Go(func() {
-			addr := ln.Addr().(*net.TCPAddr).AddrPort()
-			if err := d.proxy.Serve(ln, !addr.Addr().Unmap().IsLoopback()); err != nil {
-				fail(fmt.Errorf("serve a port: %w", err))
-			}
-		})
+		ln.Close()
 	}
-	return serving, nil
 }
 
 // ports are where the redirect leads.

@@ -44,7 +44,7 @@ func (d *daemon) recallDecisions(dir string) {
 	ds := &d.decisions
 	ds.mu.Lock()
 	defer ds.mu.Unlock()
-	ds.file = kept{filepath.Join(dir, "decisions.json")}
+	ds.file = kept{path: filepath.Join(dir, "decisions.json")}
 	ds.ends = map[string]time.Time{}
 	var f decisionsFile
 	err := ds.file.read(&f)

@@ -15,7 +15,11 @@ import (
 // kept is a small file with what the daemon must know after a restart, as JSON. It is
 // replaced whole, so that a crash leaves the old one or the new one. Its methods are not
 // called at the same time.
-type kept struct{ path string }
+type kept struct {
+	path string
+	// owner may have written it, too, beside root and who reads it.
+	owner uint32
+}
 
 // maxKept bounds what a file may make us read: far more than as many decisions as there
 // may be.
@@ -54,7 +58,7 @@ func (k kept) decode(v any) error {
 	switch {
 	case st.Mode&unix.S_IFMT != unix.S_IFREG:
 		return fmt.Errorf("read %s: it is no regular file", k.path)
-	case st.Uid != 0 && st.Uid != uint32(os.Geteuid()), st.Mode&0o022 != 0:
+	case st.Uid != 0 && st.Uid != uint32(os.Geteuid()) && st.Uid != k.owner, st.Mode&0o022 != 0:
 		return fmt.Errorf("read %s: others may have written it (uid %d, mode %04o)", k.path, st.Uid, st.Mode&0o7777)
 	case st.Size > maxKept:
 		return fmt.Errorf("read %s: it has %d bytes, more than %d", k.path, st.Size, maxKept)

@@ -20,7 +20,7 @@ import (
 )
 
 func TestKept(t *testing.T) {
-	k := kept{filepath.Join(t.TempDir(), "state", "x.json")}
+	k := kept{path: filepath.Join(t.TempDir(), "state", "x.json")}
 	var got map[string]int
 	if err := k.read(&got); !errors.Is(err, fs.ErrNotExist) {
 		t.Fatal(err)
@@ -122,7 +122,7 @@ func TestRecallMode(t *testing.T) {
 		{"another configuration, and a time", policy.Enforce, set(policy.Off, policy.Audit, -time.Minute, time.Minute), policy.Off},
 	} {
 		dir := t.TempDir()
-		if err := (kept{filepath.Join(dir, "mode.json")}).write(c.set); err != nil {
+		if err := (kept{path: filepath.Join(dir, "mode.json")}).write(c.set); err != nil {
 			t.Fatal(err)
 		}
 		d := recalling(t, dir, c.configured)
@@ -157,7 +157,7 @@ func TestRecallDecisions(t *testing.T) {
 		return fmt.Sprint(all)
 	}
 	dir := t.TempDir()
-	file := kept{filepath.Join(dir, "decisions.json")}
+	file := kept{path: filepath.Join(dir, "decisions.json")}
 	if err := file.write(decisionsFile{[]policy.Decision{
 		one("over", policy.Allows, -time.Hour, -time.Minute), one("now", policy.Allows, -time.Minute, time.Hour), one("ahead", policy.Denies, time.Minute, time.Hour),
 	}}); err != nil {

@@ -53,7 +53,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	})
 	check := flags.Bool("check", false, "read the configuration and the rules, say what is wrong, and exit")
 	ended := flags.Bool("ended", false, "clean up after a daemon that has ended, as its mode asks for (ExecStopPost=), and exit")
-	failed := flags.Bool("failed", false, "remember that no daemon will be started any more (OnFailure=), and exit")
+	failed := flags.Bool("failed", false, "likewise, when no daemon will be started any more (OnFailure=), and exit")
 	show := flags.Bool("version", false, "print the version and exit")
 	flags.Usage = func() {
 		fmt.Fprintln(stderr, "usage: imdsgated [flags]\n\nThe gate in front of the instance metadata service. SIGHUP reads the configuration again.\n\nflags:")
@@ -76,11 +76,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 
 	d := &daemon{path: *path, mode: mode}
 	if *ended || *failed {
-		err := d.givenUp
-		if *ended {
-			err = func() error { return d.afterwards(ctx, stdout) }
-		}
-		if err := err(); err != nil {
+		if err := d.afterwards(ctx, stdout, *failed); err != nil {
 			fmt.Fprintf(stderr, "imdsgated: clean up after a daemon that has ended: %v\n", err)
 			return exitFailed
 		}

@@ -59,7 +59,7 @@ type watching struct {
 // difference yet but to the engine.
 func (d *daemon) recallMode(dir string) {
 	m := &d.modes
-	m.file = kept{filepath.Join(dir, "mode.json")}
+	m.file = kept{path: filepath.Join(dir, "mode.json")}
 	m.since, m.configured = d.since, d.engine.Mode()
 	set := new(report.SetMode)
 	switch err := m.file.read(set); {

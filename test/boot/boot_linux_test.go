@@ -1,8 +1,17 @@
 package boot
 
 import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
+
+	"github.com/imdsgate/imdsgate/proxy/imds/imdstest"
+	"github.com/imdsgate/imdsgate/test/lab/netlab"
 )
 
 const (
@@ -41,5 +50,369 @@ func TestFirstBoot(t *testing.T) {
 			t.Errorf("%s: a thief got %s", mode, got)
 		}
 		t.Logf("%s", m.do("imdsgate", "status"))
+	}
+}
+
+// At boot there is no route yet: the daemon is ready all the same, and tells when the
+// first request of its own has come through.
+func TestSelfTestAfterRoute(t *testing.T) {
+	m := boot(t, settings{config: "mode: enforce\n", files: map[string]string{
+		"/etc/systemd/system/no-route.service": "[Unit]\nDefaultDependencies=no\nBefore=imdsgated.service\n[Service]\nType=oneshot\n" +
+			"ExecStart=ip route replace unreachable 169.254.169.254\nExecStart=ip -6 route replace unreachable fd00:ec2::254\nRemainAfterExit=yes\n",
+		"/etc/systemd/system/imdsgated.service.d/route.conf":      "[Unit]\nWants=no-route.service\n",
+		"/etc/systemd/system/amazon-ssm-agent.service.d/not.conf": "[Unit]\nConditionPathExists=/nowhere\n",
+		"/etc/systemd/system/cloud-init-local.service.d/not.conf": "[Unit]\nConditionPathExists=/nowhere\n",
+	}})
+	if out := m.do("imdsgate", "status"); !strings.Contains(out, "not possible") {
+		t.Errorf("without a route:\n%s", out)
+	}
+	if n := m.count("self-test-passed") + m.count("self-test-failed"); n != 0 {
+		t.Errorf("%d self-tests were told of without a route", n)
+	}
+	time.Sleep(2 * testFirst)
+	m.do("ip", "route", "del", "unreachable", "169.254.169.254")
+	added := time.Now()
+	m.event("self-test-passed")
+	t.Logf("told %v after the route was there", time.Since(added).Round(time.Millisecond))
+	if m.count("self-test-failed") != 0 || m.daemon() == 0 || m.property("imdsgated.service", "NRestarts") != "0" {
+		t.Error("the daemon did not wait for the route")
+	}
+}
+
+// testFirst is how often the daemon tries until it has worked once.
+const testFirst = time.Second
+
+// A restart under load refuses nobody, and nobody else gets the ports meanwhile.
+func TestRestart(t *testing.T) {
+	for _, mode := range []string{"audit", "enforce"} {
+		m := boot(t, settings{config: config(mode)})
+		load := m.load(7*time.Second, "-bind")
+		time.Sleep(time.Second)
+		var windows []string
+		for range 2 {
+			m.do("systemctl", "restart", "imdsgated.service")
+			time.Sleep(2 * time.Second)
+		}
+		o := load()
+		if o.Requests < 250 || o.Failed != 0 || o.Taken != 0 {
+			t.Errorf("%s: %+v", mode, o)
+		}
+		action := map[string]string{"audit": "requests-unguarded", "enforce": "requests-held"}[mode]
+		for _, d := range m.documents() {
+			if d.At("event.action") == action {
+				if d.At("data_stream.dataset") != "imdsgate.lifecycle" || lasted(d) <= 0 || lasted(d) > 5*time.Second {
+					t.Errorf("%s: %v", mode, d)
+				}
+				windows = append(windows, lasted(d).Round(time.Millisecond).String())
+			}
+		}
+		if len(windows) != 2 {
+			t.Errorf("%s: the events of 2 restarts have the lengths %v", mode, windows)
+		}
+		t.Logf("%s: %d requests, %d failed, the slowest took %v; %s: %v", mode, o.Requests, o.Failed, o.Slowest.Round(time.Millisecond), action, windows)
+	}
+}
+
+// inHand is how many requests a daemon that is killed may have in its hands at 50 a
+// second: the kernel resets those.
+const inHand = 2
+
+// A daemon that is killed: audit leads clients to the service itself, enforce has them
+// wait in the backlog until the next one is there.
+func TestKilled(t *testing.T) {
+	for _, mode := range []string{"audit", "enforce"} {
+		m := boot(t, settings{config: config(mode)})
+		load := m.load(6*time.Second, "-bind")
+		time.Sleep(time.Second)
+		old := m.daemon()
+		killed := time.Now()
+		m.signal(syscall.SIGKILL)
+		gone := time.Duration(0)
+		if mode == "audit" {
+			m.await("the redirect to go", func() bool { return !m.redirected() })
+			gone = time.Since(killed)
+		} else if !m.redirected() {
+			t.Error("in enforce mode the redirect is gone")
+		}
+		m.guarded(old)
+		back := time.Since(killed)
+		o := load()
+		if o.Requests < 200 || o.Failed > inHand || o.Taken != 0 {
+			t.Errorf("%s: %+v", mode, o)
+		}
+		if !m.redirected() {
+			t.Errorf("%s: the next daemon has no redirect", mode)
+		}
+		action := map[string]string{"audit": "requests-unguarded", "enforce": "requests-held"}[mode]
+		d := m.event(action)
+		if window := lasted(d); window <= 0 || window > back || back-window > time.Second {
+			t.Errorf("%s: the event says %v, and there was no daemon for %v", mode, window, back)
+		}
+		if d.At("data_stream.dataset") != "imdsgate.integrity" || d.At("event.kind") != "alert" || !strings.Contains(d.At("message").(string), "KILL") {
+			t.Errorf("%s: %v", mode, d)
+		}
+		t.Logf("%s: redirect gone after %v, next daemon after %v, %s for %v; %d requests, %d failed, the slowest took %v",
+			mode, gone.Round(time.Millisecond), back.Round(time.Millisecond), action, lasted(d).Round(time.Millisecond), o.Requests, o.Failed, o.Slowest.Round(time.Millisecond))
+	}
+}
+
+// A daemon that crashes again and again is not started for ever. In enforce mode its
+// ports are given up, so that clients are refused at once, until somebody starts it.
+func TestCrashLoop(t *testing.T) {
+	for _, mode := range []string{"audit", "enforce"} {
+		m := boot(t, settings{config: config(mode)})
+		began := time.Now()
+		for m.property("imdsgated.service", "ActiveState") != "failed" {
+			if m.daemon() != 0 {
+				m.signal(syscall.SIGKILL)
+			}
+			if time.Since(began) > 40*time.Second {
+				t.Fatalf("%s: it is started for ever", mode)
+			}
+			time.Sleep(50 * time.Millisecond)
+		}
+		t.Logf("%s: given up after %v", mode, time.Since(began).Round(time.Millisecond))
+		m.refusedOrOpen(mode)
+		time.Sleep(time.Second)
+		m.do("systemctl", "reset-failed", "imdsgated.service", "imdsgated.socket")
+		m.do("systemctl", "start", "imdsgated.service")
+		if got := m.property("imdsgated.socket", "ActiveState"); got != "active" {
+			t.Errorf("%s: the socket unit is %s", mode, got)
+		}
+		d := m.event(map[string]string{"audit": "requests-unguarded", "enforce": "requests-refused"}[mode])
+		if lasted(d) < time.Second || !strings.Contains(d.At("message").(string), "times in all") {
+			t.Errorf("%s: %v", mode, d)
+		}
+		t.Logf("%s: %s", mode, d.At("message"))
+		if o := m.load(0)(); o.Failed != 0 {
+			t.Errorf("%s: afterwards: %+v", mode, o)
+		}
+	}
+}
+
+// refusedOrOpen is what a unit that has failed means in each mode.
+func (m *machine) refusedOrOpen(mode string) {
+	m.t.Helper()
+	m.await("the ports to be given up", func() bool { return m.property("imdsgated.socket", "ActiveState") != "active" })
+	if m.redirected() != (mode == "enforce") {
+		m.t.Errorf("%s: the redirect is there: %v", mode, m.redirected())
+	}
+	if mode == "audit" {
+		m.await("the rules to go", func() bool { return !strings.Contains(m.do("iptables-save"), "IMDSGATE") })
+	}
+	o := m.load(0)()
+	switch {
+	case mode == "audit" && o.Failed != 0:
+		m.t.Errorf("audit: %+v", o)
+	case mode == "enforce" && (o.Failed != 1 || !strings.Contains(o.Error, "refused") || o.Slowest > time.Second):
+		m.t.Errorf("enforce: %+v", o)
+	}
+	m.t.Logf("%s: with the unit failed a request took %v: %s", mode, o.Slowest.Round(time.Microsecond), o.Error)
+}
+
+// A configuration that is refused is not tried again, and what the host lacks is said.
+func TestDoesNotStart(t *testing.T) {
+	for name, c := range map[string]struct{ config, says string }{
+		"a level that is not there": {"mode: enforce\nattribution:\n  require_level: L2\n", "attribution.require_level is L2 and this host has L0"},
+		"a key that is unknown":     {"mod: enforce\n", "mod: enforce"},
+	} {
+		m := boot(t, settings{config: c.config})
+		m.await("the unit to fail", func() bool { return m.property("imdsgated.service", "ActiveState") == "failed" })
+		if got := m.property("imdsgated.service", "ExecMainStatus"); got != "78" {
+			t.Errorf("%s: exit %s", name, got)
+		}
+		if n := m.property("imdsgated.service", "NRestarts"); n != "0" {
+			t.Errorf("%s: it was started %s times more", name, n)
+		}
+		if log := m.do("journalctl", "--no-pager", "-u", "imdsgated.service"); !strings.Contains(log, c.says) {
+			t.Errorf("%s: the journal says\n%s", name, log)
+		}
+		m.await("the ports to be given up", func() bool { return m.property("imdsgated.socket", "ActiveState") != "active" })
+		// Nothing of ours has been in the way in this boot.
+		if o := m.load(0)(); o.Failed != 0 {
+			t.Errorf("%s: %+v", name, o)
+		}
+	}
+}
+
+// A daemon that hangs is killed and replaced, and who waited for it is served.
+func TestHung(t *testing.T) {
+	m := boot(t, settings{config: config("enforce"), files: map[string]string{
+		"/etc/systemd/system/imdsgated.service.d/soon.conf": "[Service]\nWatchdogSec=4\nTimeoutAbortSec=1\n",
+	}})
+	m.event("self-test-passed")
+	time.Sleep(5 * time.Second)
+	if m.property("imdsgated.service", "NRestarts") != "0" {
+		t.Error("a daemon that works was replaced")
+	}
+	old := m.daemon()
+	hung := time.Now()
+	m.signal(syscall.SIGSTOP)
+	load := m.load(time.Second)
+	m.guarded(old)
+	t.Logf("replaced %v after it had stopped (WatchdogSec=4)", time.Since(hung).Round(time.Millisecond))
+	if o := load(); o.Failed != 0 {
+		t.Errorf("%+v", o)
+	} else {
+		t.Logf("%d requests of meanwhile were served, the slowest after %v", o.Requests, o.Slowest.Round(time.Millisecond))
+	}
+	if d := m.event("requests-held"); !strings.Contains(d.At("message").(string), "watchdog") {
+		t.Errorf("%v", d)
+	}
+}
+
+// What is under way when the daemon is stopped comes to its end, and a reload takes the
+// new configuration or says what is wrong with it.
+func TestDrainAndReload(t *testing.T) {
+	slow := &imdstest.Config{Fault: func(r *imdstest.Request) imdstest.Fault {
+		if strings.HasSuffix(r.Target, "/ami-id") {
+			return imdstest.Fault{Delay: 2 * time.Second}
+		}
+		return imdstest.Fault{}
+	}}
+	m := boot(t, settings{config: config("enforce"), lab: netlab.Options{IMDS: slow}})
+	pid := m.daemon()
+	edit := func(text string) {
+		if err := os.WriteFile(fmt.Sprintf("/proc/%d/root/etc/imdsgate/config.yaml", m.leader), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	edit(config("enforce") + "posture: strict\n")
+	m.do("systemctl", "reload", "imdsgated.service")
+	if out := m.do("imdsgate", "status"); !strings.Contains(out, "posture strict") {
+		t.Errorf("after the reload:\n%s", out)
+	}
+	edit("mod: audit\n")
+	if out, code := m.try("systemctl", "reload", "imdsgated.service"); code == 0 {
+		t.Errorf("a wrong configuration is taken: %s", out)
+	}
+	edit(config("enforce"))
+	if out := m.do("imdsgate", "status"); !strings.Contains(out, "enforce, posture strict") || m.daemon() != pid {
+		t.Errorf("after a wrong one:\n%s", out)
+	}
+	m.do("systemctl", "reload", "imdsgated.service")
+
+	load := m.load(0, "-path", "/latest/meta-data/ami-id")
+	m.await("the request to reach the service", func() bool {
+		return slices.ContainsFunc(m.IMDS.Transcript().Connections, func(c imdstest.Connection) bool {
+			return strings.Contains(string(c.Received()), "/ami-id")
+		})
+	})
+	begin := time.Now()
+	m.do("systemctl", "restart", "imdsgated.service")
+	o := load()
+	if o.Failed != 0 || o.Slowest < 2*time.Second {
+		t.Errorf("%+v", o)
+	}
+	t.Logf("a restart during an answer took %v, and the answer came after %v", time.Since(begin).Round(time.Millisecond), o.Slowest.Round(time.Millisecond))
+}
+
+// A reboot begins guarded, in the mode that an operator has set for a time, and its
+// first start is no absence.
+func TestReboot(t *testing.T) {
+	s := settings{config: config("audit")}
+	m := boot(t, s)
+	m.do("imdsgate", "mode", "set", "enforce", "--for", "1h", "--reason", "before a reboot")
+	m.do("systemctl", "reboot", "--no-block")
+	select {
+	case <-m.done:
+	case <-time.After(30 * time.Second):
+		t.Fatal("the machine does not go off")
+	}
+	m.off()
+	for _, how := range []string{"reboot", "power cut"} {
+		m.on(s)
+		var now struct{ Mode, Configured string }
+		if err := json.Unmarshal([]byte(m.do("imdsgate", "mode", "--json")), &now); err != nil || now.Mode != "enforce" || now.Configured != "audit" {
+			t.Errorf("after a %s: %+v, %v", how, now, err)
+		}
+		if !m.redirected() || m.property("amazon-ssm-agent.service", "Result") != "success" {
+			t.Errorf("after a %s: redirect %v, agent %s", how, m.redirected(), m.property("amazon-ssm-agent.service", "Result"))
+		}
+		if got := m.curl("nobody", role); got != "403" {
+			t.Errorf("after a %s a thief got %s", how, got)
+		}
+		for _, action := range []string{"requests-unguarded", "requests-held", "requests-refused"} {
+			if n := m.count(action); n != 0 {
+				t.Errorf("after a %s: %d events %s", how, n, action)
+			}
+		}
+		t.Logf("%s: ready %v after systemd's start of the daemon", how,
+			m.monotonic("imdsgated.service", "ActiveEnterTimestamp")-m.monotonic("imdsgated.service", "ExecMainStartTimestamp"))
+		m.off() // without a word
+	}
+}
+
+// A disk that is full costs events, and no request.
+func TestDiskFull(t *testing.T) {
+	m := boot(t, settings{config: config("enforce"), files: map[string]string{
+		"/etc/systemd/system/var-log-imdsgate.mount":        "[Unit]\nDefaultDependencies=no\nBefore=local-fs.target\n[Mount]\nWhat=tmpfs\nWhere=/var/log/imdsgate\nType=tmpfs\nOptions=size=512k\n",
+		"/etc/systemd/system/imdsgated.service.d/disk.conf": "[Unit]\nRequires=var-log-imdsgate.mount\nAfter=var-log-imdsgate.mount\n",
+	}})
+	load := m.load(10*time.Second, "-rate", "100")
+	o := load()
+	if o.Requests < 700 || o.Failed != 0 {
+		t.Errorf("%+v", o)
+	}
+	var status struct {
+		Events struct{ Written, Dropped, Failed, Removed uint64 }
+	}
+	if err := json.Unmarshal([]byte(m.do("imdsgate", "status", "--json")), &status); err != nil || status.Events.Removed+status.Events.Failed == 0 {
+		t.Errorf("the disk was not full: %+v, %v", status, err)
+	}
+	if got := m.curl("nobody", role); got != "403" {
+		t.Errorf("a thief got %s", got)
+	}
+	if m.property("imdsgated.service", "NRestarts") != "0" {
+		t.Error("the daemon was restarted")
+	}
+	t.Logf("%d requests, %d failed; events: %+v", o.Requests, o.Failed, status.Events)
+}
+
+// The kernel kills a daemon that may have no more memory. That is a death like others.
+func TestOutOfMemory(t *testing.T) {
+	m := boot(t, settings{config: config("enforce")})
+	old := m.daemon()
+	limit(t, old)
+	load := m.load(6 * time.Second)
+	took := m.guarded(old)
+	if o := load(); o.Failed > inHand {
+		t.Errorf("%+v", o)
+	}
+	d := m.event("requests-held")
+	if message := d.At("message").(string); !strings.Contains(message, "KILL") && !strings.Contains(message, "oom") {
+		t.Errorf("%v", d)
+	}
+	t.Logf("replaced after %v: %s", took.Round(time.Millisecond), d.At("message"))
+}
+
+// limit takes the memory from a process: the next page that it wants has the kernel kill
+// it. Its cgroup of systemd's is left alone, since that has no memory controller where
+// the host mounts cgroup v1.
+func limit(t *testing.T, pid int) {
+	t.Helper()
+	name := fmt.Sprintf("imdsgate-boot-%d", pid)
+	root, max := "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
+	if _, err := os.Stat(root); err != nil {
+		t.Fatalf("the memory controller of cgroup v1 is what this test knows: %v", err)
+	}
+	dir := root + "/" + name
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { // what the dead have left is the parent's
+		for end := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+			if err := os.Remove(dir); err == nil || time.Now().After(end) {
+				if err != nil {
+					t.Error(err)
+				}
+				return
+			}
+		}
+	})
+	for _, w := range [][2]string{{max, "65536"}, {"cgroup.procs", fmt.Sprint(pid)}} {
+		if err := os.WriteFile(dir+"/"+w[0], []byte(w[1]), 0); err != nil {
+			t.Fatal(err)
+		}
 	}
 }

@@ -61,7 +61,7 @@ func TestInstallAndUninstall(t *testing.T) {
 	installed := files(t, dest)
 	for _, want := range []string{
 		"/usr/sbin/imdsgated", "/usr/bin/imdsgate", "/etc/imdsgate/config.yaml",
-		"/usr/lib/systemd/system/imdsgated.service", "/usr/lib/systemd/system/imdsgated.socket", "/usr/lib/tmpfiles.d/imdsgate.conf",
+		"/usr/lib/systemd/system/imdsgated.service", "/usr/lib/systemd/system/imdsgated.socket", "/usr/lib/systemd/system/imdsgated-failed.service", "/usr/lib/tmpfiles.d/imdsgate.conf",
 		"/usr/lib/imdsgate/profiles/amazon-ssm-agent.yaml", "/usr/lib/imdsgate/profiles/cloud-init.yaml", "/usr/lib/imdsgate/profiles/cloud-init_test.yaml",
 		"/usr/share/bash-completion/completions/imdsgate", "/usr/share/zsh/site-functions/_imdsgate", "/usr/share/fish/vendor_completions.d/imdsgate.fish",
 		"/usr/share/man/man1/imdsgate.1", "/usr/share/man/man1/imdsgate-test.1", "/usr/share/man/man1/imdsgate-profiles-list.1",

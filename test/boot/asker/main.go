@@ -59,7 +59,7 @@ func main() {
 					if err == nil {
 						ln.Close()
 						o.Taken++
-					} else if !errors.Is(err, syscall.EADDRINUSE) {
+					} else if !errors.Is(err, syscall.EADDRINUSE) && !errors.Is(err, syscall.EADDRNOTAVAIL) {
 						fmt.Fprintln(os.Stderr, err)
 						os.Exit(2)
 					}
