@@ -76,27 +76,33 @@ func (d *daemon) returned() {
 		d.log.Warn().Err(err).Msg("how long the guard was gone is not known")
 		return
 	}
-	action, message := "requests-held", ""
-	switch lasted := (now - a.Since).Round(time.Millisecond); {
+	lasted := now - a.Since
+	switch {
 	case a.Open:
-		action, message = "requests-unguarded", fmt.Sprintf("for %v requests reached the metadata service unguarded: the redirect was removed", lasted)
+		d.absent("requests-unguarded", fmt.Sprintf("for %v requests reached the metadata service unguarded: the redirect was removed", short(lasted)), a, lasted)
 	case a.Refused != 0:
-		action = "requests-refused"
-		message = fmt.Sprintf("for %v requests were refused, after they had waited for %v: the redirect stayed, as enforce mode asks for",
-			(now - a.Refused).Round(time.Millisecond), (a.Refused - a.Since).Round(time.Millisecond))
+		d.absent("requests-refused", fmt.Sprintf("for %v requests were refused, after they had waited for %v: the redirect stayed, as enforce mode asks for",
+			short(now-a.Refused), short(a.Refused-a.Since)), a, lasted)
 	default:
-		message = fmt.Sprintf("for %v requests waited for the daemon: the redirect stayed, as enforce mode asks for", lasted)
+		d.absent("requests-held", fmt.Sprintf("for %v requests waited for the daemon: the redirect stayed, as enforce mode asks for", short(lasted)), a, lasted)
 	}
+}
+
+func short(d time.Duration) time.Duration { return d.Round(time.Millisecond) }
+
+// absent records a time without a guard. Unless somebody has stopped the daemon as it
+// should be, that is a finding.
+func (d *daemon) absent(action, message string, a absence, lasted time.Duration) {
 	message += fmt.Sprintf("; the daemon had ended (%s)", a.Why)
 	if a.Ends > 1 {
 		message += fmt.Sprintf(", and %d times in all", a.Ends)
 	}
-	d.log.Warn().Dur("lasted", now-a.Since).Str("why", a.Why).Msg(message)
-	ev := &event.Event{Kind: event.Lifecycle, Host: d.host, Time: time.Now(), Duration: now - a.Since, State: event.State{
+	d.log.Warn().Dur("lasted", lasted).Str("why", a.Why).Msg(message)
+	ev := &event.Event{Kind: event.Lifecycle, Host: d.host, Time: time.Now(), Duration: lasted, State: event.State{
 		Action: action, Type: "info", Message: message, Mode: d.engine.Mode().String(), Level: d.levelNow(),
 	}}
 	if a.Why != bySuccess {
-		ev.Kind = event.Integrity // somebody may have done it
+		ev.Kind = event.Integrity
 	}
 	d.spool.Record(ev)
 }
