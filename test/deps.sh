@@ -61,9 +61,9 @@ elif command -v dnf >/dev/null 2>&1; then
 		packages="$packages $package"
 	done
 	# Where there is no ShellCheck and no busybox, no test is skipped without them; without
-	# fish that of its completions is.
+	# fish that of its completions is, and without debootstrap there is no make test-boot.
 	for package in $packages; do
-		dnf install -y -q "$package" || [ "$package" = ShellCheck ] || [ "$package" = busybox ] || [ "$package" = fish ]
+		dnf install -y -q "$package" || [ "$package" = ShellCheck ] || [ "$package" = busybox ] || [ "$package" = fish ] || [ "$package" = debootstrap ]
 	done
 else
 	echo "missing:$missing; install them, this host has neither apt-get nor dnf" >&2

@@ -57,6 +57,7 @@ type daemon struct {
 	redirect  *iptables.Redirect
 	proxy     *proxy.Proxy
 	health    health
+	guards    bool // since start; guarded by modes.changing
 
 	mu      sync.Mutex    // guards the following
 	failure string        // why the redirect is not installed
@@ -366,19 +367,37 @@ func (d *daemon) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	differences, err := d.redirect.Verify(ctx)
-	if err != nil {
-		return fmt.Errorf("verify the redirect: %w", err)
-	}
-	if len(differences) > 0 {
-		return fmt.Errorf("the redirect is not as it was installed a moment ago: %s; does another tool write rules now?", differences[0])
+	if err := d.verify(ctx, mode); err != nil {
+		return err
 	}
 	d.beginWatch()
 	if err := d.settle(older); err != nil {
 		return err
 	}
 	d.returned()
+	d.guards = true
 	return nil
+}
+
+// verify reads the rules back. At boot others write theirs, too: what is not as it was
+// made is made again.
+func (d *daemon) verify(ctx context.Context, mode policy.Mode) error {
+	const tries = 3
+	for try := 1; ; try++ {
+		differences, err := d.redirect.Verify(ctx)
+		if err != nil {
+			return fmt.Errorf("verify the redirect: %w", err)
+		}
+		if len(differences) == 0 {
+			return nil
+		}
+		if try == tries {
+			return fmt.Errorf("the redirect was changed %d times right after it was installed, now: %s; which other tool writes rules?", tries, differences[0])
+		}
+		if err := d.install(ctx, mode == policy.Enforce); err != nil {
+			return err
+		}
+	}
 }
 
 // install makes the redirect, with the guard of enforce mode or without, and remembers
@@ -431,7 +450,7 @@ func (d *daemon) release() {
 			d.log.Error().Err(err).Msg("the redirect could not be taken away")
 		}
 	}
-	if mode != policy.Off {
+	if d.guards && mode != policy.Off { // or else somebody has remembered an earlier time
 		d.leaves(mode == policy.Audit)
 	}
 	d.state("daemon-stopped", "info", fmt.Sprintf("imdsgated stopped in %s mode", mode), nil)

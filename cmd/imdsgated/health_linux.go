@@ -67,7 +67,12 @@ func (d *daemon) keepHealth(ctx context.Context) {
 
 // selfTest tests each way that the redirect takes, once, and tells what has changed.
 func (d *daemon) selfTest(ctx context.Context) error {
-	ways := d.tested()
+	// A change of the mode takes the redirect away, or makes it anew.
+	var ways []netip.AddrPort
+	if d.modes.changing.TryLock() {
+		defer d.modes.changing.Unlock()
+		ways = d.tested()
+	}
 	var failed, unreachable error
 	passed := 0
 	for _, endpoint := range ways {
@@ -97,10 +102,10 @@ func (d *daemon) selfTest(ctx context.Context) error {
 			d.log.Error().Err(failed).Msg("clients are not served as they should be")
 			d.integrity("self-test-failed", "a request of our own to the metadata service did not come here, or got no answer", failed)
 		}
+	case unreachable != nil && passed == 0:
+		h.noRoute = unreachable.Error()
 	case passed == 0:
-		if h.noRoute = "the redirect takes none"; unreachable != nil {
-			h.noRoute = unreachable.Error()
-		}
+		h.noRoute = "no traffic is led here"
 	default:
 		if first || was != nil {
 			d.log.Info().Int("ways", passed).Msg("a request of our own to the metadata service came here")

@@ -386,17 +386,18 @@ func TestOutOfMemory(t *testing.T) {
 	t.Logf("replaced after %v: %s", took.Round(time.Millisecond), d.At("message"))
 }
 
+// memory is where the memory controller of cgroup v1 is.
+const memory = "/sys/fs/cgroup/memory"
+
 // limit takes the memory from a process: the next page that it wants has the kernel kill
 // it. Its cgroup of systemd's is left alone, since that has no memory controller where
 // the host mounts cgroup v1.
 func limit(t *testing.T, pid int) {
 	t.Helper()
-	name := fmt.Sprintf("imdsgate-boot-%d", pid)
-	root, max := "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
-	if _, err := os.Stat(root); err != nil {
+	if _, err := os.Stat(memory); err != nil {
 		t.Fatalf("the memory controller of cgroup v1 is what this test knows: %v", err)
 	}
-	dir := root + "/" + name
+	dir := fmt.Sprintf("%s/imdsgate-boot-%d-memory", memory, os.Getpid())
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -410,7 +411,7 @@ func limit(t *testing.T, pid int) {
 			}
 		}
 	})
-	for _, w := range [][2]string{{max, "65536"}, {"cgroup.procs", fmt.Sprint(pid)}} {
+	for _, w := range [][2]string{{"memory.limit_in_bytes", "65536"}, {"cgroup.procs", fmt.Sprint(pid)}} {
 		if err := os.WriteFile(dir+"/"+w[0], []byte(w[1]), 0); err != nil {
 			t.Fatal(err)
 		}

@@ -31,7 +31,7 @@ const tree = "../../bin/boot"
 // layer is what an image has above the tree: the product, enabled, and workloads. It is
 // made once.
 var layer = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "imdsgate-boot-layer")
+	dir, err := os.MkdirTemp("", fmt.Sprintf("imdsgate-boot-%d-", os.Getpid()))
 	if err != nil {
 		return "", err
 	}
@@ -39,11 +39,37 @@ var layer = sync.OnceValues(func() (string, error) {
 })
 
 func TestMain(m *testing.M) {
+	sweep()
 	code := m.Run()
 	if dir, _ := layer(); dir != "" {
 		os.RemoveAll(dir)
 	}
 	os.Exit(code)
+}
+
+// hierarchies are where cgroups may be: cgroup2, alone or beside version 1, and that which
+// systemd has in version 1.
+var hierarchies = []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd"}
+
+// sweep removes what runs have left that were killed. Their machines have ended with them.
+func sweep() {
+	for _, parent := range append(hierarchies, os.TempDir(), memory) {
+		left, _ := filepath.Glob(filepath.Join(parent, "imdsgate-boot-*"))
+		for _, dir := range left {
+			var pid int
+			if _, err := fmt.Sscanf(filepath.Base(dir), "imdsgate-boot-%d-", &pid); err != nil {
+				continue
+			}
+			if _, err := os.Stat(fmt.Sprintf("/proc/%d", pid)); !os.IsNotExist(err) {
+				continue
+			}
+			if parent == os.TempDir() {
+				os.RemoveAll(dir)
+			} else {
+				removeCgroups(dir)
+			}
+		}
+	}
 }
 
 func prepare(dir string) error {
@@ -80,14 +106,12 @@ func prepare(dir string) error {
 		return fmt.Errorf("install: %w\n%s", err, out)
 	}
 	files := map[string]string{
-		"/usr/lib/sysusers.d/imdsgate.conf":                "u imdsgate - \"instance metadata gate\"\n",
-		"/etc/systemd/system/cloud-init-local.service":     cloudInit,
-		"/etc/systemd/system/amazon-ssm-agent.service":     ssmAgent,
-		"/usr/local/lib/first-boot.py":                     firstBoot,
-		"/etc/systemd/journald.conf.d/boot.conf":           "[Journal]\nStorage=volatile\nRateLimitBurst=0\n",
-		"/etc/systemd/system/systemd-networkd-wait-online": "",
+		"/usr/lib/sysusers.d/imdsgate.conf":            "u imdsgate - \"instance metadata gate\"\n",
+		"/etc/systemd/system/cloud-init-local.service": cloudInit,
+		"/etc/systemd/system/amazon-ssm-agent.service": ssmAgent,
+		"/usr/local/lib/first-boot.py":                 firstBoot,
+		"/etc/systemd/journald.conf.d/boot.conf":       "[Journal]\nStorage=volatile\nRateLimitBurst=0\n",
 	}
-	delete(files, "/etc/systemd/system/systemd-networkd-wait-online")
 	for name, text := range files {
 		if err := os.MkdirAll(filepath.Dir(root+name), 0o755); err != nil {
 			return err
@@ -161,8 +185,6 @@ type settings struct {
 	config string
 	files  map[string]string // more, by name
 	lab    netlab.Options
-	noBPF  bool
-	noWait bool // until it has booted
 }
 
 func boot(t testing.TB, s settings) *machine {
@@ -177,7 +199,7 @@ func boot(t testing.TB, s settings) *machine {
 	}
 	m := &machine{t: t}
 	var err error
-	if m.disk, err = os.MkdirTemp("", "imdsgate-boot"); err != nil {
+	if m.disk, err = os.MkdirTemp("", fmt.Sprintf("imdsgate-boot-%d-", os.Getpid())); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -208,17 +230,18 @@ func (m *machine) write(name, text string) {
 	}
 }
 
-// The mount is private to the process that becomes the machine, and so it ends with it.
+// The mounts are private to the process that becomes the machine, and so they end with it.
 // systemd-nspawn gives its own cgroup to the machine, below that of cgroup2 in which it
 // begins, and needs one in systemd's hierarchy where there is one.
 const power = `mount -t overlay overlay -o "lowerdir=$1,upperdir=$2/own,workdir=$2/work" "$2/root"
 for h in /sys/fs/cgroup /sys/fs/cgroup/unified /sys/fs/cgroup/systemd; do
 	[ ! -e $h/cgroup.procs ] || { mkdir $h/$3; echo $$ >$h/$3/cgroup.procs; }
 done
-netns=$4 calls=$5
+mkdir -p /run/systemd/nspawn
+mount -t tmpfs tmpfs /run/systemd/nspawn # what it would leave there
 cd /
-exec systemd-nspawn -q --keep-unit --register=no --directory="$2/root" --machine="$3" --network-namespace-path="$netns" \
-	--capability=all $calls --boot --console=pipe --link-journal=no
+exec systemd-nspawn -q --keep-unit --register=no --directory="$2/root" --machine="$3" --network-namespace-path="$4" \
+	--capability=all --boot --console=pipe --link-journal=no
 `
 
 var machines int
@@ -239,12 +262,8 @@ func (m *machine) on(s settings) {
 	}
 	machines++
 	m.cgroup = fmt.Sprintf("imdsgate-boot-%d-%d", os.Getpid(), machines)
-	calls := "--system-call-filter=bpf perf_event_open"
-	if s.noBPF {
-		calls = "--system-call-filter=~bpf"
-	}
-	m.cmd = exec.Command("unshare", "--mount", "--propagation=private", "--", "sh", "-euc", strings.ReplaceAll(power, "$calls", `"$calls"`), "sh",
-		base+"/root:"+lower, m.disk, m.cgroup, m.Instance.Path(), calls)
+	m.cmd = exec.Command("unshare", "--mount", "--propagation=private", "--", "sh", "-euc", power, "sh",
+		base+"/root:"+lower, m.disk, m.cgroup, m.Instance.Path())
 	m.cmd.Env = append(os.Environ(), "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1")
 	m.cmd.Stdout, m.cmd.Stderr = &m.out, &m.out
 	m.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
@@ -258,7 +277,7 @@ func (m *machine) on(s settings) {
 		close(m.done)
 	}()
 	m.await("its systemd", func() bool {
-		for _, h := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"} {
+		for _, h := range hierarchies[:2] {
 			b, _ := os.ReadFile(filepath.Join(h, m.cgroup, "payload/init.scope/cgroup.procs"))
 			if pid, err := strconv.Atoi(strings.TrimSpace(string(b))); err == nil {
 				m.leader = pid
@@ -267,12 +286,10 @@ func (m *machine) on(s settings) {
 		}
 		return false
 	})
-	if !s.noWait {
-		m.await("the boot", func() bool {
-			state, _ := m.try("systemctl", "is-system-running")
-			return state == "running" || state == "degraded"
-		})
-	}
+	m.await("the boot", func() bool {
+		state, _ := m.try("systemctl", "is-system-running")
+		return state == "running" || state == "degraded"
+	})
 }
 
 // off cuts the power.
@@ -286,7 +303,7 @@ func (m *machine) off() {
 	if err := m.Lab.Close(); err != nil {
 		m.t.Error(err)
 	}
-	for _, h := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd"} {
+	for _, h := range hierarchies {
 		top := filepath.Join(h, m.cgroup)
 		for end := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 			removeCgroups(top)
@@ -378,7 +395,7 @@ func (m *machine) monotonic(unit, name string) time.Duration {
 // daemon is the number of the daemon on the host that runs the test; 0 if there is none.
 // What the unit runs after it is the same program with an argument.
 func (m *machine) daemon() int {
-	for _, h := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"} {
+	for _, h := range hierarchies[:2] {
 		b, _ := os.ReadFile(filepath.Join(h, m.cgroup, "payload/system.slice/imdsgated.service/cgroup.procs"))
 		for _, line := range strings.Fields(string(b)) {
 			command, _ := os.ReadFile("/proc/" + line + "/cmdline")
