@@ -120,6 +120,7 @@ func (d *daemon) afterwards(ctx context.Context, stdout io.Writer, givenUp bool)
 	case why != bySuccess && status != "":
 		why += ", " + os.Getenv("EXIT_CODE") + " " + status
 	}
+	since := bootTime() // a moment after its end: as soon as systemd knew
 	enforcing, err := iptables.Enforcing(ctx)
 	if err != nil {
 		return err
@@ -141,16 +142,20 @@ func (d *daemon) afterwards(ctx context.Context, stdout io.Writer, givenUp bool)
 		}
 		fmt.Fprintln(stdout, "the redirect is released: new connections reach the service itself")
 	}
+	if !enforcing {
+		since = bootTime() // until then they waited
+	}
 	// A daemon in mode off had nothing to take away, and is not missed.
 	missed := why != bySuccess || removed || enforcing
-	if err := d.amend(enforcing, missed, why, givenUp); err != nil { // which is no reason for the unit to fail
+	if err := d.amend(absence{Since: since, Open: !enforcing, Why: why}, missed, givenUp); err != nil { // which is no reason for the unit to fail
 		fmt.Fprintf(stdout, "how long there is no daemon will not be known: %v\n", err)
 	}
 	return nil
 }
 
-// amend remembers the end of a daemon.
-func (d *daemon) amend(enforcing, missed bool, why string, givenUp bool) error {
+// amend remembers an absence that begins, or that it goes on. One that begins and that
+// nobody misses is none.
+func (d *daemon) amend(begins absence, missed, givenUp bool) error {
 	socket := control.DefaultSocket
 	if c, err := config.Load(d.path); err == nil { // or else it may be why the daemon has ended
 		socket = c.Control.Socket
@@ -168,13 +173,13 @@ func (d *daemon) amend(enforcing, missed bool, why string, givenUp bool) error {
 	case !missed:
 		return nil
 	default:
-		a = absence{Since: bootTime(), Open: !enforcing, Why: why}
+		a = begins
 	}
 	switch {
 	case !givenUp:
 		a.Ends++
 		if a.Why == bySuccess {
-			a.Why = why
+			a.Why = begins.Why
 		}
 	case !a.Open && a.Refused == 0:
 		a.Refused = bootTime()

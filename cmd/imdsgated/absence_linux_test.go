@@ -20,7 +20,7 @@ func TestAbsence(t *testing.T) {
 	}
 	amend := func(enforcing, missed bool, why string, givenUp bool) (a absence) {
 		t.Helper()
-		if err := d.amend(enforcing, missed, why, givenUp); err != nil {
+		if err := d.amend(absence{Since: bootTime(), Open: !enforcing, Why: why}, missed, givenUp); err != nil {
 			t.Fatal(err)
 		}
 		if err := file.read(&a); err != nil && !errors.Is(err, fs.ErrNotExist) {
