@@ -145,7 +145,7 @@ func TestKilled(t *testing.T) {
 		}
 		action := map[string]string{"audit": "requests-unguarded", "enforce": "requests-held"}[mode]
 		d := m.event(action)
-		if window := lasted(d); window <= 0 || window > back || back-window > 2*time.Second {
+		if window := lasted(d); window <= 0 || window > back || back-window > gone+3*time.Second {
 			t.Errorf("%s: the event says %v, and there was no daemon for %v", mode, window, back)
 		}
 		if d.At("data_stream.dataset") != "imdsgate.integrity" || d.At("event.kind") != "alert" || !strings.Contains(d.At("message").(string), "KILL") {
