@@ -231,7 +231,8 @@ func (m *machine) write(name, text string) {
 }
 
 // The mounts are private to the process that becomes the machine, and so they end with it.
-// systemd-nspawn gives its own cgroup to the machine, below that of cgroup2 in which it
+// All of it is in a PID namespace, since a systemd-nspawn that is killed leaves the machine
+// on. systemd-nspawn gives its own cgroup to the machine, below that of cgroup2 in which it
 // begins, and needs one in systemd's hierarchy where there is one.
 const power = `mount -t overlay overlay -o "lowerdir=$1,upperdir=$2/own,workdir=$2/work" "$2/root"
 for h in /sys/fs/cgroup /sys/fs/cgroup/unified /sys/fs/cgroup/systemd; do
@@ -239,8 +240,10 @@ for h in /sys/fs/cgroup /sys/fs/cgroup/unified /sys/fs/cgroup/systemd; do
 done
 mkdir -p /run/systemd/nspawn
 mount -t tmpfs tmpfs /run/systemd/nspawn # what it would leave there
+: >"$2/netns"
+mount --bind "$4" "$2/netns"
 cd /
-exec systemd-nspawn -q --keep-unit --register=no --directory="$2/root" --machine="$3" --network-namespace-path="$4" \
+exec unshare --pid --fork --kill-child --mount-proc -- systemd-nspawn -q --keep-unit --register=no --directory="$2/root" --machine="$3" --network-namespace-path="$2/netns" \
 	--capability=all --boot --console=pipe --link-journal=no
 `
 
@@ -305,7 +308,7 @@ func (m *machine) off() {
 	}
 	for _, h := range hierarchies {
 		top := filepath.Join(h, m.cgroup)
-		for end := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		for end := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 			removeCgroups(top)
 			if _, err := os.Stat(top); err != nil {
 				break
@@ -438,7 +441,7 @@ type outcome struct {
 	Requests, Failed, Taken int
 	Error                   string
 	Slowest                 time.Duration `json:"slowest_ns"`
-	Fastest                 time.Duration `json:"fastest_failure_ns"`
+	Last                    time.Time     `json:"last_failure"`
 }
 
 // load asks for a while. The function waits for the end.

@@ -23,8 +23,8 @@ type Outcome struct {
 	Failed   int           `json:"failed"`
 	Error    string        `json:"error,omitempty"` // the first
 	Slowest  time.Duration `json:"slowest_ns"`
-	Fastest  time.Duration `json:"fastest_failure_ns"` // of those that failed
-	Taken    int           `json:"taken"`              // how often it could bind a port of ours
+	Last     time.Time     `json:"last_failure"`
+	Taken    int           `json:"taken"` // how often it could bind a port of ours
 }
 
 func main() {
@@ -46,9 +46,9 @@ func main() {
 		o.Slowest = max(o.Slowest, took)
 		if err != nil {
 			if o.Failed++; o.Failed == 1 {
-				o.Error, o.Fastest = err.Error(), took
+				o.Error = err.Error()
 			}
-			o.Fastest = min(o.Fastest, took)
+			o.Last = time.Now()
 		}
 	}
 	if *bind {
