@@ -131,6 +131,14 @@ func (r Reason) String() string {
 	return fmt.Sprintf("reason %d", uint8(r))
 }
 
+// Reasons lists why an Owner can be unattributed or incomplete.
+func Reasons() (all []Reason) {
+	for r := range reasonNames[1:] {
+		all = append(all, Reason(r+1))
+	}
+	return all
+}
+
 // Owner is the answer about one connection. It is a value: later findings make
 // a new one.
 type Owner struct {

@@ -70,14 +70,14 @@ func Listen(path string, gid int) (net.Listener, error) {
 		return nil, fmt.Errorf("listen on %s: another daemon answers there; stop it first", path)
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, fmt.Errorf("make the directory of the control socket: %w", err)
+		return nil, fmt.Errorf("make the directory of the socket %s: %w", path, err)
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("remove the old control socket: %w", err)
+		return nil, fmt.Errorf("remove the old socket %s: %w", path, err)
 	}
 	ln, err := net.Listen("unix", path)
 	if err != nil {
-		return nil, fmt.Errorf("make the control socket: %w", err)
+		return nil, fmt.Errorf("make the socket %s: %w", path, err)
 	}
 	err = os.Chmod(path, 0o660)
 	if err == nil && gid >= 0 {
@@ -85,7 +85,7 @@ func Listen(path string, gid int) (net.Listener, error) {
 	}
 	if err != nil {
 		ln.Close()
-		return nil, fmt.Errorf("restrict the control socket: %w", err)
+		return nil, fmt.Errorf("restrict the socket %s: %w", path, err)
 	}
 	return ln, nil
 }

@@ -234,6 +234,21 @@ type Request struct {
 	Evasive   bool  // spelled as no client spells it
 	Container bool  // to an endpoint for tasks and pods, which knows no tokens
 	Malformed string
+	Read      time.Time // when it was there
+}
+
+// API is the version of the service's API that the request is of: v1, v2, or container
+// at an endpoint for tasks and pods. It is "" where there is no request to speak of.
+func (r *Request) API() string {
+	switch {
+	case r.Malformed != "":
+		return ""
+	case r.Container:
+		return "container"
+	case r.Token || r.Class == "token":
+		return "v2"
+	}
+	return "v1"
 }
 
 // Response is what the client got.
@@ -244,6 +259,7 @@ type Response struct {
 	Failed      string
 	AccessKeyID string
 	Expiration  time.Time
+	Took        time.Duration // from when the request was passed on until the answer was passed back; 0 if it was not
 }
 
 // Verdict is what became of a request, or would have.
@@ -275,6 +291,7 @@ type Decision struct {
 	// Operator is the ID of an operator's decision that decided.
 	Operator string
 	Matches  []Match
+	Took     time.Duration // from when the request was there
 }
 
 // Match is one rule that one subject matched.

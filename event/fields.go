@@ -443,17 +443,7 @@ func ownFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 	add(onNetwork, Boolean, "imdsgate.forwarded", func(v *View) Value { return flag(v.Connection.Forwarded) })
 	add(onRequest, Keyword, "imdsgate.request.class", func(v *View) Value { return known(v.Request.Class) })
 	add(onRequest, Boolean, "imdsgate.request.guarded", func(v *View) Value { return flag(v.Request.Guarded) })
-	add(onRequest, Keyword, "imdsgate.request.api", func(v *View) Value {
-		switch {
-		case v.Request.Malformed != "":
-			return Value{}
-		case v.Request.Container:
-			return text("container")
-		case v.Request.Token || v.Request.Class == "token":
-			return text("v2")
-		}
-		return text("v1")
-	})
+	add(onRequest, Keyword, "imdsgate.request.api", func(v *View) Value { return known(v.Request.API()) })
 	add(onRequest, Keyword, "imdsgate.request.token", func(v *View) Value {
 		if v.Request.Token {
 			return text("present")

@@ -42,8 +42,8 @@ const (
 )
 
 // Watch keeps the plan true until ctx ends: it looks at once, then when the kernel notifies a change of rules or of
-// our link, and every interval (0 means DefaultInterval). What differs is repaired and handed to report, which is
-// called from this goroutine; its own repairs are not reported. The legacy back end notifies nothing, so there only
+// our link, and every interval (0 means DefaultInterval). What differs is repaired and handed to report, as is the
+// first look that does not fail after one that has. It is called from this goroutine; its own repairs are not reported. The legacy back end notifies nothing, so there only
 // the interval counts.
 func (r *Redirect) Watch(ctx context.Context, interval time.Duration, report func(Drift)) error {
 	if interval == 0 {
@@ -73,11 +73,12 @@ func (r *Redirect) Watch(ctx context.Context, interval time.Duration, report fun
 
 	timer := time.NewTicker(interval)
 	defer timer.Stop()
-	right := time.Now()
+	right, failed := time.Now(), false
 	for {
 		began := time.Now()
-		if d, drifted := r.look(ctx, &right); drifted && ctx.Err() == nil {
+		if d, drifted := r.look(ctx, &right); (drifted || failed) && ctx.Err() == nil {
 			report(d)
+			failed = d.Err != nil
 		}
 		if !sleep(ctx, min(max(minGap, dutyCycle*time.Since(began)), maxGap)) {
 			return nil

@@ -350,6 +350,7 @@ func (s *session) exchange(r *http1.Request) error {
 	s.p.stats.Requests.Add(1)
 	ev := s.event()
 	ev.Request = r.Asked(target, size)
+	ev.Request.Read = time.Now()
 	ev.Token = token
 
 	enforce := ev.Decision.Mode == policy.Enforce.String()
@@ -385,6 +386,7 @@ func (s *session) exchange(r *http1.Request) error {
 	if err := s.reach(s.in[:size]); err != nil {
 		return s.upstreamFailed(ev, err, enforce)
 	}
+	passed := time.Now()
 	s.in, s.sent = s.in[size:], s.in[:size]
 
 	if !enforce {
@@ -432,13 +434,13 @@ func (s *session) exchange(r *http1.Request) error {
 	}
 	select {
 	case <-decided:
-		s.answered(ev, answer, failed)
+		s.answered(ev, answer, passed, failed)
 	default:
 		s.later.Add(1)
 		go func() {
 			defer s.later.Done()
 			<-decided
-			s.answered(ev, answer, failed)
+			s.answered(ev, answer, passed, failed)
 		}()
 	}
 	if err == nil && (answer.close || r.Close) {
@@ -513,6 +515,7 @@ func (s *session) verdict(ev *event.Event, owner attribution.Owner, unawaited bo
 	s.p.rendered.observe(ev, owner)
 	ev.Attribution.Unawaited = unawaited
 	s.p.engine.Judge(ev)
+	ev.Decision.Took = time.Since(ev.Request.Read)
 	if ev.Decision.Grant != "" {
 		s.kind.CompareAndSwap(ordinary, granted)
 	}
@@ -544,9 +547,12 @@ func (s *session) judge(ev *event.Event, within time.Duration, how search) {
 }
 
 // answered completes the record of a request that was passed on.
-func (s *session) answered(ev *event.Event, a answer, failed string) {
+func (s *session) answered(ev *event.Event, a answer, passed time.Time, failed string) {
 	ev.Response = event.Response{Status: int64(a.status), Bytes: a.bytes, AccessKeyID: a.issued.AccessKeyID, Expiration: a.issued.Expiration}
 	ev.Response.Failed = failed
+	if a.status != 0 {
+		ev.Response.Took = a.end.Sub(passed)
+	}
 	s.p.remember(s.of.owner, ev, a)
 	ev.Duration = a.end.Sub(ev.Time)
 	s.finish(ev)

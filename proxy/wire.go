@@ -562,6 +562,7 @@ func (s *session) odd(why error, r *http1.Request) {
 	ev.Request = r.Readable()
 	ev.Request.Malformed = why.Error()
 	ev.Request.Bytes = int64(len(s.in))
+	ev.Request.Read = time.Now()
 	if ev.Decision.Mode == policy.Enforce.String() {
 		s.task.Away(func() { s.decide(ev, AttributeIn, likely) })
 		s.say(imds.AppendBadRequest(nil, time.Now()))

@@ -6,7 +6,7 @@ set -eu
 missing=
 # The demo's thief runs as a user who may not see a Python in root's home.
 [ -x /usr/bin/python3 ] || missing=' python3'
-for tool in go gcc curl iptables-nft iptables-legacy nft conntrack nsenter haproxy nginx shellcheck busybox groff zsh fish debootstrap systemd-nspawn; do
+for tool in go gcc curl iptables-nft iptables-legacy nft conntrack nsenter haproxy nginx shellcheck busybox groff zsh fish promtool debootstrap systemd-nspawn; do
 	# /usr/sbin is not on every user's PATH.
 	PATH="$PATH:/usr/sbin:/sbin" command -v "$tool" >/dev/null 2>&1 || missing="$missing $tool"
 done
@@ -26,6 +26,7 @@ if command -v apt-get >/dev/null 2>&1; then
 		iptables-nft | iptables-legacy) package=iptables ;;
 		nft) package=nftables ;;
 		nginx) package=nginx-light ;;
+		promtool) package=prometheus ;;
 		nsenter) package=util-linux ;;
 		systemd-nspawn) package=systemd-container ;;
 		*) package=$tool ;;
@@ -51,6 +52,7 @@ elif command -v dnf >/dev/null 2>&1; then
 		groff) package=groff-base ;;
 		iptables-nft) package=iptables-nft ;;
 		iptables-legacy) package=iptables-legacy ;;
+		promtool) package=golang-github-prometheus ;;
 		nft) package=nftables ;;
 		conntrack) package=conntrack-tools ;;
 		nsenter) package=util-linux-core ;;
@@ -61,9 +63,10 @@ elif command -v dnf >/dev/null 2>&1; then
 		packages="$packages $package"
 	done
 	# Where there is no ShellCheck and no busybox, no test is skipped without them; without
-	# fish that of its completions is, and without debootstrap there is no make test-boot.
+	# fish that of its completions is, without promtool those of metrics, and without
+	# debootstrap there is no make test-boot.
 	for package in $packages; do
-		dnf install -y -q "$package" || [ "$package" = ShellCheck ] || [ "$package" = busybox ] || [ "$package" = fish ] || [ "$package" = debootstrap ]
+		dnf install -y -q "$package" || case $package in ShellCheck | busybox | fish | golang-github-prometheus | debootstrap) ;; *) exit 1 ;; esac
 	done
 else
 	echo "missing:$missing; install them, this host has neither apt-get nor dnf" >&2

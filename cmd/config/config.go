@@ -35,6 +35,7 @@ type Config struct {
 	FirstSeen     FirstSeen       `yaml:"first_seen"`
 	State         State           `yaml:"state"`
 	Control       Control         `yaml:"control"`
+	Metrics       Metrics         `yaml:"metrics"`
 	Limits        Limits          `yaml:"limits"`
 	Upstream      Upstream        `yaml:"upstream"`
 	Log           Log             `yaml:"log"`

@@ -225,3 +225,22 @@ func TestExample(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// Metrics are for this host alone.
+func TestMetricsAddress(t *testing.T) {
+	for text, complaint := range map[string]string{
+		"127.0.0.1:9254": "", "127.8.0.1:1": "", "[::1]:9254": "", "unix:/run/imdsgate/metrics.sock": "",
+		"0.0.0.0:9254": "can be reached from other machines", "[::]:9254": "can be reached from other machines",
+		"10.0.0.7:9254": "can be reached from other machines", "169.254.169.254:80": "can be reached from other machines",
+		":9254": "is not an address with a port", "localhost:9254": "write 127.0.0.1:9254", "127.0.0.1:0": "is not an address with a port",
+		"9254": "is not an address with a port", "unix:metrics.sock": "is not the whole path",
+	} {
+		c, err := Parse("config.yaml", []byte("metrics:\n  listen: '"+text+"'\n"))
+		switch {
+		case complaint == "" && (err != nil || c.Metrics.Listen.String() != text):
+			t.Errorf("%s: %v, %v", text, c.Metrics.Listen, err)
+		case complaint != "" && (err == nil || !strings.Contains(err.Error(), complaint) || !strings.Contains(err.Error(), "config.yaml:2")):
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+}

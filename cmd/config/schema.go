@@ -55,6 +55,7 @@ var texts = map[reflect.Type]schema{
 	reflect.TypeFor[netip.Addr]():     {"type": "string"},
 	reflect.TypeFor[time.Duration]():  {"type": "string", "pattern": `^([0-9.]+(ns|us|µs|ms|s|m|h))+$`},
 	reflect.TypeFor[LogLevel]():       {"enum": logLevels},
+	reflect.TypeFor[MetricsAddress](): {"type": "string", "pattern": `^(unix:/.+|127\.[0-9.]+:[0-9]+|\[::1\]:[0-9]+)$`},
 }
 
 func classNames() (names []string) {

@@ -63,6 +63,10 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 		}
 		s.Requests.Tokens, s.Requests.Forgotten = d.proxy.Tokens()
 	}
+	s.Metrics.Listen = d.config.Metrics.Listen.String()
+	d.mu.Lock()
+	s.Metrics.Error = d.unserved
+	d.mu.Unlock()
 	var err error
 	if s.Requests.LinkLocalExceeded, err = allowanceExceeded("ena", "linklocal_allowance_exceeded"); err != nil {
 		d.log.Warn().Err(err).Msg("packets that the network interfaces dropped are not known")

@@ -136,7 +136,7 @@ func (d *daemon) executed(p *attribution.Process, whole func() (*attribution.Pro
 		ev.Subjects[0] = proxy.Process(now)
 	}
 	if d.engine.ObserveStart(ev) {
-		d.spool.Record(ev)
+		d.record(ev)
 	}
 }
 
@@ -162,6 +162,9 @@ func (d *daemon) checkAttribution(ctx context.Context) {
 			names, againErr := d.witness.Reattach()
 			if len(names) > 0 {
 				d.log.Warn().Strs("hooks", names).Msg("somebody has detached BPF programs, and they are attached again")
+				d.mu.Lock()
+				d.reattached += uint64(len(names))
+				d.mu.Unlock()
 				d.integrity("bpf-program-detached", "somebody has detached "+strings.Join(names, ", ")+"; attached again", err)
 			}
 			if err = d.check(ctx); err != nil {

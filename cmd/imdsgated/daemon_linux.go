@@ -28,6 +28,7 @@ import (
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/event/sink"
 	"github.com/imdsgate/imdsgate/iptables"
+	"github.com/imdsgate/imdsgate/metrics"
 	"github.com/imdsgate/imdsgate/policy"
 	"github.com/imdsgate/imdsgate/policy/firstseen"
 	"github.com/imdsgate/imdsgate/proxy"
@@ -54,23 +55,30 @@ type daemon struct {
 	modes     modes
 	started   chan struct{} // closed when the redirect is there
 	terms     *firstseen.Store
+	counted   *metrics.Requests // nil if nobody can read it
 	redirect  *iptables.Redirect
 	proxy     *proxy.Proxy
 	health    health
 	guards    bool // since start; guarded by modes.changing
 
-	mu      sync.Mutex    // guards the following
-	failure string        // why the redirect is not installed
-	taken   map[bool]bool // whether clients of this host come here, by whether it is IPv4
-	repairs uint64
-	broken  error // what the last check of attribution found
-	level   string
+	mu         sync.Mutex      // guards the following
+	failure    string          // why the redirect is not installed
+	taken      map[bool]bool   // whether clients of this host come here, by whether it is IPv4
+	found      iptables.Report // of the redirect, when it was last written
+	repairs    uint64
+	reattached uint64    // BPF programs
+	loaded     time.Time // the policy in force
+	refused    uint64    // policies
+	unserved   string    // why metrics are not
+	broken     error     // what the last check of attribution found
+	level      string
 }
 
 // run starts everything in the order in which one needs the other, waits until
 // ctx is done, and ends everything in the reverse order.
 func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (err error) {
-	d.config, d.since = c, time.Now()
+	d.config, d.since, d.loaded = c, time.Now(), time.Now()
+	d.countEvents(c.Metrics)
 	if os.Geteuid() == 0 {
 		return fmt.Errorf("run as a user of our own, whose sockets the redirect can tell from root's: %w; packaging/systemd/imdsgated.service shows how, and which capabilities it needs", fs.ErrPermission)
 	}
@@ -128,7 +136,7 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	d.proxy = proxy.New(proxy.Options{
 		Endpoints: rules.Endpoints, Mark: rules.Mark, MaxConns: c.Limits.Connections, Host: d.host,
 		Rate: int(c.Limits.RequestsPerSecond), Burst: int(c.Limits.Burst), DialAhead: int(c.Upstream.DialAhead),
-		Forwardable: d.forwardable, Record: d.spool.Record, Ease: d.spool.Ease,
+		Forwardable: d.forwardable, Record: d.record, Ease: d.spool.Ease,
 	}, d.finder, d.engine)
 	told := ctx // to end
 	ctx, fail := context.WithCancelCause(ctx)
@@ -164,6 +172,11 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 			}
 		})
 	}
+	closeMetrics, err := d.serveMetrics(c)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, closeMetrics()) }()
 	close(d.started)
 	var background sync.WaitGroup
 	defer background.Wait()
@@ -405,7 +418,7 @@ func (d *daemon) verify(ctx context.Context, mode policy.Mode) error {
 func (d *daemon) install(ctx context.Context, enforce bool) error {
 	report, err := d.redirect.InstallFor(ctx, enforce)
 	d.mu.Lock()
-	d.failure = ""
+	d.failure, d.found = "", report
 	if err != nil {
 		d.failure = err.Error()
 	} else {
@@ -483,7 +496,7 @@ func (d *daemon) watch(ctx context.Context) {
 			d.repairs++
 			d.redirected(true)
 		}
-		d.failure = ""
+		d.failure, d.found = "", drift.Report
 		if drift.Err != nil {
 			d.failure = drift.Err.Error()
 		}
@@ -545,12 +558,18 @@ func (d *daemon) reload(ctx context.Context) (report.Reload, error) {
 	}
 	if err != nil {
 		r.Refused = err.Error()
+		d.mu.Lock()
+		d.refused++
+		d.mu.Unlock()
 		d.state("policy-rejected", "change", "the new policy is refused, the old one stays in force", err)
 		return r, nil
 	}
 	for _, w := range warnings(p) {
 		d.log.Warn().Msg(w)
 	}
+	d.mu.Lock()
+	d.loaded = time.Now()
+	d.mu.Unlock()
 	r.After, r.Changed = policyReport(p), append(r.Changed, old.Changes(p)...)
 	r.Restart = d.config.Restart(c)
 	for _, key := range r.Restart {
@@ -596,7 +615,7 @@ func (d *daemon) change(s event.State, failure error) {
 	if failure != nil {
 		s.Failed, s.Reason = true, strings.TrimPrefix(s.Reason+"; "+failure.Error(), "; ")
 	}
-	d.spool.Record(&event.Event{Kind: event.Lifecycle, Host: d.host, Time: time.Now(), State: s})
+	d.record(&event.Event{Kind: event.Lifecycle, Host: d.host, Time: time.Now(), State: s})
 }
 
 // integrity records that what protects the service is not as it should be.
@@ -607,5 +626,5 @@ func (d *daemon) integrity(action, message string, failure error) {
 	if failure != nil {
 		ev.State.Failed, ev.State.Reason = true, failure.Error()
 	}
-	d.spool.Record(ev)
+	d.record(ev)
 }

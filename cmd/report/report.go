@@ -29,6 +29,7 @@ type Status struct {
 	SequencesEvicted uint64 `json:"sequences_evicted"`
 	// FirstSeen is what rules of the type new_terms remember.
 	FirstSeen firstseen.Stats `json:"first_seen"`
+	Metrics   Metrics         `json:"metrics"`
 	Process   Process         `json:"process"`
 }
 
@@ -218,6 +219,12 @@ type Requests struct {
 type Events struct {
 	Path string `json:"path"`
 	sink.Stats
+}
+
+// Metrics is where counters can be read.
+type Metrics struct {
+	Listen string `json:"listen,omitempty"`
+	Error  string `json:"error,omitempty"` // why they cannot
 }
 
 // Process is the daemon itself.

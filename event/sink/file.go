@@ -98,6 +98,7 @@ type Stats struct {
 	Dropped uint64 `json:"dropped"` // events that found the queue full
 	Failed  uint64 `json:"failed"`  // documents that the disk did not take
 	Removed uint64 `json:"removed"` // documents that made room on a full disk
+	Waiting int    `json:"waiting"` // events that are yet to be written
 	Error   string `json:"error,omitempty"`
 }
 
@@ -218,7 +219,7 @@ func (f *File) Path() string { return f.options.Path }
 
 // Stats reports what became of the events so far.
 func (f *File) Stats() Stats {
-	s := Stats{Written: f.written.Load(), Dropped: f.dropped.Load(), Failed: f.failed.Load(), Removed: f.removed.Load()}
+	s := Stats{Written: f.written.Load(), Dropped: f.dropped.Load(), Failed: f.failed.Load(), Removed: f.removed.Load(), Waiting: len(f.queue)}
 	if err := f.err.Load(); err != nil {
 		s.Error = (*err).Error()
 	}

@@ -27,9 +27,11 @@ var arrows = []struct{ from, to, reason string }{
 	{"cmd/imdsgated", "event", "puts it together"},
 	{"cmd/imdsgated", "event/sink", "puts it together"},
 	{"cmd/imdsgated", "iptables", "puts it together"},
+	{"cmd/imdsgated", "metrics", "puts it together"},
 	{"cmd/imdsgated", "policy", "puts it together"},
 	{"cmd/imdsgated", "policy/firstseen", "puts it together"},
 	{"cmd/imdsgated", "proxy", "puts it together"},
+	{"cmd/imdsgated", "proxy/imds", "counts requests by their classes"},
 	{"cmd/imdsgate", "cmd/config", "reads what the operator wrote"},
 	{"cmd/imdsgate", "cmd/report", "shows what the daemon answers"},
 	{"cmd/imdsgate", "control", "asks the daemon"},
@@ -88,6 +90,7 @@ var arrows = []struct{ from, to, reason string }{
 	{"policy/tune", "event", "reads records"},
 	{"policy/tune", "policy", "judges them, and proposes grants"},
 	{"event/sink", "event", "writes the record"},
+	{"metrics", "event", "counts the record"},
 }
 
 // portable packages build on the laptops on which rules are written, and events searched.

@@ -1,0 +1,225 @@
+package e2e
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/imdsgate/imdsgate/attribution"
+	"github.com/imdsgate/imdsgate/test/gate"
+	"github.com/imdsgate/imdsgate/test/lab/netlab"
+)
+
+const (
+	alertRules = "../../packaging/prometheus/imdsgate.rules.yaml"
+	dashboard  = "../../packaging/grafana/imdsgate.json"
+)
+
+// promtool is Prometheus's own judge.
+func promtool(t *testing.T, stdin string, args ...string) {
+	t.Helper()
+	if _, err := exec.LookPath("promtool"); err != nil && os.Getenv("CI") == "" {
+		t.Skip("needs promtool, which test/deps.sh installs")
+	}
+	cmd := exec.Command("promtool", args...)
+	cmd.Stdin = strings.NewReader(stdin)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("promtool %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+}
+
+// scrape reads all series of the exposition.
+func (h *host) scrape() (text string, value func(series string) float64) {
+	h.t.Helper()
+	text, code := h.run(client{args: []string{"curl", "-sf", "-m", "3", "http://127.0.0.1:9254/metrics"}})
+	if code != 0 {
+		h.t.Fatalf("scrape: %d %s\n%s", code, text, h.Log())
+	}
+	all := map[string]float64{}
+	for lines := bufio.NewScanner(strings.NewReader(text)); lines.Scan(); {
+		if name, n, ok := cutLast(lines.Text(), " "); ok && !strings.HasPrefix(name, "#") {
+			v, err := strconv.ParseFloat(n, 64)
+			if err != nil {
+				h.t.Fatalf("%q: %v", lines.Text(), err)
+			}
+			all[name] = v
+		}
+	}
+	return text + "\n", func(series string) float64 {
+		h.t.Helper()
+		v, ok := all[series]
+		if !ok {
+			h.t.Errorf("there is no %s", series)
+		}
+		return v
+	}
+}
+
+func cutLast(s, sep string) (before, after string, ok bool) {
+	i := strings.LastIndex(s, sep)
+	if i < 0 {
+		return s, "", false
+	}
+	return s[:i], s[i+len(sep):], true
+}
+
+// The daemon counts what clients do, in series that exist from the start, and none has
+// anything in it that a client can choose.
+func TestMetrics(t *testing.T) {
+	t.Parallel()
+	h := start(t, netlab.Options{}, "mode: enforce\nmetrics: {listen: '127.0.0.1:9254'}\n")
+	before, value := h.scrape()
+	const denied = `imdsgate_requests_total{api="v1",class="credentials",mode="enforce",verdict="deny"}`
+	if got := value(denied); got != 0 {
+		t.Errorf("before any request: %v", got)
+	}
+	if value(`imdsgate_redirect_healthy{backend="nft",family="IPv4"}`)+value(`imdsgate_redirect_healthy{backend="nft",family="IPv6"}`) != 2 {
+		t.Errorf("the redirect is not healthy:\n%s", before)
+	}
+
+	for range 2 {
+		h.curl(client{uid: ordinaryUser}, instanceID, "-A", "seen-by-nobody")
+		h.curl(client{uid: ordinaryUser}, role)
+	}
+	h.decided(role, "curl")
+	h.Instance.Do(func() error { return exec.Command("iptables", "-t", "nat", "-F", "OUTPUT").Run() })
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		if s, err := h.Status(); err == nil && s.Redirect.Repairs > 0 || time.Now().After(end) {
+			break
+		}
+	}
+
+	text, value := h.scrape()
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Log(text)
+		}
+	})
+	if got := value(denied); got != 2 {
+		t.Errorf("denied: %v", got)
+	}
+	if got := value(`imdsgate_requests_total{api="v1",class="inventory",mode="enforce",verdict="allow"}`); got != 2 {
+		t.Errorf("allowed: %v", got)
+	}
+	for series, least := range map[string]float64{
+		`imdsgate_attribution_total{confidence="high",method="witness"}`:    4,
+		`imdsgate_decision_duration_seconds_count{mode="enforce"}`:          4,
+		`imdsgate_upstream_duration_seconds_count`:                          2,
+		`imdsgate_integrity_repairs_total{object="redirect"}`:               1,
+		`imdsgate_integrity_findings_total{action="redirect-rule-changed"}`: 1,
+		`imdsgate_events_total{kind="request"}`:                             4,
+		`imdsgate_events_written_total{sink="file"}`:                        5,
+		`imdsgate_attribution_level`:                                        3,
+		`imdsgate_mode{mode="enforce"}`:                                     1,
+		`imdsgate_policy_rules`:                                             10,
+		`process_resident_memory_bytes`:                                     1 << 20,
+		`go_goroutines`:                                                     1,
+	} {
+		if got := value(series); got < least {
+			t.Errorf("%s: %v, want at least %v", series, got, least)
+		}
+	}
+	for _, chosen := range []string{"curl", "seen-by-nobody", "instance-id", strconv.Itoa(ordinaryUser), "imdsgate-lab-role"} {
+		if strings.Contains(text, chosen) {
+			t.Errorf("%q is in the exposition", chosen)
+		}
+	}
+	promtool(t, text, "check", "metrics")
+
+	// What Grafana and Prometheus ask for is there.
+	exposed := func(name string) bool {
+		for _, suffix := range []string{"", "_bucket", "_count", "_sum"} {
+			if base, ok := strings.CutSuffix(name, suffix); ok && strings.Contains(text, "# TYPE "+base+" ") {
+				return true
+			}
+		}
+		return false
+	}
+	for _, file := range []string{alertRules, dashboard} {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		names := regexp.MustCompile(`\b(imdsgate|process|go)_[a-z_]+[a-z]`).FindAllString(string(b), -1)
+		if len(names) < 10 {
+			t.Errorf("%s asks for %v", file, names)
+		}
+		for _, name := range names {
+			// There is no such driver in a namespace.
+			if name != "imdsgate_linklocal_allowance_exceeded_total" && !exposed(name) {
+				t.Errorf("%s asks for %s, which the daemon does not have", filepath.Base(file), name)
+			}
+		}
+	}
+}
+
+// A client that is gone before anybody looks is counted among those of whom nobody
+// knows anything.
+func TestMetricsUnattributed(t *testing.T) {
+	t.Parallel()
+	h := prepare(t, netlab.Options{})
+	h.startWith(gate.Settings{Config: "metrics: {listen: '127.0.0.1:9254'}\n", Lacks: attribution.Level1})
+	h.Signal(syscall.SIGSTOP)
+	conn, err := h.dial("169.254.169.254:80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n", role)
+	conn.Close()
+	h.Signal(syscall.SIGCONT)
+	d := h.decided(role, "")
+	reason, _ := d.At("imdsgate.attribution.reason").(string)
+	_, value := h.scrape()
+	if got := value(fmt.Sprintf("imdsgate_attribution_failures_total{reason=%q}", reason)); got != 1 {
+		t.Errorf("unattributed: %v, %s", got, reason)
+	}
+	if got := value(`imdsgate_requests_total{api="v1",class="credentials",mode="audit",verdict="would_deny"}`); got != 1 {
+		t.Errorf("it would be denied: %v", got)
+	}
+}
+
+func TestAlertRules(t *testing.T) {
+	promtool(t, "", "check", "rules", alertRules)
+	promtool(t, "", "test", "rules", "../../packaging/prometheus/imdsgate.rules.test.yaml")
+	rules, err := os.ReadFile(alertRules)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cases, err := os.ReadFile("../../packaging/prometheus/imdsgate.rules.test.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, alert := range regexp.MustCompile(`alert: (\w+)`).FindAllStringSubmatch(string(rules), -1) {
+		if n := strings.Count(string(cases), "alertname: "+alert[1]+"\n"); n < 2 {
+			t.Errorf("%s has %d cases, want one that fires and one that does not", alert[1], n)
+		}
+	}
+	b, err := os.ReadFile(dashboard)
+	if err != nil || !json.Valid(b) {
+		t.Errorf("the dashboard is no JSON: %v", err)
+	}
+}
+
+// A port that somebody else has taken does not keep the daemon from protecting.
+func TestMetricsPortTaken(t *testing.T) {
+	t.Parallel()
+	h := prepare(t, netlab.Options{})
+	ln, err := h.Instance.Listen(t.Context(), nil, "tcp", "127.0.0.1:9254")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	h.start("metrics: {listen: '127.0.0.1:9254'}\n")
+	if s, err := h.Status(); err != nil || !strings.Contains(s.Metrics.Error, "address already in use") {
+		t.Errorf("%+v, %v", s.Metrics, err)
+	}
+}
