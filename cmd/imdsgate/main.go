@@ -25,6 +25,7 @@ const (
 	exitNo         = 1  // a clean no: not protected, differences found
 	exitTrouble    = 2  // could not answer
 	exitNotRunning = 3  // as LSB has it for status
+	exitUnknown    = 4  // likewise
 	exitNoPerm     = 77 // not permitted
 	exitConfig     = 78 // the configuration is wrong
 )

@@ -67,6 +67,17 @@ func (o *options) plan(ctx context.Context) (iptables.Config, error) {
 	return rules, nil
 }
 
+// leftBehind says what becomes of requests while no daemon runs.
+func leftBehind(ctx context.Context) string {
+	switch enforcing, err := iptables.Enforcing(ctx); {
+	case err != nil || os.Geteuid() != 0 && !enforcing:
+		return "what becomes of requests root can see (imdsgate doctor)"
+	case enforcing:
+		return "the redirect of enforce mode is in place, so that requests fail until it runs again"
+	}
+	return "requests go to the service unseen"
+}
+
 func newPrint(o *options) *cobra.Command {
 	return &cobra.Command{
 		Use:   "print",

@@ -3,11 +3,14 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 
 	"github.com/spf13/cobra"
 )
+
+func leftBehind(context.Context) string { return "it runs on Linux" }
 
 func newRedirect(*options) *cobra.Command {
 	return &cobra.Command{

@@ -1,14 +1,19 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
 
 	"github.com/imdsgate/imdsgate/cmd/report"
+	"github.com/imdsgate/imdsgate/control"
 	"github.com/spf13/cobra"
 )
 
@@ -17,10 +22,13 @@ func newStatus(o *options) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "Show whether this host is protected, by what, and what is missing",
-		Long: `Show whether this host is protected, by what, and what is missing.
+		Long: `Show whether this host is protected, by what, and what is missing. The first line
+is the answer; lines with ! are for somebody to do something about.
 
-Exit status: 0 traffic to the metadata service goes through the daemon, 1 it
-does not, or not all of it; 3 the daemon is not running.`,
+Exit status: 0 the daemon does what its mode says: in enforce mode it refuses, in
+audit mode it records, and refuses nothing; 1 it does not, or not for all traffic,
+or the mode is off; 3 it is not running; 4 it is running, and how it is doing
+cannot be told; 77 not permitted.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			client, err := o.client()
@@ -30,7 +38,9 @@ does not, or not all of it; 3 the daemon is not running.`,
 			var s report.Status
 			deadline := time.Now().Add(wait)
 			for {
-				err = client.Get(cmd.Context(), "status", nil, &s)
+				ctx, cancel := context.WithTimeout(cmd.Context(), statusTakes)
+				err = client.Get(ctx, "status", nil, &s)
+				cancel()
 				if err == nil && s.Redirect.Installed || !time.Now().Before(deadline) {
 					break
 				}
@@ -40,15 +50,19 @@ does not, or not all of it; 3 the daemon is not running.`,
 				case <-time.After(100 * time.Millisecond):
 				}
 			}
+			w := cmd.OutOrStdout()
 			if err != nil {
-				return err
+				return o.noStatus(cmd.Context(), w, err)
 			}
 			if o.json {
-				err = json.NewEncoder(cmd.OutOrStdout()).Encode(s)
+				err = json.NewEncoder(w).Encode(struct {
+					answer
+					report.Status
+				}{answered(s), s})
 			} else {
-				err = printStatus(cmd.OutOrStdout(), s)
+				err = printStatus(w, s)
 			}
-			if err == nil && !protected(s) {
+			if err == nil && !healthy(s) {
 				return exit(exitNo)
 			}
 			return err
@@ -58,9 +72,93 @@ does not, or not all of it; 3 the daemon is not running.`,
 	return cmd
 }
 
-func protected(s report.Status) bool {
-	return s.Redirect.Installed && len(s.Redirect.Differences) == 0 && len(s.Redirect.Locks) == 0 && s.SelfTest.Error == "" &&
+// statusTakes is far longer than a daemon that is well needs to read its rules.
+const statusTakes = 15 * time.Second
+
+// answer is what the status comes to.
+type answer struct {
+	Protected bool     `json:"protected"`
+	Summary   string   `json:"summary"`
+	Gaps      []string `json:"not_protected_from"`
+}
+
+// noStatus is about a daemon that does not say how it is.
+func (o *options) noStatus(ctx context.Context, w io.Writer, why error) error {
+	switch {
+	case errors.Is(why, fs.ErrPermission):
+		return why
+	case !errors.Is(why, control.ErrNotRunning):
+		fmt.Fprintln(w, "unknown: the daemon does not say how it is:", why)
+		return exit(exitUnknown)
+	}
+	a := answer{Summary: "NOT protected: imdsgated is not running; " + leftBehind(ctx), Gaps: []string{}}
+	if o.json {
+		if err := json.NewEncoder(w).Encode(a); err != nil {
+			return err
+		}
+	} else {
+		fmt.Fprintln(w, a.Summary)
+	}
+	return why
+}
+
+// healthy reports whether the daemon does what its mode says.
+func healthy(s report.Status) bool {
+	return s.Redirect.Installed && len(s.Redirect.Differences) == 0 && len(s.Redirect.Locks) == 0 && s.Redirect.Error == "" && s.SelfTest.Error == "" &&
 		s.Attribution.Broken == "" && s.Attribution.Level >= s.Attribution.Required
+}
+
+// answered sums a status up.
+func answered(s report.Status) answer {
+	since := s.Since
+	if s.Modes.Since.After(since) {
+		since = s.Modes.Since
+	}
+	when := fmt.Sprintf("%s mode since %s (%v)", s.Mode, since.UTC().Format("2006-01-02 15:04:05 UTC"), time.Since(since).Round(time.Second))
+	a := answer{Gaps: gaps(s)}
+	switch {
+	case s.Mode == "off":
+		a.Summary = "NOT protected: " + when + ": the redirect is removed, and requests go to the service unseen"
+	case !s.Redirect.Installed:
+		a.Summary = "NOT protected: requests do not go through the daemon; " + when
+	case !healthy(s):
+		a.Summary = "NOT protected: INCOMPLETE, see the lines with !; " + when
+	case s.Mode == "enforce":
+		a.Protected = true
+		a.Summary = "protected: " + when + ": requests are attributed, judged and refused"
+	default:
+		a.Summary = fmt.Sprintf("NOT protected: %s: watching; everything passes, and enforce mode would have refused %d of %d requests", when, s.Requests.WouldDeny, s.Requests.Requests)
+	}
+	return a
+}
+
+// gaps are what protection does not extend to on this host, as it is now.
+func gaps(s report.Status) []string {
+	all := []string{}
+	add := func(format string, args ...any) { all = append(all, fmt.Sprintf(format, args...)) }
+	if s.Mode == "off" {
+		return all
+	}
+	for _, way := range []string{"IPv4 host", "IPv4 forwarded", "IPv6 host", "IPv6 forwarded"} {
+		if !slices.Contains(s.Redirect.Covered, way) {
+			family, hook, _ := strings.Cut(way, " ")
+			of := map[string]string{"host": "this host's own processes", "forwarded": "containers and other namespaces"}[hook]
+			add("%s requests of %s do not come here", family, of)
+		}
+	}
+	if s.Mode == "enforce" && s.Policy.Posture == "default" {
+		add("a program that no rule matches: posture strict gives guarded things to grants alone")
+	}
+	for _, m := range s.Attribution.Missing {
+		add("no %s (%s): %s", m.Level, gives[m.Level], m.Reason)
+	}
+	if s.Attribution.Level < "L2" {
+		add("network namespaces with an interface of their own: nobody sees their connections below L2")
+		add("clients bound to a network device (SO_BINDTODEVICE) get no answer below L2")
+	} else if s.Attribution.Uncovered == "report" {
+		add("network namespaces with an interface of their own: they are reported and not refused (attribution.uncovered)")
+	}
+	return all
 }
 
 // maxListed bounds the decisions that status names.
@@ -74,30 +172,21 @@ var gives = map[string]string{
 }
 
 func printStatus(w io.Writer, s report.Status) error {
+	a := answered(s)
+	fmt.Fprintln(w, a.Summary)
 	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
 	row := func(name, format string, args ...any) { fmt.Fprintf(t, "%s\t%s\n", name, fmt.Sprintf(format, args...)) }
-	switch {
-	case !s.Redirect.Installed:
-		row("protection", "NONE: metadata traffic does not go through the daemon")
-	case !protected(s):
-		row("protection", "INCOMPLETE in %s mode: see redirect and attribution", s.Mode)
-	case s.Mode == "enforce":
-		row("protection", "on: requests are attributed, judged and blocked")
-	default:
-		row("protection", "watching: requests are attributed and judged; %s mode blocks nothing", s.Mode)
-	}
-	row("daemon", "imdsgated %s, pid %d, up %v", s.Version, s.PID, time.Since(s.Since).Round(time.Second))
-	row("mode", "%s, posture %s", s.Mode, s.Policy.Posture)
+	row("daemon", "imdsgated %s, pid %d, up %v, uid %d, %d MB resident", s.Version, s.PID, time.Since(s.Since).Round(time.Second), s.Process.UID, s.Process.ResidentMB)
 	if set := s.Modes.Set; set != nil {
 		row("", "! the configuration asks for %s; set by %s %s: %s", s.Modes.Configured, set.By, lasting(set.Until), set.Reason)
 	}
 	if s.Modes.Error != "" {
 		row("", "! %s", s.Modes.Error)
 	}
-	if s.Mode == "enforce" && s.Policy.Posture == "default" {
-		row("", "a program that no rule matches gets what it asks for; in posture strict only one with a grant does")
+	row("policy", "posture %s, %d rules, %d grants, %.19s", s.Policy.Posture, len(s.Policy.Rules), len(s.Policy.Grants), s.Policy.Digest)
+	for _, e := range s.Policy.Expiring {
+		row("", "! grant %s ends with %s", e.Name, e.Expires)
 	}
-	row("policy", "%d rules, %d grants, %.19s", len(s.Policy.Rules), len(s.Policy.Grants), s.Policy.Digest)
 	if n := s.Policy.Skipped; n > 0 {
 		row("", "%d rule files were left out: imdsgate rules check says why", n)
 	}
@@ -116,7 +205,9 @@ func printStatus(w io.Writer, s report.Status) error {
 	if s.Decisions.Error != "" {
 		row("decisions", "! %s", s.Decisions.Error)
 	}
-	row("redirect", "%s %s, %d repairs", s.Redirect.Backend, strings.Join(s.Redirect.Covered, ", "), s.Redirect.Repairs)
+	if s.Mode != "off" {
+		row("redirect", "%s: %s; %d repairs", s.Redirect.Backend, strings.Join(s.Redirect.Covered, ", "), s.Redirect.Repairs)
+	}
 	for _, problem := range [][]string{{s.Redirect.Error}, s.Redirect.Differences, s.Redirect.Locks} {
 		for _, p := range problem {
 			if p != "" {
@@ -135,24 +226,23 @@ func printStatus(w io.Writer, s report.Status) error {
 	case test.Passed != nil:
 		row("self-test", "passed %v ago: a request of the daemon's own came through the redirect", time.Since(*test.Passed).Round(time.Second))
 	}
-	a := s.Attribution
+	by := s.Attribution
 	last := "by the kernel"
-	if a.Descriptors > 0 {
-		last = fmt.Sprintf("of %d descriptors", a.Descriptors)
+	if by.Descriptors > 0 {
+		last = fmt.Sprintf("of %d descriptors", by.Descriptors)
 	}
-	row("attribution", "level %s, %d full searches, the last %s in %v", a.Level, a.Scans, last, a.LastScan.Round(time.Microsecond))
-	if a.Slow() {
+	row("attribution", "level %s, %d full searches, the last %s in %v", by.Level, by.Scans, last, by.LastScan.Round(time.Microsecond))
+	if by.Slow() {
 		row("", "! a search may take %v: in enforce mode requests for credentials are refused when it is not over by then; process %d has %d of the descriptors",
-			a.Budget, a.Largest.PID, a.Largest.Descriptors)
+			by.Budget, by.Largest.PID, by.Largest.Descriptors)
 	}
-	if a.Broken != "" {
-		row("", "! the kernel no longer tells what level %s needs, so that clients are unattributed: %s", a.Level, a.Broken)
+	if by.Broken != "" {
+		row("", "! the kernel no longer tells what level %s needs, so that clients are unattributed: %s", by.Level, by.Broken)
 	}
-	if a.Level < a.Required {
-		row("", "! level %s is required for enforce mode", a.Required)
+	if by.Level < by.Required {
+		row("", "! level %s is required for enforce mode", by.Required)
 	}
-	if w := a.Witness; w != nil {
-		row("", "%d of %d sockets have a witness", w.Sockets, w.MaxSockets)
+	if w := by.Witness; w != nil {
 		if n := w.Full + w.OverShare + w.Ambiguous; n > 0 {
 			row("", "! %d sockets were connected without one: for want of room %d, because their user had more than a quarter of it %d, because another had the same addresses and ports %d",
 				n, w.Full, w.OverShare, w.Ambiguous)
@@ -170,14 +260,11 @@ func printStatus(w io.Writer, s report.Status) error {
 			row("", "! %d executions, clones or writes were not kept for want of room", w.Lost)
 		}
 	}
-	if h := a.History; h != nil && h.Lost > 0 {
+	if h := by.History; h != nil && h.Lost > 0 {
 		row("", "! %d process events were lost; the table was read anew %d times", h.Lost, h.Rebuilds)
 	}
-	if h := a.History; h != nil && h.Refused+h.Unjudged > 0 {
+	if h := by.History; h != nil && h.Refused+h.Unjudged > 0 {
 		row("", "! %d processes had no room in the table, %d executions were not shown to the rules", h.Refused, h.Unjudged)
-	}
-	for _, m := range a.Missing {
-		row("", "no %s (%s): %s", m.Level, gives[m.Level], m.Reason)
 	}
 	r := s.Requests
 	row("requests", "%d (%d connections, %d open): %d denied, %d would be denied", r.Requests, r.Connections, r.Open, r.Denied, r.WouldDeny)
@@ -197,17 +284,27 @@ func printStatus(w io.Writer, s report.Status) error {
 	if n := r.LinkLocalExceeded; n != nil && *n > 0 {
 		row("", "! %d packets to the metadata service, DNS and NTP dropped by the network interfaces: more than 1,024 a second", *n)
 	}
-	row("tokens", "whose %d are is known; %d were forgotten for want of room", r.Tokens, r.Forgotten)
-	row("events", "%s: %d written, %d dropped, %d lost, %d removed from a full disk", s.Events.Path, s.Events.Written, s.Events.Dropped, s.Events.Failed, s.Events.Removed)
+	if r.Forgotten > 0 {
+		row("", "! %d session tokens were forgotten for want of room, so that nobody knows whose they are", r.Forgotten)
+	}
+	row("events", "%s: %d written", s.Events.Path, s.Events.Written)
+	if s.Events.Dropped+s.Events.Failed+s.Events.Removed > 0 {
+		row("", "! missing: %d that the queue had no room for, %d that the disk did not take, %d removed from a full disk", s.Events.Dropped, s.Events.Failed, s.Events.Removed)
+	}
 	if s.Events.Error != "" {
 		row("", "! %s", s.Events.Error)
 	}
 	if f := s.FirstSeen; f.Rules > 0 {
-		row("first seen", "%s: %d combinations of %d rules, %d forgotten for want of room", f.Path, f.Terms, f.Rules, f.Forgotten)
+		row("first seen", "%d combinations of %d rules", f.Terms, f.Rules)
 		if f.Error != "" {
-			row("", "! new again after a restart, because they are not kept: %s", f.Error)
+			row("", "! new again after a restart, because they are not kept in %s: %s", f.Path, f.Error)
 		}
 	}
-	row("process", "uid %d, %d MB resident, %d descriptors", s.Process.UID, s.Process.ResidentMB, s.Process.Descriptors)
+	if s.Metrics.Error != "" {
+		row("metrics", "! not served on %s: %s", s.Metrics.Listen, s.Metrics.Error)
+	}
+	for i, gap := range a.Gaps {
+		row(map[bool]string{true: "not from"}[i == 0], "%s", gap)
+	}
 	return t.Flush()
 }

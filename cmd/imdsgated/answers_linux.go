@@ -85,6 +85,9 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 	return s, nil
 }
 
+// expiresSoon is when an operator should think about a grant that ends.
+const expiresSoon = 14 * 24 * time.Hour
+
 func policyReport(p *policy.Policy) report.Policy {
 	r := report.Policy{Posture: p.Posture.String(), Digest: p.Digest, Skipped: len(p.Skipped)}
 	for _, loaded := range p.Rules() {
@@ -96,6 +99,9 @@ func policyReport(p *policy.Policy) report.Policy {
 	}
 	for _, g := range p.Grants() {
 		r.Grants = append(r.Grants, g.Name)
+		if end := g.Expires.Time; !end.IsZero() && time.Until(end) < expiresSoon {
+			r.Expiring = append(r.Expiring, report.Expiring{Name: g.Name, Expires: end.Format(time.DateOnly)})
+		}
 	}
 	for _, d := range p.Denies() {
 		r.Denies = append(r.Denies, d.Name)

@@ -201,6 +201,7 @@ func (d *daemon) attributionStatus() report.Attribution {
 		Level: d.finder.Level().String(), Scans: stats.Scans, LastScan: stats.Last,
 		Descriptors: stats.Descriptors, Largest: report.Table(stats.Largest), Budget: proxy.AttributeIn,
 	}
+	a.Uncovered = d.config.Attribution.Uncovered.String()
 	if d.required > attribution.Level0 {
 		a.Required = d.required.String()
 	}

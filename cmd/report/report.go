@@ -86,6 +86,14 @@ type Policy struct {
 	Skipped int      `json:"rules_skipped"` // files that were refused
 	Grants  []string `json:"grants"`
 	Denies  []string `json:"denies"`
+	// Expiring are the grants that end within two weeks, or have ended.
+	Expiring []Expiring `json:"grants_expiring,omitempty"`
+}
+
+// Expiring is a grant with the last day on which it holds.
+type Expiring struct {
+	Name    string `json:"name"`
+	Expires string `json:"expires"`
 }
 
 // Rule is one rule in force.
@@ -119,15 +127,16 @@ type SelfTest struct {
 
 // Attribution is what can be known about clients on this host.
 type Attribution struct {
-	Level    string        `json:"level"`
-	Required string        `json:"require_level,omitempty"`
-	Hooks    []Hook        `json:"hooks,omitempty"`
-	Broken   string        `json:"broken,omitempty"` // what the last check found
-	History  *History      `json:"process_events,omitempty"`
-	Witness  *Witness      `json:"witness,omitempty"`
-	Missing  []Missing     `json:"missing,omitempty"`
-	Scans    uint64        `json:"full_searches"`
-	LastScan time.Duration `json:"last_full_search_ns"`
+	Level     string        `json:"level"`
+	Required  string        `json:"require_level,omitempty"`
+	Hooks     []Hook        `json:"hooks,omitempty"`
+	Uncovered string        `json:"uncovered"`        // what becomes of connections that do not pass through the redirect: deny, report
+	Broken    string        `json:"broken,omitempty"` // what the last check found
+	History   *History      `json:"process_events,omitempty"`
+	Witness   *Witness      `json:"witness,omitempty"`
+	Missing   []Missing     `json:"missing,omitempty"`
+	Scans     uint64        `json:"full_searches"`
+	LastScan  time.Duration `json:"last_full_search_ns"`
 	// Descriptors is how many the last full search looked at. A search that takes
 	// longer than Budget is too late for a request in enforce mode.
 	Descriptors int           `json:"last_full_search_descriptors"`
