@@ -93,7 +93,7 @@ func newRoot() *cobra.Command {
 	flags.StringVar(&o.config, "config", "", "configuration file (default "+config.DefaultPath+", if it exists)")
 	flags.StringVar(&o.socket, "socket", "", "control socket of the daemon (default from the configuration: "+control.DefaultSocket+")")
 	flags.BoolVar(&o.json, "json", false, "print JSON")
-	root.AddCommand(newStatus(&o), newEvents(&o), newCredentials(&o), newExplain(&o), newReplay(&o), newTune(&o), newEQL(&o), newWhois(&o), newDecisions(&o), newMode(&o), newRedirect(&o), newRules(&o), newConfig(&o), newCheck(&o), newFmt(), newReload(&o), newTest(&o), newProfiles(&o), newMan(), newVersion(&o))
+	root.AddCommand(newStatus(&o), newDoctor(&o), newSupport(&o), newEvents(&o), newCredentials(&o), newExplain(&o), newReplay(&o), newTune(&o), newEQL(&o), newWhois(&o), newDecisions(&o), newMode(&o), newRedirect(&o), newRules(&o), newConfig(&o), newCheck(&o), newFmt(), newReload(&o), newTest(&o), newProfiles(&o), newMan(), newVersion(&o))
 	return root
 }
 

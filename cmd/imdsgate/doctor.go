@@ -1,0 +1,210 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"slices"
+	"strings"
+
+	"github.com/imdsgate/imdsgate/cmd/report"
+	"github.com/imdsgate/imdsgate/control"
+	"github.com/spf13/cobra"
+)
+
+// severity of a finding.
+type severity string
+
+const (
+	failing  severity = "error"   // protection does not hold, or will not start
+	doubtful severity = "warning" // it holds with exceptions, or will not for long
+	notable  severity = "info"
+)
+
+var graver = []severity{failing, doubtful, notable}
+
+// symptom is one thing that an operator should know. IDs do not change: scripts and
+// pages of wikis name them.
+type symptom struct {
+	ID       string   `json:"id"`
+	Severity severity `json:"severity"`
+	Message  string   `json:"message"`
+	Fix      string   `json:"fix"`
+}
+
+// diagnosis is all that doctor has found.
+type diagnosis struct {
+	Findings []symptom `json:"findings"`
+	Probes   []probed  `json:"probes"`
+	// Left is what was not looked at, and why.
+	Left []string `json:"not_looked_at"`
+}
+
+// probed is one try to get past the daemon.
+type probed struct {
+	Way    string `json:"way"`
+	As     string `json:"as"`
+	From   string `json:"from"`
+	Result string `json:"result"` // past: answered and not recorded; recorded; none: no answer
+	Detail string `json:"detail"` // status of the answer, or why there was none
+}
+
+const (
+	gotPast  = "past"
+	wasSeen  = "recorded"
+	noAnswer = "none"
+	nonceIn  = "imdsgate-doctor-" // in what is asked for
+)
+
+func (d *diagnosis) find(id string, s severity, message, fix string) {
+	d.Findings = append(d.Findings, symptom{id, s, message, fix})
+}
+
+func (d *diagnosis) leave(what string) { d.Left = append(d.Left, what) }
+
+func newDoctor(o *options) *cobra.Command {
+	var preflight, quiet bool
+	cmd := &cobra.Command{
+		Use:   "doctor",
+		Short: "Find what is wrong with this host's protection, and try to get past it",
+		Long: `Find what is wrong with this host's protection, and try to get past it. Nothing is
+changed. Each finding has an ID that does not change, a severity and what to do.
+
+The tries are requests for names that the service does not have, with a nonce in
+each: over every endpoint and spelling, as an ordinary user, as root, with the
+daemon's mark, past the route, and from the other network namespaces of the host.
+What is answered and not in the events has got past the daemon. They are in the
+events afterwards, as imdsgate-doctor-NONCE. As root it can try everything; as
+another user, what that user can.
+
+With --preflight it says whether imdsgate would work on this host, before it is
+installed or started.
+
+Exit status: 0 no errors, 1 errors, 2 it could not look, 78 the configuration
+is wrong.`,
+		Example: "  sudo imdsgate doctor\n  imdsgate doctor --json | jq '.findings[] | select(.severity == \"error\")'",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			d := &diagnosis{Findings: []symptom{}, Probes: []probed{}, Left: []string{}}
+			if err := o.diagnose(cmd.Context(), d, preflight); err != nil {
+				return err
+			}
+			slices.SortStableFunc(d.Findings, func(a, b symptom) int {
+				return cmp.Compare(slices.Index(graver, a.Severity), slices.Index(graver, b.Severity))
+			})
+			var err error
+			if o.json {
+				err = json.NewEncoder(cmd.OutOrStdout()).Encode(d)
+			} else {
+				err = d.print(cmd.OutOrStdout(), quiet)
+			}
+			if err == nil && slices.ContainsFunc(d.Findings, func(f symptom) bool { return f.Severity == failing }) {
+				return exit(exitNo)
+			}
+			return err
+		},
+	}
+	cmd.Flags().BoolVar(&preflight, "preflight", false, "look at the host alone: no daemon is expected, and nothing tried")
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "leave out what was tried in vain and what was not looked at")
+	cmd.AddCommand(newAttempt())
+	return cmd
+}
+
+func (d *diagnosis) print(w io.Writer, quiet bool) error {
+	p := &printer{w: w}
+	for _, f := range d.Findings {
+		p.line("%-7s  %s: %s", f.Severity, f.ID, shown(f.Message))
+		if f.Fix != "" {
+			p.line("         fix: %s", shown(f.Fix))
+		}
+	}
+	if len(d.Findings) == 0 {
+		p.line("nothing is wrong that can be seen from here")
+	}
+	counts := map[string]int{}
+	for _, t := range d.Probes {
+		counts[t.Result]++
+	}
+	if len(d.Probes) > 0 {
+		p.line("\ntried to get past: %d ways, %d got past, %d recorded by the daemon, %d without an answer", len(d.Probes), counts[gotPast], counts[wasSeen], counts[noAnswer])
+	}
+	for _, t := range d.Probes {
+		if t.Result == gotPast || !quiet {
+			p.line("  %-8s  %s, as %s, from %s: %s", t.Result, t.Way, t.As, t.From, shown(t.Detail))
+		}
+	}
+	if len(d.Left) > 0 && !quiet {
+		p.line("\nnot looked at:")
+		for _, l := range d.Left {
+			p.line("  %s", l)
+		}
+	}
+	return p.err
+}
+
+// ofStatus is what the daemon itself knows to be wrong. It reports whether one runs.
+func (d *diagnosis) ofStatus(ctx context.Context, client *control.Client) (s report.Status, running bool) {
+	ctx, cancel := context.WithTimeout(ctx, statusTakes)
+	defer cancel()
+	err := client.Get(ctx, "status", nil, &s)
+	switch {
+	case errors.Is(err, control.ErrNotRunning):
+		d.find("daemon-not-running", failing, "imdsgated is not running; "+leftBehind(ctx), "systemctl enable --now imdsgated.socket imdsgated.service; journalctl -u imdsgated says why it has ended")
+		return s, false
+	case err != nil:
+		d.find("daemon-silent", failing, err.Error(), "ask as root or as a member of the group imdsgate; if you did, systemctl restart imdsgated")
+		return s, false
+	}
+	switch s.Mode {
+	case "off":
+		d.find("mode-off", failing, "the mode is off: the redirect is removed, and requests go to the service unseen", "imdsgate mode set enforce --reason TEXT, or mode: in the configuration")
+	case "audit":
+		d.find("mode-audit", notable, "the mode is audit: everything passes, and what enforce mode would refuse is recorded", "when imdsgate tune finds nothing unexplained: mode: enforce")
+	}
+	if s.Modes.Error != "" {
+		d.find("mode-wrong", failing, s.Modes.Error, "imdsgate mode; systemctl restart imdsgated")
+	}
+	if s.Redirect.Error != "" {
+		d.find("redirect-failed", failing, s.Redirect.Error, "imdsgate redirect verify")
+	}
+	for _, x := range s.Redirect.Differences {
+		d.find("redirect-changed", failing, x, "the daemon repairs it within 15 seconds; if it does not, another program writes the rules again: imdsgate events | grep redirect")
+	}
+	for _, x := range s.Redirect.Locks {
+		d.find("redirect-lock", failing, x, "what the message says")
+	}
+	if s.Mode != "off" {
+		for _, gap := range gaps(s) {
+			d.find("not-covered", doubtful, gap, "SECURITY.md says what each level and posture leaves open")
+		}
+	}
+	a := s.Attribution
+	if a.Broken != "" {
+		d.find("attribution-broken", failing, a.Broken, "systemctl restart imdsgated; somebody may have detached its BPF programs")
+	}
+	if a.Level < a.Required {
+		d.find("attribution-level", failing, "level "+a.Level+" of attribution, and the configuration requires "+a.Required, "the reasons are under not-covered; attribution.require_level")
+	}
+	if a.Slow() {
+		d.find("attribution-slow", doubtful, "a search of the host takes longer than requests wait, so that credentials are refused", "find out who has so many descriptors (imdsgate status); a kernel and capabilities for level 3")
+	}
+	if n := s.Requests.LinkLocalExceeded; n != nil && *n > 0 {
+		d.find("linklocal-throttled", doubtful, "the network interfaces have dropped packets to the metadata service, DNS and NTP: more than 1,024 a second", "find out who asks so often (imdsgate events); limits.requests_per_second")
+	}
+	e := s.Events
+	if e.Dropped+e.Failed+e.Removed > 0 || e.Error != "" {
+		d.find("events-missing", doubtful, strings.TrimSuffix("events are missing since the daemon started: "+e.Error, ": "), "make room for "+e.Path+"; events.queue")
+	}
+	for _, g := range s.Policy.Expiring {
+		d.find("grant-expiring", doubtful, "grant "+g.Name+" ends with "+g.Expires, "look whether it is still needed, and set expires: anew")
+	}
+	if s.Policy.Skipped > 0 {
+		d.find("rules-skipped", doubtful, "rule files were left out", "imdsgate rules check says why")
+	}
+	if s.Metrics.Error != "" {
+		d.find("metrics-not-served", doubtful, s.Metrics.Error, "metrics.listen: another port, or a Unix socket")
+	}
+	return s, true
+}

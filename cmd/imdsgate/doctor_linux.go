@@ -1,0 +1,422 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/imdsgate/imdsgate/cmd/config"
+	"github.com/imdsgate/imdsgate/cmd/report"
+	"github.com/imdsgate/imdsgate/control"
+	"github.com/imdsgate/imdsgate/event"
+	"github.com/imdsgate/imdsgate/iptables"
+	"github.com/imdsgate/imdsgate/policy"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// diagnose looks at everything that can be known on a host.
+func (o *options) diagnose(ctx context.Context, d *diagnosis, preflight bool) error {
+	c, err := o.load()
+	if err != nil {
+		return err
+	}
+	if _, err := c.Policy(); err != nil {
+		d.find("config-refused", failing, err.Error(), "imdsgate check")
+	}
+	client, err := o.client()
+	if err != nil {
+		return err
+	}
+	s, running := report.Status{}, false
+	if !preflight {
+		s, running = d.ofStatus(ctx, client)
+	}
+	rules := c.Redirect.WithDefaults()
+	d.ofRules(ctx, rules, running)
+	d.ofConfig(c)
+	d.ofHost()
+	d.ofAgents(o, c, rules)
+	if preflight {
+		d.leave("ways past the daemon: with --preflight none is expected")
+	} else {
+		d.attack(ctx, client, rules, s.Mode == "audit" || s.Mode == "enforce")
+	}
+	d.leave("the hop limit of the instance: it takes the EC2 API (aws ec2 describe-instances --query '…MetadataOptions')")
+	d.leave("whether other machines have the same machine-id: it takes the others")
+	d.leave("packet sockets (AF_PACKET): whoever has CAP_NET_RAW sends past every firewall of the host; SECURITY.md")
+	d.leave("containers with a network interface of the instance: from level 2 on their connections are seen when they are made")
+	return nil
+}
+
+// ofRules asks the rules of the host themselves, which needs CAP_NET_ADMIN.
+func (d *diagnosis) ofRules(ctx context.Context, rules iptables.Config, running bool) {
+	if os.Geteuid() != 0 {
+		d.leave("rules of iptables and nft: only root can read them")
+		return
+	}
+	rules.UID = 1 // of nobody: it makes no difference to what others' rules do
+	r, err := iptables.Open(ctx, rules)
+	if err != nil {
+		d.find("iptables-missing", failing, err.Error(), "apt-get install iptables, or dnf install iptables-nft")
+		return
+	}
+	defer r.Close()
+	found, err := r.Status(ctx)
+	if err != nil {
+		d.find("rules-unreadable", failing, err.Error(), "iptables-save, ip6tables-save and nft list ruleset must work for root")
+		return
+	}
+	if !running { // which tells of them itself
+		for _, l := range found.Locks {
+			d.find("redirect-lock", failing, l.String(), "what the message says")
+		}
+	}
+	for _, w := range found.Warnings {
+		d.find("rules-doubtful", doubtful, w, "read the rule: can it concern packets to the metadata service, or to the daemon's ports?")
+	}
+	for _, f := range found.Families {
+		if f.Skipped != "" {
+			d.find("family-skipped", notable, fmt.Sprintf("%s: %s", f.Family, f.Skipped), "")
+		}
+	}
+	if t := found.Conntrack; t.Max > 0 && t.Sockets > t.Max/2 {
+		d.find("conntrack-full", failing, fmt.Sprintf("%d sockets are open, and connection tracking has room for %d", t.Sockets, t.Max), "sysctl net.netfilter.nf_conntrack_max")
+	}
+}
+
+// ofConfig looks at who can change what the daemon believes, and at what it writes.
+func (d *diagnosis) ofConfig(c config.Config) {
+	for _, file := range c.Files() {
+		for _, err := range ownedByRoot("/", file, "so that he makes the policy") {
+			d.find("config-writable", failing, err.Error(), "chown root, chmod go-w")
+		}
+	}
+	for _, path := range c.Rules.Paths {
+		for _, err := range ownedByRoot("/", path, "so that he makes the rules") {
+			d.find("rules-writable", failing, err.Error(), "chown root, chmod go-w")
+		}
+	}
+	for _, g := range c.Grants {
+		if !g.Expires.IsZero() && time.Now().After(g.Expires.AddDate(0, 0, 1)) {
+			d.find("grant-expired", doubtful, "grant "+g.Name+" has expired on "+g.Expires.Format(time.DateOnly), "take it out, or set expires: anew")
+		}
+	}
+	if c.Events.Layout == event.Defend {
+		if _, err := os.Stat("/opt/Elastic/Endpoint"); err == nil {
+			d.find("defend-twice", doubtful, "events are written to the streams of Elastic's endpoint agent, which runs here itself: each alert comes twice", "events.layout: own")
+		}
+	}
+	if info, err := os.Stat(c.Events.Path); err == nil && info.Mode().Perm()&0o007 != 0 {
+		d.find("events-readable", doubtful, fmt.Sprintf("%s can be read by every user (%v): it names programs and keys", c.Events.Path, info.Mode()), "chmod 0640 "+c.Events.Path)
+	}
+	var fs unix.Statfs_t
+	for dir := filepath.Dir(c.Events.Path); ; dir = filepath.Dir(dir) {
+		err := unix.Statfs(dir, &fs)
+		if errors.Is(err, syscall.ENOENT) && dir != "/" {
+			continue
+		}
+		size := c.Events.MaxSize
+		if size == 0 {
+			size = 100 << 20
+		}
+		keep := int64(c.Events.Keep)
+		if keep == 0 {
+			keep = 4
+		}
+		if free := int64(fs.Bavail) * fs.Bsize; err == nil && free < size*(keep+1) {
+			d.find("spool-space", doubtful, fmt.Sprintf("%s has %d MB free, and events may take %d MB", dir, free>>20, size*(keep+1)>>20), "events.max_size and events.keep, or a larger disk: on a full one the oldest events go")
+		}
+		if err == nil && fs.Flags&unix.ST_RDONLY != 0 {
+			d.find("spool-read-only", failing, dir+" is mounted read-only, and events are to be written there", "events.path")
+		}
+		break
+	}
+}
+
+// ofHost looks at what identity, time and attribution rest on.
+func (d *diagnosis) ofHost() {
+	id, err := os.ReadFile("/etc/machine-id")
+	if text := strings.TrimSpace(string(id)); err != nil || len(text) != 32 || strings.Trim(text, "0") == "" {
+		d.find("machine-id", doubtful, "/etc/machine-id is missing or not one: host.id of events changes with each boot", "systemd-machine-id-setup; an image has an empty one, so that each instance makes its own")
+	}
+	var now unix.Timex
+	if _, err := unix.Adjtimex(&now); err == nil && now.Status&unix.STA_UNSYNC != 0 {
+		d.find("clock-unsynchronised", doubtful, "nobody keeps the clock: times of events, and ends of grants and decisions, are as wrong as it is", "chrony with 169.254.169.123")
+	}
+	if mounts, err := os.ReadFile("/proc/self/mounts"); err == nil {
+		for line := range strings.Lines(string(mounts)) {
+			if f := strings.Fields(line); len(f) > 3 && f[1] == "/proc" && strings.Contains(f[3], "hidepid=") && !strings.Contains(f[3], "hidepid=0") {
+				d.find("hidepid", notable, "/proc is mounted with "+f[3]+": the daemon sees others by CAP_SYS_PTRACE alone", "leave CAP_SYS_PTRACE in its unit")
+			}
+		}
+	}
+	if on, err := os.ReadFile("/sys/fs/selinux/enforce"); err == nil && strings.TrimSpace(string(on)) == "1" {
+		log, err := os.ReadFile("/var/log/audit/audit.log")
+		switch {
+		case err != nil:
+			d.leave("what SELinux has denied: /var/log/audit/audit.log cannot be read")
+		default:
+			for line := range strings.Lines(string(log)) {
+				if strings.Contains(line, "avc:  denied") && strings.Contains(line, `comm="imdsgated"`) {
+					d.find("selinux-denied", failing, strings.TrimSpace(line), "ausearch -c imdsgated | audit2allow, and tell the project")
+					break
+				}
+			}
+		}
+	}
+}
+
+// ofAgents looks for programs that ask the service for a living, and lack a grant: without
+// its agent nobody gets at a host that enforces.
+func (d *diagnosis) ofAgents(o *options, c config.Config, rules iptables.Config) {
+	running, err := executables()
+	if err != nil {
+		d.leave("agents of the platform: " + err.Error())
+		return
+	}
+	dirs, used, err := o.profiles()
+	if err != nil {
+		return
+	}
+	names, err := policy.ProfileNames(dirs)
+	if err != nil || len(names) == 0 {
+		d.leave("agents of the platform: there are no profiles to know them by (/usr/lib/imdsgate/profiles)")
+		return
+	}
+	granted := map[string]bool{}
+	for _, g := range c.Grants {
+		for _, exe := range g.Executable {
+			granted[exe] = true
+		}
+	}
+	for _, name := range names {
+		p, err := policy.LoadProfile(name, dirs)
+		if err != nil || used[name] {
+			continue
+		}
+		for _, g := range p.Grants {
+			if i := slices.IndexFunc(g.Executable, func(exe string) bool { _, tool := policy.Tool(exe); return !tool && running[exe] && !granted[exe] }); i >= 0 {
+				d.find("profile-missing", doubtful, fmt.Sprintf("%s runs (%s) and has no grant; without one, in enforce mode: %s", name, g.Executable[i], p.Without), "profiles: ["+name+"]")
+				break
+			}
+		}
+	}
+	for exe, endpoint := range map[string]string{"/usr/libexec/amazon-ecs-init": "169.254.170.2:80", "/agent": "169.254.170.2:80"} {
+		if running[exe] && !slices.Contains(rules.Endpoints, netip.MustParseAddrPort(endpoint)) {
+			d.find("container-endpoint", doubtful, "the ECS agent gives credentials to tasks at "+endpoint+", which nobody judges", "redirect.endpoints, docs/relay.md")
+			break
+		}
+	}
+	if addrs, err := netlink.AddrList(nil, unix.AF_INET); err == nil && slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return a.IP.String() == "169.254.170.23" }) &&
+		!slices.Contains(rules.Endpoints, netip.MustParseAddrPort("169.254.170.23:80")) {
+		d.find("container-endpoint", doubtful, "the EKS Pod Identity agent gives credentials to pods at 169.254.170.23:80, which nobody judges", "redirect.endpoints, docs/relay.md")
+	}
+}
+
+// executables are those of all processes that can be looked at.
+func executables() (map[string]bool, error) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, err
+	}
+	all := map[string]bool{}
+	for _, e := range entries {
+		if exe, err := os.Readlink("/proc/" + e.Name() + "/exe"); err == nil {
+			all[exe] = true
+		}
+	}
+	return all, nil
+}
+
+const (
+	nobody = 65534
+	// maxNamespaces bounds how many other network namespaces are tried from.
+	maxNamespaces = 32
+)
+
+// attack tries to get past the daemon.
+func (d *diagnosis) attack(ctx context.Context, client *control.Client, rules iptables.Config, judging bool) {
+	var seed [5]byte
+	rand.Read(seed[:])
+	n := 0
+	nonce := func() string {
+		n++
+		return fmt.Sprintf("%s%x-%d-", nonceIn, seed, n)
+	}
+	type batch struct {
+		place
+		attempts []attempt
+	}
+	var batches []batch
+	here := place{as: "uid " + strconv.Itoa(os.Geteuid()), from: "this host", uid: -1}
+	root := os.Geteuid() == 0
+	ordinary := here
+	if root {
+		here.as = "root"
+		ordinary = place{as: "an ordinary user", from: "this host", uid: nobody}
+	} else {
+		d.leave("tries as root, with the daemon's mark and from other network namespaces: they take root")
+	}
+	// The instance's own, whether they are configured or not, and those that are.
+	endpoints := iptables.Config{}.WithDefaults().Endpoints
+	for _, e := range rules.Endpoints {
+		if !slices.Contains(endpoints, e) {
+			endpoints = append(endpoints, e)
+		}
+	}
+	for _, e := range endpoints {
+		device := deviceTo(e.Addr())
+		batches = append(batches, batch{ordinary, ways(e, rules.Mark, device, false, nonce)})
+		if root {
+			batches = append(batches, batch{here, ways(e, rules.Mark, device, true, nonce)})
+		}
+	}
+	if root {
+		others, err := otherNamespaces()
+		if err != nil || len(others) == maxNamespaces {
+			d.leave(fmt.Sprintf("some network namespaces: tried from the first %d (%v)", len(others), err))
+		}
+		for _, other := range others {
+			var all []attempt
+			for _, e := range endpoints {
+				all = append(all, ways(e, rules.Mark, "", true, nonce)...)
+			}
+			batches = append(batches, batch{other, all})
+		}
+		fresh := place{as: "root", from: "a new network namespace", uid: -1, netns: newNamespace}
+		var all []attempt
+		for _, e := range endpoints {
+			all = append(all, ways(e, rules.Mark, "", true, nonce)...)
+		}
+		batches = append(batches, batch{fresh, all})
+	}
+	outcomes := make([][]outcome, len(batches))
+	var nonces []string
+	for i, b := range batches {
+		out, err := b.try(ctx, b.attempts)
+		if err != nil {
+			d.leave(err.Error())
+			continue
+		}
+		outcomes[i] = out
+		for k, one := range out {
+			if one.Status != 0 {
+				nonces = append(nonces, b.attempts[k].Nonce)
+			}
+		}
+	}
+	seen := map[string]bool{}
+	if judging && len(nonces) > 0 {
+		seen = recorded(ctx, client, nonces)
+	}
+	d.judge(judging, func(yield func(place, attempt, outcome, bool)) {
+		for i, b := range batches {
+			for k, one := range outcomes[i] {
+				yield(b.place, b.attempts[k], one, seen[b.attempts[k].Nonce])
+			}
+		}
+	})
+}
+
+// judge makes findings of what came of the attempts.
+func (d *diagnosis) judge(judging bool, each func(func(place, attempt, outcome, bool))) {
+	answered, past := 0, map[string][]string{}
+	each(func(p place, a attempt, o outcome, seen bool) {
+		t := probed{Way: a.Way, As: p.as, From: p.from, Result: noAnswer, Detail: o.Error}
+		if o.Status != 0 {
+			answered++
+			t.Detail = strconv.Itoa(o.Status)
+			if t.Result = wasSeen; !seen {
+				t.Result = gotPast
+				key := a.To.Addr().String() + " from " + p.from
+				past[key] = append(past[key], fmt.Sprintf("%s, as %s", strings.TrimPrefix(a.Way, a.To.String()+" "), p.as))
+			}
+			if strings.HasSuffix(a.Way, " plainly") && a.To.Addr().Is4() && p.netns == "" && p.as != "root" {
+				switch o.Status {
+				case 404:
+					d.find("imds-v1", doubtful, "the service answers without a session token: a proxy that can be made to fetch a URL gets credentials (IMDSv1)", "aws ec2 modify-instance-metadata-options --http-tokens required")
+				case 403:
+					d.leave("whether the service requires session tokens: it was refused before")
+				}
+			}
+		}
+		d.Probes = append(d.Probes, t)
+	})
+	for _, key := range slices.Sorted(func(yield func(string) bool) {
+		for k := range past {
+			if !yield(k) {
+				return
+			}
+		}
+	}) {
+		which := past[key]
+		if len(which) > 4 {
+			which = append(which[:4:4], fmt.Sprintf("and %d more", len(past[key])-4))
+		}
+		message := "requests to " + key + " are answered, and the daemon has recorded none of them: " + strings.Join(which, "; ")
+		fix := "imdsgate redirect verify and iptables-save: a rule of ours is missing, or another one comes before it"
+		if !judging {
+			message, fix = "requests to "+key+" are answered, and no daemon judges them", "start imdsgated"
+		}
+		d.find("got-past", failing, message, fix)
+	}
+	if answered == 0 {
+		d.find("imds-silent", doubtful, "the metadata service answers nobody: this is no instance, it is off, or something keeps everybody from it", "aws ec2 describe-instances: MetadataOptions.HttpEndpoint; ip route get 169.254.169.254")
+	}
+}
+
+// deviceTo is the network interface that leads to an address; "" if there is none.
+func deviceTo(to netip.Addr) string {
+	routes, err := netlink.RouteGet(to.AsSlice())
+	if err != nil || len(routes) == 0 {
+		return ""
+	}
+	link, err := netlink.LinkByIndex(routes[0].LinkIndex)
+	if err != nil || link.Attrs().Name == "lo" {
+		return ""
+	}
+	return link.Attrs().Name
+}
+
+// otherNamespaces are the network namespaces in which processes of this host are, and
+// doctor is not.
+func otherNamespaces() ([]place, error) {
+	own, err := os.Readlink("/proc/self/ns/net")
+	if err != nil {
+		return nil, err
+	}
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, err
+	}
+	known := map[string]bool{own: true}
+	var all []place
+	for _, e := range entries {
+		path := "/proc/" + e.Name() + "/ns/net"
+		ns, err := os.Readlink(path)
+		if err != nil || known[ns] || e.Name() == "self" || e.Name() == "thread-self" {
+			continue
+		}
+		known[ns] = true
+		name, err := os.ReadFile("/proc/" + e.Name() + "/comm")
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		all = append(all, place{as: "root", from: fmt.Sprintf("the network namespace of %s (pid %s)", strings.TrimSpace(string(name)), e.Name()), uid: -1, netns: path})
+		if len(all) == maxNamespaces {
+			break
+		}
+	}
+	return all, nil
+}
