@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net/netip"
 	"os"
@@ -98,6 +99,10 @@ func (d *diagnosis) ofRules(ctx context.Context, rules iptables.Config, running 
 // ofConfig looks at who can change what the daemon believes, and at what it writes.
 func (d *diagnosis) ofConfig(c config.Config) {
 	for _, file := range c.Files() {
+		file, err := filepath.Abs(file)
+		if err != nil {
+			continue
+		}
 		for _, err := range ownedByRoot("/", file, "so that he makes the policy") {
 			d.find("config-writable", failing, err.Error(), "chown root, chmod go-w")
 		}
@@ -162,7 +167,7 @@ func (d *diagnosis) ofHost() {
 		}
 	}
 	if on, err := os.ReadFile("/sys/fs/selinux/enforce"); err == nil && strings.TrimSpace(string(on)) == "1" {
-		log, err := os.ReadFile("/var/log/audit/audit.log")
+		log, err := tail("/var/log/audit/audit.log", 4<<20)
 		switch {
 		case err != nil:
 			d.leave("what SELinux has denied: /var/log/audit/audit.log cannot be read")
@@ -175,6 +180,20 @@ func (d *diagnosis) ofHost() {
 			}
 		}
 	}
+}
+
+// tail is the end of a file.
+func tail(path string, most int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	return io.ReadAll(io.NewSectionReader(f, max(info.Size()-most, 0), most))
 }
 
 // ofAgents looks for programs that ask the service for a living, and lack a grant: without

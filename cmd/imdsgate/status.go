@@ -84,14 +84,16 @@ type answer struct {
 
 // noStatus is about a daemon that does not say how it is.
 func (o *options) noStatus(ctx context.Context, w io.Writer, why error) error {
+	a := answer{Summary: "NOT protected: imdsgated is not running; ", Gaps: []string{}}
 	switch {
 	case errors.Is(why, fs.ErrPermission):
 		return why
-	case !errors.Is(why, control.ErrNotRunning):
-		fmt.Fprintln(w, "unknown: the daemon does not say how it is:", why)
-		return exit(exitUnknown)
+	case errors.Is(why, control.ErrNotRunning):
+		a.Summary += leftBehind(ctx)
+	default:
+		a.Summary = "unknown: the daemon does not say how it is: " + why.Error()
+		why = exit(exitUnknown)
 	}
-	a := answer{Summary: "NOT protected: imdsgated is not running; " + leftBehind(ctx), Gaps: []string{}}
 	if o.json {
 		if err := json.NewEncoder(w).Encode(a); err != nil {
 			return err
@@ -295,7 +297,7 @@ func printStatus(w io.Writer, s report.Status) error {
 		row("", "! %s", s.Events.Error)
 	}
 	if f := s.FirstSeen; f.Rules > 0 {
-		row("first seen", "%d combinations of %d rules", f.Terms, f.Rules)
+		row("first seen", "%d combinations of %d rules, %d forgotten for want of room", f.Terms, f.Rules, f.Forgotten)
 		if f.Error != "" {
 			row("", "! new again after a restart, because they are not kept in %s: %s", f.Path, f.Error)
 		}
