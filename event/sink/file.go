@@ -98,7 +98,7 @@ type Stats struct {
 	Dropped uint64 `json:"dropped"` // events that found the queue full
 	Failed  uint64 `json:"failed"`  // documents that the disk did not take
 	Removed uint64 `json:"removed"` // documents that made room on a full disk
-	Waiting int    `json:"waiting"` // events that are yet to be written
+	Waiting int    `json:"waiting"` // events in the queue
 	Error   string `json:"error,omitempty"`
 }
 
