@@ -180,6 +180,12 @@ func (d *diagnosis) ofStatus(ctx context.Context, client *control.Client) (s rep
 			d.find("not-covered", doubtful, gap, "SECURITY.md says what each level and posture leaves open")
 		}
 	}
+	if s.SelfTest.Error != "" {
+		d.find("self-test", failing, s.SelfTest.Error, "imdsgate status; journalctl -u imdsgated")
+	}
+	if s.SelfTest.NoRoute != "" {
+		d.find("no-route", notable, s.SelfTest.NoRoute, "none is needed before the network is up")
+	}
 	a := s.Attribution
 	if a.Broken != "" {
 		d.find("attribution-broken", failing, a.Broken, "systemctl restart imdsgated; somebody may have detached its BPF programs")

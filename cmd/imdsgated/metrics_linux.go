@@ -83,7 +83,7 @@ type state struct {
 	dropped, lag, written                                                                  *prometheus.Desc
 	connections, open, connectionsRefused, upstreamFailed, throttled, evicted              *prometheus.Desc
 	tokens, forgotten                                                                      *prometheus.Desc
-	level, broken, searches                                                                *prometheus.Desc
+	selfTest, selfTested, level, broken, searches                                          *prometheus.Desc
 	processEvents, processLost, processes, processRefused, witnessed, witnessRoom, unknown *prometheus.Desc
 }
 
@@ -115,6 +115,8 @@ func newState(d *daemon) *state {
 	s.evicted = desc("connections_evicted_total", "Connections that were closed because their user had the most when there was no room.")
 	s.tokens = desc("tokens", "Session tokens of which it is known whose they are.")
 	s.forgotten = desc("tokens_forgotten_total", "Session tokens that made room for others before they had expired.")
+	s.selfTest = desc("self_test_failed", "1 if the daemon's own request to the service does not come here, or nobody serves it.")
+	s.selfTested = desc("self_test_last_success_timestamp_seconds", "When it last did; not there if it never has.")
 	s.level = desc("attribution_level", "Level of attribution, 0 to 3.")
 	s.broken = desc("attribution_broken", "1 if the kernel no longer tells what the level needs, so that clients are unattributed.")
 	s.searches = desc("attribution_searches_total", "Searches of the whole host for who holds a connection.")
@@ -199,6 +201,11 @@ func (s *state) Collect(to chan<- prometheus.Metric) {
 	gauge(s.tokens, float64(known))
 	count(s.forgotten, forgotten)
 
+	test := d.healthNow()
+	gauge(s.selfTest, one(test.Error != ""))
+	if test.Passed != nil {
+		gauge(s.selfTested, float64(test.Passed.UnixNano())/1e9)
+	}
 	gauge(s.level, float64(d.finder.Level()))
 	gauge(s.broken, one(broken))
 	found := d.finder.Stats()

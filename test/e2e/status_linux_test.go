@@ -30,6 +30,7 @@ var varies = []struct {
 	{regexp.MustCompile(`\b\d+ of \d+ descriptors|of \d+ descriptors|by the kernel`), "PLACE"},
 	{regexp.MustCompile(`\b[\d.]+(ns|µs|ms|h|m|s)([\d.]+(ms|m|s))*\b`), "TOOK"},
 	{regexp.MustCompile(`BPF map of \w+`), "BPF map"},
+	{regexp.MustCompile(`self-test .*\n`), ""}, // the first comes a moment after the start
 	{regexp.MustCompile(`.*! a search may take .*\n`), ""},
 	{regexp.MustCompile(`pid \d+`), "pid N"},
 	{regexp.MustCompile(`\d+ MB resident`), "N MB resident"},
