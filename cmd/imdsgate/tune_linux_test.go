@@ -171,7 +171,7 @@ func TestTuneBatch(t *testing.T) {
 		t.Errorf("%d, %s", code, errs)
 	}
 	text, err := os.ReadFile(elastic)
-	if err != nil || bytes.Count(text, []byte("\n")) != 4 || !bytes.Contains(text, []byte(`"expire_time":"2027-02-06T23:59:59Z"`)) {
+	if err != nil || bytes.Count(text, []byte("\n")) != 4 || !bytes.Contains(text, []byte(`"expire_time":"2027-02-06T23:59:59.000Z"`)) {
 		t.Errorf("%v: %s", err, text)
 	}
 }

@@ -7,11 +7,13 @@ import (
 	"encoding/json"
 	"fmt"
 	"path"
+	"strings"
 	"time"
 )
 
 // A list of exceptions as Kibana exports and imports it (POST /api/exception_lists/_import):
-// a line for the list, one for each item, and one that counts them.
+// a line for the list, one for each item, and one that counts them. Its schema is in the
+// reference of Kibana's API, "Import exception lists" and "Create an exception list item".
 const (
 	listID   = "imdsgate-tune"
 	listName = "imdsgate: clients of the metadata service that are known"
@@ -38,16 +40,32 @@ type exceptionItem struct {
 	Namespace   string   `json:"namespace_type"`
 	OS          []string `json:"os_types"`
 	Tags        []string `json:"tags"`
-	Comments    []string `json:"comments"`
 	Entries     []entry  `json:"entries"`
-	Expires     string   `json:"expire_time"`
+	Expires     string   `json:"expire_time"` // isoTime
 }
+
+// isoTime is the one spelling of a time that Kibana takes: that of JavaScript's
+// Date.toISOString, with three digits of a second.
+const isoTime = "2006-01-02T15:04:05.000Z"
 
 type entry struct {
 	Field    string `json:"field"`
 	Operator string `json:"operator"`
-	Type     string `json:"type"` // match or match_any
+	Type     string `json:"type"` // match, match_any or wildcard
 	Value    any    `json:"value"`
+}
+
+// included is an entry that holds for documents with one of some values. In a value * is
+// anything: Kibana has no wildcard that ends at a slash, as that of a grant does.
+func included(field string, values ...string) entry {
+	e := entry{Field: field, Operator: "included", Type: "match_any", Value: values}
+	if len(values) == 1 {
+		e.Type, e.Value = "match", values[0]
+		if strings.Contains(values[0], "*") {
+			e.Type = "wildcard"
+		}
+	}
+	return e
 }
 
 // exceptionCount is the last line.
@@ -88,14 +106,12 @@ func (p *Proposal) exception() exceptionItem {
 	id := sha256.Sum256(fmt.Append(nil, g.Executable, g.Unit, g.User, g.Container, g.Pod, g.Parent, g.Classes))
 	item := exceptionItem{
 		ListID: listID, ItemID: listID + "-" + hex.EncodeToString(id[:8]), Type: "simple", Namespace: "single", OS: []string{"linux"},
-		Tags: []string{"imdsgate", "risk:" + p.Risk.String()}, Comments: []string{}, Name: g.Name, Description: g.Reason,
-		Expires: g.Expires.Add(24*time.Hour - time.Second).UTC().Format(time.RFC3339),
+		Tags: []string{"imdsgate", "risk:" + p.Risk.String()}, Name: g.Name, Description: g.Reason,
+		Expires: g.Expires.Add(24*time.Hour - time.Second).UTC().Format(isoTime),
 	}
 	add := func(field string, values ...string) {
-		if len(values) == 1 {
-			item.Entries = append(item.Entries, entry{field, "included", "match", values[0]})
-		} else if len(values) > 1 {
-			item.Entries = append(item.Entries, entry{field, "included", "match_any", values})
+		if len(values) > 0 {
+			item.Entries = append(item.Entries, included(field, values...))
 		}
 	}
 	add("process.executable", g.Executable...)
@@ -116,7 +132,7 @@ func (p *Proposal) exception() exceptionItem {
 		add("process.parent.executable", parents...)
 	}
 	if len(item.Entries) == 1 { // which would excuse the program wherever it runs
-		add("imdsgate.process.unit", g.Unit)
+		add("imdsgate.process.unit", strings.Replace(g.Unit, "@.", "@*.", 1)) // of a template every instance
 	}
 	return item
 }

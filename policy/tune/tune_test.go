@@ -1,8 +1,6 @@
 package tune
 
 import (
-	"bytes"
-	"encoding/json"
 	"fmt"
 	"net/netip"
 	"path"
@@ -425,31 +423,6 @@ func TestSpan(t *testing.T) {
 	}
 	if err := h.tuner.Line([]byte(`{"data_stream":{"dataset":"nginx.access"}}`)); err != event.ErrForeign {
 		t.Error(err)
-	}
-}
-
-// TestElastic is the form that Kibana imports.
-func TestElastic(t *testing.T) {
-	h := read(t, policy.Config{}, Options{})
-	h.days(nil)
-	text, err := Elastic(h.tuner.Report().Proposals)
-	if err != nil {
-		t.Fatal(err)
-	}
-	lines := bytes.Split(bytes.TrimSpace(text), []byte("\n"))
-	if len(lines) != 3 {
-		t.Fatalf("%s", text)
-	}
-	var item exceptionItem
-	if err := json.Unmarshal(lines[1], &item); err != nil {
-		t.Fatal(err)
-	}
-	want := `[{process.executable included match /usr/bin/python3.11} {user.name included match reports} {process.parent.executable included match /usr/lib/systemd/systemd}]`
-	if got := fmt.Sprint(item.Entries); got != want || item.Expires != "2027-02-02T23:59:59Z" || item.Type != "simple" || item.ListID != listID || !strings.HasPrefix(item.ItemID, listID+"-") {
-		t.Errorf("%+v", item)
-	}
-	if !bytes.Contains(lines[0], []byte(`"type":"detection"`)) || !bytes.Contains(lines[2], []byte(`"exported_exception_list_item_count":1`)) {
-		t.Errorf("%s", text)
 	}
 }
 
