@@ -41,8 +41,8 @@ again every few minutes.
 Each client four times, each time in a lab of its own with a stand-in for the service, and the real daemon:
 
 - *direct*: without imdsgate. *requests* are those of this run.
-- *audit*: through imdsgate as it is by default. *granted*: in enforce mode with posture strict and a grant for the program and its
-  user. "same" says that the service has seen the same requests, byte for byte and in the same order, and given the same answers, and
+- *audit*: through imdsgate as it is by default. *granted*: in enforce mode with posture strict and a grant for the program in its
+  unit, as its user. "same" says that the service has seen the same requests, byte for byte and in the same order, and given the same answers, and
   that the client has written the same output with the same exit status. What differs between any two runs is left out: tokens, request
   IDs, and in output times and ports; for cloud-init, which asks IPv4 and IPv6 at once and takes who answers first, also that and the
   order.
