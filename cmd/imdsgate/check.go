@@ -45,6 +45,9 @@ could not be read.`,
 			} else {
 				err = report.print(cmd.OutOrStdout())
 			}
+			if err == nil && !o.json && report.Errors == 0 && len(files) == 0 && o.config == "" && root == "/" {
+				_, err = fmt.Fprintln(cmd.OutOrStdout(), "imdsgate reload puts it in force, where it is not yet")
+			}
 			switch {
 			case err != nil:
 				return err

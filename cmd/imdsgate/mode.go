@@ -2,9 +2,11 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"io"
 
 	"github.com/imdsgate/imdsgate/cmd/report"
+	"github.com/imdsgate/imdsgate/policy"
 	"github.com/spf13/cobra"
 )
 
@@ -67,7 +69,11 @@ attributed, judged or recorded.`,
 			if err := client.Post(cmd.Context(), "mode/set", args, &m); err != nil {
 				return err
 			}
-			return o.printMode(cmd.OutOrStdout(), m)
+			if err := o.printMode(cmd.OutOrStdout(), m); err != nil || o.json || m.Mode != policy.Enforce {
+				return err
+			}
+			_, err = fmt.Fprintln(cmd.OutOrStdout(), "imdsgate events -f shows who is refused, imdsgate explain --event ID why; imdsgate mode set audit --for 30m --reason TEXT goes back")
+			return err
 		},
 	}
 	cmd.Flags().StringVar(&lasts, "for", "", "how `long`: 30m, 4h; at most 7d")

@@ -86,6 +86,9 @@ func (o *replayOptions) run(ctx context.Context, common *options, args []string,
 		err = json.NewEncoder(stdout).Encode(d)
 	} else {
 		err = printDiff(stdout, d, o.all)
+		if err == nil && !in.trouble {
+			err = printNext(stdout, d)
+		}
 	}
 	switch {
 	case err != nil:

@@ -39,6 +39,27 @@ func printDiff(w io.Writer, d *replay.Diff, all bool) error {
 	return p.err
 }
 
+// printNext says what to type after that, where it is the whole of the answer.
+func printNext(w io.Writer, d *replay.Diff) error {
+	p := &printer{w: w}
+	switch {
+	case d.Requests == 0, d.Late > 0:
+	case d.Against == "actual" && d.New.Requests == 0 && d.Undecided.Requests > 0:
+		p.line("\nNEXT\n   imdsgate explain --event ID shows what cannot be decided, which enforce mode may refuse")
+	case d.Against == "actual" && d.New.Requests == 0:
+		p.line("\nNEXT\n   imdsgate reload, if the daemon does not have this policy yet, and imdsgate mode set enforce --reason TEXT")
+		p.line("       refuses nothing that clients got")
+	case d.Against == "actual":
+		p.line("\nNEXT\n   imdsgate tune proposes grants for what is legitimate of that; what is a theft should be refused. If nothing else is left:")
+		p.line("   imdsgate reload, if the daemon does not have this policy yet, and imdsgate mode set enforce --reason TEXT")
+	case d.New.Requests > 0:
+		p.line("\nNEXT\n   imdsgate tune proposes grants for what is legitimate of that")
+	case d.Against == "recorded":
+		p.line("\nNEXT\n   imdsgate replay --actual shows what clients got and enforce mode would refuse")
+	}
+	return p.err
+}
+
 func (p *printer) section(title string, s *replay.Section, all, hints bool) {
 	if s.Requests == 0 {
 		return
@@ -105,7 +126,7 @@ func hint(g *replay.Group) string {
 		if g.Before.Step == policy.StepGrant {
 			return fmt.Sprintf("grant %q let it pass, and no grant of this policy is for the program", g.Before.Name)
 		}
-		return fmt.Sprintf("no grant is for the program: if it is meant to pass, add one; or have the rule alert only (rules.actions.%s)", g.After.ID)
+		return fmt.Sprintf("no grant is for the program: if it is meant to pass, imdsgate tune says whether there is one worth it; or have the rule alert only (rules.actions.%s)", g.After.ID)
 	case policy.StepClass:
 		return "no grant is for the program, and under posture strict it takes one"
 	case policy.StepDeny:

@@ -105,11 +105,12 @@ func TestReplay(t *testing.T) {
 		code int
 		says []string
 	}{
-		{[]string{"--policy", f("with.yaml"), events}, 0, []string{"3 requests on 1 host", "would still be refused: 1 request", "it passed, because of audit mode"}},
+		{[]string{"--policy", f("with.yaml"), events}, 0, []string{"3 requests on 1 host", "would still be refused: 1 request", "it passed, because of audit mode", "imdsgate replay --actual"}},
 		{[]string{"--policy", f("without.yaml"), events}, 1, []string{"WOULD NEWLY BE REFUSED: 1 request", "/usr/bin/python3, unit backup.service, user root", `was: grant "backup"`, "now: rule ",
 			`-> grant "backup" let it pass, and no grant of this policy is for the program`, "event 01KDECISIONpython3"}},
 		{[]string{"--policy", f("with.yaml"), "--against", f("without.yaml"), events}, 0, []string{"would newly pass: 1 request", "compared with the other policy"}},
-		{[]string{"--config", f("with.yaml"), "--actual", events}, 1, []string{"WOULD NEWLY BE REFUSED: 1 request", "/usr/bin/curl", "compared with what clients got"}},
+		{[]string{"--config", f("with.yaml"), "--actual", events}, 1, []string{"WOULD NEWLY BE REFUSED: 1 request", "/usr/bin/curl", "compared with what clients got", "imdsgate tune", "imdsgate mode set enforce"}},
+		{[]string{"--config", f("with.yaml"), "--actual", "--until", "2026-11-26T08:01:30Z", events}, 0, []string{"2 requests on 1 host", "refuses nothing that clients got"}},
 		{[]string{"--policy", f("with.yaml"), "--since", "2026-11-26T08:00:30Z", "--until", "2026-11-26T08:01:30Z", events}, 0, []string{"1 request on 1 host"}},
 		{[]string{"--policy", f("with.yaml"), f("bad.ndjson")}, 0, []string{"bad.ndjson:", "byte 16: the line ends", "1 bad line was left out", "1 line was no document of imdsgate", "3 requests"}},
 		{[]string{"--policy", f("with.yaml"), f("web.log"), events}, 2, []string{"web.log:1: byte 1: 'G' where { should be", "web.log has no events of imdsgate in it"}},
@@ -125,6 +126,9 @@ func TestReplay(t *testing.T) {
 			if code != c.code || !strings.Contains(got, says) {
 				t.Errorf("%v: %d, want %d and %q\n%s", c.args, code, c.code, says, got)
 			}
+		}
+		if code > 1 && strings.Contains(got, "NEXT") {
+			t.Errorf("%v: %d, it is not the whole of the answer, and says what comes next:\n%s", c.args, code, got)
 		}
 	}
 

@@ -35,6 +35,9 @@ type tuneOptions struct {
 	readiness          bool
 }
 
+// usualMin is how often, and on how many days, something is proposed that was seen.
+const usualMin = 2
+
 func newTune(o *options) *cobra.Command {
 	var t tuneOptions
 	cmd := &cobra.Command{
@@ -77,8 +80,8 @@ the flags, the configuration or a file is wrong, or no request was recorded.`,
 	flags.BoolVar(&t.interactive, "interactive", false, "ask about each proposal")
 	flags.BoolVar(&t.batch, "batch", false, "take all proposals up to --max-risk")
 	flags.StringVar(&t.maxRisk, "max-risk", "medium", "the most that --batch takes: low or medium")
-	flags.IntVar(&t.minCount, "min-count", 2, "how often something must have been seen to be proposed")
-	flags.IntVar(&t.minDays, "min-days", 2, "on how many days")
+	flags.IntVar(&t.minCount, "min-count", usualMin, "how often something must have been seen to be proposed")
+	flags.IntVar(&t.minDays, "min-days", usualMin, "on how many days")
 	flags.StringVar(&t.since, "since", "", "only what was asked since then: 2006-01-02, 2006-01-02T15:04:05Z, or 7d for so long ago")
 	flags.StringVar(&t.until, "until", "", "only what was asked before then")
 	flags.StringVar(&t.format, "format", "yaml", "what is written: yaml, elastic or json")
@@ -148,6 +151,11 @@ func (o *tuneOptions) run(ctx context.Context, all *options, args []string, stdi
 			fmt.Fprintf(stderr, "imdsgate: %s written with %d of %d proposals\n", o.output, len(taken), len(r.Proposals))
 		}
 	}
+	if o.format == "yaml" && !o.readiness && r.Sum.Requests > 0 && !in.trouble {
+		if err := o.next(report, r, args, text != nil && o.output != ""); err != nil {
+			return err
+		}
+	}
 	if text != nil && o.format == "elastic" {
 		fmt.Fprintln(stderr, "imdsgate: exceptions silence alerts of Elastic and let nothing through: what enforce mode allows is said by grants (--format yaml)")
 	}
@@ -184,7 +192,7 @@ func (o *tuneOptions) options(stdin io.Reader) (t tune.Options, max tune.Risk, e
 	case o.output != "" && !o.interactive && !o.batch:
 		err = errors.New("-o writes what is taken: choose with --interactive, or take all up to --max-risk with --batch")
 	case o.interactive && o.output == "":
-		err = errors.New("where to? Name a file with -o, such as " + filepath.Join(filepath.Dir(config.DefaultPath), "config.d", "50-tune.yaml"))
+		err = errors.New("where to? Name a file with -o, such as " + filepath.Join(dropIns, "50-tune.yaml"))
 	case o.format == "json" && o.output != "":
 		err = errors.New("-o writes a drop-in or exceptions, and --json prints the report: leave out one of them")
 	case o.format == "elastic" && !o.interactive && !o.batch:
@@ -296,5 +304,5 @@ func (o *tuneOptions) print(w io.Writer, r *tune.Report) error {
 	case o.readiness:
 		return printReadiness(w, r)
 	}
-	return printTuning(w, r, o.interactive || o.batch)
+	return printTuning(w, r, o.batch, o.interactive)
 }

@@ -124,7 +124,8 @@ func TestTuneBatch(t *testing.T) {
 	file := filepath.Join(dir, "50-tune.yaml")
 	events := filepath.Join(dir, "events.ndjson")
 
-	if out, errs, code := tuned("--config", config, events); code != 1 || !strings.Contains(out, "PROPOSALS") || !strings.Contains(out, "14 left") || errs != "" {
+	if out, errs, code := tuned("--config", config, events); code != 1 || !strings.Contains(out, "PROPOSALS") || !strings.Contains(out, "14 left") || errs != "" ||
+		!strings.Contains(out, "imdsgate tune --interactive -o /etc/imdsgate/config.d/50-tune.yaml "+events) {
 		t.Errorf("%d\n%s\n%s", code, out, errs)
 	}
 	if out, errs, code := tuned("--config", config, "--batch", "--max-risk", "low", events); code != 1 || strings.Contains(out, "grants:") {
@@ -134,7 +135,8 @@ func TestTuneBatch(t *testing.T) {
 	if code != 0 || !strings.Contains(out, "grants:\n") || strings.Contains(out, "PROPOSALS") || !strings.Contains(errs, "PROPOSALS") {
 		t.Errorf("%d\n%s\n%s", code, out, errs)
 	}
-	if out, errs, code := tuned("--config", config, "--batch", "-o", file, events); code != 0 || !strings.Contains(errs, "written with 2 of 2 proposals") {
+	if out, errs, code := tuned("--config", config, "--batch", "-o", file, events); code != 0 || !strings.Contains(errs, "written with 2 of 2 proposals") ||
+		!strings.Contains(out, "put "+file+" into /etc/imdsgate/config.d") || !strings.Contains(out, "imdsgate replay --actual /var/log/imdsgate\n") || strings.Contains(out, "--interactive") {
 		t.Errorf("%d\n%s\n%s", code, out, errs)
 	}
 	before, err := os.ReadFile(file)
@@ -152,8 +154,11 @@ func TestTuneBatch(t *testing.T) {
 		t.Errorf("%v: %s", err, after)
 	}
 	// With it nothing is left.
-	if out, errs, code := tuned("--config", file, "--batch", "-o", filepath.Join(dir, "none.yaml"), events); code != 0 || strings.Contains(out, "PROPOSALS") {
+	if out, errs, code := tuned("--config", file, "--batch", "-o", filepath.Join(dir, "none.yaml"), events); code != 0 || strings.Contains(out, "PROPOSALS") || !strings.Contains(out, "imdsgate mode set enforce") {
 		t.Errorf("%d\n%s\n%s", code, out, errs)
+	}
+	if out, errs, code := tuned("--config", file, "--since", "2026-11-05", events); code != 0 || !strings.Contains(out, "NEXT\n   imdsgate tune "+events+"\n       again when") || strings.Contains(out, "mode set") {
+		t.Errorf("four days are enough: %d\n%s\n%s", code, out, errs)
 	}
 	if _, err := os.Stat(filepath.Join(dir, "none.yaml")); !os.IsNotExist(err) {
 		t.Error("a file without grants was written")

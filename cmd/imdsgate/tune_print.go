@@ -16,8 +16,9 @@ import (
 // maxFindings is how many of a list are printed; --json has all.
 const maxFindings = 20
 
-// printTuning prints a report. chosen says that somebody was to choose.
-func printTuning(w io.Writer, r *tune.Report, chosen bool) error {
+// printTuning prints a report, with what became of the proposals if they were taken in
+// batch or asked about. Who was asked has read them, and is told no more than that.
+func printTuning(w io.Writer, r *tune.Report, batch, asked bool) error {
 	p := &printer{w: w}
 	if len(r.Proposals) > 0 {
 		p.line("PROPOSALS")
@@ -27,12 +28,16 @@ func printTuning(w io.Writer, r *tune.Report, chosen bool) error {
 		switch {
 		case one.Taken:
 			state = ", taken"
-		case chosen:
+		case batch || asked:
 			state = ", not taken"
 		}
-		p.line("")
+		if !asked || i == 0 {
+			p.line("")
+		}
 		p.text("%d. %s  [risk %s%s]", i+1, one.Grant.Name, one.Risk, state)
-		p.proposal(one)
+		if !asked {
+			p.proposal(one)
+		}
 	}
 	p.findings("REFUSED: no grant for it would be worth much; where it is legitimate, see what to do instead", r.Refused)
 	p.findings("UNEXPLAINED: never proposed; find out what it was", r.Unexplained)

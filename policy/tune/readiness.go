@@ -117,7 +117,10 @@ func (r *Report) Take(taken []*Proposal) {
 		keep(l.refused, "%s for which there is no grant that is worth it: see what to do instead")
 		keep(l.proposed, "%s for which a proposal was not taken")
 		keep(n.beyond, "%s in more groups than are kept")
-		if out.Days < week {
+		switch {
+		case out.Days == 1:
+			c.Keeps = append(c.Keeps, "seen for 1 day: what runs once a week may not have run")
+		case out.Days < week:
 			c.Keeps = append(c.Keeps, fmt.Sprintf("seen for %d days: what runs once a week may not have run", out.Days))
 		}
 		c.Safe = len(c.Keeps) == 0 && c.Left == 0
