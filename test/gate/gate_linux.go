@@ -39,13 +39,29 @@ var capabilities = map[attribution.Level]string{
 
 // privileged runs a program as the daemon's user with some capabilities, in a
 // cgroup namespace of its own: the lab's cgroup is the root of all that it sees.
-const privileged = `caps=$1 uid=$2 hidepid=$3; shift 3
+// With a directory, what that has is where packages put the files of the daemon.
+const privileged = `caps=$1 uid=$2 hidepid=$3 home=$4; shift 4
 mount -t cgroup2 none /sys/fs/cgroup
+if [ -n "$home" ]; then
+	mkdir "$home/layers"; mount -t tmpfs none "$home/layers"
+	for at in etc var/lib; do
+		mkdir -p "$home/layers/$at/upper" "$home/layers/$at/work"
+		mount -t overlay -o "lowerdir=/$at,upperdir=$home/layers/$at/upper,workdir=$home/layers/$at/work" none "/$at"
+	done
+	mount -t tmpfs -o mode=755 none /run
+	mount -t tmpfs -o mode=755 none /var/log
+	for at in etc var/lib var/log run; do
+		mkdir -p "/$at/imdsgate"; mount --bind "$home/${at#var/}" "/$at/imdsgate"
+	done
+	for at in /usr/lib/imdsgate /usr/local/lib/imdsgate; do
+		[ ! -d "$at" ] || mount -t tmpfs none "$at"
+	done
+fi
 mount -t proc -o hidepid=$hidepid proc /proc
 export LISTEN_PID=$$
 exec setpriv --reuid=$uid --regid=$uid --clear-groups --inh-caps=-all,$caps --ambient-caps=-all,$caps --pdeathsig=KILL -- "$@"`
 
-func command(s Settings, program string, args ...string) *exec.Cmd {
+func command(s Settings, home, program string, args ...string) *exec.Cmd {
 	caps, hidepid := "", "0"
 	for level := attribution.Level0; level <= attribution.Level3 && (s.Lacks == 0 || level < s.Lacks); level++ {
 		caps += capabilities[level]
@@ -54,7 +70,7 @@ func command(s Settings, program string, args ...string) *exec.Cmd {
 		hidepid = "2"
 	}
 	return exec.Command("unshare", append([]string{"--mount", "--cgroup", "--propagation=private", "--", "sh", "-ec", privileged, "sh",
-		caps, strconv.Itoa(UID), hidepid, program}, args...)...)
+		caps, strconv.Itoa(UID), hidepid, home, program}, args...)...)
 }
 
 // Binaries are the two programs.
@@ -82,8 +98,9 @@ type Daemon struct {
 	Config string // file
 	Events string // file
 
-	cmd  *exec.Cmd
-	done chan struct{} // closed when the process has ended
+	installed bool
+	cmd       *exec.Cmd
+	done      chan struct{} // closed when the process has ended
 
 	mu  sync.Mutex // guards log
 	log bytes.Buffer
@@ -104,32 +121,41 @@ type Settings struct {
 	// HideProcesses gives it a /proc that shows nobody the processes of others
 	// without CAP_SYS_PTRACE (hidepid=2 of proc(5), ProtectProc= of systemd.exec(5)).
 	HideProcesses bool
+	// Installed has it read and write its files where packages put them, in a mount
+	// namespace of its own: /etc/imdsgate, /var/lib/imdsgate, /var/log/imdsgate and
+	// /run/imdsgate are etc, lib, log and run of its directory, and nothing else is in
+	// /run and /var/log. See Operator.
+	Installed bool
 }
 
 // Start starts a daemon in the instance of a lab and waits until it serves. When
 // it does not, the error has its log.
 func Start(lab *netlab.Lab, b Binaries, s Settings) (*Daemon, error) {
-	d := &Daemon{Dir: s.Dir, done: make(chan struct{})}
+	d := &Daemon{Dir: s.Dir, installed: s.Installed, done: make(chan struct{})}
 	if d.Dir == "" {
 		dir, err := os.MkdirTemp("", "imdsgate-gate")
 		if err != nil {
 			return nil, err
 		}
 		d.Dir = dir
-		for _, sub := range []string{"run", "log"} {
+		for _, sub := range []string{"run", "log", "lib"} {
 			if err := errors.Join(os.Mkdir(filepath.Join(dir, sub), 0o755), os.Chown(filepath.Join(dir, sub), UID, UID)); err != nil {
 				return nil, errors.Join(err, os.RemoveAll(dir))
 			}
 		}
-		if err := os.Chmod(dir, 0o755); err != nil {
+		if err := errors.Join(os.Chmod(dir, 0o755), os.MkdirAll(filepath.Join(dir, "etc", "config.d"), 0o755)); err != nil {
 			return nil, errors.Join(err, os.RemoveAll(dir))
 		}
 	}
-	d.Config, d.Events = filepath.Join(d.Dir, "config.yaml"), filepath.Join(d.Dir, "log", "events.ndjson")
+	d.Config, d.Events = filepath.Join(d.Dir, "etc", "config.yaml"), filepath.Join(d.Dir, "log", "events.ndjson")
 	if err := d.Write(s.Config); err != nil {
 		return nil, err
 	}
-	d.cmd = command(s, b.Daemon, append([]string{"--config", d.Config}, s.Args...)...)
+	if s.Installed {
+		d.cmd = command(s, d.Dir, b.Daemon, s.Args...)
+	} else {
+		d.cmd = command(s, "", b.Daemon, append([]string{"--config", d.Config}, s.Args...)...)
+	}
 	d.cmd.Env = append(os.Environ(), s.Env...)
 	if s.Lacks != attribution.Level1 {
 		connector, err := netlab.ProcConnector()
@@ -165,15 +191,24 @@ func Start(lab *netlab.Lab, b Binaries, s Settings) (*Daemon, error) {
 
 // Write replaces the configuration; the daemon reads it on SIGHUP.
 func (d *Daemon) Write(config string) error {
+	if d.installed {
+		return os.WriteFile(d.Config, []byte(config), 0o644)
+	}
 	text := fmt.Sprintf("events:\n  path: %s\nfirst_seen:\n  path: %s\nstate:\n  dir: %s\ncontrol:\n  socket: %s\n%s", d.Events, d.FirstSeen(), d.State(), d.Socket(), config)
 	return os.WriteFile(d.Config, []byte(text), 0o644)
 }
 
+// Operator is a command that finds the files of a daemon that is Installed where that
+// does. It runs while the daemon does.
+func (d *Daemon) Operator(program string, args ...string) *exec.Cmd {
+	return exec.Command("nsenter", append([]string{fmt.Sprintf("--mount=/proc/%d/ns/mnt", d.PID()), "--", program}, args...)...)
+}
+
 // FirstSeen is where rules remember what they have seen.
-func (d *Daemon) FirstSeen() string { return filepath.Join(filepath.Dir(d.Events), "first-seen.db") }
+func (d *Daemon) FirstSeen() string { return filepath.Join(d.State(), "first-seen.db") }
 
 // State is where it keeps what operators have decided.
-func (d *Daemon) State() string { return filepath.Dir(d.Events) }
+func (d *Daemon) State() string { return filepath.Join(d.Dir, "lib") }
 
 // Socket is the control socket.
 func (d *Daemon) Socket() string { return filepath.Join(d.Dir, "run", "control.sock") }
