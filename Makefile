@@ -6,6 +6,7 @@
 # make test-load  12,000 connections for two minutes, while the service fails
 # make test-clients  runs AWS's SDKs and others, unmodified, and writes docs/clients.md
 # make test-boot  boots a Debian with our units: starts, restarts, crashes, a full disk
+# make packages  deb, rpm and tarball for amd64 and arm64, in bin/packages
 # make install  onto this host, make uninstall takes it off again
 
 GO := ./test/go.sh
@@ -18,7 +19,7 @@ export PATH := $(CURDIR)/bin/toolchain:$(PATH)
 DESTDIR :=
 PREFIX := /usr
 
-.PHONY: build demo test test-boot test-load test-clients bench bench-attribution deps lint unit race fuzz boot install uninstall clean
+.PHONY: build packages demo test test-boot test-load test-clients bench bench-attribution deps lint unit race fuzz boot install uninstall clean
 
 build: bin/toolchain/go
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/imdsgated ./cmd/imdsgate
@@ -83,6 +84,9 @@ boot: bin/toolchain/go
 
 test-load: deps bin/toolchain/go
 	go test -count=1 -v ./test/load -args -for 2m -idle 10000
+
+packages: bin/toolchain/go
+	./packaging/packages.sh
 
 install:
 	./packaging/install.sh '$(DESTDIR)' '$(PREFIX)'

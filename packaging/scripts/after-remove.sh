@@ -1,0 +1,19 @@
+#!/bin/sh
+# after-remove.sh: lets systemd forget the units. With purge, which only dpkg has, the
+# configuration, the events, what the daemon has kept, and its user go, too.
+set -e
+
+case $1 in
+remove | purge | 0) ;;
+*) exit 0 ;;
+esac
+if [ "$1" = purge ]; then
+	rm -rf /etc/imdsgate /var/lib/imdsgate /var/log/imdsgate
+	if getent passwd imdsgate >/dev/null; then
+		userdel imdsgate # and its group
+	fi
+fi
+if [ -d /run/systemd/system ]; then
+	systemctl daemon-reload || true
+	systemctl reset-failed imdsgated.service imdsgated.socket 2>/dev/null || true
+fi

@@ -1,0 +1,21 @@
+#!/bin/sh
+# before-remove.sh: stops the daemon and takes the redirect away, while there still is the
+# program that can. dpkg calls it with remove, rpm and uninstall.sh with 0; an upgrade
+# calls it with something else, and touches nothing.
+set -e
+
+case $1 in
+remove | 0) ;;
+*) exit 0 ;;
+esac
+command -v systemctl >/dev/null 2>&1 || exit 0
+
+systemctl --no-reload disable imdsgated.service imdsgated.socket >/dev/null 2>&1 || true
+# In a chroot the rules and the units that run are those of another system.
+[ -d /run/systemd/system ] && ! systemd-detect-virt --quiet --chroot || exit 0
+systemctl stop imdsgated.service imdsgated.socket || true
+# In enforce mode the redirect outlives the daemon.
+if ! imdsgate redirect remove; then
+	echo "imdsgate: the redirect is still there, and nothing would answer behind it: see above, then remove the package again" >&2
+	exit 1
+fi
