@@ -23,6 +23,7 @@ PREFIX := /usr
 
 build: bin/toolchain/go
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/imdsgated ./cmd/imdsgate
+	./packaging/licenses.sh >bin/third-party-licenses
 
 # A command called go that is the toolchain of go.mod.
 bin/toolchain/go: test/go.sh go.mod

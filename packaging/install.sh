@@ -1,14 +1,25 @@
 #!/bin/sh
-# install.sh DESTDIR PREFIX: puts imdsgate on this host. The binaries are in bin/.
-# Nothing is started: the last lines say how.
+# install.sh [DESTDIR [PREFIX]]: puts on this host what stage.sh has laid out, below PREFIX
+# (/usr), and notes which files these are, for uninstall.sh. Nothing is started: the last
+# lines say how. In the tarball the files are beside it, in the source 'make build' comes first.
 set -eu
-cd "$(dirname "$0")/.."
-dest=$1
-prefix=$2
+here=$(cd "$(dirname "$0")" && pwd)
+dest=${1:-}
+prefix=${2:-/usr}
+noted=$prefix/lib/imdsgate/installed
 
-if [ ! -x bin/imdsgated ] || [ ! -x bin/imdsgate ]; then
-	echo "there is nothing to install yet: run 'make build' first" >&2
-	exit 1
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+list=$work/installed
+tree=$here/root
+if [ ! -d "$tree" ]; then
+	bin=$here/../bin
+	if [ ! -x "$bin/imdsgated" ] || [ ! -x "$bin/imdsgate" ] || [ ! -e "$bin/third-party-licenses" ]; then
+		echo "there is nothing to install yet: run 'make build' first" >&2
+		exit 1
+	fi
+	tree=$work/root
+	"$here/stage.sh" "$tree" "$bin" "$bin/imdsgate"
 fi
 if [ -z "$dest" ]; then
 	if [ "$(id -u)" != 0 ]; then
@@ -19,41 +30,50 @@ if [ -z "$dest" ]; then
 		echo "there is no iptables here, which brings the traffic to the daemon: apt-get install iptables, or dnf install iptables-nft" >&2
 		exit 1
 	fi
-	getent group imdsgate >/dev/null || groupadd --system imdsgate
-	getent passwd imdsgate >/dev/null || useradd --system --gid imdsgate --home-dir /nonexistent --no-create-home \
-		--shell /usr/sbin/nologin --comment "instance metadata gate" imdsgate
+	for package in "dpkg-query --show" "rpm --query"; do
+		# shellcheck disable=SC2086 # two words
+		if $package imdsgate >/dev/null 2>&1; then
+			echo "the package imdsgate is installed here ($package imdsgate): remove it first, two of them would be in each other's way" >&2
+			exit 1
+		fi
+	done
+	"$here/scripts/before-install.sh"
 fi
 
-install -d "$dest$prefix/sbin" "$dest$prefix/bin" "$dest$prefix/lib/systemd/system" "$dest$prefix/lib/tmpfiles.d" "$dest/etc/imdsgate" \
-	"$dest$prefix/lib/imdsgate/profiles" "$dest$prefix/share/man/man1" "$dest$prefix/share/man/man5" "$dest$prefix/share/man/man8" \
-	"$dest$prefix/share/bash-completion/completions" "$dest$prefix/share/zsh/site-functions" "$dest$prefix/share/fish/vendor_completions.d" "$dest$prefix/share/imdsgate"
-install -m 0755 bin/imdsgated "$dest$prefix/sbin/imdsgated"
-install -m 0755 bin/imdsgate "$dest$prefix/bin/imdsgate"
-for unit in imdsgated.service imdsgated.socket imdsgated-failed.service; do
-	sed "s|/usr/|$prefix/|" packaging/systemd/$unit >"$dest$prefix/lib/systemd/system/$unit"
-	chmod 0644 "$dest$prefix/lib/systemd/system/$unit"
+installs=1
+[ ! -e "$dest$noted" ] || installs=2
+(cd "$tree" && find . -type f | sed 's|^\./||' | sort) | while read -r file; do
+	case $file in
+	etc/*) # The operator's, from the first time on.
+		if [ ! -e "$dest/$file" ]; then
+			install -d -m 0750 "$dest/etc/imdsgate" "$dest/etc/imdsgate/config.d"
+			install -m 0640 "$tree/$file" "$dest/$file"
+		fi
+		continue
+		;;
+	esac
+	to=$prefix/${file#usr/}
+	echo "$to" >>"$list"
+	install -d "$dest${to%/*}"
+	# In one step, so that a daemon that starts just now finds the old file or the new one.
+	cp -p "$tree/$file" "$dest$to.new"
+	case $file in
+	*/imdsgated.service | */imdsgated.socket | */imdsgated-failed.service) sed -i "s|/usr/|$prefix/|" "$dest$to.new" ;;
+	esac
+	[ -n "$dest" ] || chown 0:0 "$to.new"
+	mv "$dest$to.new" "$dest$to"
 done
-install -m 0644 packaging/systemd/imdsgate.tmpfiles "$dest$prefix/lib/tmpfiles.d/imdsgate.conf"
-install -m 0644 packaging/profiles/*.yaml "$dest$prefix/lib/imdsgate/profiles"
-
-bin/imdsgate completion bash >"$dest$prefix/share/bash-completion/completions/imdsgate"
-bin/imdsgate completion zsh >"$dest$prefix/share/zsh/site-functions/_imdsgate"
-bin/imdsgate completion fish >"$dest$prefix/share/fish/vendor_completions.d/imdsgate.fish"
-pages=$(mktemp -d)
-trap 'rm -r "$pages"' EXIT
-bin/imdsgate man "$pages" packaging/config.yaml
-install -m 0644 "$pages"/imdsgate*.1 "$dest$prefix/share/man/man1"
-install -m 0644 "$pages/imdsgate-config.5" "$dest$prefix/share/man/man5"
-install -m 0644 packaging/imdsgated.8 "$dest$prefix/share/man/man8"
-install -m 0644 packaging/config.schema.json "$dest$prefix/share/imdsgate/config.schema.json"
-if [ ! -e "$dest/etc/imdsgate/config.yaml" ]; then
-	install -m 0644 packaging/config.yaml "$dest/etc/imdsgate/config.yaml"
+if [ $installs = 2 ]; then # what the version before had, and this one has not
+	sort "$dest$noted" | comm -23 - "$list" | while read -r old; do rm -f "$dest$old"; done
 fi
+install -m 0644 "$list" "$dest$noted"
 
 [ -z "$dest" ] || exit 0
-if [ -d /run/systemd/system ]; then
-	systemd-tmpfiles --create imdsgate.conf
-	systemctl daemon-reload
+chgrp imdsgate /etc/imdsgate /etc/imdsgate/config.d /etc/imdsgate/config.yaml
+PATH="$prefix/bin:$prefix/sbin:$PATH" "$here/scripts/after-install.sh" $installs
+if [ $installs = 2 ]; then
+	echo "imdsgate is installed over what was there"
+elif [ -d /run/systemd/system ]; then
 	cat <<-'END'
 		imdsgate is installed, in audit mode, and not started:
 
@@ -63,5 +83,5 @@ if [ -d /run/systemd/system ]; then
 		Members of the group imdsgate may ask; only root may change anything.
 	END
 else
-	echo "imdsgate is installed; this host does not run systemd, so starting it is up to you (packaging/systemd has the units)"
+	echo "imdsgate is installed; this host does not run systemd, so starting it is up to you ($prefix/lib/systemd/system has the units)"
 fi

@@ -1,8 +1,9 @@
 #!/bin/sh
 # stage.sh ROOT BINARIES COMMAND: lays out below ROOT what is installed. This is the one
-# list of it: the packages, the tarball and install.sh take what is there. The binaries in
-# the directory BINARIES may be for another machine; COMMAND is an imdsgate that runs here,
-# and writes the manual and the completions.
+# list of it: the packages, the tarball and install.sh take what is there. BINARIES is a
+# directory with the two programs, which may be for another machine, and the licenses of
+# what is in them (licenses.sh); COMMAND is an imdsgate that runs here, and writes the manual
+# and the completions.
 set -eu
 umask 022
 root=$1
@@ -31,7 +32,7 @@ packed() { # packed PATH: standard input, as gzip of nothing but that
 
 put 0755 "$binaries/imdsgated" /usr/sbin
 put 0755 "$binaries/imdsgate" /usr/bin
-put 0644 "$here/systemd/imdsgated.service" "$here/systemd/imdsgated.socket" /usr/lib/systemd/system
+put 0644 "$here/systemd/imdsgated.service" "$here/systemd/imdsgated.socket" "$here/systemd/imdsgated-failed.service" /usr/lib/systemd/system
 as 0644 "$here/systemd/imdsgate.preset" /usr/lib/systemd/system-preset/50-imdsgate.preset
 as 0644 "$here/systemd/imdsgate.sysusers" /usr/lib/sysusers.d/imdsgate.conf
 as 0644 "$here/systemd/imdsgate.tmpfiles" /usr/lib/tmpfiles.d/imdsgate.conf
@@ -49,9 +50,12 @@ done
 pages=$(mktemp -d)
 trap 'rm -r "$pages"' EXIT
 "$command" man "$pages" "$here/config.yaml"
-for page in "$pages"/* "$here/imdsgated.8"; do
-	packed "/usr/share/man/man${page##*.}/$(basename "$page").gz" <"$page"
+cp "$here/imdsgated.8" "$pages"
+for page in "$pages"/*; do
+	gzip -9n "$page"
+	put 0644 "$page.gz" "/usr/share/man/man${page##*.}"
 done
 
 put 0644 "$here/debian/copyright" /usr/share/doc/imdsgate
 packed /usr/share/doc/imdsgate/CHANGELOG.md.gz <"$here/../CHANGELOG.md"
+packed /usr/share/doc/imdsgate/third-party-licenses.gz <"$binaries/third-party-licenses"

@@ -1,43 +1,30 @@
 #!/bin/sh
-# uninstall.sh DESTDIR PREFIX: takes away what install.sh brought. The configuration
-# and the events are the operator's and stay.
+# uninstall.sh [DESTDIR [PREFIX [purge]]]: takes away what install.sh has put below PREFIX.
+# The configuration and the events are the operator's and stay, with the user whose they
+# are, unless the last word is purge.
 set -eu
-dest=$1
-prefix=$2
+here=$(cd "$(dirname "$0")" && pwd)
+dest=${1:-}
+prefix=${2:-/usr}
+how=${3:-remove}
+noted=$prefix/lib/imdsgate/installed
 
-if [ -z "$dest" ]; then
-	if [ "$(id -u)" != 0 ]; then
-		echo "uninstalling needs root: sudo make uninstall" >&2
-		exit 1
-	fi
-	if [ -d /run/systemd/system ]; then
-		systemctl disable --now imdsgated.service imdsgated.socket 2>/dev/null || true
-	fi
-	# In enforce mode the redirect outlives the daemon.
-	if [ -x "$prefix/bin/imdsgate" ]; then
-		"$prefix/bin/imdsgate" redirect remove
-	fi
+if [ -z "$dest" ] && [ "$(id -u)" != 0 ]; then
+	echo "uninstalling needs root: sudo make uninstall" >&2
+	exit 1
 fi
-rm -f "$dest$prefix/sbin/imdsgated" "$dest$prefix/bin/imdsgate" \
-	"$dest$prefix/lib/systemd/system/imdsgated.service" "$dest$prefix/lib/systemd/system/imdsgated.socket" \
-	"$dest$prefix/lib/systemd/system/imdsgated-failed.service" \
-	"$dest$prefix/lib/tmpfiles.d/imdsgate.conf" "$dest$prefix/share/bash-completion/completions/imdsgate" \
-	"$dest$prefix/share/zsh/site-functions/_imdsgate" "$dest$prefix/share/fish/vendor_completions.d/imdsgate.fish" \
-	"$dest$prefix/share/man/man1/imdsgate.1" "$dest$prefix"/share/man/man1/imdsgate-*.1 \
-	"$dest$prefix/share/man/man5/imdsgate-config.5" "$dest$prefix/share/man/man8/imdsgated.8" \
-	"$dest$prefix/share/imdsgate/config.schema.json"
-rm -rf "$dest$prefix/lib/imdsgate/profiles"
-rmdir "$dest$prefix/lib/imdsgate" 2>/dev/null || true # unless whoever made the image has put more there
-rmdir "$dest$prefix/share/imdsgate" 2>/dev/null || true
+if [ -e "$dest$noted" ]; then
+	[ -n "$dest" ] || PATH="$prefix/bin:$prefix/sbin:$PATH" "$here/scripts/before-remove.sh" remove
+	while read -r file; do
+		rm -f "$dest$file"
+	done <"$dest$noted"
+	rm -f "$dest$noted"
+	for dir in lib/imdsgate/profiles lib/imdsgate share/imdsgate share/doc/imdsgate; do
+		rmdir "$dest$prefix/$dir" 2>/dev/null || true # unless whoever made the image has put more there
+	done
+elif [ "$how" != purge ]; then
+	echo "$dest$noted is not there, so nothing that install.sh has brought is, either" >&2
+fi
 [ -z "$dest" ] || exit 0
-if [ -d /run/systemd/system ]; then
-	systemctl daemon-reload
-fi
-rm -rf /run/imdsgate
-if getent passwd imdsgate >/dev/null; then
-	userdel imdsgate
-fi
-if getent group imdsgate >/dev/null; then
-	groupdel imdsgate
-fi
-echo "imdsgate is gone; /etc/imdsgate, /var/log/imdsgate and /var/lib/imdsgate are left for you to delete"
+"$here/scripts/after-remove.sh" "$how"
+[ "$how" = purge ] || echo "imdsgate is gone; /etc/imdsgate, /var/log/imdsgate and /var/lib/imdsgate are left: '$0 \"\" $prefix purge' deletes them"

@@ -6,7 +6,7 @@ set -eu
 missing=
 # The demo's thief runs as a user who may not see a Python in root's home.
 [ -x /usr/bin/python3 ] || missing=' python3'
-for tool in go gcc curl iptables-nft iptables-legacy nft conntrack nsenter haproxy nginx shellcheck busybox groff zsh fish promtool debootstrap systemd-nspawn; do
+for tool in go gcc curl iptables-nft iptables-legacy nft conntrack nsenter haproxy nginx shellcheck busybox groff zsh fish rpm dpkg-deb promtool debootstrap systemd-nspawn; do
 	# /usr/sbin is not on every user's PATH.
 	PATH="$PATH:/usr/sbin:/sbin" command -v "$tool" >/dev/null 2>&1 || missing="$missing $tool"
 done
@@ -22,6 +22,7 @@ if command -v apt-get >/dev/null 2>&1; then
 		case $tool in
 		go) package='golang-go ca-certificates' ;;
 		groff) package=groff-base ;;
+		dpkg-deb) package=dpkg ;;
 		gcc) package='gcc libc6-dev' ;;
 		iptables-nft | iptables-legacy) package=iptables ;;
 		nft) package=nftables ;;
@@ -50,6 +51,7 @@ elif command -v dnf >/dev/null 2>&1; then
 		case $tool in
 		go) package=golang ;;
 		groff) package=groff-base ;;
+		dpkg-deb) package=dpkg ;;
 		iptables-nft) package=iptables-nft ;;
 		iptables-legacy) package=iptables-legacy ;;
 		promtool) package=golang-github-prometheus ;;

@@ -7,6 +7,9 @@ case $1 in
 remove | purge | 0) ;;
 *) exit 0 ;;
 esac
+# Since when there is no daemon, of which no other will tell.
+rm -f /run/imdsgate/absence.json
+rmdir /run/imdsgate 2>/dev/null || true
 if [ "$1" = purge ]; then
 	rm -rf /etc/imdsgate /var/lib/imdsgate /var/log/imdsgate
 	if getent passwd imdsgate >/dev/null; then
@@ -15,5 +18,5 @@ if [ "$1" = purge ]; then
 fi
 if [ -d /run/systemd/system ]; then
 	systemctl daemon-reload || true
-	systemctl reset-failed imdsgated.service imdsgated.socket 2>/dev/null || true
+	systemctl reset-failed imdsgated.service imdsgated.socket imdsgated-failed.service 2>/dev/null || true
 fi

@@ -1,8 +1,9 @@
-// Package install tests what packaging/install.sh brings, and that packaging/uninstall.sh
-// takes it away again.
+// Package install tests what packaging/install.sh brings from the source, and that
+// packaging/uninstall.sh takes it away again.
 package install
 
 import (
+	"errors"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -12,7 +13,7 @@ import (
 	"testing"
 )
 
-// tree is a copy of what install.sh reads, with binaries of its own.
+// tree has what install.sh reads, as 'make build' leaves it.
 func tree(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -20,8 +21,20 @@ func tree(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Symlink(filepath.Join(repository, "packaging"), filepath.Join(dir, "packaging")); err != nil {
+	if err := os.CopyFS(filepath.Join(dir, "packaging"), os.DirFS(filepath.Join(repository, "packaging"))); err != nil {
 		t.Fatal(err)
+	}
+	for _, name := range []string{"CHANGELOG.md", "bin/third-party-licenses"} {
+		text := []byte("a license\n")
+		if name == "CHANGELOG.md" {
+			if text, err = os.ReadFile(filepath.Join(repository, name)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		os.Mkdir(filepath.Join(dir, "bin"), 0o755)
+		if err := os.WriteFile(filepath.Join(dir, name), text, 0o644); err != nil {
+			t.Fatal(err)
+		}
 	}
 	build := exec.Command("go", "build", "-o", filepath.Join(dir, "bin")+"/", "./cmd/imdsgated", "./cmd/imdsgate")
 	build.Dir = repository
@@ -55,8 +68,14 @@ func files(t *testing.T, root string) (all []string) {
 	return all
 }
 
-func TestInstallAndUninstall(t *testing.T) {
-	dir, dest := tree(t), t.TempDir()
+func TestInstall(t *testing.T) {
+	dir := tree(t)
+	t.Run("and uninstall", func(t *testing.T) { installAndUninstall(t, dir) })
+	t.Run("below another prefix", func(t *testing.T) { prefix(t, dir) })
+}
+
+func installAndUninstall(t *testing.T, dir string) {
+	dest := t.TempDir()
 	script(t, dir, "install.sh", dest)
 	installed := files(t, dest)
 	for _, want := range []string{
@@ -64,8 +83,8 @@ func TestInstallAndUninstall(t *testing.T) {
 		"/usr/lib/systemd/system/imdsgated.service", "/usr/lib/systemd/system/imdsgated.socket", "/usr/lib/systemd/system/imdsgated-failed.service", "/usr/lib/tmpfiles.d/imdsgate.conf",
 		"/usr/lib/imdsgate/profiles/amazon-ssm-agent.yaml", "/usr/lib/imdsgate/profiles/cloud-init.yaml", "/usr/lib/imdsgate/profiles/cloud-init_test.yaml",
 		"/usr/share/bash-completion/completions/imdsgate", "/usr/share/zsh/site-functions/_imdsgate", "/usr/share/fish/vendor_completions.d/imdsgate.fish",
-		"/usr/share/man/man1/imdsgate.1", "/usr/share/man/man1/imdsgate-test.1", "/usr/share/man/man1/imdsgate-profiles-list.1",
-		"/usr/share/man/man5/imdsgate-config.5", "/usr/share/man/man8/imdsgated.8",
+		"/usr/share/man/man1/imdsgate.1.gz", "/usr/share/man/man1/imdsgate-test.1.gz", "/usr/share/man/man1/imdsgate-profiles-list.1.gz",
+		"/usr/share/man/man5/imdsgate-config.5.gz", "/usr/share/man/man8/imdsgated.8.gz",
 	} {
 		if !slices.Contains(installed, want) {
 			t.Errorf("%s is not installed", want)
@@ -79,7 +98,24 @@ func TestInstallAndUninstall(t *testing.T) {
 	if out, err := cases.CombinedOutput(); err != nil {
 		t.Errorf("%v\n%s", err, out)
 	}
-	script(t, dir, "install.sh", dest) // over itself
+	// What the version before had, and this one has not, goes.
+	old, noted := filepath.Join(dest, "usr/share/man/man1/imdsgate-old.1.gz"), filepath.Join(dest, "usr/lib/imdsgate/installed")
+	list, err := os.ReadFile(noted)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.WriteFile(old, nil, 0o644), os.WriteFile(noted, append(list, "/usr/share/man/man1/imdsgate-old.1.gz\n"...), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	// The operator's configuration does not.
+	config := filepath.Join(dest, "etc/imdsgate/config.yaml")
+	if err := os.WriteFile(config, []byte("mode: enforce\n"), 0o640); err != nil {
+		t.Fatal(err)
+	}
+	script(t, dir, "install.sh", dest)
+	if b, err := os.ReadFile(config); err != nil || string(b) != "mode: enforce\n" {
+		t.Errorf("the configuration: %q, %v", b, err)
+	}
 	if again := files(t, dest); !slices.Equal(again, installed) {
 		t.Errorf("a second time there are %d files, and not %d", len(again), len(installed))
 	}
@@ -88,8 +124,33 @@ func TestInstallAndUninstall(t *testing.T) {
 		if left := files(t, dest); !slices.Equal(left, []string{"/etc/imdsgate/config.yaml"}) {
 			t.Errorf("left: %v", left)
 		}
-		if _, err := os.Stat(filepath.Join(dest, "usr/lib/imdsgate")); err == nil {
-			t.Error("/usr/lib/imdsgate is left, and empty")
+		for _, dir := range []string{"usr/lib/imdsgate", "usr/share/imdsgate", "usr/share/doc/imdsgate"} {
+			if _, err := os.Stat(filepath.Join(dest, dir)); err == nil {
+				t.Errorf("/%s is left, and empty", dir)
+			}
+		}
+	}
+}
+
+// Below another prefix the units name the programs that are there.
+func prefix(t *testing.T, dir string) {
+	dest := t.TempDir()
+	install := exec.Command("sh", filepath.Join(dir, "packaging/install.sh"), dest, "/usr/local")
+	if out, err := install.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, file := range files(t, dest) {
+		if strings.HasPrefix(file, "/usr/") && !strings.HasPrefix(file, "/usr/local/") {
+			t.Errorf("%s is not below /usr/local", file)
+		}
+	}
+	unit, err := os.ReadFile(filepath.Join(dest, "usr/local/lib/systemd/system/imdsgated.service"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(unit)) {
+		if strings.HasPrefix(line, "Exec") && strings.Contains(strings.ReplaceAll(line, "/usr/local/", ""), "/usr/") {
+			t.Errorf("%s", line)
 		}
 	}
 }

@@ -1,0 +1,334 @@
+// Package packages tests what packaging/packages.sh makes: that it makes the same bytes
+// anywhere, and that deb, rpm and tarball bring the same files.
+package packages
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+const version = "1.2.3~rc.1+4.gabcdef0"
+
+// build copies the source to a directory of its own, and makes the packages of this
+// machine's architecture there.
+func build(t *testing.T, dir string) string {
+	t.Helper()
+	list := exec.Command("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+	list.Dir = "../.."
+	names, err := list.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name := range strings.SplitSeq(strings.TrimSuffix(string(names), "\x00"), "\x00") {
+		b, err := os.ReadFile(filepath.Join("../..", name))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // removed, and not yet committed
+		}
+		info, statErr := os.Stat(filepath.Join("../..", name))
+		to := filepath.Join(dir, name)
+		if err := errors.Join(err, statErr, os.MkdirAll(filepath.Dir(to), 0o755)); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(to, b, info.Mode()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	run(t, dir, []string{"VERSION=" + version, "SOURCE_DATE_EPOCH=1700000000", "ARCHES=" + runtime.GOARCH}, filepath.Join(dir, "packaging/packages.sh"))
+	return filepath.Join(dir, "bin/packages")
+}
+
+func run(t *testing.T, dir string, env []string, name string, args ...string) string {
+	t.Helper()
+	cmd := exec.Command(name, args...)
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), env...)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("%s: %v\n%s%s", cmd, err, out, stderr.Bytes())
+	}
+	return string(out)
+}
+
+// only is the one file in a directory whose name ends so.
+func only(t *testing.T, dir, suffix string) string {
+	t.Helper()
+	found, err := filepath.Glob(filepath.Join(dir, "*"+suffix))
+	if err != nil || len(found) != 1 {
+		t.Fatalf("*%s: %v, %v", suffix, found, err)
+	}
+	return found[0]
+}
+
+func TestPackages(t *testing.T) {
+	out := build(t, filepath.Join(t.TempDir(), "here"))
+	t.Run("reproducible", func(t *testing.T) {
+		again := build(t, filepath.Join(t.TempDir(), "a longer way", "to there"))
+		if diff := cmp.Diff(sums(t, out), sums(t, again)); diff != "" {
+			t.Errorf("a second build from another directory (-here +there):\n%s", diff)
+		}
+	})
+	t.Run("sums", func(t *testing.T) {
+		checked := run(t, out, nil, "sha256sum", "--check", "--strict", "SHA256SUMS")
+		if n := strings.Count(checked, ": OK\n"); n != len(sums(t, out))-1 {
+			t.Errorf("%d files have a sum, of %d", n, len(sums(t, out))-1)
+		}
+	})
+	t.Run("contents", func(t *testing.T) { contents(t, out) })
+	t.Run("bill of materials", func(t *testing.T) { bill(t, out) })
+	t.Run("scripts", func(t *testing.T) { scripts(t, out) })
+}
+
+func sums(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	all := map[string]string{}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		b, err := os.ReadFile(filepath.Join(dir, e.Name()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		all[e.Name()] = fmt.Sprintf("%x", sha256.Sum256(b))
+	}
+	return all
+}
+
+// file is what packages say of one.
+type file struct{ mode, group, sum string }
+
+func contents(t *testing.T, out string) {
+	deb := fromTar(t, strings.NewReader(run(t, "", nil, "dpkg-deb", "--fsys-tarfile", only(t, out, ".deb"))), "./")
+	for _, path := range []string{"usr/share/doc/imdsgate/changelog.gz", "usr/share/lintian/overrides/imdsgate"} {
+		if _, ok := deb[path]; !ok {
+			t.Errorf("the deb has no %s", path)
+		}
+		delete(deb, path) // Debian's own
+	}
+	rpm := map[string]file{}
+	listing := run(t, "", nil, "rpm", "--query", "--package", "--queryformat", `[%{FILENAMES} %{FILEMODES:perms} %{FILEGROUPNAME} %{FILEDIGESTS}\n]`, only(t, out, ".rpm"))
+	for line := range strings.Lines(listing) {
+		if f := strings.Fields(line); strings.HasPrefix(f[1], "-") {
+			rpm[strings.TrimPrefix(f[0], "/")] = file{perms(t, f[1]), f[2], f[3]}
+		}
+	}
+	if diff := cmp.Diff(deb, rpm, cmp.AllowUnexported(file{})); diff != "" {
+		t.Errorf("deb and rpm (-deb +rpm):\n%s", diff)
+	}
+	packed, err := os.Open(only(t, out, ".tar.gz"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer packed.Close()
+	unpacked, err := gzip.NewReader(packed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tarball := map[string]file{}
+	for path, f := range fromTar(t, unpacked, fmt.Sprintf("imdsgate-%s-linux-%s/", version, runtime.GOARCH)) {
+		if path, staged := strings.CutPrefix(path, "root/"); staged {
+			f.group = deb[path].group // install.sh gives it
+			tarball[path] = f
+		}
+	}
+	if diff := cmp.Diff(deb, tarball, cmp.AllowUnexported(file{})); diff != "" {
+		t.Errorf("deb and tarball (-deb +tarball):\n%s", diff)
+	}
+
+	if f := deb["etc/imdsgate/config.yaml"]; f.mode != "0640" || f.group != "imdsgate" {
+		t.Errorf("the configuration is %s, of the group %s", f.mode, f.group)
+	}
+	for path, f := range deb {
+		if !strings.HasPrefix(path, "etc/") && f.group != "root" {
+			t.Errorf("%s is of the group %s", path, f.group)
+		}
+		if program := strings.HasPrefix(path, "usr/bin/") || strings.HasPrefix(path, "usr/sbin/"); program && f.mode != "0755" || !program && strings.HasPrefix(path, "usr/") && f.mode != "0644" {
+			t.Errorf("%s is %s", path, f.mode)
+		}
+	}
+	if conf := run(t, "", nil, "rpm", "--query", "--package", "--queryformat", `[%{FILENAMES} %{FILEFLAGS:fflags}\n]`, only(t, out, ".rpm")); !strings.Contains(conf, "/etc/imdsgate/config.yaml cn\n") {
+		t.Errorf("for rpm the configuration is not config(noreplace):\n%s", conf)
+	}
+	if conf := run(t, "", nil, "dpkg-deb", "--info", only(t, out, ".deb"), "conffiles"); conf != "/etc/imdsgate/config.yaml\n" {
+		t.Errorf("dpkg's configuration files: %q", conf)
+	}
+	// What is installed says which version it is.
+	if got := run(t, "", nil, "dpkg-deb", "--field", only(t, out, ".deb"), "Version"); got != version+"\n" {
+		t.Errorf("version %q", got)
+	}
+}
+
+func fromTar(t *testing.T, r io.Reader, prefix string) map[string]file {
+	t.Helper()
+	all := map[string]file{}
+	for archive := tar.NewReader(r); ; {
+		h, err := archive.Next()
+		if errors.Is(err, io.EOF) {
+			return all
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h.Typeflag != tar.TypeReg {
+			continue
+		}
+		sum := sha256.New()
+		if _, err := io.Copy(sum, archive); err != nil {
+			t.Fatal(err)
+		}
+		group := h.Gname
+		if group == "" && h.Gid == 0 {
+			group = "root"
+		}
+		all[strings.TrimPrefix(h.Name, prefix)] = file{fmt.Sprintf("%04o", h.Mode&0o7777), group, fmt.Sprintf("%x", sum.Sum(nil))}
+	}
+}
+
+// perms is the mode that ls writes as -rw-r-----.
+func perms(t *testing.T, s string) string {
+	t.Helper()
+	var mode int
+	for i, c := range s[1:] {
+		if c != '-' {
+			mode |= 1 << (8 - i)
+		}
+		if !strings.ContainsRune("rwx-", c) {
+			t.Errorf("%s: a bit that no file of ours has", s)
+		}
+	}
+	return fmt.Sprintf("%04o", mode)
+}
+
+// bill compares the modules of the CycloneDX document with those that go version -m reads in the program.
+func bill(t *testing.T, out string) {
+	root := t.TempDir()
+	run(t, "", nil, "dpkg-deb", "--extract", only(t, out, ".deb"), root)
+	for _, program := range []string{"usr/sbin/imdsgated", "usr/bin/imdsgate"} {
+		want := map[string]bool{}
+		for line := range strings.Lines(run(t, "", nil, "go", "version", "-m", filepath.Join(root, program))) {
+			if f := strings.Fields(line); len(f) == 4 && f[0] == "dep" {
+				want[f[1]+" "+f[2]] = true
+			}
+		}
+		b, err := os.ReadFile(filepath.Join(out, fmt.Sprintf("%s-%s-linux-%s.cdx.json", filepath.Base(program), version, runtime.GOARCH)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var doc struct {
+			BOMFormat, SpecVersion string
+			Components             []struct{ Name, Version, PURL string }
+		}
+		if err := json.Unmarshal(b, &doc); err != nil {
+			t.Fatal(err)
+		}
+		got := map[string]bool{}
+		for _, c := range doc.Components {
+			if c.Name != "std" {
+				got[c.Name+" "+c.Version] = true
+			}
+			if !strings.HasPrefix(c.PURL, "pkg:golang/") {
+				t.Errorf("%s: %s has the package URL %q", program, c.Name, c.PURL)
+			}
+		}
+		if doc.BOMFormat != "CycloneDX" || doc.SpecVersion != "1.6" || len(want) < 10 {
+			t.Errorf("%s %s, %d modules", doc.BOMFormat, doc.SpecVersion, len(want))
+		}
+		if diff := cmp.Diff(slices.Sorted(maps.Keys(want)), slices.Sorted(maps.Keys(got))); diff != "" {
+			t.Errorf("%s (-program +document):\n%s", program, diff)
+		}
+	}
+}
+
+// scripts: deb and rpm have the same, and the user that they make is that of sysusers.d.
+func scripts(t *testing.T, out string) {
+	control := t.TempDir()
+	run(t, "", nil, "dpkg-deb", "--control", only(t, out, ".deb"), control)
+	for deb, rpm := range map[string]string{"preinst": "PREIN", "postinst": "POSTIN", "prerm": "PREUN", "postrm": "POSTUN"} {
+		b, err := os.ReadFile(filepath.Join(control, deb))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if in := run(t, "", nil, "rpm", "--query", "--package", "--queryformat", "%{"+rpm+"}", only(t, out, ".rpm")); strings.TrimSpace(in) != strings.TrimSpace(string(b)) {
+			t.Errorf("%s of rpm is not %s of dpkg: %q", rpm, deb, in)
+		}
+	}
+	preinst, err := os.ReadFile(filepath.Join(control, "preinst"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	sysusers, err := os.ReadFile("../../packaging/systemd/imdsgate.sysusers")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(preinst), "\t"+string(sysusers)) {
+		t.Errorf("before-install.sh makes another user than sysusers.d:\n%s", sysusers)
+	}
+}
+
+// Versions are ordered by dpkg and rpm as they follow on each other.
+func TestVersion(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.CopyFS(filepath.Join(dir, "packaging"), os.DirFS("../../packaging")); err != nil {
+		t.Fatal(err)
+	}
+	git := func(args ...string) {
+		t.Helper()
+		run(t, dir, []string{"GIT_CONFIG_GLOBAL=/dev/null"}, "git", append([]string{"-c", "user.name=x", "-c", "user.email=x@example.com"}, args...)...)
+	}
+	get := func() string {
+		t.Helper()
+		return strings.TrimSpace(run(t, dir, nil, filepath.Join(dir, "packaging/version.sh")))
+	}
+	commit := func() { t.Helper(); git("commit", "--quiet", "--allow-empty", "--message", "x") }
+	git("init", "--quiet")
+	git("add", ".")
+	commit()
+	versions := []string{get()}
+	commit()
+	versions = append(versions, get())
+	for _, tag := range []string{"v0.9.0", "v1.0.0-rc.1", "v1.0.0-rc.2", "v1.0.0", "v1.0.1"} {
+		commit()
+		git("tag", tag)
+		versions = append(versions, get())
+		commit()
+		versions = append(versions, get())
+	}
+	for i, want := range map[int]string{2: "0.9.0", 4: "1.0.0~rc.1", 8: "1.0.0", 10: "1.0.1"} {
+		if versions[i] != want {
+			t.Errorf("%s, and not %s", versions[i], want)
+		}
+	}
+	for i := 1; i < len(versions); i++ {
+		a, b := versions[i-1], versions[i]
+		run(t, "", nil, "dpkg", "--compare-versions", a, "lt", b)
+		if got := run(t, "", nil, "rpm", "--eval", fmt.Sprintf("%%{lua: print(rpm.vercmp(%q, %q))}", a, b)); strings.TrimSpace(got) != "-1" {
+			t.Errorf("rpm has %s before %s: %s", a, b, got)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, "packaging/config.yaml"), []byte("# changed\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if got := get(); !strings.HasSuffix(got, ".dirty") {
+		t.Errorf("%s, of a tree that was changed", got)
+	}
+}
