@@ -7,6 +7,7 @@
 # make test-clients  runs AWS's SDKs and others, unmodified, and writes docs/clients.md
 # make test-boot  boots a Debian with our units: starts, restarts, crashes, a full disk
 # make packages  deb, rpm and tarball for amd64 and arm64, in bin/packages
+# make test-packages  installs, upgrades and removes them in a Debian of their own, and runs their linters
 # make install  onto this host, make uninstall takes it off again
 
 GO := ./test/go.sh
@@ -19,7 +20,7 @@ export PATH := $(CURDIR)/bin/toolchain:$(PATH)
 DESTDIR :=
 PREFIX := /usr
 
-.PHONY: build packages demo test test-boot test-load test-clients bench bench-attribution deps lint unit race fuzz boot install uninstall clean
+.PHONY: build packages demo test test-boot test-packages test-load test-clients bench bench-attribution deps lint unit race fuzz boot install uninstall clean
 
 build: bin/toolchain/go
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/imdsgated ./cmd/imdsgate
@@ -64,7 +65,7 @@ lint: bin/toolchain/go
 # What fills the host with descriptors and connections comes last, and alone: at
 # the lower levels others' searches go through all of them.
 unit: bin/toolchain/go
-	go test -count=1 $$(go list ./... | grep -v -e /test/attacks$$ -e /test/boot$$ -e /test/load$$)
+	go test -count=1 $$(go list ./... | grep -v -e /test/attacks$$ -e /test/boot$$ -e /test/chroot$$ -e /test/load$$)
 	go test -count=1 -p 1 ./test/attacks ./test/load
 	cd test/clients && go vet ./... && go build -o /dev/null ./...
 
@@ -79,7 +80,7 @@ fuzz: bin/toolchain/go
 test-boot: deps boot
 
 # The tree is made once, in bin/boot: 300 MB, and some minutes.
-boot: bin/toolchain/go
+boot: packages
 	./test/boot/tree.sh bin/boot
 	go test -count=1 -v -timeout 15m ./test/boot
 
@@ -88,6 +89,11 @@ test-load: deps bin/toolchain/go
 
 packages: bin/toolchain/go
 	./packaging/packages.sh
+
+# Puts 1 GB into bin/chroot the first time.
+test-packages: packages
+	./test/chroot/tree.sh bin/chroot
+	go test -count=1 -v ./test/chroot -args -tree $(CURDIR)/bin/chroot/root -packages $(CURDIR)/bin/packages
 
 install:
 	./packaging/install.sh '$(DESTDIR)' '$(PREFIX)'

@@ -58,7 +58,7 @@ installs=1
 	# In one step, so that a daemon that starts just now finds the old file or the new one.
 	cp -p "$tree/$file" "$dest$to.new"
 	case $file in
-	*/imdsgated.service | */imdsgated.socket | */imdsgated-failed.service) sed -i "s|/usr/|$prefix/|" "$dest$to.new" ;;
+	*/lib/systemd/system/*) sed -i "s|/usr/|$prefix/|" "$dest$to.new" ;;
 	esac
 	[ -n "$dest" ] || chown 0:0 "$to.new"
 	mv "$dest$to.new" "$dest$to"

@@ -32,12 +32,15 @@ packed() { # packed PATH: standard input, as gzip of nothing but that
 
 put 0755 "$binaries/imdsgated" /usr/sbin
 put 0755 "$binaries/imdsgate" /usr/bin
-put 0644 "$here/systemd/imdsgated.service" "$here/systemd/imdsgated.socket" "$here/systemd/imdsgated-failed.service" /usr/lib/systemd/system
+put 0644 "$here"/systemd/*.service "$here"/systemd/*.socket /usr/lib/systemd/system
 as 0644 "$here/systemd/imdsgate.preset" /usr/lib/systemd/system-preset/50-imdsgate.preset
 as 0644 "$here/systemd/imdsgate.sysusers" /usr/lib/sysusers.d/imdsgate.conf
 as 0644 "$here/systemd/imdsgate.tmpfiles" /usr/lib/tmpfiles.d/imdsgate.conf
 put 0644 "$here"/profiles/*.yaml /usr/lib/imdsgate/profiles
+as 0755 "$here/images/seal.sh" /usr/lib/imdsgate/seal-image
 put 0644 "$here/config.schema.json" /usr/share/imdsgate
+put 0644 "$here"/apparmor/* /usr/share/imdsgate/apparmor
+put 0644 "$here"/selinux/* /usr/share/imdsgate/selinux
 
 install -d -m 0750 "$root/etc/imdsgate" "$root/etc/imdsgate/config.d"
 as 0640 "$here/config.yaml" /etc/imdsgate/config.yaml

@@ -7,9 +7,8 @@ case $1 in
 remove | purge | 0) ;;
 *) exit 0 ;;
 esac
-# Since when there is no daemon, of which no other will tell.
-rm -f /run/imdsgate/absence.json
-rmdir /run/imdsgate 2>/dev/null || true
+rm -rf /run/imdsgate
+rm -f /etc/systemd/system-preset/10-imdsgate.preset # of seal-image
 if [ "$1" = purge ]; then
 	rm -rf /etc/imdsgate /var/lib/imdsgate /var/log/imdsgate
 	if getent passwd imdsgate >/dev/null; then

@@ -418,3 +418,32 @@ func limit(t *testing.T, pid int) {
 		}
 	}
 }
+
+// An upgrade under load refuses nobody. A purge takes all that is ours, and clients reach
+// the service itself.
+func TestUpgradeAndPurge(t *testing.T) {
+	m := boot(t, settings{config: config("enforce")})
+	old := m.daemon()
+	load := m.load(8*time.Second, "-bind")
+	time.Sleep(time.Second)
+	m.do("dpkg", "--force-confold", "--install", aPackage)
+	m.guarded(old)
+	if o := load(); o.Requests < 250 || o.Failed != 0 || o.Taken != 0 {
+		t.Errorf("upgrade: %+v", o)
+	} else {
+		t.Logf("upgrade: %d requests, %d failed, the slowest took %v; %s", o.Requests, o.Failed, o.Slowest.Round(time.Millisecond), m.event("requests-held").At("message"))
+	}
+	if out := m.do("imdsgate", "mode"); !strings.Contains(out, "enforce") {
+		t.Errorf("after the upgrade the mode is %s", out)
+	}
+	m.do("dpkg", "--purge", "imdsgate")
+	if left := m.do("iptables-save") + m.do("ip6tables-save"); strings.Contains(left, "IMDSGATE") {
+		t.Errorf("left:\n%s", left)
+	}
+	if left := m.do("sh", "-c", "find / -xdev -iname '*imdsgate*' -not -path '/proc/*' -not -path '"+aPackage+"'; ls -d /run/imdsgate 2>&- || true; getent passwd imdsgate || true"); left != "" {
+		t.Errorf("left:\n%s", left)
+	}
+	if o := m.load(0)(); o.Failed != 0 {
+		t.Errorf("after the purge: %+v", o)
+	}
+}

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -85,28 +86,21 @@ func prepare(dir string) error {
 		}
 		return nil
 	}
-	stage := filepath.Join(dir, "stage")
+	packages, err := filepath.Glob(filepath.Join(repository, "bin/packages/imdsgate_*_"+runtime.GOARCH+".deb"))
+	if err != nil || len(packages) != 1 {
+		return fmt.Errorf("one package for this machine is wanted, and there are %d in bin/packages: make packages; %w", len(packages), err)
+	}
 	root := filepath.Join(dir, "root")
-	for _, d := range []string{stage, root + "/usr/bin", root + "/usr/lib/sysusers.d", root + "/etc/systemd/system"} {
+	for _, d := range []string{root + "/usr/bin", dir + "/work", dir + "/merged", root + "/opt"} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			return err
 		}
-	}
-	if err := os.Symlink(filepath.Join(repository, "packaging"), filepath.Join(stage, "packaging")); err != nil {
-		return err
-	}
-	if err := build("", "build", "-trimpath", "-ldflags", "-s -w -X main.version=test", "-o", stage+"/bin/", "./cmd/imdsgated", "./cmd/imdsgate"); err != nil {
-		return err
 	}
 	// Its name and unit are those of the agent that a profile is about.
 	if err := build("", "build", "-o", root+"/usr/bin/amazon-ssm-agent", "./test/boot/asker"); err != nil {
 		return err
 	}
-	if out, err := exec.Command("sh", filepath.Join(stage, "packaging/install.sh"), root, "/usr").CombinedOutput(); err != nil {
-		return fmt.Errorf("install: %w\n%s", err, out)
-	}
 	files := map[string]string{
-		"/usr/lib/sysusers.d/imdsgate.conf":            "u imdsgate - \"instance metadata gate\"\n",
 		"/etc/systemd/system/cloud-init-local.service": cloudInit,
 		"/etc/systemd/system/amazon-ssm-agent.service": ssmAgent,
 		"/usr/local/lib/first-boot.py":                 firstBoot,
@@ -120,12 +114,25 @@ func prepare(dir string) error {
 			return err
 		}
 	}
-	out, err := exec.Command("systemctl", "--root="+root, "enable", "imdsgated.socket", "imdsgated.service", "cloud-init-local.service", "amazon-ssm-agent.service").CombinedOutput()
+	lower, err := filepath.Abs(filepath.Join(tree, "root"))
 	if err != nil {
-		return fmt.Errorf("enable the units: %w\n%s", err, out)
+		return err
+	}
+	if out, err := exec.Command("unshare", "--mount", "--propagation=private", "--", "sh", "-euc", image, "sh", lower, dir, packages[0]).CombinedOutput(); err != nil {
+		return fmt.Errorf("install the package: %w\n%s", err, out)
 	}
 	return nil
 }
+
+// aPackage is where the machine has the package, too.
+const aPackage = "/opt/imdsgate.deb"
+
+// As whoever bakes an image does it, in a chroot.
+const image = `mount -t overlay overlay -o "lowerdir=$1,upperdir=$2/root,workdir=$2/work" "$2/merged"
+cp "$3" "$2/merged` + aPackage + `"
+chroot "$2/merged" dpkg --install ` + aPackage + `
+chroot "$2/merged" systemctl enable imdsgated.socket imdsgated.service cloud-init-local.service amazon-ssm-agent.service
+`
 
 // As cloud-init's in Debian, which asks before there is a network of the distribution's.
 const cloudInit = `[Unit]

@@ -1,0 +1,29 @@
+#!/bin/sh
+# seal-image: the last step before an image is made of a host that has imdsgate. Takes out
+# what belongs to this host alone, so that no two instances are the same one in the events:
+# what was recorded and remembered here, and the machine id. The configuration stays.
+set -eu
+
+if [ "$(id -u)" != 0 ]; then
+	echo "seal-image: needs root" >&2
+	exit 77
+fi
+if [ -d /run/systemd/system ] && ! systemd-detect-virt --quiet --chroot; then
+	systemctl stop imdsgated.service imdsgated.socket
+	imdsgate redirect remove
+fi
+rm -rf /var/log/imdsgate /var/lib/imdsgate /run/imdsgate
+
+# Empty, and not away: then systemd makes a new one, and does not apply presets as it does at
+# the first boot of all, machine-id(5).
+if [ -e /etc/machine-id ]; then
+	: >/etc/machine-id
+fi
+if [ -f /var/lib/dbus/machine-id ] && [ ! -L /var/lib/dbus/machine-id ]; then
+	rm /var/lib/dbus/machine-id
+fi
+# Where presets are applied all the same, what is enabled here stays so.
+if systemctl --quiet is-enabled imdsgated.service 2>/dev/null; then
+	mkdir -p /etc/systemd/system-preset
+	printf 'enable imdsgated.socket\nenable imdsgated.service\n' >/etc/systemd/system-preset/10-imdsgate.preset
+fi
