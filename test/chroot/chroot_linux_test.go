@@ -26,8 +26,8 @@ var (
 	packages = flag.String("packages", "", "the `directory` that packages.sh has made")
 )
 
-// TestMain moves to mount and network namespaces of its own, so that nothing is left
-// mounted, and no script reaches this host.
+// TestMain moves to mount, network and process namespaces of its own, so that nothing is
+// left mounted or running, and no script reaches this host.
 func TestMain(m *testing.M) {
 	flag.Parse()
 	if *tree == "" || *packages == "" {
@@ -36,10 +36,11 @@ func TestMain(m *testing.M) {
 	}
 	const inside = "IMDSGATE_TEST_CHROOT"
 	if os.Getenv(inside) == "" {
+		runtime.LockOSThread() // Pdeathsig is about the thread
 		cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 		cmd.Env = append(os.Environ(), inside+"=yes")
 		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-		cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Cloneflags: syscall.CLONE_NEWNET}
+		cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWPID, Pdeathsig: syscall.SIGKILL}
 		if err := cmd.Run(); err != nil {
 			fmt.Fprintln(os.Stderr, "test/chroot:", err)
 			os.Exit(1)

@@ -11,7 +11,7 @@ dir=$(cd "$1" && pwd)
 packages='iptables passwd systemd shellcheck
 	lintian rpm rpmlint
 	curl apparmor checkpolicy semodule-utils selinux-policy-dev make
-	ansible-core ansible-lint cloud-init packer'
+	ansible-core ansible-lint python3-apt cloud-init packer'
 
 echo 'module chroot' >"$dir/go.mod" # Go's ./... stays out of a directory that is a module of its own
 stamp=$dir/installed
@@ -23,11 +23,14 @@ if ! PATH="$PATH:/usr/sbin:/sbin" command -v debootstrap >/dev/null; then
 	echo "missing: debootstrap; install it to run make test-packages" >&2
 	exit 1
 fi
-rm -rf "$dir/root"
-debootstrap --variant=minbase bookworm "$dir/root" http://deb.debian.org/debian >"$dir/debootstrap.log" || {
-	tail -n 20 "$dir/debootstrap.log" >&2
-	exit 1
-}
+if [ ! -e "$dir/root/.debootstrapped" ]; then
+	rm -rf "$dir/root"
+	debootstrap --variant=minbase bookworm "$dir/root" http://deb.debian.org/debian >"$dir/debootstrap.log" || {
+		tail -n 20 "$dir/debootstrap.log" >&2
+		exit 1
+	}
+	touch "$dir/root/.debootstrapped"
+fi
 # No service may start, and what dpkg installs need not survive a power cut.
 printf '#!/bin/sh\nexit 101\n' >"$dir/root/usr/sbin/policy-rc.d"
 chmod 755 "$dir/root/usr/sbin/policy-rc.d"
@@ -35,6 +38,7 @@ echo force-unsafe-io >"$dir/root/etc/dpkg/dpkg.cfg.d/unsafe-io"
 # shellcheck disable=SC2086 # a list of words
 DEBIAN_FRONTEND=noninteractive unshare --mount --pid --fork chroot "$dir/root" sh -eu -c '
 	mount -t proc proc /proc
+	dpkg --configure --pending >/dev/null # of a run that was cut off
 	apt-get -qq update
 	apt-get -qq install --no-install-recommends "$@" >/dev/null
 	apt-get clean' sh $packages
