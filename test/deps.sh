@@ -6,7 +6,7 @@ set -eu
 missing=
 # The demo's thief runs as a user who may not see a Python in root's home.
 [ -x /usr/bin/python3 ] || missing=' python3'
-for tool in go gcc curl iptables-nft iptables-legacy nft conntrack nsenter haproxy nginx shellcheck busybox groff zsh fish rpm dpkg-deb promtool debootstrap systemd-nspawn; do
+for tool in go gcc curl iptables-nft iptables-legacy nft conntrack nsenter haproxy nginx shellcheck busybox groff zsh fish rpm dpkg-deb promtool debootstrap systemd-nspawn systemd-analyze; do
 	# /usr/sbin is not on every user's PATH.
 	PATH="$PATH:/usr/sbin:/sbin" command -v "$tool" >/dev/null 2>&1 || missing="$missing $tool"
 done
@@ -30,6 +30,7 @@ if command -v apt-get >/dev/null 2>&1; then
 		promtool) package=prometheus ;;
 		nsenter) package=util-linux ;;
 		systemd-nspawn) package=systemd-container ;;
+		systemd-analyze) package=systemd ;;
 		*) package=$tool ;;
 		esac
 		packages="$packages $package"
@@ -60,6 +61,7 @@ elif command -v dnf >/dev/null 2>&1; then
 		nsenter) package=util-linux-core ;;
 		shellcheck) package=ShellCheck ;;
 		systemd-nspawn) package=systemd-container ;;
+		systemd-analyze) package=systemd ;;
 		*) package=$tool ;;
 		esac
 		packages="$packages $package"

@@ -82,6 +82,9 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	if os.Geteuid() == 0 {
 		return fmt.Errorf("run as a user of our own, whose sockets the redirect can tell from root's: %w; packaging/systemd/imdsgated.service shows how, and which capabilities it needs", fs.ErrPermission)
 	}
+	if err := hideMemory(); err != nil {
+		return err
+	}
 	inherited, connector, err := activated()
 	if err != nil {
 		return err
