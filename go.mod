@@ -10,6 +10,7 @@ require (
 	github.com/coreos/go-systemd/v22 v22.7.0 // ports from the socket unit, readiness, the journal
 	github.com/cpuguy83/go-md2man/v2 v2.0.7 // manual pages
 	github.com/creack/pty v1.1.24 // tests: a terminal on which questions are answered
+	github.com/elastic/go-seccomp-bpf v1.6.0 // tests: the system calls that the unit leaves the daemon
 	github.com/goccy/go-yaml v1.19.2 // the configuration, with carets in its errors
 	github.com/google/go-cmp v0.7.0 // tests: differences one can read
 	github.com/mattn/go-isatty v0.0.20 // whether somebody looks at the progress of a search

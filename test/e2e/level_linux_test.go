@@ -19,9 +19,14 @@ import (
 )
 
 // Every level says what it is, what the next one lacks, and by which evidence a
-// client was found, also with a /proc that hides the processes of others.
+// client was found, also with a /proc that hides the processes of others, and with the
+// system calls that the unit leaves the daemon.
 func TestLevels(t *testing.T) {
 	t.Parallel()
+	syscalls, err := gate.UnitSyscalls("../../packaging/systemd/imdsgated.service")
+	if err != nil {
+		t.Fatal(err)
+	}
 	for level, want := range map[attribution.Level]struct{ lacks, confidence, via, role string }{
 		attribution.Level0: {"CAP_SYS_ADMIN", "low", "sock_diag", "holder"},
 		attribution.Level1: {"CAP_BPF", "medium", "sock_diag", "holder"},
@@ -36,7 +41,7 @@ func TestLevels(t *testing.T) {
 			if level == attribution.Level3 {
 				lacks = 0
 			}
-			h.startWith(gate.Settings{Config: "mode: enforce\n" + grant(granted, ordinaryUser), Lacks: lacks, HideProcesses: true})
+			h.startWith(gate.Settings{Config: "mode: enforce\n" + grant(granted, ordinaryUser), Lacks: lacks, HideProcesses: true, Syscalls: syscalls})
 			var out string
 			for range 20 { // below level 3 the host is searched, for which a busy machine has no time
 				out, _ = h.run(client{uid: ordinaryUser, args: []string{granted, "ask", h.token()}})

@@ -61,7 +61,11 @@ mount -t proc -o hidepid=$hidepid proc /proc
 export LISTEN_PID=$$
 exec setpriv --reuid=$uid --regid=$uid --clear-groups --inh-caps=-all,$caps --ambient-caps=-all,$caps --pdeathsig=KILL -- "$@"`
 
-func command(s Settings, home, program string, args ...string) *exec.Cmd {
+func command(s Settings, home string, b Binaries, args ...string) *exec.Cmd {
+	program := b.Daemon
+	if s.Syscalls != nil {
+		program, args = b.confine, append([]string{strings.Join(s.Syscalls, ","), b.Daemon}, args...)
+	}
 	caps, hidepid := "", "0"
 	for level := attribution.Level0; level <= attribution.Level3 && (s.Lacks == 0 || level < s.Lacks); level++ {
 		caps += capabilities[level]
@@ -73,18 +77,18 @@ func command(s Settings, home, program string, args ...string) *exec.Cmd {
 		caps, strconv.Itoa(UID), hidepid, home, program}, args...)...)
 }
 
-// Binaries are the two programs.
-type Binaries struct{ Daemon, Command string }
+// Binaries are the two programs, and one that confines the daemon.
+type Binaries struct{ Daemon, Command, confine string }
 
-// Build builds both programs into dir, as `make build` does, and opens dir to
+// Build builds the programs into dir, as `make build` does, and opens dir to
 // the daemon's user.
 func Build(dir string) (Binaries, error) {
-	b := Binaries{filepath.Join(dir, "imdsgated"), filepath.Join(dir, "imdsgate")}
+	b := Binaries{filepath.Join(dir, "imdsgated"), filepath.Join(dir, "imdsgate"), filepath.Join(dir, "confine")}
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return b, err
 	}
 	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w -X main.version=test", "-o", dir+"/",
-		"github.com/imdsgate/imdsgate/cmd/imdsgated", "github.com/imdsgate/imdsgate/cmd/imdsgate")
+		"github.com/imdsgate/imdsgate/cmd/imdsgated", "github.com/imdsgate/imdsgate/cmd/imdsgate", "github.com/imdsgate/imdsgate/test/gate/confine")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return b, fmt.Errorf("build the daemon: %w\n%s", err, out)
@@ -126,6 +130,8 @@ type Settings struct {
 	// /run/imdsgate are etc, lib, log and run of its directory, and nothing else is in
 	// /run and /var/log. See Operator.
 	Installed bool
+	// Syscalls are all that it may make; nil for any (UnitSyscalls).
+	Syscalls []string
 }
 
 // Start starts a daemon in the instance of a lab and waits until it serves. When
@@ -152,9 +158,9 @@ func Start(lab *netlab.Lab, b Binaries, s Settings) (*Daemon, error) {
 		return nil, err
 	}
 	if s.Installed {
-		d.cmd = command(s, d.Dir, b.Daemon, s.Args...)
+		d.cmd = command(s, d.Dir, b, s.Args...)
 	} else {
-		d.cmd = command(s, "", b.Daemon, append([]string{"--config", d.Config}, s.Args...)...)
+		d.cmd = command(s, "", b, append([]string{"--config", d.Config}, s.Args...)...)
 	}
 	d.cmd.Env = append(os.Environ(), s.Env...)
 	if s.Lacks != attribution.Level1 {
