@@ -38,6 +38,7 @@ type Event struct {
 	Response    Response
 	Decision    Decision
 	Duration    time.Duration // from accept or the end of the previous answer, until the answer was passed on
+	Repeats     Repeats
 
 	// Of the daemon itself.
 	State State

@@ -47,6 +47,8 @@ type View struct {
 	// Adopted makes the present parent stand in the place of the one that forked the
 	// process. It is for rules: what is written has both.
 	Adopted bool
+
+	likeness bool // without what is new in each request
 }
 
 // Field is one row of the schema. Name is dotted, as in ECS; names outside ECS
@@ -64,6 +66,7 @@ type Field struct {
 	fixed   bool // depends on the document alone
 	rests   Gaps
 	exact   bool // a time to the nanosecond, not the millisecond
+	single  bool // in which requests may differ and be alike
 	get     func(*View) Value
 	tells   loss                               // that the line has of rules' text
 	write   func(*View, []byte) ([]byte, loss) // renders the value without making it; nil where get will do
@@ -185,8 +188,9 @@ func fields() []Field {
 	add(onRequest|onState, Keyword, "event.provider", func(v *View) Value { return text(providers[v.Document]) }).fixed = true
 	add(onRequest|onState, Keyword, "event.code", func(v *View) Value { return text(v.code()) })
 	add(onRequest|onState, Keyword, "event.reason", func(v *View) Value { return known(v.reason()) }).free = true
-	add(onRequest, Date, "event.start", func(v *View) Value { return date(v.Time) })
-	add(onRequest|onState, Long, "event.duration", func(v *View) Value { return positive(v.Duration.Nanoseconds()) })
+	add(onRequest, Date, "event.start", func(v *View) Value { return date(v.Start()) })
+	add(inDecision, Date, "event.end", func(v *View) Value { return Value{Set: v.Repeats.Requests > 0, Time: v.Time} })
+	add(onRequest|onState, Long, "event.duration", func(v *View) Value { return positive(v.duration().Nanoseconds()) })
 	add(onFinding, Long, "event.severity", func(v *View) Value {
 		if r := v.rule(); r != nil {
 			n, err := SeverityNumber(r.Severity)
@@ -288,6 +292,7 @@ func fields() []Field {
 		all[i].asked = ofRequest(all[i].Name)
 		all[i].lasting = lasting(all[i].Name)
 		all[i].rests = restsOf(all[i].Name)
+		all[i].single = isSingle(all[i].Name)
 		all[i].key = string(append(appendString(nil, all[i].parts[len(all[i].parts)-1]), ':'))
 	}
 	slices.SortFunc(all, func(a, b Field) int { return slices.Compare(a.parts, b.parts) })
@@ -317,7 +322,7 @@ func lasting(name string) docs {
 // ofRequest reports whether a field says something about a connection or a request.
 func ofRequest(name string) bool {
 	for _, prefix := range []string{"source.", "destination.", "network.", "http.", "url.", "user_agent.", "related.ip", "event.duration",
-		"imdsgate.request.", "imdsgate.response.", "imdsgate.credential.", "imdsgate.token.", "imdsgate.attribution.", "imdsgate.verdict", "imdsgate.audit_verdict", "imdsgate.latched"} {
+		"event.end", "imdsgate.repeats.", "imdsgate.request.", "imdsgate.response.", "imdsgate.credential.", "imdsgate.token.", "imdsgate.attribution.", "imdsgate.verdict", "imdsgate.audit_verdict", "imdsgate.latched"} {
 		if strings.HasPrefix(name, prefix) {
 			return true
 		}
@@ -525,6 +530,9 @@ func ownFields(add adder, array func(docs, Type, string, func(*View) Value)) {
 		return texts(all...)
 	}))
 	ancestors.Array, ancestors.free = true, true
+	add(inDecision, Long, "imdsgate.repeats.requests", func(v *View) Value { return positive(v.Repeats.Requests) })
+	add(inDecision, Long, "imdsgate.repeats.connections", func(v *View) Value { return positive(v.Repeats.Connections) })
+	add(inDecision, Keyword, "imdsgate.repeats.of", func(v *View) Value { return known(v.Repeats.Of) })
 	array(inDecision, Long, "imdsgate.subjects.pid", func(v *View) Value {
 		var all []int64
 		for _, p := range v.Subjects {

@@ -89,7 +89,7 @@ func restsOf(name string) Gaps {
 		return ofProcessField(fact)
 	}
 	switch name {
-	case "@timestamp", "event.start":
+	case "@timestamp", "event.start", "event.end":
 		return GapTime
 	case "message", "event.reason":
 		return ^Gaps(0)
@@ -115,7 +115,7 @@ func restsOf(name string) Gaps {
 		{"user.", GapUser}, {"related.user", GapUser}, {"container.", GapPlace}, {"orchestrator.", GapPlace},
 		{"imdsgate.ancestors.", GapAncestors}, {"imdsgate.subjects.", GapSubjects}, {"imdsgate.token.", GapToken},
 		{"imdsgate.request.", GapRequest}, {"http.request.", GapRequest}, {"http.version", GapRequest},
-		{"event.duration", GapAnswer}, {"http.response.", GapAnswer}, {"imdsgate.response.", GapAnswer}, {"imdsgate.credential.", GapAnswer},
+		{"event.duration", GapAnswer}, {"imdsgate.repeats.", GapAnswer}, {"http.response.", GapAnswer}, {"imdsgate.response.", GapAnswer}, {"imdsgate.credential.", GapAnswer},
 	} {
 		if strings.HasPrefix(name, g.prefix) {
 			return g.gap

@@ -54,7 +54,7 @@ func (v *View) appendRows(b []byte, rows []row, depth int) (_ []byte, lost loss)
 			if len(whole.json) == 0 {
 				continue
 			}
-		case r.field.asked && v.Kind == Started:
+		case r.field.asked && v.Kind == Started, r.field.single && v.likeness:
 			continue
 		case r.field.tells != 0:
 			if value = flag(true); lost&r.field.tells == 0 {

@@ -31,7 +31,7 @@ func (v *View) appendOthers(b []byte) (_ []byte, lost loss) {
 }
 
 func (v *View) appendOther(b []byte, p *Process) (_ []byte, lost loss) {
-	one := View{Event: v.Event, Document: v.Document, Subject: p}
+	one := View{Event: v.Event, Document: v.Document, Subject: p, likeness: v.likeness}
 	b = append(b, '{')
 	ours := false // the object "imdsgate" is open
 	for i, w := range *one.ofProcess() {

@@ -91,6 +91,7 @@ type reading struct {
 	*Reader
 	*Record
 	dataset, module, namespace []byte
+	started                    []byte // event.start
 	agent, host                part
 	rule                       []byte
 	roles, matched             []byte
@@ -204,6 +205,8 @@ func (d *reading) ofEvent() {
 			}
 		case "duration":
 			d.Duration = time.Duration(d.int())
+		case "start":
+			d.started = d.string()
 		case "id":
 			d.ID = string(d.string())
 		case "module":
@@ -339,6 +342,8 @@ func (d *reading) own() {
 			}
 		case "process":
 			d.first.place = d.part(d.salt(), beginning)
+		case "repeats":
+			d.repeats()
 		case "request":
 			d.asked(recall(d, d.requests, beginning, (*reading).request))
 		case "response":
@@ -374,6 +379,34 @@ func (d *reading) own() {
 			d.skip()
 		}
 	}
+}
+
+func (d *reading) repeats() {
+	r := &d.Event.Repeats
+	for more := d.begin('{', '}'); more; more = d.more('}') {
+		switch string(d.name()) {
+		case "connections":
+			r.Connections = d.count()
+		case "of":
+			r.Of = string(d.string())
+		case "requests":
+			r.Requests = d.count()
+		default:
+			d.skip()
+		}
+	}
+}
+
+// maxCount bounds how many requests one document may stand for, so that sums of a file that
+// somebody made do not overflow.
+const maxCount = 1 << 40
+
+func (d *reading) count() int64 {
+	n := d.int()
+	if d.err == nil && (n < 0 || n > maxCount) {
+		d.fail("%d is no number of requests", n)
+	}
+	return n
 }
 
 func (d *reading) attribution() {
@@ -527,6 +560,11 @@ func (d *reading) finish() error {
 	for i := range needed {
 		if d.has>>i&1 == 0 {
 			return missing(1 << i)
+		}
+	}
+	if r := &d.Event.Repeats; r.Requests > 0 {
+		if r.First, err = time.Parse(time.RFC3339, string(d.started)); err != nil {
+			return fmt.Errorf("event.start: %.40q is no time as RFC 3339 has it", d.started)
 		}
 	}
 	d.Decision.Mode = d.kept(d.mode)

@@ -20,6 +20,9 @@ func (e *Event) Views() []View {
 	case Integrity:
 		return []View{{Event: e, Document: IntegrityFinding}}
 	}
+	if e.Repeats.Requests > 0 {
+		return []View{{Event: e, Document: RequestDecision, Subject: e.subject()}}
+	}
 	views := make([]View, 0, 4)
 	for _, p := range e.Starts {
 		views = append(views, View{Event: e, Document: ProcessStart, Subject: p})
@@ -117,6 +120,14 @@ func (v *View) namespace() string {
 		return "imdsgate"
 	}
 	return cmp.Or(v.Host.Namespace, "default")
+}
+
+// duration is that of the request, or from the first to the last of those that it stands for.
+func (v *View) duration() time.Duration {
+	if v.Repeats.Requests > 0 {
+		return v.Time.Sub(v.Start())
+	}
+	return v.Duration
 }
 
 // compatible reports whether the document is in a stream of Elastic's own agent.
@@ -260,6 +271,9 @@ func (v *View) appendMessage(b []byte) []byte {
 	b = v.appendWho(append(b, " for "...))
 	if v.Decision.Rule != nil {
 		b = append(append(b, " by rule "...), v.Decision.Rule.Name...)
+	}
+	if n := v.Repeats.Requests; n > 0 {
+		b = append(strconv.AppendInt(append(b, ", "...), n, 10), " times more"...)
 	}
 	return b
 }

@@ -54,6 +54,7 @@ var texts = map[reflect.Type]schema{
 	reflect.TypeFor[netip.AddrPort](): {"type": "string", "pattern": `^(\[.*\]|[0-9.]+):[0-9]+$`},
 	reflect.TypeFor[netip.Addr]():     {"type": "string"},
 	reflect.TypeFor[time.Duration]():  {"type": "string", "pattern": `^([0-9.]+(ns|us|µs|ms|s|m|h))+$`},
+	reflect.TypeFor[sink.Window]():    {"type": "string", "pattern": `^([0-9.]+(ns|us|µs|ms|s|m|h))+$`},
 	reflect.TypeFor[LogLevel]():       {"enum": logLevels},
 	reflect.TypeFor[MetricsAddress](): {"type": "string", "pattern": `^(unix:/.+|127\.[0-9.]+:[0-9]+|\[::1\]:[0-9]+)$`},
 }

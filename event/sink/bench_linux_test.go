@@ -56,3 +56,16 @@ func BenchmarkFile(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkRepeats is what a request costs that is counted, and not written.
+func BenchmarkRepeats(b *testing.B) {
+	f := &File{enc: newEncoder(), repeats: newRepeats(longest)}
+	e := asked()
+	b.ReportAllocs()
+	for b.Loop() {
+		f.take(e)
+	}
+	if len(f.rendered.ends) != 1 {
+		b.Fatalf("%d documents", len(f.rendered.ends))
+	}
+}

@@ -41,6 +41,9 @@ type Options struct {
 	// drops events when the disk stalls for a moment; each place costs a few
 	// kilobytes while it is taken.
 	Queue int `yaml:"queue"`
+	// Aggregate is for how long requests that are like one that was written are counted,
+	// to be told by one document then: 0, each is written.
+	Aggregate Window `yaml:"aggregate"`
 	// Journal passes what somebody should see on to journald. A change takes a restart.
 	Journal bool `yaml:"journal"`
 	// Layout is the data streams that documents name: own, or defend.
@@ -73,9 +76,11 @@ type File struct {
 	mu       sync.Mutex // guards the following, and receiving from queue
 	enc      *encoder
 	rendered documents
+	repeats  repeats
 
 	host    *event.Host // of events of its own
 	later   *time.Timer // wakes for what need not be done at once
+	ends    *time.Timer // wakes when a window of repeats ends
 	dropped atomic.Uint64
 	counts
 	err   atomic.Pointer[error]
@@ -90,11 +95,12 @@ type documents struct {
 }
 
 // counts is what became of documents. The writer counts, anybody reads.
-type counts struct{ written, failed, removed atomic.Uint64 }
+type counts struct{ written, failed, removed, repeated atomic.Uint64 }
 
 // Stats counts documents since the start.
 type Stats struct {
 	Written uint64 `json:"written"`
+	Repeats uint64 `json:"repeats"` // requests that were counted, and not written
 	Dropped uint64 `json:"dropped"` // events that found the queue full
 	Failed  uint64 `json:"failed"`  // documents that the disk did not take
 	Removed uint64 `json:"removed"` // documents that made room on a full disk
@@ -140,7 +146,10 @@ func Open(o Options, host *event.Host) (*File, error) {
 	o.MaxSize = cmp.Or(o.MaxSize, 100<<20)
 	o.Keep = cmp.Or(o.Keep, 4)
 	o.Queue = cmp.Or(o.Queue, 4096)
-	f := &File{options: o, host: host, queue: make(chan *event.Event, o.Queue), wake: make(chan struct{}, 1), done: make(chan struct{}), stop: make(chan struct{}), enc: newEncoder()}
+	f := &File{
+		options: o, host: host, enc: newEncoder(), repeats: newRepeats(o.Aggregate),
+		queue: make(chan *event.Event, o.Queue), wake: make(chan struct{}, 1), done: make(chan struct{}), stop: make(chan struct{}),
+	}
 	w := &writer{path: o.Path, maxSize: o.MaxSize, maxAge: o.MaxAge, keep: o.Keep, fsync: o.Fsync, counts: &f.counts}
 	if err := w.open(); err != nil {
 		return nil, err
@@ -150,6 +159,7 @@ func Open(o Options, host *event.Host) (*File, error) {
 	}
 	f.batch = time.AfterFunc(batchFor, f.wakeUp)
 	f.later = time.AfterFunc(batchFor, f.wakeUp)
+	f.ends = time.AfterFunc(batchFor, f.wakeUp)
 	go f.loop(w)
 	return f, nil
 }
@@ -219,7 +229,7 @@ func (f *File) Path() string { return f.options.Path }
 
 // Stats reports what became of the events so far.
 func (f *File) Stats() Stats {
-	s := Stats{Written: f.written.Load(), Dropped: f.dropped.Load(), Failed: f.failed.Load(), Removed: f.removed.Load(), Waiting: len(f.queue)}
+	s := Stats{Written: f.written.Load(), Repeats: f.repeated.Load(), Dropped: f.dropped.Load(), Failed: f.failed.Load(), Removed: f.removed.Load(), Waiting: len(f.queue)}
 	if err := f.err.Load(); err != nil {
 		s.Error = (*err).Error()
 	}
@@ -231,6 +241,7 @@ func (f *File) loop(w *writer) {
 	defer close(f.done)
 	defer f.batch.Stop()
 	defer f.later.Stop()
+	defer f.ends.Stop()
 	for stopped := false; !stopped; {
 		select {
 		case <-f.wake:
@@ -241,6 +252,7 @@ func (f *File) loop(w *writer) {
 		for f.render(bufferSize) {
 			f.write(w)
 		}
+		f.endWindows(w, stopped)
 		err := w.flush()
 		f.note(err)
 		if err == nil {
@@ -318,7 +330,7 @@ func (f *File) Ease() bool {
 	}
 	select {
 	case e := <-f.queue:
-		f.add(e)
+		f.take(e)
 		return true
 	default:
 		return false
@@ -333,7 +345,7 @@ func (f *File) render(atLeast int) bool {
 	for len(f.rendered.bytes) < atLeast {
 		select {
 		case e := <-f.queue:
-			f.add(e)
+			f.take(e)
 		default:
 			return len(f.rendered.ends) > 0
 		}
@@ -341,8 +353,56 @@ func (f *File) render(atLeast int) bool {
 	return true
 }
 
-// add renders the documents of an event. It is called with f.mu held.
-func (f *File) add(e *event.Event) {
+// take renders an event, or counts it. It is called with f.mu held.
+func (f *File) take(e *event.Event) {
+	like, counts := f.repeats.of(e)
+	if !counts {
+		f.add(e)
+		return
+	}
+	now := time.Now()
+	if f.repeats.count(like, e, now) {
+		f.repeated.Add(1)
+		if f.options.Layout == event.Defend {
+			f.addConnections(e)
+		}
+		return
+	}
+	if f.repeats.full() {
+		if tells, _ := f.repeats.end(f.repeats.ends()); tells != nil {
+			f.add(tells)
+		}
+	}
+	f.repeats.begin(like, f.add(e), now)
+}
+
+// endWindows writes what was counted in windows that are over, or in all.
+func (f *File) endWindows(w *writer, all bool) {
+	if f.repeats.window == 0 {
+		return
+	}
+	by := time.Now()
+	if all {
+		by = by.Add(f.repeats.window)
+	}
+	for more := true; more; f.write(w) {
+		f.mu.Lock()
+		for more && len(f.rendered.bytes) < bufferSize {
+			var tells *event.Event
+			if tells, more = f.repeats.end(by); tells != nil {
+				f.add(tells)
+			}
+		}
+		if ends := f.repeats.ends(); !more && !ends.IsZero() {
+			f.ends.Reset(time.Until(ends))
+		}
+		f.mu.Unlock()
+	}
+}
+
+// add renders the documents of an event, and returns the ID of the decision among them. It
+// is called with f.mu held.
+func (f *File) add(e *event.Event) (decision string) {
 	now := time.Now()
 	views := e.Views()
 	var ids []string
@@ -351,12 +411,33 @@ func (f *File) add(e *event.Event) {
 		if v.Document == event.Alert {
 			v.Related = ids
 		}
-		f.rendered.bytes = f.enc.append(f.rendered.bytes, v, now)
-		f.rendered.ends = append(f.rendered.ends, len(f.rendered.bytes))
+		f.addView(v, now)
 		if v.Document != event.Alert {
 			ids = append(ids, v.ID)
 		}
+		if v.Document == event.RequestDecision {
+			decision = v.ID
+		}
 	}
+	return decision
+}
+
+// addConnections renders those of a request that is counted. Elastic's rules about its own
+// agent ask which connections follow upon the start of a program, and they count elsewhere.
+// It is called with f.mu held.
+func (f *File) addConnections(e *event.Event) {
+	now := time.Now()
+	views := e.Views()
+	for i := range views {
+		if views[i].Document == event.ConnectionAttempt {
+			f.addView(&views[i], now)
+		}
+	}
+}
+
+func (f *File) addView(v *event.View, now time.Time) {
+	f.rendered.bytes = f.enc.append(f.rendered.bytes, v, now)
+	f.rendered.ends = append(f.rendered.ends, len(f.rendered.bytes))
 }
 
 // write hands what is rendered to the writer.
