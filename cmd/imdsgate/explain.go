@@ -246,6 +246,9 @@ func (o *explainOptions) recorded(ctx context.Context, files []string, stdin io.
 	}
 	x.Recorded = &report.Recorded{ID: rec.ID, Time: rec.Event.Time.Format(time.RFC3339Nano), Host: host,
 		Mode: was.Mode, Verdict: was.Verdict.String(), WouldBe: was.WouldBe.String(), Reason: was.Reason}
+	if n := rec.Event.Repeats.Requests; n > 0 {
+		x.Recorded.Repeats, x.Recorded.First = n, rec.Event.Start().Format(time.RFC3339Nano)
+	}
 	return x, nil
 }
 

@@ -33,6 +33,9 @@ func printExplanation(w io.Writer, x report.Explanation, all bool) error {
 	p.line("  asks for           %s %s (%s, %s)", printable(q.Method), printable(q.Path), q.Class, q.API)
 	if r := x.Recorded; r != nil {
 		p.line("\nrecorded at %s on %s in %s mode: %s, in enforce mode %s%s", r.Time, printable(r.Host), r.Mode, r.Verdict, r.WouldBe, because(r.Reason))
+		if r.Repeats > 0 {
+			p.line("it stands for %d requests from %s on, which were alike", r.Repeats, r.First)
+		}
 	}
 	p.line("\n%s in enforce mode%s%s", strings.ToUpper(x.Verdict), of(x), because(x.Reason))
 	if x.Doubt != "" {

@@ -293,6 +293,9 @@ func printStatus(w io.Writer, s report.Status) error {
 	if s.Events.Dropped+s.Events.Failed+s.Events.Removed > 0 {
 		row("", "! missing: %d that the queue had no room for, %d that the disk did not take, %d removed from a full disk", s.Events.Dropped, s.Events.Failed, s.Events.Removed)
 	}
+	if n := s.Events.Repeats; n > 0 {
+		row("", "%d requests that were like one that was written are counted there (events.aggregate)", n)
+	}
 	if s.Events.Error != "" {
 		row("", "! %s", s.Events.Error)
 	}

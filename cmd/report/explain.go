@@ -51,6 +51,10 @@ type Recorded struct {
 	Verdict string `json:"verdict"`
 	WouldBe string `json:"audit_verdict"`
 	Reason  string `json:"reason,omitempty"`
+	// Repeats is how many requests the event stands for, and First when the first of them
+	// came; nothing for one that stands for itself.
+	Repeats int64  `json:"repeats,omitempty"`
+	First   string `json:"first,omitempty"`
 }
 
 // Explain tells how the verdict on a request comes about.

@@ -135,9 +135,10 @@ func newCollector() *collector {
 
 func (c *collector) add(p *policy.Policy, r *event.Record, before, after outcome, doubt policy.Doubt) {
 	ev := &r.Event
-	c.requests++
-	if c.first.IsZero() || ev.Time.Before(c.first) {
-		c.first = ev.Time
+	n := ev.Requests()
+	c.requests += n
+	if start := ev.Start(); c.first.IsZero() || start.Before(c.first) {
+		c.first = start
 	}
 	if ev.Time.After(c.last) {
 		c.last = ev.Time
@@ -145,7 +146,8 @@ func (c *collector) add(p *policy.Policy, r *event.Record, before, after outcome
 	h := c.hosts[ev.Host.ID]
 	switch {
 	case h != nil:
-		if ev.Time.Before(h.last.Add(-disorder)) {
+		// Repeats are written when the window in which they were counted is over.
+		if ev.Repeats.Requests == 0 && ev.Time.Before(h.last.Add(-disorder)) {
 			c.late++
 		}
 		h.last = ev.Time
@@ -164,9 +166,9 @@ func (c *collector) add(p *policy.Policy, r *event.Record, before, after outcome
 			c.classes[name] = class
 		}
 	}
-	class[change]++
+	class[change] += n
 	if change == StillAllowed {
-		c.allowed++
+		c.allowed += n
 		return
 	}
 	c.sections[change].add(p, r, before, after, doubt)
@@ -190,8 +192,8 @@ func changeOf(before, after outcome, doubt policy.Doubt) Change {
 }
 
 func (s *section) add(p *policy.Policy, r *event.Record, before, after outcome, doubt policy.Doubt) {
-	s.Requests++
 	ev := &r.Event
+	s.Requests += ev.Requests()
 	k := key{class: ev.Request.Class, before: before.basis, after: after.basis, passed: r.Decision.Verdict == event.Allow}
 	if doubt.About == policy.TheVerdict {
 		k.doubt, k.after = doubt.Why, policy.Basis{}
@@ -206,11 +208,11 @@ func (s *section) add(p *policy.Policy, r *event.Record, before, after outcome, 
 	g := s.groups[k]
 	if g == nil {
 		if len(s.groups) >= MaxGroups {
-			s.others++
+			s.others += ev.Requests()
 			return
 		}
 		g = &group{Group{Executable: k.executable, Place: k.place, User: k.user, Parent: k.parent, Class: k.class, Before: k.before, After: k.after,
-			Doubt: k.doubt, Passed: k.passed, First: ev.Time, Last: ev.Time}, map[string]struct{}{}}
+			Doubt: k.doubt, Passed: k.passed, First: ev.Start(), Last: ev.Time}, map[string]struct{}{}}
 		if after.verdict == event.Deny {
 			g.Nearest = p.NearestGrant(ev)
 		}
@@ -221,9 +223,9 @@ func (s *section) add(p *policy.Policy, r *event.Record, before, after outcome, 
 
 func (g *group) add(r *event.Record) {
 	ev := &r.Event
-	g.Requests++
-	if ev.Time.Before(g.First) {
-		g.First = ev.Time
+	g.Requests += ev.Requests()
+	if start := ev.Start(); start.Before(g.First) {
+		g.First = start
 	}
 	if ev.Time.After(g.Last) {
 		g.Last = ev.Time

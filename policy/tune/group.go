@@ -137,7 +137,7 @@ type group struct {
 }
 
 func newGroup(id int, k key, p *event.Process, ev *event.Event) *group {
-	g := &group{key: k, id: id, subject: p, asked: *ev, first: ev.Time, last: ev.Time,
+	g := &group{key: k, id: id, subject: p, asked: *ev, first: ev.Start(), last: ev.Time,
 		days: map[int32]struct{}{}, hosts: map[*host]struct{}{}, shapes: map[string]struct{}{}}
 	g.asked.Subjects, g.asked.Roles = slices.Clone(ev.Subjects), slices.Clone(ev.Roles)
 	return g
@@ -145,9 +145,9 @@ func newGroup(id int, k key, p *event.Process, ev *event.Event) *group {
 
 func (g *group) add(r *event.Record, p *event.Process, h *host) {
 	ev := &r.Event
-	g.count++
-	if ev.Time.Before(g.first) {
-		g.first = ev.Time
+	g.count += ev.Requests()
+	if start := ev.Start(); start.Before(g.first) {
+		g.first = start
 	}
 	if ev.Time.After(g.last) {
 		g.last = ev.Time

@@ -36,7 +36,7 @@ func (t *Tuner) host(h *event.Host) *host {
 }
 
 func (h *host) asked(ev *event.Event) {
-	h.requests++
+	h.requests += ev.Requests()
 	if len(h.days) < maxDays {
 		h.days[dayOf(ev.Time)] = struct{}{}
 	}

@@ -127,15 +127,16 @@ func (t *Tuner) Seen(hostID string) bool { return hostID != "" && t.hosts[hostID
 // count counts a request that was judged.
 func (t *Tuner) count(doubt policy.Doubt) {
 	ev, s := &t.record.Event, &t.sum
-	s.Requests++
-	if s.First.IsZero() || ev.Time.Before(s.First) {
-		s.First = ev.Time
+	n := ev.Requests()
+	s.Requests += n
+	if start := ev.Start(); s.First.IsZero() || start.Before(s.First) {
+		s.First = start
 	}
 	if ev.Time.After(s.Last) {
 		s.Last = ev.Time
 	}
 	if doubt.About == policy.TheVerdict {
-		s.Unsure++
+		s.Unsure += n
 	}
 	h := t.host(ev.Host)
 	h.asked(ev)
@@ -148,15 +149,15 @@ func (t *Tuner) count(doubt policy.Doubt) {
 		class = &classCount{}
 		t.classes[name] = class
 	}
-	class.requests++
+	class.requests += n
 	if ev.Decision.WouldBe != event.Deny {
 		return
 	}
-	s.Blocked++
-	class.blocked++
+	s.Blocked += n
+	class.blocked += n
 	if ev.Decision.Deny != "" {
-		s.Denied++
-		class.denied++
+		s.Denied += n
+		class.denied += n
 		return
 	}
 	t.group(h, class)
@@ -165,6 +166,7 @@ func (t *Tuner) count(doubt policy.Doubt) {
 // group counts a request that would be refused, for each of those who lack a grant.
 func (t *Tuner) group(h *host, class *classCount) {
 	ev := &t.record.Event
+	requests := ev.Requests()
 	why := t.suspicion(ev)
 	subjects := ev.Subjects
 	if len(subjects) == 0 {
@@ -194,10 +196,10 @@ func (t *Tuner) group(h *host, class *classCount) {
 	}
 	switch len(parts) {
 	case 0:
-		t.sum.Beyond++
-		class.beyond++
+		t.sum.Beyond += requests
+		class.beyond += requests
 	case 1:
-		parts[0].alone++
+		parts[0].alone += requests
 	default:
 		t.together(parts, class)
 	}
@@ -215,6 +217,7 @@ type joint struct {
 }
 
 func (t *Tuner) together(parts []*group, class *classCount) {
+	requests := t.record.Event.Requests()
 	slices.SortFunc(parts, func(a, b *group) int { return cmp.Compare(a.id, b.id) })
 	ids := t.ids[:0]
 	for _, g := range parts {
@@ -224,12 +227,12 @@ func (t *Tuner) together(parts []*group, class *classCount) {
 	j := t.joint[string(ids)]
 	if j == nil {
 		if len(t.joint) >= maxGroups {
-			t.sum.Beyond++
-			class.beyond++
+			t.sum.Beyond += requests
+			class.beyond += requests
 			return
 		}
 		j = &joint{groups: slices.Clone(parts)}
 		t.joint[string(ids)] = j
 	}
-	j.count++
+	j.count += requests
 }
