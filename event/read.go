@@ -34,6 +34,7 @@ var ErrForeign = errors.New("no document of imdsgate: data_stream.dataset does n
 type Reader struct {
 	scanner
 	texts     cache[string]
+	reasons   cache[string] // by what stands in the document
 	hosts     cache[*Host]
 	processes cache[*Process]
 	rules     cache[*Rule]
@@ -48,6 +49,7 @@ type Reader struct {
 	requests  memo[askedFor]
 	endpoints memo[netip.AddrPort]
 	key       []byte
+	reading   reading
 	first     subjectParts
 	others    []subjectParts
 }
@@ -66,7 +68,7 @@ type numbers [7]uint64
 func NewReader() *Reader {
 	return &Reader{
 		seen: seen{seed: maphash.MakeSeed()}, byNumbers: map[numbers]*Process{}, hostOf: map[hostNumbers]*Host{}, urls: memo[ofURL]{}, exchanges: memo[exchange]{}, requests: memo[askedFor]{},
-		endpoints: memo[netip.AddrPort]{}, texts: cache[string]{max: 2 << 20}, hosts: cache[*Host]{max: 1 << 20}, processes: cache[*Process]{max: 6 << 20},
+		endpoints: memo[netip.AddrPort]{}, texts: cache[string]{max: 2 << 20}, reasons: cache[string]{max: 1 << 20}, hosts: cache[*Host]{max: 1 << 20}, processes: cache[*Process]{max: 6 << 20},
 		rules: cache[*Rule]{max: 256 << 10}, issuers: cache[issuerPart]{max: 1 << 20},
 		lists: cache[[]string]{max: 256 << 10}, matches: cache[[]Match]{max: 256 << 10},
 	}
@@ -124,7 +126,8 @@ func (r *Reader) Read(line []byte, to *Record) error {
 	r.scanner = scanner{text: line}
 	r.first, r.others = subjectParts{}, r.others[:0]
 	*to = Record{Event: Event{Subjects: to.Event.Subjects[:0], Roles: to.Event.Roles[:0]}}
-	d := reading{Reader: r, Record: to}
+	d := &r.reading
+	*d = reading{Reader: r, Record: to}
 	d.line()
 	d.end()
 	if d.err != nil {
@@ -212,7 +215,7 @@ func (d *reading) ofEvent() {
 		case "module":
 			d.module = d.string()
 		case "reason":
-			d.Decision.Reason = d.text(0)
+			d.Decision.Reason = d.quoting()
 		case "risk_score":
 			d.risk = d.int()
 		case "sequence":
@@ -683,6 +686,28 @@ func (d *reading) text(gap Gaps) string {
 		d.Event.Gaps |= gap
 	}
 	return d.kept(b)
+}
+
+// quoting reads a string that has quotes in it, as reasons have. It is remembered as it
+// stands in the document, since they take long to be taken out.
+func (d *reading) quoting() string {
+	if d.null() {
+		return ""
+	}
+	quoted, escaped := d.quoted()
+	if !escaped {
+		if len(quoted) < 2 {
+			return ""
+		}
+		return d.kept(quoted[1 : len(quoted)-1])
+	}
+	s, ok := d.reasons.get(quoted)
+	if !ok {
+		if s = string(d.unquote(quoted)); d.err == nil && len(quoted) <= maxKept {
+			d.reasons.put(quoted, s)
+		}
+	}
+	return s
 }
 
 // maxKept bounds the strings that are remembered.

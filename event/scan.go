@@ -100,16 +100,8 @@ func (s *scanner) key() []byte {
 	return key
 }
 
-// plain are the bytes that stand for themselves in strings.
-var plain = func() (set [256]bool) {
-	for c := ' '; c < 256; c++ {
-		set[c] = c != '"' && c != '\\'
-	}
-	return set
-}()
-
-// specials has the highest bit of the first byte set, of eight, that does not stand for
-// itself in a string; those above it may be wrong.
+// specials has the highest bit of a byte set, of eight, that does not stand for itself in a
+// string: the first is right, and those above it may be wrong.
 func specials(eight uint64) uint64 {
 	const ones = 0x0101010101010101
 	quote, backslash := eight^ones*'"', eight^ones*'\\'
@@ -118,48 +110,61 @@ func specials(eight uint64) uint64 {
 
 // string reads one.
 func (s *scanner) string() []byte {
-	if s.next() != '"' {
-		s.unexpected("a string")
+	quoted, escaped := s.quoted()
+	switch {
+	case escaped:
+		return s.unquote(quoted)
+	case quoted == nil:
 		return nil
 	}
-	s.at++
-	start, text, i := s.at, s.text, s.at
-	for i+8 <= len(text) {
-		if special := specials(binary.LittleEndian.Uint64(text[i:])); special != 0 {
-			i += bits.TrailingZeros64(special) / 8
-			break
-		}
-		i += 8
-	}
-	for i < len(text) && plain[text[i]] {
-		i++
-	}
-	if i < len(text) && text[i] == '"' {
-		s.at = i + 1
-		return text[start:i]
-	}
-	return s.escaped(start, i)
+	return quoted[1 : len(quoted)-1]
 }
 
-// escaped reads a string that has an escape, or a fault, at i.
-func (s *scanner) escaped(start, i int) []byte {
-	for ; i < len(s.text) && s.text[i] != '"'; i++ {
-		if s.text[i] == '\\' {
-			i++
-		}
-	}
-	if i >= len(s.text) {
-		s.at = len(s.text)
-		s.fail("the line ends in a string")
-		return nil
-	}
+func (s *scanner) unquote(quoted []byte) []byte {
 	var text string
-	if err := json.Unmarshal(s.text[start-1:i+1], &text); err != nil {
+	if err := json.Unmarshal(quoted, &text); err != nil {
 		s.fail("%v", err)
 		return nil
 	}
-	s.at = i + 1
 	return []byte(text)
+}
+
+// quoted passes over a string, and returns it as it stands, and whether it has escapes.
+// Which these are only unquote looks at.
+func (s *scanner) quoted() (quoted []byte, escaped bool) {
+	if s.next() != '"' {
+		s.unexpected("a string")
+		return nil, false
+	}
+	text, i := s.text, s.at+1
+	for i < len(text) {
+		if i+8 <= len(text) {
+			special := specials(binary.LittleEndian.Uint64(text[i:]))
+			if special == 0 {
+				i += 8
+				continue
+			}
+			i += bits.TrailingZeros64(special) / 8
+		}
+		switch c := text[i]; {
+		case c == '"':
+			quoted = text[s.at : i+1]
+			s.at = i + 1
+			return quoted, escaped
+		case c == '\\':
+			escaped = true
+			i += 2
+		case c < ' ':
+			s.at = i
+			s.unexpected("a character of a string")
+			return nil, false
+		default: // one of the last bytes
+			i++
+		}
+	}
+	s.at = len(text)
+	s.fail("the line ends in a string")
+	return nil, false
 }
 
 // null skips a null, and reports whether there was one.
@@ -250,7 +255,9 @@ func (s *scanner) skip() {
 			s.skip()
 		}
 	case '"':
-		s.string()
+		if quoted, escaped := s.quoted(); escaped && !json.Valid(quoted) {
+			s.fail("a string with an escape that there is not")
+		}
 	case 't', 'f':
 		s.bool()
 	case 'n':

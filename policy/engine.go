@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"iter"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -205,7 +206,7 @@ func (p *state) outcome(ev *event.Event, decisions *Decisions) event.Verdict {
 	switch {
 	case blocked != nil:
 		d.Rule, d.Latched = blocked.Rule, how != "matches"
-		d.Reason = fmt.Sprintf("rule %q %s %s", blocked.Rule.Name, how, describe(blocked.Subject))
+		d.Reason = "rule " + strconv.Quote(blocked.Rule.Name) + " " + how + " " + describe(blocked.Subject)
 		p.first(ev, blocked.Subject)
 		return event.Deny
 	case !q.Guarded && p.posture(q) == Default:
@@ -282,10 +283,11 @@ func describe(p *event.Process) string {
 	if p == nil {
 		return "a process that is not known"
 	}
+	parent := ""
 	if p.Parent != nil {
-		return fmt.Sprintf("%s (pid %d, parent %s)", p.Executable, p.PID, p.Parent.Executable)
+		parent = ", parent " + p.Parent.Executable
 	}
-	return fmt.Sprintf("%s (pid %d)", p.Executable, p.PID)
+	return p.Executable + " (pid " + strconv.FormatInt(p.PID, 10) + parent + ")"
 }
 
 // Observe gives a judged event to the rules as they are written, settles which

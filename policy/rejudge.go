@@ -47,13 +47,19 @@ func (e *Engine) Rejudge(r *event.Record) Doubt {
 	return p.unsureLatch(r, doubt)
 }
 
-// RememberFleet makes room for the processes of many hosts, whose events are judged by one
-// engine: with less, one that was blocked would be forgotten when so many others are.
-func (e *Engine) RememberFleet() {
+// NewReplayEngine makes an Engine for Rejudge, in audit mode. It has no rules but those that
+// may block, since no other decides anything, and room for the processes of many hosts,
+// whose events it is given: with less, one that was blocked would be forgotten when so many
+// others are.
+func NewReplayEngine(p *Policy) *Engine {
+	deciding := *p
+	deciding.rules = slices.DeleteFunc(slices.Clone(p.rules), func(r *rule) bool { return !r.mayBlock() })
+	deciding.set = newRuleSet(deciding.rules)
+	e := NewEngine(&deciding)
+	e.SetMode(Audit)
 	m := e.state.Load().memory
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	m.blocked.max, m.doubted.max = maxRememberedOfFleet, maxRememberedOfFleet
+	return e
 }
 
 // maxRememberedOfFleet takes some 40 MB.

@@ -47,10 +47,7 @@ type side struct {
 }
 
 func newSide(p *policy.Policy) side {
-	e := policy.NewEngine(p)
-	e.SetMode(policy.Audit)
-	e.RememberFleet()
-	return side{reader: event.NewReader(), engine: e}
+	return side{reader: event.NewReader(), engine: policy.NewReplayEngine(p)}
 }
 
 // New begins a comparison.

@@ -75,10 +75,8 @@ type Sum struct {
 func New(o Options) *Tuner {
 	o.MinCount, o.MinDays = cmp.Or(o.MinCount, defaultMin), cmp.Or(o.MinDays, defaultMin)
 	o.Lifetime = cmp.Or(o.Lifetime, defaultLifetime)
-	e := policy.NewEngine(o.Policy)
-	e.SetMode(policy.Audit)
 	return &Tuner{
-		options: o, grants: o.Policy.Grants(), above: map[*event.Process]string{}, reader: event.NewReader(), engine: e,
+		options: o, grants: o.Policy.Grants(), above: map[*event.Process]string{}, reader: event.NewReader(), engine: policy.NewReplayEngine(o.Policy),
 		groups: map[key]*group{}, joint: map[string]*joint{}, hosts: map[string]*host{}, classes: map[string]*classCount{},
 	}
 }

@@ -63,10 +63,13 @@ func size(inputs []Input) int64 {
 	return sum
 }
 
+// nearBeginning is how far first looks, or to the end of the first line.
+const nearBeginning = 64 << 10
+
 // first is the time of the first event that has one, if that is near the beginning.
 func (d *decoder) first(in *Input) int64 {
 	at, ok := int64(math.MinInt64), false
-	read(in, func() []byte { return make([]byte, 0, blockSize) }, func(b *block) bool {
+	read(in, func() []byte { return make([]byte, 0, nearBeginning) }, func(b *block) bool {
 		b.each(func(_ int, line []byte) {
 			if !ok {
 				at, ok = d.when(line)
