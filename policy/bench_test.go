@@ -126,6 +126,54 @@ func BenchmarkGrants(b *testing.B) {
 	}
 }
 
+// BenchmarkDenies is a verdict with so many denies, none of which is the client's, or the
+// last one.
+func BenchmarkDenies(b *testing.B) {
+	for _, n := range []int{1, 50, 500} {
+		for name, deny := range map[string]func(i int) Who{
+			"units":    func(i int) Who { return Who{Unit: fmt.Sprintf("app%d.service", i)} },
+			"users":    func(i int) Who { return Who{User: fmt.Sprint(5000 + i)} },
+			"programs": func(i int) Who { return Who{Executable: OneOrMore{fmt.Sprintf("/opt/app%d/bin/app", i)}} },
+			"interpreter": func(i int) Who {
+				return Who{Executable: OneOrMore{"/usr/bin/python3.11"}, Unit: fmt.Sprintf("app%d.service", i)}
+			},
+		} {
+			c := Config{Mode: Enforce, Rules: RulesConfig{WithoutShipped: true}}
+			for i := range n {
+				c.Denies = append(c.Denies, Deny{Name: fmt.Sprint("deny-", i), Who: deny(i), Reason: "r"})
+			}
+			e := NewEngine(compile(b, c))
+			for who, denied := range map[string]bool{"denied": true, "not denied": false} {
+				ev := asking("/usr/bin/other", func(_ *event.Event, p *event.Process) {
+					of := deny(n - 1)
+					if !denied {
+						of = deny(n)
+					}
+					p.Unit = of.Unit
+					if of.User != "" {
+						p.UserID = of.User
+					}
+					if len(of.Executable) > 0 {
+						p.Executable = of.Executable[0]
+					}
+				})
+				if name == "interpreter" && !denied {
+					ev.Subjects[0].Unit = "other.service"
+				}
+				b.Run(fmt.Sprintf("%d/%s/%s", n, name, who), func(b *testing.B) {
+					b.ReportAllocs()
+					for b.Loop() {
+						e.Judge(ev)
+					}
+					if (ev.Decision.Deny != "") != denied {
+						b.Fatalf("%+v", ev.Decision)
+					}
+				})
+			}
+		}
+	}
+}
+
 // processRules are like those for Linux hosts: a program that is executed, and the
 // connection that it makes.
 func processRules(n int) []string {

@@ -193,7 +193,7 @@ func (p *state) outcome(ev *event.Event, decisions *Decisions) event.Verdict {
 		return event.Deny
 	}
 	for _, subject := range subjects(ev) {
-		if deny := p.denied(subject, ev); deny != nil {
+		if deny := p.denied.find(subject, ev); deny != nil {
 			d.Deny = deny.Name
 			d.Reason = fmt.Sprintf("denied by %q: %s", deny.Name, deny.Reason)
 			p.first(ev, subject)

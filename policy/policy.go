@@ -88,6 +88,7 @@ type Policy struct {
 	grants     []Grant
 	byProgram  map[program][]*Grant
 	denies     []Deny
+	denied     *denyTable
 	rests      event.Gaps // facts at which grants and denies look
 	rulesRest  event.Gaps // and rules that may block
 	mayDepend  bool       // one of which blocks what it has not seen before
@@ -113,7 +114,7 @@ var shipped embed.FS
 // the names of the classes that requests can have. All errors come together, as
 // far as they can be found in one go.
 func Compile(c Config, classes []string) (*Policy, error) {
-	p := &Policy{Mode: c.Mode, Posture: c.Posture, classes: c.Classes, grants: slices.Clone(c.Grants), denies: c.Denies, tokenScope: c.Tokens.Scope, decisive: map[string]bool{}}
+	p := &Policy{Mode: c.Mode, Posture: c.Posture, classes: c.Classes, grants: slices.Clone(c.Grants), denies: c.Denies, denied: newDenyTable(c.Denies), tokenScope: c.Tokens.Scope, decisive: map[string]bool{}}
 	var errs []error
 	var loaded []*Rule
 	if !c.Rules.WithoutShipped {
@@ -336,10 +337,8 @@ func grantsByProgram(grants []Grant) map[program][]*Grant {
 	for i := range grants {
 		g := &grants[i]
 		for _, file := range slices.Compact(slices.Sorted(slices.Values(g.Executable))) {
-			if strings.Contains(file, "*") {
-				file = path.Base(file)
-			}
-			key := program{file, g.Unit}
+			name, _ := programKey(file) // a wildcard in the name is refused
+			key := program{name, g.Unit}
 			by[key] = append(by[key], g)
 		}
 	}
@@ -363,15 +362,4 @@ func (p *Policy) Granted(subject *event.Process, ev *event.Event) (name string, 
 		}
 	}
 	return "", false
-}
-
-// denied finds the deny that covers what a process asks for; subject is nil where none
-// is known.
-func (p *Policy) denied(subject *event.Process, ev *event.Event) *Deny {
-	for i := range p.denies {
-		if d := &p.denies[i]; d.covers(subject, ev) {
-			return d
-		}
-	}
-	return nil
 }
