@@ -32,11 +32,19 @@ const (
 // redaction hides the token in curl's command line, and leaves every rule as certain as
 // it was that does not look there, or that fails for another reason. Nothing is guessed:
 // a condition that rests on a gap may hold or not.
-func (e *Engine) Rejudge(r *event.Record) Doubt {
+//
+// Decisions of operators hold for a time, and are in no policy. Of one that decided the
+// record tells, and with decided it does so again, where judging comes to it; else it is
+// as if there had been none. Of decisions that something before them made needless the
+// record tells nothing.
+func (e *Engine) Rejudge(r *event.Record, decided bool) Doubt {
 	ev := &r.Event
 	e.Judge(ev)
 	p := e.state.Load()
 	doubt := p.doubt(ev)
+	if decided && r.Decision.Operator != "" {
+		doubt = p.redecide(r, doubt)
+	}
 	if ev.Decision.Rule != nil && doubt.About == Nothing {
 		for k := range ev.Decision.Matches {
 			if m := &ev.Decision.Matches[k]; m.Rule == ev.Decision.Rule && m.Action == actionNames[Block] {
@@ -45,6 +53,26 @@ func (e *Engine) Rejudge(r *event.Record) Doubt {
 		}
 	}
 	return p.unsureLatch(r, doubt)
+}
+
+// redecide has the decision of an operator that a record tells of decide again.
+func (p *state) redecide(r *event.Record, doubt Doubt) Doubt {
+	was, d := &r.Decision, &r.Event.Decision
+	if r.Event.Request.Malformed != "" {
+		return doubt
+	}
+	if was.WouldBe == event.Allow {
+		switch {
+		case d.Deny != "", d.Grant != "": // which go before it, or are as good
+			return doubt
+		case was.Grant != "" && d.WouldBe == event.Deny:
+			return Doubt{TheVerdict, "the decision of an operator and grants have let it pass together, and grants do not cover all who held the connection now"}
+		case len(p.denies) > 0 && p.gaps(&r.Event)&(p.rests|event.GapSubjects) != 0:
+			return doubt // it may be denied
+		}
+	}
+	*d = event.Decision{Mode: d.Mode, Verdict: d.Verdict, WouldBe: was.WouldBe, Reason: was.Reason, Operator: was.Operator, Matches: d.Matches}
+	return Doubt{}
 }
 
 // NewReplayEngine makes an Engine for Rejudge, in audit mode. It has no rules but those that
@@ -79,7 +107,7 @@ func (p *state) unsureLatch(r *event.Record, doubt Doubt) Doubt {
 			}
 		}
 	}
-	if doubt.About != Nothing || ev.Decision.Grant != "" || ev.Request.Malformed != "" {
+	if doubt.About != Nothing || ev.Decision.Grant != "" || ev.Decision.Operator != "" || ev.Request.Malformed != "" {
 		return doubt
 	}
 	about := TheVerdict

@@ -123,7 +123,7 @@ func TestRejudge(t *testing.T) {
 			}
 			judge(first, ev)
 			rec := reread(t, reader, ev)
-			doubt := second.Rejudge(rec)
+			doubt := second.Rejudge(rec, false)
 			got, want := &rec.Event.Decision, &ev.Decision
 			if rec.Decision.WouldBe != want.WouldBe || rec.Decision.Grant != want.Grant || rec.Decision.Deny != want.Deny || (rec.Decision.Rule == nil) != (want.Rule == nil) {
 				t.Fatalf("seed %d, request %d: read %+v, want %+v", seed, i, rec.Decision, *want)

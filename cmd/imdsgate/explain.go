@@ -234,7 +234,7 @@ func (o *explainOptions) recorded(ctx context.Context, files []string, stdin io.
 		return x, err
 	}
 	// Whom rules had blocked before is what the record says, as far as it does.
-	doubt := policy.NewEngine(rules).Rejudge(rec)
+	doubt := policy.NewEngine(rules).Rejudge(rec, false)
 	was := rec.Decision
 	x = report.Explain(policy.NewEngine(rules), &rec.Event)
 	if doubt.About != policy.Nothing {

@@ -20,6 +20,7 @@ import (
 type replayOptions struct {
 	policy, against string
 	actual          bool
+	undecided       bool
 	since, until    string
 	all             bool
 }
@@ -45,6 +46,9 @@ Where secrets were taken out of a command line, or it was cut, a rule that looks
 may say something else than it did: then the request is undecidable, and never
 guessed. What a rule of the type new_terms had seen before is not known either.
 
+What a decision of an operator has let pass, or stopped, it lets pass or stops again,
+with any policy; --without-decisions shows what will be when its time is over.
+
 Bad lines are named and left out. Exit status: 0 nothing would newly be refused, 1
 something would, 2 there is no answer, or not the whole of one.`,
 		Example: `  imdsgate replay --policy new.yaml /var/log/imdsgate
@@ -58,6 +62,7 @@ something would, 2 there is no answer, or not the whole of one.`,
 	flags.StringVar(&r.policy, "policy", "", "configuration with the policy to try (default: that of --config)")
 	flags.StringVar(&r.against, "against", "", "configuration with the policy to compare with, instead of what was recorded")
 	flags.BoolVar(&r.actual, "actual", false, "compare with what clients got")
+	flags.BoolVar(&r.undecided, "without-decisions", false, "judge as if operators had decided nothing for a time")
 	flags.StringVar(&r.since, "since", "", "count requests from a time on: 2026-11-26, 2026-11-26T08:00:00Z, or how long ago, as in 7d")
 	flags.StringVar(&r.until, "until", "", "count requests before this time")
 	flags.BoolVar(&r.all, "all", false, "show every group of requests, and not only the largest")
@@ -85,7 +90,7 @@ func (o *replayOptions) run(ctx context.Context, common *options, args []string,
 	if common.json {
 		err = json.NewEncoder(stdout).Encode(d)
 	} else {
-		err = printDiff(stdout, d, o.all)
+		err = printDiff(stdout, d, o)
 		if err == nil && !in.trouble {
 			err = printNext(stdout, d)
 		}
@@ -129,7 +134,7 @@ func (o *replayOptions) compare(common *options) (to replay.Options, err error) 
 			return to, err
 		}
 	}
-	to.Actual = o.actual
+	to.Actual, to.WithoutDecisions = o.actual, o.undecided
 	to.Since, to.Until, err = span(o.since, o.until, time.Now())
 	return to, err
 }

@@ -16,8 +16,8 @@ const largest = 15
 
 // printDiff prints what the one who is to turn a policy on wants to know, first what
 // would break.
-func printDiff(w io.Writer, d *replay.Diff, all bool) error {
-	p := &printer{w: w}
+func printDiff(w io.Writer, d *replay.Diff, o *replayOptions) error {
+	p, all := &printer{w: w}, o.all
 	if d.Requests == 0 {
 		p.line("no requests to compare (%d other events)", d.Passed)
 		return p.err
@@ -32,6 +32,13 @@ func printDiff(w io.Writer, d *replay.Diff, all bool) error {
 	p.line("%-15s %10s %10s %10s %10s %10s", "", "refused", "passes", "decided", "refused", "passes")
 	for _, c := range d.Classes {
 		p.line("%-15s %10d %10d %10d %10d %10d", printable(cmp.Or(c.Class, "(malformed)")), c.NewlyBlocked, c.NewlyAllowed, c.Undecidable, c.StillBlocked, c.StillAllowed)
+	}
+	if d.Decided > 0 {
+		taken := "and are here, too; --without-decisions judges them by the policy"
+		if o.undecided {
+			taken = "and are judged by the policy here"
+		}
+		p.line("\n%s decided by operators for a time, %s", count(d.Decided, "request", ""), taken)
 	}
 	if d.Late > 0 {
 		p.line("\n%d events were out of order: older than others of their host that had been judged. Give all files of a host at once", d.Late)

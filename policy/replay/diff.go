@@ -44,6 +44,7 @@ type Diff struct {
 	First     time.Time `json:"first"`           // request
 	Last      time.Time `json:"last"`
 	Allowed   uint64    `json:"unchanged_allowed"` // without groups
+	Decided   uint64    `json:"decided"`           // requests that decisions of operators have decided, then
 	Late      uint64    `json:"late"`              // events that are older than one before them of the same host by more than a request takes
 	New       Section   `json:"newly_blocked"`
 	Opened    Section   `json:"newly_allowed"`
@@ -107,6 +108,7 @@ type group struct {
 // collector counts.
 type collector struct {
 	requests, passed, allowed, late uint64
+	decided                         uint64
 	first, last                     time.Time
 	hosts                           map[string]*host
 	classes                         map[string]*[StillAllowed + 1]uint64
@@ -137,6 +139,9 @@ func (c *collector) add(p *policy.Policy, r *event.Record, before, after outcome
 	ev := &r.Event
 	n := ev.Requests()
 	c.requests += n
+	if r.Decision.Operator != "" {
+		c.decided += n
+	}
 	if start := ev.Start(); c.first.IsZero() || start.Before(c.first) {
 		c.first = start
 	}
@@ -258,7 +263,7 @@ func (r *Replay) Diff() *Diff {
 	c := r.diff
 	d := &Diff{
 		Policy: r.options.Policy.Digest, Against: "recorded", Requests: c.requests, Passed: c.passed, Hosts: len(c.hosts), First: c.first, Last: c.last,
-		Allowed: c.allowed, Late: c.late,
+		Allowed: c.allowed, Decided: c.decided, Late: c.late,
 		New: c.sections[NewlyBlocked].sorted(), Opened: c.sections[NewlyAllowed].sorted(),
 		Undecided: c.sections[Undecidable].sorted(), Still: c.sections[StillBlocked].sorted(), Classes: []Class{},
 	}

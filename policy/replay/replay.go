@@ -25,6 +25,9 @@ type Options struct {
 	// Actual compares with what became of the requests, instead of Against: in audit
 	// mode all of them passed.
 	Actual bool
+	// WithoutDecisions judges as if operators had not decided anything: what will be when
+	// the time of their decisions is over.
+	WithoutDecisions bool
 	// Since and Until bound the requests that are counted; zero for no bound. What came
 	// before is remembered all the same: whom a rule had blocked.
 	Since, Until time.Time
@@ -81,13 +84,13 @@ func (r *Replay) Line(line []byte) error {
 		if err := r.before.reader.Read(line, &r.before.record); err != nil {
 			return fmt.Errorf("read again: %w", err)
 		}
-		doubt = r.before.engine.Rejudge(&r.before.record)
+		doubt = r.before.engine.Rejudge(&r.before.record, !r.options.WithoutDecisions)
 		before = outcomeOf(&rec.Event.Request, &r.before.record.Event.Decision)
 	}
 	if r.options.Actual && rec.Decision.Verdict == event.Allow {
 		before.verdict = event.Allow
 	}
-	if now := r.after.engine.Rejudge(rec); now.About >= doubt.About {
+	if now := r.after.engine.Rejudge(rec, !r.options.WithoutDecisions); now.About >= doubt.About {
 		doubt = now
 	}
 	if at.Before(r.options.Since) {

@@ -302,3 +302,50 @@ func writeRule(t testing.TB, query string) string {
 	}
 	return path
 }
+
+// TestDecisions is about what operators had decided for a time when events were recorded.
+func TestDecisions(t *testing.T) {
+	f := newFleet(t, 1, policy.Config{})
+	python, curl := process("/usr/bin/python3", "backup.service"), process("/usr/bin/curl", "web.service")
+	app := process("/opt/app/bin/app", "app.service")
+	decisions, err := policy.NewDecisions([]policy.Decision{
+		{ID: "let", Effect: policy.Allows, Executable: "/usr/bin/python3", Unit: "backup.service", Reason: "r", Added: base, Expires: base.Add(time.Hour)},
+		{ID: "stop", Effect: policy.Denies, Unit: "app.service", Reason: "r", Added: base, Expires: base.Add(time.Hour)},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.engine.SetDecisions(decisions)
+	both := func(ev *event.Event) {
+		ev.Subjects, ev.Roles = append(ev.Subjects, curl), []string{"connector", "holder"}
+	}
+	lines := [][]byte{f.record(0, python, nil), f.record(0, app, nil), f.record(0, curl, nil)}
+	denied := policy.Config{Denies: []policy.Deny{{Name: "no", Who: policy.Who{Unit: "backup.service"}, Reason: "r"}}}
+	for _, c := range []struct {
+		config                            policy.Config
+		without                           bool
+		newly, opened, undecided, decided uint64
+	}{
+		{policy.Config{}, false, 0, 0, 0, 2},
+		{policy.Config{}, true, 1, 1, 0, 2},
+		{policy.Config{Grants: []policy.Grant{backup}}, true, 0, 1, 0, 2},
+		{denied, false, 1, 0, 0, 2},
+	} {
+		d := play(t, New(Options{Policy: compile(t, c.config), WithoutDecisions: c.without}), lines...)
+		if d.New.Requests != c.newly || d.Opened.Requests != c.opened || d.Undecided.Requests != c.undecided || d.Decided != c.decided {
+			t.Errorf("%+v: %+v", c, d)
+		}
+	}
+	// A decision and a grant have let this pass, and which let whom is in no record.
+	g := newFleet(t, 1, policy.Config{Grants: []policy.Grant{{Name: "curl", Who: policy.Who{Executable: policy.OneOrMore{"/usr/bin/curl"}, Unit: "web.service", User: "root"},
+		What: policy.What{Classes: []string{"credentials"}}, Owner: "o", Reason: "r"}}})
+	g.engine.SetDecisions(decisions)
+	line := g.record(0, python, both)
+	all := policy.Config{Grants: append(g.engine.Policy().Grants(), backup)}
+	if d := play(t, New(Options{Policy: compile(t, all)}), line); d.Allowed != 1 || d.Decided != 1 {
+		t.Errorf("%+v", d)
+	}
+	if d := play(t, New(Options{Policy: compile(t, policy.Config{})}), line); d.Undecided.Requests != 1 {
+		t.Errorf("%+v", d)
+	}
+}

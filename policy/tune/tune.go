@@ -105,7 +105,7 @@ func (t *Tuner) Line(line []byte) error {
 	case rec.Document == event.LifecycleChange && counted:
 		t.host(ev.Host).changed(ev.State.Action)
 	case rec.Document == event.RequestDecision:
-		doubt := t.engine.Rejudge(rec)
+		doubt := t.engine.Rejudge(rec, false)
 		if doubt.About == policy.TheVerdict {
 			ev.Decision.WouldBe, ev.Decision.Rule, ev.Decision.Deny = rec.Decision.WouldBe, rec.Decision.Rule, rec.Decision.Deny
 		}
