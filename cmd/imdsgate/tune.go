@@ -117,7 +117,7 @@ func (o *tuneOptions) run(ctx context.Context, all *options, args []string, stdi
 		return err
 	}
 	r := t.Report()
-	lookUpPackages(ctx, t, r)
+	lookUpExecutables(ctx, t, r)
 	var taken []*tune.Proposal
 	switch {
 	case o.interactive:

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -22,6 +23,12 @@ import (
 // long, into a directory, and beside it a configuration. It returns both.
 func recordedWeek(t *testing.T) (dir, config string) {
 	t.Helper()
+	return recordedWeekOf(t, "h", "/usr/bin/python3.11")
+}
+
+// recordedWeekOf is that of a host, and of a program.
+func recordedWeekOf(t *testing.T, host, executable string) (dir, config string) {
+	t.Helper()
 	dir = t.TempDir()
 	p, err := policy.Compile(policy.Config{}, []string{"credentials"})
 	if err != nil {
@@ -32,12 +39,12 @@ func recordedWeek(t *testing.T) (dir, config string) {
 		for i, unit := range []string{"reports.service", "mail.service"} {
 			at := time.Date(2026, 11, 2+day, 8, i, 0, 0, time.UTC)
 			who := &event.Process{
-				EntityID: fmt.Sprint(day, unit), PID: int64(100 + day), Start: at, Executable: "/usr/bin/python3.11", Name: "python3.11", Args: []string{"python3", "run.py"}, CommandLine: "python3 run.py",
+				EntityID: fmt.Sprint(day, unit), PID: int64(100 + day), Start: at, Executable: executable, Name: filepath.Base(executable), Args: []string{"python3", "run.py"}, CommandLine: "python3 run.py",
 				UserID: "1", RealUserID: "1", SavedUserID: "1", UserName: "u", Unit: unit, Known: true, HostVerified: true, RootOwned: true, Ancestry: "birth",
 				Parent: &event.Process{EntityID: "init", PID: 1, Executable: "/usr/lib/systemd/systemd", Known: true, HostVerified: true, RootOwned: true},
 			}
 			ev := &event.Event{
-				Host: &event.Host{ID: "h", Name: "worker"}, Time: at, Attribution: event.Attribution{Level: "L2", Complete: true}, Subjects: []*event.Process{who}, Roles: []string{"connector"},
+				Host: &event.Host{ID: host, Name: "worker"}, Time: at, Attribution: event.Attribution{Level: "L2", Complete: true}, Subjects: []*event.Process{who}, Roles: []string{"connector"},
 				Request: event.Request{Method: "GET", Path: "/latest/meta-data/iam/security-credentials/r", Class: "credentials", Version: "latest", Guarded: true},
 			}
 			engine.Judge(ev)
@@ -249,5 +256,42 @@ func TestPrinterText(t *testing.T) {
 	p.text("who  %s", "/tmp/x\x1b[2J\nPROPOSALS")
 	if want := "who  /tmp/x\uFFFD[2J\uFFFDPROPOSALS\n"; b.String() != want || p.err != nil {
 		t.Errorf("%q, want %q", b.String(), want)
+	}
+}
+
+// TestTuneExecutables has the hashes and packages of programs where the events are this
+// host's, and not where they are another's.
+func TestTuneExecutables(t *testing.T) {
+	id, err := os.ReadFile("/etc/machine-id")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const program = "/usr/bin/env"
+	text, err := os.ReadFile(program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := fmt.Sprintf("%x", sha256.Sum256(text))
+	for host, here := range map[string]bool{strings.TrimSpace(string(id)): true, "another": false} {
+		dir, config := recordedWeekOf(t, host, program)
+		out, errs, _ := tuned("--config", config, dir)
+		if !strings.Contains(out, program) || strings.Contains(out, want) != here {
+			t.Errorf("%s: %s%s", host, out, errs)
+		}
+		out, errs, _ = tuned("--config", config, "--json", dir)
+		var r struct {
+			Proposals []struct {
+				SHA256   map[string]string
+				Packages map[string]string
+			}
+		}
+		if err := json.Unmarshal([]byte(out), &r); err != nil || len(r.Proposals) == 0 {
+			t.Fatalf("%v: %s%s", err, out, errs)
+		}
+		for _, p := range r.Proposals {
+			if p.SHA256[program] == want != here || p.Packages[program] == "coreutils" != here {
+				t.Errorf("%s: %+v", host, p)
+			}
+		}
 	}
 }

@@ -71,6 +71,9 @@ func (p *printer) proposal(one *tune.Proposal) {
 		}
 		row("package", "%s", strings.Join(of, ", "))
 	}
+	for _, file := range slices.Sorted(maps.Keys(one.Hashes)) {
+		row("sha256", "%s of %s, as it is now", one.Hashes[file], file)
+	}
 	what := strings.Join(g.Classes, ", ")
 	if len(g.Paths) > 0 {
 		what += " at " + strings.Join(g.Paths, ", ")

@@ -192,6 +192,9 @@ type Evidence struct {
 	IDs          []string `json:"event_ids"`
 	// Packages are those that own the executables, by path, where that could be looked up.
 	Packages map[string]string `json:"packages,omitempty"`
+	// Hashes are the SHA-256 of the executables as they are now, by path, where they could
+	// be read.
+	Hashes map[string]string `json:"sha256,omitempty"`
 }
 
 const maxListed = 5
