@@ -101,6 +101,7 @@ type Daemon struct {
 	Dir    string // with its files; removed by Close
 	Config string // file
 	Events string // file
+	spool  string
 
 	installed bool
 	cmd       *exec.Cmd
@@ -114,7 +115,9 @@ type Daemon struct {
 type Settings struct {
 	// Config is appended to the settings of files and socket.
 	Config string
-	Args   []string
+	// Spool is what is set below events, beside the path, as in "aggregate: 1m".
+	Spool string
+	Args  []string
 	// Dir is that of an earlier daemon, to go on with its files; "" for a new one.
 	Dir string
 	// Env is added to the environment.
@@ -137,7 +140,7 @@ type Settings struct {
 // Start starts a daemon in the instance of a lab and waits until it serves. When
 // it does not, the error has its log.
 func Start(lab *netlab.Lab, b Binaries, s Settings) (*Daemon, error) {
-	d := &Daemon{Dir: s.Dir, installed: s.Installed, done: make(chan struct{})}
+	d := &Daemon{Dir: s.Dir, spool: s.Spool, installed: s.Installed, done: make(chan struct{})}
 	if d.Dir == "" {
 		dir, err := os.MkdirTemp("", "imdsgate-gate")
 		if err != nil {
@@ -200,7 +203,7 @@ func (d *Daemon) Write(config string) error {
 	if d.installed {
 		return os.WriteFile(d.Config, []byte(config), 0o644)
 	}
-	text := fmt.Sprintf("events:\n  path: %s\nfirst_seen:\n  path: %s\nstate:\n  dir: %s\ncontrol:\n  socket: %s\n%s", d.Events, d.FirstSeen(), d.State(), d.Socket(), config)
+	text := fmt.Sprintf("events:\n  path: %s\n  %s\nfirst_seen:\n  path: %s\nstate:\n  dir: %s\ncontrol:\n  socket: %s\n%s", d.Events, d.spool, d.FirstSeen(), d.State(), d.Socket(), config)
 	return os.WriteFile(d.Config, []byte(text), 0o644)
 }
 
