@@ -91,7 +91,7 @@ packages: bin/toolchain/go
 	./packaging/packages.sh
 
 # Puts 1 GB into bin/chroot the first time.
-test-packages: packages
+test-packages: deps packages
 	./test/chroot/tree.sh bin/chroot
 	go test -count=1 -v ./test/chroot -args -tree $(CURDIR)/bin/chroot/root -packages $(CURDIR)/bin/packages
 
