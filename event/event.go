@@ -349,14 +349,33 @@ type State struct {
 	Until    time.Time
 	// Suppressed is how many events are missing, of events-suppressed.
 	Suppressed int64
+	// File is the one that it is about; zero if it is about none.
+	File File
 }
 
-// Actor is who has asked the daemon for something, as the kernel knows him.
+// Actor is who has asked the daemon for something, or has changed what is the daemon's,
+// as the kernel knows him.
 type Actor struct {
-	UserID   string // "" if there is none
+	UserID   string // "" if there is none, or it is not known
 	UserName string
 	Login    string // name under which he logged in, before he became another user
 	PID      int64
+	// The rest is what was read of the process while it lived.
+	Name        string // that the process gave itself
+	Executable  string
+	CommandLine string
+	Parent      string // executable
+}
+
+// File is a file that the daemon has read and that is another now.
+type File struct {
+	Path     string
+	SHA256   string // "" if there is none any more
+	Loaded   string // SHA-256 of what the daemon has read; "" if it has not
+	Modified time.Time
+	UID      string
+	Owner    string
+	Mode     string // as in 0644
 }
 
 // SeverityNumber gives event.severity as Kibana's alerts have it: 21, 47, 73

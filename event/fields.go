@@ -616,6 +616,19 @@ func stateFields(add adder) {
 	add(onState, Keyword, "imdsgate.actor.user.name", func(v *View) Value { return known(v.State.Actor.UserName) })
 	add(onState, Keyword, "imdsgate.actor.login", func(v *View) Value { return known(v.State.Actor.Login) })
 	add(onState, Long, "imdsgate.actor.pid", func(v *View) Value { return positive(v.State.Actor.PID) })
+	add(inIntegrity, Keyword, "imdsgate.actor.name", func(v *View) Value { return known(v.State.Actor.Name) }).free = true
+	add(inIntegrity, Keyword, "imdsgate.actor.executable", func(v *View) Value { return known(v.State.Actor.Executable) }).free = true
+	add(inIntegrity, Keyword, "imdsgate.actor.command_line", func(v *View) Value { return known(v.State.Actor.CommandLine) }).free = true
+	add(inIntegrity, Keyword, "imdsgate.actor.parent.executable", func(v *View) Value { return known(v.State.Actor.Parent) }).free = true
+	// Not as ECS has them, so that a rule about other people's files is refused, and not
+	// asked of ours.
+	add(inIntegrity, Keyword, "imdsgate.file.path", func(v *View) Value { return known(v.State.File.Path) }).free = true
+	add(inIntegrity, Keyword, "imdsgate.file.sha256", func(v *View) Value { return known(v.State.File.SHA256) })
+	add(inIntegrity, Date, "imdsgate.file.modified", func(v *View) Value { return date(v.State.File.Modified) })
+	add(inIntegrity, Keyword, "imdsgate.file.uid", func(v *View) Value { return known(v.State.File.UID) })
+	add(inIntegrity, Keyword, "imdsgate.file.owner", func(v *View) Value { return known(v.State.File.Owner) })
+	add(inIntegrity, Keyword, "imdsgate.file.mode", func(v *View) Value { return known(v.State.File.Mode) })
+	add(inIntegrity, Keyword, "imdsgate.file.loaded_sha256", func(v *View) Value { return known(v.State.File.Loaded) })
 	add(onState, Keyword, "imdsgate.policy.digest", func(v *View) Value { return known(v.State.Policy) })
 	add(inLifecycle, Long, "imdsgate.suppressed", func(v *View) Value { return positive(v.State.Suppressed) })
 	add(onState, Long, "imdsgate.rules_loaded", func(v *View) Value { return positive(v.State.Rules) })

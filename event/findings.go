@@ -18,6 +18,11 @@ var findings = func() map[string]*Rule {
 	const redirect, attribution = "Redirect of the metadata service tampered with", "Attribution of clients tampered with"
 	return map[string]*Rule{
 		"redirect-rule-changed":     of("redirect", redirect, "high", modifyFirewall),
+		"redirect-contested":        of("redirect", redirect, "high", modifyFirewall),
+		"redirect-evaded":           of("bypass", "Redirect of the metadata service evaded", "high", modifyFirewall),
+		"imds-way-changed":          of("way", "Way to the metadata service changed", "medium"),
+		"program-changed":           of("files", "Files of the daemon changed", "medium"),
+		"configuration-changed":     of("files", "Files of the daemon changed", "medium"),
 		"redirect-not-watched":      of("redirect", redirect, "medium"),
 		"redirect-hook-not-taken":   of("redirect", redirect, "medium"),
 		"self-test-failed":          of("redirect", redirect, "medium"),

@@ -75,6 +75,7 @@ const (
 	drop
 	divert // its destination is changed, or it goes to a proxy
 	giveBack
+	untrack // the connection tracker does not learn of it; it goes on
 	jump
 	goTo
 )
@@ -112,7 +113,10 @@ type base struct {
 // dstnat is the priority at which destinations are changed (NF_IP_PRI_NAT_DST, include/uapi/linux/netfilter_ipv4.h).
 const dstnat = -100
 
-// A stop is a place where packets are dropped or diverted.
+// conntrack is the priority at which the tracker learns of packets (NF_IP_PRI_CONNTRACK, likewise).
+const conntrack = -200
+
+// A stop is a place where packets are dropped, diverted or kept from the connection tracker.
 type stop struct {
 	base        *base
 	chain, rule string // rule "" for the base's policy
@@ -181,6 +185,9 @@ func (w *walk) chain(c *judgedChain, reach, named degree, depth int) degree {
 		switch r.verdict {
 		case accept:
 			w.ended++
+		case untrack:
+			w.found = append(w.found, stop{w.base, c.name, r.text, r.verdict, 0, takes, named})
+			rest = reach
 		case drop, divert:
 			w.stop(c.name, r, takes, named)
 		case giveBack:

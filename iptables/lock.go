@@ -33,10 +33,12 @@ const (
 	Redirects                       // sends packets for an endpoint elsewhere, as kube2iam does; the redirect would come first
 	DropsRedirected                 // lets packets to an endpoint pass, and not when they are redirected
 	DropsDaemon                     // lets somebody's packets to an endpoint pass, and not the daemon's
+	UntracksAnswers                 // keeps the tracker from the listener's answers, whose source would not be changed back
 )
 
 var lockKindNames = [...]string{
 	Refuses: "refuses", Redirects: "redirects", DropsRedirected: "drops-redirected", DropsDaemon: "drops-daemon",
+	UntracksAnswers: "untracks-answers",
 }
 
 func (k LockKind) String() string {
@@ -83,6 +85,9 @@ func (l Lock) String() string {
 		why = "would drop redirected packets: accept them there (iptables: -m conntrack --ctstate DNAT; nft: ct status dnat)"
 	case DropsDaemon:
 		why = "would drop the daemon's packets to the metadata service: accept those of its user there"
+	case UntracksAnswers:
+		why = "would keep the connection tracker from the answers to redirected clients, which would not reach them: " +
+			"leave out packets from the listener's port"
 	}
 	return fmt.Sprintf("%s, table %s, chain %s, %s %s (%s, %s hook)", l.Store, l.Table, l.Chain, rule, why, l.Family, l.Hook)
 }
@@ -102,6 +107,8 @@ type findings struct {
 	locks   []Lock
 	admit   bool
 	unclear []string
+	// evasions are rules by which packets to an endpoint go past the redirect although its hook is taken.
+	evasions []Evasion
 }
 
 // locks asks the rules about the endpoints of a family. mine is the store that we write to.
@@ -114,6 +121,7 @@ func (r rules) locks(c Config, f Family, mine string, ways map[netip.AddrPort]wa
 		redirected.dst, redirected.dnat = netip.AddrPortFrom(f.localhost(), c.HostPort), true
 		daemon := host
 		daemon.uid = &c.UID
+		answer := packet{hook: hookOutput, local: true, uid: &c.UID, src: redirected.dst, dst: host.src, out: "lo"}
 		hostIn := packet{hook: hookInput, in: "lo", src: host.src, dst: redirected.dst, dnat: true}
 		forwardedIn := packet{hook: hookInput, dst: netip.AddrPortFrom(c.forwarded(f)[0], c.ForwardedPort), dnat: true}
 
@@ -125,7 +133,7 @@ func (r rules) locks(c Config, f Family, mine string, ways map[netip.AddrPort]wa
 			judge := judge{findings: &found, family: f, hook: HostHook, override: c.OverrideForeign, agent: agent}
 			switch b.hook {
 			case hookOutput:
-				errs = errors.Join(errs, judge.output(b, host, redirected, daemon, ownFilter))
+				errs = errors.Join(errs, judge.output(b, host, redirected, daemon, ownFilter), judge.answers(b, host, answer))
 			case hookForward, hookPrerouting:
 				judge.hook = ForwardedHook
 				errs = errors.Join(errs, judge.forward(b, packet{hook: b.hook, dst: e, out: ways[e].out}))
@@ -226,6 +234,8 @@ func (j *judge) output(b *base, host, redirected, daemon packet, ownFilter bool)
 	for _, s := range before {
 		about := j.about(s)
 		switch {
+		case s.verdict == untrack:
+			j.evades(s)
 		case s.verdict == divert && about && !j.toAgent(s):
 			j.lock(Redirects, s)
 		case s.verdict == divert:
@@ -260,6 +270,10 @@ func (j *judge) output(b *base, host, redirected, daemon packet, ownFilter bool)
 func (j *judge) forward(b *base, p packet) error {
 	stops, err := b.stops(&p)
 	for _, s := range stops {
+		if s.verdict == untrack {
+			j.evades(s)
+			continue
+		}
 		if !j.about(s) {
 			continue
 		}

@@ -70,6 +70,9 @@ func judgeRule(text string, chains map[string]*judgedChain) judgedRule {
 		if o.name == "-j" || o.name == "-g" {
 			r.aim(o, chains)
 			r.port = localPort(all[i+1:])
+			if slices.ContainsFunc(all[i+1:], func(of option) bool { return of.name == "--notrack" }) {
+				r.verdict = untrack
+			}
 			break // what follows are the target's own options
 		}
 		if c, matters := o.judge(); matters {
@@ -92,6 +95,8 @@ func (r *judgedRule) aim(o option, chains map[string]*judgedChain) {
 		r.verdict = giveBack
 	case "DNAT", "REDIRECT", "TPROXY":
 		r.verdict = divert
+	case "NOTRACK":
+		r.verdict = untrack
 	default:
 		if r.target = chains[target]; r.target == nil {
 			return // LOG, MARK and the like

@@ -24,7 +24,7 @@ func parseNative(text []byte) (native, error) {
 	if err := json.Unmarshal(text, &list); err != nil {
 		return native{}, fmt.Errorf("native rules: %w", err)
 	}
-	n := native{bases: make(map[Family][]*base), sets: make(map[object]nativeSet), chains: make(map[object]*judgedChain)}
+	n := native{bases: make(map[Family][]*base), sets: make(map[object]nativeSet), chains: make(map[object]*judgedChain), devices: make(map[string][]string)}
 	for _, o := range list.Nftables {
 		switch {
 		case o.Set != nil:
@@ -37,6 +37,9 @@ func parseNative(text []byte) (native, error) {
 			n.chains[object{c.Family, c.Table, c.Name}] = &b.judgedChain
 			if _, _, isIptables := builtIn(c.Table, c.Name); c.Hook == "" || isIptables && c.Family != "inet" {
 				continue
+			}
+			for _, device := range c.devices() {
+				n.devices[device] = append(n.devices[device], fmt.Sprintf("nft %s chain %s %s", c.Hook, c.Table, c.Name))
 			}
 			if c.Family == "ip" || c.Family == "inet" {
 				n.bases[IPv4] = append(n.bases[IPv4], b)
@@ -61,6 +64,21 @@ type object struct{ family, table, name string }
 type nativeChain struct {
 	Family, Table, Name, Hook, Policy string
 	Prio                              int
+	Dev                               any // of a chain of a network device: its name, or several
+}
+
+// devices is "" alone for those that nft does not tell: 1.0.6 does not.
+func (c *nativeChain) devices() (names []string) {
+	if c.Family != "netdev" || c.Hook == "" {
+		return nil
+	}
+	if _, several := c.Dev.([]any); !several {
+		return []string{text(c.Dev)}
+	}
+	for _, name := range list(c.Dev) {
+		names = append(names, text(name))
+	}
+	return names
 }
 
 type nativeRule struct {
@@ -80,6 +98,9 @@ type native struct {
 	tracks bool // one of them needs the connection tracker
 	sets   map[object]nativeSet
 	chains map[object]*judgedChain
+	// devices has, by name, the chains that see its packets before or after all others; under "" those of which it is
+	// not known at which device they are. Their rules are not judged.
+	devices map[string][]string
 }
 
 var nativeHooks = map[string]hook{
@@ -102,6 +123,7 @@ func (n *native) rules(from *nativeRule) []judgedRule {
 	if from.Comment != "" {
 		r.text += fmt.Sprintf(" comment %q", from.Comment)
 	}
+	var all []judgedRule
 	for _, statement := range from.Expr {
 		one, _ := statement.(map[string]any)
 		for kind, body := range one {
@@ -110,7 +132,11 @@ func (n *native) rules(from *nativeRule) []judgedRule {
 			case "match":
 				r.conditions = append(r.conditions, implied(at(body, "left")), n.match(from, body))
 			case "vmap":
-				return n.branches(from, r, body)
+				return append(all, n.branches(from, r, body)...)
+			case "notrack": // and what follows is done, too
+				untracks := r
+				untracks.conditions, untracks.verdict = slices.Clip(r.conditions), untrack
+				all = append(all, untracks)
 			case "limit", "quota", "ct count":
 				r.conditions = append(r.conditions, condition{holds: unknown})
 			case "xt":
@@ -119,12 +145,12 @@ func (n *native) rules(from *nativeRule) []judgedRule {
 				}
 			default:
 				if n.aim(from, &r, kind, body); r.verdict != goOn {
-					return []judgedRule{r}
+					return append(all, r)
 				}
 			}
 		}
 	}
-	return nil
+	return all
 }
 
 // isIptables reports whether iptables-save prints the rule too.

@@ -13,6 +13,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	goiptables "github.com/coreos/go-iptables/iptables"
 	"github.com/vishvananda/netlink"
@@ -44,7 +45,13 @@ type Redirect struct {
 	mu      sync.Mutex            // guards the following
 	broken  error                 // why there are no IPv6 rules; see ipv6Skipped
 	noZone  error                 // why our connections have no zone of the tracker
+	told    told                  // by Install and Watch
+	patient bool                  // Watch runs
+	locks   map[Lock]time.Time    // since when they are there, as last read
 	foreign atomic.Pointer[rules] // as last read
+
+	writers writers // not guarded
+	contest atomic.Pointer[Contest]
 }
 
 // Report is what was found and done.
@@ -56,6 +63,9 @@ type Report struct {
 	// Locks are why hooks are not taken: those are missing in Families. A command that installs exits 1 if there are any.
 	Locks      []Lock
 	Overridden []Lock // hooks taken in spite of these
+
+	Evasions []Evasion // hooks are taken in spite of these
+	Ways     []Way     // how packets get from here to the service
 
 	Conntrack Conntrack
 	Warnings  []string // each a sentence for the operator
@@ -95,6 +105,9 @@ func Open(ctx context.Context, c Config) (*Redirect, error) {
 	var err error
 	if r.all, err = findTools(ctx, searchPath()); err != nil {
 		return nil, err
+	}
+	for _, t := range r.all {
+		t.started = r.writers.started
 	}
 	if r.use, err = r.choose(ctx); err != nil {
 		return nil, err
@@ -137,13 +150,16 @@ func (r *Redirect) choose(ctx context.Context) (*tools, error) {
 
 // A survey is a host as it was read.
 type survey struct {
-	saved  map[*tools]map[Family]*ruleset
-	plan   Plan
-	report Report
+	saved   map[*tools]map[Family]*ruleset
+	devices map[string][]string // see native.devices
+	locks   map[Lock]time.Time  // since when they are there
+	waiting bool                // for one to last
+	plan    Plan
+	report  Report
 }
 
 func (r *Redirect) survey(ctx context.Context) (*survey, error) {
-	s := &survey{report: Report{Backend: r.use.backend, Version: r.use.version}}
+	s := &survey{report: Report{Backend: r.use.backend, Version: r.use.version}, locks: make(map[Lock]time.Time)}
 	skipped, err := r.ipv6Skipped()
 	if err != nil {
 		return nil, err
@@ -160,7 +176,7 @@ func (r *Redirect) survey(ctx context.Context) (*survey, error) {
 
 	on := Coverage{Zone: r.noZone == nil}
 	for _, f := range families {
-		hooks, err := r.hooks(f, foreign, &s.report)
+		hooks, err := r.hooks(f, foreign, s)
 		if err != nil {
 			return nil, err
 		}
@@ -171,6 +187,8 @@ func (r *Redirect) survey(ctx context.Context) (*survey, error) {
 			on.IPv4 = hooks
 		}
 	}
+	r.locks = s.locks
+	s.report.Ways = r.ways(families, s.devices)
 	if on.CgroupID, err = cgroupID(r.config.Cgroup); err != nil {
 		return nil, err
 	}
@@ -243,6 +261,7 @@ func (r *Redirect) read(ctx context.Context, families []Family, s *survey) (fore
 	for _, f := range families {
 		foreign[f] = append(foreign[f], native.bases[f]...)
 	}
+	s.devices = native.devices
 	// Open vSwitch, IPVS and tc track connections without a rule. Once ours are there it cannot be told from the count.
 	count, err := readInt(trackerSysctls + "nf_conntrack_count")
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -252,7 +271,8 @@ func (r *Redirect) read(ctx context.Context, families []Family, s *survey) (fore
 }
 
 // hooks decides what to take in one family, and says why not in the report.
-func (r *Redirect) hooks(f Family, foreign rules, report *Report) (Hooks, error) {
+func (r *Redirect) hooks(f Family, foreign rules, s *survey) (Hooks, error) {
+	report := &s.report
 	has := awake
 	if f == IPv6 {
 		var err error
@@ -279,9 +299,10 @@ func (r *Redirect) hooks(f Family, foreign rules, report *Report) (Hooks, error)
 		return Hooks{}, fmt.Errorf("judge other people's %s rules: %w", f, err)
 	}
 	report.Warnings = append(report.Warnings, found.unclear...)
+	report.Evasions = append(report.Evasions, found.evasions...)
 	if !reachable || has == dormant {
 		// Nobody can be harmed, for nobody gets to an endpoint, as with IPv6 on most instances.
-		found.locks = slices.DeleteFunc(found.locks, func(l Lock) bool { return l.Kind == DropsRedirected || l.Kind == DropsDaemon })
+		found.locks = slices.DeleteFunc(found.locks, func(l Lock) bool { return !l.Kind.overridable() })
 	}
 	wanted := len(r.config.endpoints(f)) > 0
 	hooks := Hooks{Host: wanted, Forwarded: wanted, Admit: found.admit}
@@ -293,6 +314,10 @@ func (r *Redirect) hooks(f Family, foreign rules, report *Report) (Hooks, error)
 		}
 	}
 	for _, l := range found.locks {
+		if !r.lasts(l, s) {
+			report.Warnings = append(report.Warnings, fmt.Sprintf("in %v the %s hook is given back: %s", lockLasts, l.Hook, l))
+			continue
+		}
 		if r.config.OverrideForeign && l.Kind.overridable() {
 			report.Overridden = append(report.Overridden, l)
 			continue
@@ -308,6 +333,28 @@ func (r *Redirect) hooks(f Family, foreign rules, report *Report) (Hooks, error)
 		}
 	}
 	return hooks, nil
+}
+
+// lockLasts is for how long a lock must be there, in enforce mode, until its hook is given back: firewalld drops
+// everything while it loads its rules anew (its set_policy; measured), and whatever it drops reaches nobody. To give
+// the hook back would open the service until the next look. In audit mode nothing of ours may stand in the way.
+const lockLasts = 5 * time.Second
+
+// lasts reports whether a lock is to be respected now. It is called with r.mu held.
+func (r *Redirect) lasts(l Lock, s *survey) bool {
+	since, known := r.locks[l]
+	if !known {
+		since = time.Now()
+		if !r.patient {
+			since = since.Add(-lockLasts)
+		}
+	}
+	s.locks[l] = since
+	if !r.config.Enforce || time.Since(since) >= lockLasts {
+		return true
+	}
+	s.waiting = true
+	return false
 }
 
 // way asks the kernel how it would send a packet of this host.
@@ -390,6 +437,7 @@ func (r *Redirect) install(ctx context.Context) (Report, error) {
 			return s.report, errors.Join(err, undo())
 		}
 	}
+	r.told.learn(s.report)
 	return s.report, nil
 }
 

@@ -27,6 +27,8 @@ type tools struct {
 	version    string
 	byFamily   [len(Families)]struct{ iptables, save, restore string }
 	isStandard bool // the commands without a suffix are these
+
+	started func(pid int) // is told of each process that is to change rules; may be nil
 }
 
 func (t *tools) store() string { return "iptables-" + t.backend.String() }
@@ -125,13 +127,25 @@ func parseVersion(text string) (string, Backend, error) {
 
 // run runs a command and returns what it prints. An error has the command's own words.
 func run(ctx context.Context, input, path string, args ...string) ([]byte, error) {
+	return runTold(ctx, nil, input, path, args...)
+}
+
+// runTold is run that tells the pid of the process while it runs, if somebody wants it.
+func runTold(ctx context.Context, started func(pid int), input, path string, args ...string) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, path, args...)
 	cmd.Stdin = strings.NewReader(input)
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
 	cmd.WaitDelay = 5 * time.Second
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if err := cmd.Run(); err != nil {
+	err := cmd.Start()
+	if err == nil {
+		if started != nil {
+			started(cmd.Process.Pid)
+		}
+		err = cmd.Wait()
+	}
+	if err != nil {
 		if ctx.Err() != nil {
 			err = ctx.Err()
 		}
@@ -190,7 +204,7 @@ func readNative(ctx context.Context, dirs []string) (native, error) {
 
 // restore gives up when another program holds the legacy lock for ten seconds; iptables-nft needs no lock.
 func (t *tools) restore(ctx context.Context, f Family, script string) error {
-	_, err := run(ctx, script, t.byFamily[f].restore, "--noflush", "--wait=10")
+	_, err := runTold(ctx, t.started, script, t.byFamily[f].restore, "--noflush", "--wait=10")
 	return err
 }
 

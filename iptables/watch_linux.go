@@ -2,31 +2,34 @@ package iptables
 
 import (
 	"context"
-	"errors"
-	"fmt"
-	"net/netip"
 	"slices"
 	"sync"
-	"syscall"
 	"time"
 
-	"github.com/vishvananda/netlink/nl"
-	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
 )
 
-// A Drift is a time during which the host was not as planned.
+// A Drift is a time, or several, during which the host was not as planned, or what leads from here to the service was
+// changed.
 type Drift struct {
-	Found    []Difference
-	AtMost   time.Duration // since it was last seen to be right
-	Repaired bool
-	Err      error  // why not, or why the host could not be read
-	Report   Report // Locks: a rule of somebody else's that appeared is respected, and its hook given back
+	Found    []Difference  // of the last time
+	By       []Writer      // who has changed rules meanwhile, as far as the kernel has told; not who sent the packets
+	Times    int           // how often; more than one where not each could be told by itself
+	AtMost   time.Duration // all together, since it was last seen to be right
+	Repaired int           // how many of them
+	Err      error         // why the last was not repaired, or why the host could not be read
+	Report   Report        // Locks: a rule of somebody else's that appeared is respected, and its hook given back
+	Contest  Contest       // as it is now
+
+	waiting bool // for a lock to last
+
+	Evasions      []Evasion // that have appeared
+	Before, After []Way     // that have changed
 }
 
 const (
-	// DefaultInterval is for Watch. Where changes are notified it is for what nobody notifies: legacy rules, and rules
-	// lost in a notification that the kernel dropped. Shorter costs 50 ms of one core each time; longer is a longer
-	// window in which a flush of legacy rules leaves the metadata service open.
+	// DefaultInterval is for Watch. Where changes are notified it is for what nobody notifies, and for rules lost in a
+	// notification that the kernel dropped. Shorter costs 50 ms of one core each time.
 	DefaultInterval = 15 * time.Second
 
 	// quiet is how long nothing must change before a look, so that a program that rewrites its rules in steps is not
@@ -34,59 +37,108 @@ const (
 	quiet     = 50 * time.Millisecond
 	mostDelay = 250 * time.Millisecond
 
-	// Looks are minGap apart, or as far as makes them a twentieth of the time (one takes 0.2 s on a host with 10 000
-	// rules), but not farther than maxGap: during it a flush goes unseen.
-	minGap    = time.Second
-	maxGap    = 2 * time.Second
-	dutyCycle = 20
+	// Drifts are told one by one at first, and then together once in tellEvery, so that who makes them does not fill
+	// the log.
+	tellAtOnce = 10
+	tellEvery  = time.Minute
+	maxTold    = 16 // evasions and ways in one
 )
 
-// Watch keeps the plan true until ctx ends: it looks at once, then when the kernel notifies a change of rules or of
-// our link, and every interval (0 means DefaultInterval). What differs is repaired and handed to report, as is the
-// first look that does not fail after one that has. It is called from this goroutine; its own repairs are not reported. The legacy back end notifies nothing, so there only
-// the interval counts.
-func (r *Redirect) Watch(ctx context.Context, interval time.Duration, report func(Drift)) error {
+// An Observer hears what Watch finds.
+type Observer struct {
+	// Wrote is told at once of each who changes rules of nftables, from a goroutine of its own: most of them live for
+	// some milliseconds only. It may be nil.
+	Wrote func(Writer)
+	// Looked is told of each drift, and of the first look that does not fail after one that has, from the goroutine of
+	// Watch. It may be nil.
+	Looked func(Drift)
+	// Tell is for people: as often as tellEvery allows, several drifts in one, from the goroutine of Watch.
+	Tell func(Drift)
+}
+
+// Watch keeps the plan true until ctx ends: it looks at once, then when the kernel notifies a change of rules, of our
+// link, of routes or of filters, and every interval (0 means DefaultInterval). Changes of legacy rules, which are not
+// notified, are asked for. What differs is repaired, and said to o; its own repairs are not.
+//
+// To who changes the rules again and again Watch does not give in, but looks less and less often: see Contest.
+func (r *Redirect) Watch(ctx context.Context, interval time.Duration, o Observer) error {
 	if interval == 0 {
 		interval = DefaultInterval
+	}
+	if o.Wrote == nil {
+		o.Wrote = func(Writer) {}
 	}
 	changed := make(chan struct{}, 1)
 	var readers sync.WaitGroup
 	defer readers.Wait()
-	for _, s := range []struct {
-		protocol int
-		groups   []uint
-		concerns func(syscall.NetlinkMessage) bool
-	}{
-		{unix.NETLINK_NETFILTER, []uint{unix.NFNLGRP_NFTABLES}, aboutRules},
-		{unix.NETLINK_ROUTE, []uint{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR}, r.aboutLink},
-	} {
-		socket, err := nl.Subscribe(s.protocol, s.groups...)
-		if errors.Is(err, unix.EPROTONOSUPPORT) {
-			continue // a kernel without nf_tables; the interval must do
-		}
+	subscriptions, err := r.subscribe(o.Wrote)
+	if err != nil {
+		return err
+	}
+	for _, s := range subscriptions {
+		defer s.socket.Close()
+		readers.Go(func() { s.listen(changed) })
+	}
+	if r.use.backend == BackendLegacy {
+		legacy, err := openLegacyPoll()
 		if err != nil {
-			return fmt.Errorf("subscribe to changes: %w", err)
+			return err
 		}
-		defer socket.Close()
-		readers.Go(func() { notify(socket, s.concerns, changed) })
+		var polls sync.WaitGroup
+		ended := make(chan struct{})
+		polls.Go(func() { legacy.run(changed, ended) })
+		defer legacy.close()
+		defer polls.Wait()
+		defer close(ended)
 	}
 
+	r.setPatient(true)
+	defer r.setPatient(false)
 	timer := time.NewTicker(interval)
 	defer timer.Stop()
+	telling := rate.NewLimiter(rate.Every(tellEvery), tellAtOnce)
 	right, failed := time.Now(), false
+	var pace pace
+	var untold *Drift
+	defer func() {
+		if untold != nil {
+			o.Tell(*untold)
+		}
+	}()
 	for {
 		began := time.Now()
-		if d, drifted := r.look(ctx, &right); (drifted || failed) && ctx.Err() == nil {
-			report(d)
-			failed = d.Err != nil
-		}
-		if !sleep(ctx, min(max(minGap, dutyCycle*time.Since(began)), maxGap)) {
+		d, drifted := r.look(ctx, &right)
+		if ctx.Err() != nil {
 			return nil
+		}
+		if (drifted || failed) && o.Looked != nil {
+			o.Looked(d)
+		}
+		failed = d.Err != nil
+		if drifted {
+			untold = d.after(untold)
+		}
+		if untold != nil && telling.Allow() {
+			o.Tell(*untold)
+			untold = nil
+		}
+		if !sleep(ctx, max(pace.after(time.Now(), time.Since(began)), r.Contest().Gap)) {
+			return nil
+		}
+		var again <-chan time.Time
+		switch {
+		case d.Err != nil:
+			again = time.After(max(minBackOff, r.Contest().Gap))
+		case d.waiting:
+			again = time.After(lockLasts)
+		case untold != nil:
+			again = time.After(tellEvery)
 		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-timer.C:
+		case <-again:
 		case <-changed:
 			settled := time.Now().Add(mostDelay)
 			for waiting := true; waiting && time.Now().Before(settled); {
@@ -100,82 +152,82 @@ func (r *Redirect) Watch(ctx context.Context, interval time.Duration, report fun
 	}
 }
 
+// after is d with what was not told before it.
+func (d Drift) after(untold *Drift) *Drift {
+	if u := untold; u != nil {
+		d.Times, d.Repaired, d.AtMost = d.Times+u.Times, d.Repaired+u.Repaired, d.AtMost+u.AtMost
+		for _, w := range u.By {
+			if len(d.By) < maxWriters && !slices.Contains(d.By, w) {
+				d.By = append(d.By, w)
+			}
+		}
+		if len(d.Found) == 0 {
+			d.Found = u.Found
+		}
+		join := func(a, b []Way) []Way { return slices.Concat(a, b)[:min(len(a)+len(b), maxTold)] }
+		d.Before, d.After = join(u.Before, d.Before), join(u.After, d.After)
+		all := slices.Concat(u.Evasions, d.Evasions)
+		d.Evasions = all[:min(len(all), maxTold)]
+	}
+	return &d
+}
+
+// Contest is what goes on now, or nothing. It waits for nobody.
+func (r *Redirect) Contest() Contest {
+	if c := r.contest.Load(); c != nil && !c.over(time.Now()) {
+		return *c
+	}
+	return Contest{}
+}
+
+func (r *Redirect) setPatient(is bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.patient = is
+}
+
 // look reads the host and repairs it. right is when it was last as it should be.
 func (r *Redirect) look(ctx context.Context, right *time.Time) (d Drift, drifted bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	began := time.Now()
+	began, before := time.Now(), r.Contest()
 	s, err := r.survey(ctx)
 	if err == nil {
 		d.Found, err = r.differences(s)
 	}
+	if len(d.Found) > 0 {
+		d.By = r.writers.take()
+	}
 	if err == nil && len(d.Found) > 0 {
-		_, err = r.apply(ctx, s)
-		d.Repaired = err == nil
+		if _, err = r.apply(ctx, s); err == nil {
+			d.Repaired = 1
+		}
 	}
 	if s != nil {
-		d.Report = s.report
+		d.Report, d.waiting = s.report, s.waiting
 	}
-	d.Err, d.AtMost = err, time.Since(*right)
+	if err == nil {
+		d.Evasions, d.Before, d.After = r.told.learn(s.report)
+	}
+	switch {
+	case len(d.Found) > 0:
+	case len(d.Evasions) > 0:
+		d.By = r.writers.take()
+	case err == nil:
+		r.writers.forget(began)
+	}
+	d.Err = err
+	wrong := err != nil || len(d.Found) > 0
+	if wrong {
+		d.Times, d.AtMost = 1, time.Since(*right)
+		d.Contest = before.next(began, time.Now(), d.By)
+		r.contest.Store(&d.Contest)
+	}
 	if err == nil {
 		*right = began
-		if d.Repaired {
+		if d.Repaired > 0 {
 			*right = time.Now()
 		}
 	}
-	return d, err != nil || len(d.Found) > 0
-}
-
-// notify reads a subscription until its socket is closed.
-func notify(socket *nl.NetlinkSocket, concerns func(syscall.NetlinkMessage) bool, changed chan<- struct{}) {
-	for {
-		messages, _, err := socket.Receive()
-		// The kernel drops notifications that are not read in time, and says so once (netlink(7)).
-		lost := errors.Is(err, unix.ENOBUFS)
-		if err != nil && !lost {
-			return
-		}
-		if lost || slices.ContainsFunc(messages, concerns) {
-			select {
-			case changed <- struct{}{}:
-			default:
-			}
-		}
-	}
-}
-
-// aboutRules keeps the elements of sets out, which some programs change all the time.
-func aboutRules(m syscall.NetlinkMessage) bool {
-	return m.Header.Type&0xff <= unix.NFT_MSG_DELRULE
-}
-
-func (r *Redirect) aboutLink(m syscall.NetlinkMessage) bool {
-	var skip int
-	switch m.Header.Type {
-	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
-		skip = unix.SizeofIfInfomsg
-	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
-		skip = unix.SizeofIfAddrmsg
-	default:
-		return false
-	}
-	if len(m.Data) < skip {
-		return false
-	}
-	attributes, err := nl.ParseRouteAttr(m.Data[skip:])
-	if err != nil {
-		return true
-	}
-	for _, a := range attributes {
-		switch {
-		case skip == unix.SizeofIfAddrmsg && a.Attr.Type == unix.IFA_ADDRESS:
-			address, _ := netip.AddrFromSlice(a.Value)
-			// The host hook of audit mode comes and goes with ::1.
-			return m.Header.Type == unix.RTM_DELADDR && slices.Contains(r.config.ForwardedAddrs, address) ||
-				address == netip.IPv6Loopback()
-		case skip == unix.SizeofIfInfomsg && a.Attr.Type == unix.IFLA_IFNAME:
-			return unix.ByteSliceToString(a.Value) == LinkName
-		}
-	}
-	return false
+	return d, wrong || len(d.Evasions)+len(d.Before) > 0
 }

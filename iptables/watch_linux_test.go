@@ -9,21 +9,27 @@ import (
 
 // watch runs Watch until the test ends.
 func (s *site) watch(r *Redirect, interval time.Duration) <-chan Drift {
-	drifts := make(chan Drift, 100)
+	drifts, stop := s.startWatch(r, interval)
+	s.Cleanup(stop)
+	return drifts
+}
+
+// startWatch runs Watch until it is stopped.
+func (s *site) startWatch(r *Redirect, interval time.Duration) (drifts chan Drift, stop func()) {
+	drifts = make(chan Drift, 100)
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
 	go func() {
 		ended <- s.lab.Instance.Do(func() error {
-			return r.Watch(ctx, interval, func(d Drift) { drifts <- d })
+			return r.Watch(ctx, interval, Observer{Tell: func(d Drift) { drifts <- d }})
 		})
 	}()
-	s.Cleanup(func() {
+	return drifts, func() {
 		cancel()
 		if err := <-ended; err != nil {
 			s.Error(err)
 		}
-	})
-	return drifts
+	}
 }
 
 func TestWatch(t *testing.T) {
@@ -31,11 +37,7 @@ func TestWatch(t *testing.T) {
 		s.Parallel()
 		r := s.open(Config{UID: uid, Backend: b})
 		s.install(r)
-		interval := time.Hour
-		if b == BackendLegacy {
-			interval = 100 * time.Millisecond // nothing is notified there
-		}
-		drifts := s.watch(r, interval)
+		drifts := s.watch(r, time.Hour)
 		tool := "iptables-" + b.String()
 		for _, c := range []struct {
 			do    string
@@ -56,7 +58,7 @@ func TestWatch(t *testing.T) {
 				if words := inWords(d.Found); !strings.Contains(words, c.found) {
 					s.Errorf("%s: found\n%s", c.do, words)
 				}
-				if !d.Repaired || d.Err != nil || d.AtMost <= 0 || d.AtMost > 20*time.Second {
+				if d.Repaired != 1 || d.Err != nil || d.AtMost <= 0 || d.AtMost > 20*time.Second {
 					s.Errorf("%s: repaired %v, after at most %v: %v", c.do, d.Repaired, d.AtMost, d.Err)
 				}
 				s.expect(c.do, hooksOf(d.Report), c.hooks)
@@ -86,9 +88,37 @@ func TestWatchCannotRepair(t *testing.T) {
 	var last time.Duration
 	for range 2 {
 		d := <-drifts
-		if d.Repaired || d.Err == nil || d.AtMost <= last {
+		if d.Repaired > 0 || d.Err == nil || d.AtMost <= last {
 			s.Errorf("repaired %v, after at most %v: %v", d.Repaired, d.AtMost, d.Err)
 		}
 		last = d.AtMost
+	}
+}
+
+// TestReloadThatDrops has rules that drop everything for a moment, as firewalld puts them there while it loads its own:
+// in enforce the redirect is not given back. What lasts is respected.
+func TestReloadThatDrops(t *testing.T) {
+	t.Parallel()
+	s := newHost(t)
+	r := s.open(Config{UID: uid, Backend: BackendNFT, Enforce: true})
+	s.install(r)
+	drifts := s.watch(r, time.Hour)
+	const drop = `nft 'table inet firewalld_policy_drop { chain i { type filter hook input priority 9; policy drop; }; chain o { type filter hook output priority 9; policy drop; }; }'`
+	s.sh(drop + "; sleep 1; nft delete table inet firewalld_policy_drop")
+	select {
+	case d := <-drifts:
+		t.Errorf("%s; hooks %s", inWords(d.Found), hooksOf(d.Report))
+	case <-time.After(lockLasts / 2):
+	}
+	s.sh(drop)
+	began := time.Now()
+	select {
+	case d := <-drifts:
+		if took := time.Since(began); took < lockLasts/2 {
+			t.Errorf("given back after %v", took)
+		}
+		s.expect("hooks", hooksOf(d.Report), "IPv4: none; IPv6: none")
+	case <-time.After(60 * time.Second):
+		t.Error("not respected")
 	}
 }

@@ -79,6 +79,7 @@ type Policy struct {
 	Mode    Mode // that the configuration asks for
 	Posture Posture
 	Digest  string  // of all that was configured, to compare hosts
+	Files   []File  // that it was read from, without those of the configuration itself
 	Skipped []error // why files were left out
 
 	rules      []*rule
@@ -123,8 +124,9 @@ func Compile(c Config, classes []string) (*Policy, error) {
 	}
 	loaded, err := c.Tokens.rules(loaded)
 	errs = append(errs, err)
-	rules, refused, err := readRules(Host{}, c.Rules.Paths...)
+	rules, refused, files, err := readRules(Host{}, c.Rules.Paths...)
 	loaded, errs = append(loaded, rules...), append(errs, c.Rules.locate(err)...)
+	p.Files = files
 	if c.Rules.SkipRefused {
 		p.Skipped = refused
 	} else {
@@ -177,6 +179,9 @@ func Compile(c Config, classes []string) (*Policy, error) {
 	profiles, wrong := c.profiles()
 	errs = append(errs, wrong...)
 	for i, profile := range profiles {
+		if profile.File != "" {
+			p.Files = append(p.Files, File{profile.File, profile.text})
+		}
 		for j := range profile.Grants {
 			g := &profile.Grants[j]
 			entry(fmt.Sprintf("profiles[%d]", i), "grant", g.Name, func(c *complaints) {

@@ -2,6 +2,7 @@ package policy
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -30,6 +31,8 @@ type Profile struct {
 	Checked Date     `yaml:"checked"`
 	Sources []string `yaml:"sources"`
 	Grants  []Grant  `yaml:"grants"`
+
+	text [sha256.Size]byte // digest of the file
 }
 
 // LoadProfile reads the profile of a name from the first of the directories that has it.
@@ -78,6 +81,7 @@ func ParseProfile(file string, src []byte) (p *Profile, err error) {
 	if err := yaml.NewDecoder(bytes.NewReader(src), yaml.Strict()).Decode(p); err != nil {
 		return nil, fmt.Errorf("%s:%s", file, yaml.FormatError(err, false, true))
 	}
+	p.text = sha256.Sum256(src)
 	p.Name, p.File = strings.TrimSuffix(filepath.Base(file), ".yaml"), file
 	return p, nil
 }
@@ -100,13 +104,18 @@ func ProfileNames(dirs []string) ([]string, error) {
 	return slices.Compact(names), nil
 }
 
+// profileDirs are where profiles are looked for.
+func (c *Config) profileDirs() []string {
+	if len(c.ProfilePaths) > 0 {
+		return c.ProfilePaths
+	}
+	return ProfilePaths
+}
+
 // profiles reads those that a configuration names, one for each name: empty where the
 // name is there before, or has no profile.
 func (c *Config) profiles() (all []*Profile, errs []error) {
-	dirs := c.ProfilePaths
-	if len(dirs) == 0 {
-		dirs = ProfilePaths
-	}
+	dirs := c.profileDirs()
 	for i, name := range c.Profiles {
 		p := &Profile{}
 		if !slices.Contains(c.Profiles[:i], name) {

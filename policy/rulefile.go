@@ -384,7 +384,7 @@ func CheckRules(fsys fs.FS, paths ...string) ([]Checked, error) {
 	ids := map[string]string{}
 	for _, path := range paths {
 		err := fs.WalkDir(fsys, path, func(name string, d fs.DirEntry, err error) error {
-			if err != nil || d.IsDir() || name != path && filepath.Ext(name) != ".toml" {
+			if err != nil || !isRuleFile(path, name, d) {
 				return err
 			}
 			src, err := fs.ReadFile(fsys, name)
@@ -408,23 +408,29 @@ func CheckRules(fsys fs.FS, paths ...string) ([]Checked, error) {
 	return all, errors.Join(errs...)
 }
 
+// isRuleFile reports whether what was found below a path is read.
+func isRuleFile(path, name string, d fs.DirEntry) bool {
+	return !d.IsDir() && (name == path || filepath.Ext(name) == ".toml")
+}
+
 // ParseRules is CheckRules for those who want all rules or none. All errors of all
 // files come together.
 func ParseRules(fsys fs.FS, paths ...string) ([]*Rule, error) {
-	rules, refused, err := readRules(fsys, paths...)
+	rules, refused, _, err := readRules(fsys, paths...)
 	return rules, errors.Join(append(refused, err)...)
 }
 
-func readRules(fsys fs.FS, paths ...string) (rules []*Rule, refused []error, err error) {
+func readRules(fsys fs.FS, paths ...string) (rules []*Rule, refused []error, files []File, err error) {
 	checked, err := CheckRules(fsys, paths...)
 	for _, c := range checked {
+		files = append(files, File{c.Rule.File, c.text})
 		if c.Err != nil {
 			refused = append(refused, c.Err)
 		} else {
 			rules = append(rules, c.Rule)
 		}
 	}
-	return rules, refused, err
+	return rules, refused, files, err
 }
 
 // Host is the file system with the names that people use.

@@ -2,6 +2,7 @@ package config
 
 import (
 	"cmp"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -232,6 +233,30 @@ func (c Config) Files() (names []string) {
 		names = append(names, s.name)
 	}
 	return names
+}
+
+// Loaded are the files of the configuration as they were read, without those of rules
+// and profiles.
+func (c Config) Loaded() (all []policy.File) {
+	for _, s := range c.layers {
+		all = append(all, policy.File{Path: s.name, SHA256: sha256.Sum256(s.text)})
+	}
+	return all
+}
+
+// Inputs lists the files that there are now and that Load and Config.Policy would read.
+// path is what Load was given.
+func (c Config) Inputs(path string) (names []string) {
+	files := []string{path}
+	if path == "" {
+		files, _ = filesBelow("/")
+	}
+	for _, name := range files {
+		if _, err := os.Stat(name); err == nil {
+			names = append(names, name)
+		}
+	}
+	return append(names, c.InputFiles()...)
 }
 
 // Locate gives complaints about keys the places where they are set, in the order of

@@ -106,7 +106,8 @@ func (o *options) noStatus(ctx context.Context, w io.Writer, why error) error {
 
 // healthy reports whether the daemon does what its mode says.
 func healthy(s report.Status) bool {
-	return s.Redirect.Installed && len(s.Redirect.Differences) == 0 && len(s.Redirect.Locks) == 0 && s.Redirect.Error == "" && s.SelfTest.Error == "" &&
+	return s.Redirect.Installed && len(s.Redirect.Differences) == 0 && len(s.Redirect.Locks)+len(s.Redirect.Evasions) == 0 && s.Redirect.Contested == "" &&
+		s.Redirect.Error == "" && s.SelfTest.Error == "" &&
 		s.Attribution.Broken == "" && s.Attribution.Level >= s.Attribution.Required
 }
 
@@ -192,6 +193,17 @@ func printStatus(w io.Writer, s report.Status) error {
 	if n := s.Policy.Skipped; n > 0 {
 		row("", "%d rule files were left out: imdsgate rules check says why", n)
 	}
+	for _, f := range s.Files.Changed {
+		switch {
+		case f.SHA256 == "":
+			row("", "! %s is gone, and what it said is in force until the next reload or start", f.Path)
+		default:
+			row("", "! %s is not what is in force: of %s, of %s", f.Path, f.Owner, f.Modified.UTC().Format(time.RFC3339))
+		}
+	}
+	for _, e := range s.Files.Exposed[:min(len(s.Files.Exposed), maxListed)] {
+		row("", "! %s", e)
+	}
 	if n := s.SequencesEvicted; n > 0 {
 		row("", "! sequences had no room for %d events that they waited with, and may have missed what followed", n)
 	}
@@ -210,12 +222,15 @@ func printStatus(w io.Writer, s report.Status) error {
 	if s.Mode != "off" {
 		row("redirect", "%s: %s; %d repairs", s.Redirect.Backend, strings.Join(s.Redirect.Covered, ", "), s.Redirect.Repairs)
 	}
-	for _, problem := range [][]string{{s.Redirect.Error}, s.Redirect.Differences, s.Redirect.Locks} {
+	for _, problem := range [][]string{{s.Redirect.Error, s.Redirect.Contested}, s.Redirect.Differences, s.Redirect.Locks, s.Redirect.Evasions} {
 		for _, p := range problem {
 			if p != "" {
 				row("", "! %s", p)
 			}
 		}
+	}
+	for _, w := range s.Redirect.Ways {
+		row("", "%s", w)
 	}
 	for _, n := range s.Redirect.Notes {
 		row("", "%s", n)

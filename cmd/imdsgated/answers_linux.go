@@ -49,6 +49,7 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 		Attribution: d.attributionStatus(),
 		Events:      report.Events{Path: d.spool.Path(), Stats: d.spool.Stats()},
 		FirstSeen:   d.terms.Stats(),
+		Files:       d.files.status(),
 
 		SequencesEvicted: d.engine.Evicted(),
 	}
@@ -148,6 +149,13 @@ func (d *daemon) redirectStatus(ctx context.Context) report.Redirect {
 	for _, lock := range found.Locks {
 		r.Locks = append(r.Locks, lock.String())
 	}
+	for _, e := range found.Evasions {
+		r.Evasions = append(r.Evasions, e.String())
+	}
+	for _, w := range found.Ways {
+		r.Ways = append(r.Ways, w.String())
+	}
+	r.Contested = d.contest()
 	r.Notes = append(r.Notes, found.Warnings...)
 	if found.Conntrack.First {
 		r.Notes = append(r.Notes, fmt.Sprintf("connection tracking is on for our rules only: %d sockets, room for %d", found.Conntrack.Sockets, found.Conntrack.Max))

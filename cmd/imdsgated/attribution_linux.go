@@ -55,6 +55,7 @@ func (d *daemon) openAttribution(c config.Attribution, rules iptables.Config, co
 	if d.finder, err = attribution.New(o); err != nil {
 		return nil, errors.Join(fmt.Errorf("attribution cannot start: %w", err), closeWitness())
 	}
+	d.culprits.process = d.finder.Process
 	d.mu.Lock()
 	d.level = d.finder.Level().String()
 	d.mu.Unlock()
@@ -128,6 +129,7 @@ func (d *daemon) sighted(s witness.Sighting) {
 // executed gives a program that somebody has started to the rules. Most are none of
 // their business, and cost no more than that question.
 func (d *daemon) executed(p *attribution.Process, whole func() (*attribution.Process, bool)) {
+	d.culprits.executed(p)
 	ev := &event.Event{Kind: event.Started, Host: d.host, Time: p.Executed, Subjects: []*event.Process{proxy.Process(p)}}
 	if !d.engine.Concerns(ev) {
 		return

@@ -57,6 +57,8 @@ type daemon struct {
 	terms     *firstseen.Store
 	counted   *metrics.Requests // nil if nobody can read it
 	redirect  *iptables.Redirect
+	culprits  culprits
+	files     files
 	proxy     *proxy.Proxy
 	health    health
 	guards    bool // since start; guarded by modes.changing
@@ -112,6 +114,7 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 
 	d.started = make(chan struct{})
 	d.engine = policy.NewEngine(p)
+	d.tookUp(c, p)
 	d.recallDecisions(c.State.Dir)
 	d.recallMode(c.State.Dir)
 	d.terms = firstseen.Open(c.FirstSeen.Path, d.keptTerms)
@@ -188,6 +191,7 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	background.Go(func() { d.checkAttribution(ctx) })
 	background.Go(func() { d.keepHealth(ctx) })
 	background.Go(func() { d.reloadOnHangup(ctx) })
+	background.Go(func() { d.watchFiles(ctx) })
 	if c.Events.Journal {
 		background.Go(func() { d.passToJournal(ctx, filepath.Join(filepath.Dir(c.FirstSeen.Path), "journal-cursor")) })
 	}
@@ -439,18 +443,11 @@ func (d *daemon) install(ctx context.Context, enforce bool) error {
 		d.log.Warn().Msg(w)
 	}
 	d.notTaken(report)
+	d.evaded(report.Evasions, event.Actor{}, "")
 	if report.Changed {
 		d.state("redirect-installed", "change", "the redirect is installed with "+report.Backend.String(), nil)
 	}
 	return nil
-}
-
-// notTaken tells which ways to the service do not lead here.
-func (d *daemon) notTaken(report iptables.Report) {
-	for _, lock := range report.Locks {
-		d.log.Error().Str("lock", lock.String()).Msg("a hook is not taken")
-		d.integrity("redirect-hook-not-taken", lock.String(), errors.New("somebody else's rule decides about this traffic"))
-	}
 }
 
 // release leads no more connections here in audit mode, where nothing of ours may
@@ -479,34 +476,6 @@ func (d *daemon) remove() {
 	}
 	if _, err := iptables.Remove(context.Background()); err != nil {
 		d.log.Error().Err(err).Msg("the redirect could not be removed")
-	}
-}
-
-// watch keeps the redirect as it should be.
-func (d *daemon) watch(ctx context.Context) {
-	err := d.redirect.Watch(ctx, 0, func(drift iptables.Drift) {
-		for _, difference := range drift.Found {
-			d.log.Warn().Str("difference", difference.String()).Bool("repaired", drift.Repaired).Msg("the redirect was changed")
-		}
-		if len(drift.Found) > 0 {
-			d.integrity("redirect-rule-changed", fmt.Sprintf("the redirect was not as it should be for at most %v: %s",
-				drift.AtMost.Round(time.Millisecond), drift.Found[0]), drift.Err)
-		}
-		d.notTaken(drift.Report)
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		if drift.Repaired {
-			d.repairs++
-			d.redirected(true)
-		}
-		d.failure, d.found = "", drift.Report
-		if drift.Err != nil {
-			d.failure = drift.Err.Error()
-		}
-	})
-	if err != nil && ctx.Err() == nil {
-		d.log.Error().Err(err).Msg("the redirect is not watched any more")
-		d.integrity("redirect-not-watched", "the redirect is not watched any more", err)
 	}
 }
 
@@ -573,6 +542,7 @@ func (d *daemon) reload(ctx context.Context) (report.Reload, error) {
 	d.mu.Lock()
 	d.loaded = time.Now()
 	d.mu.Unlock()
+	d.tookUp(c, p)
 	r.After, r.Changed = policyReport(p), append(r.Changed, old.Changes(p)...)
 	r.Restart = d.config.Restart(c)
 	for _, key := range r.Restart {
@@ -619,15 +589,4 @@ func (d *daemon) change(s event.State, failure error) {
 		s.Failed, s.Reason = true, strings.TrimPrefix(s.Reason+"; "+failure.Error(), "; ")
 	}
 	d.record(&event.Event{Kind: event.Lifecycle, Host: d.host, Time: time.Now(), State: s})
-}
-
-// integrity records that what protects the service is not as it should be.
-func (d *daemon) integrity(action, message string, failure error) {
-	ev := &event.Event{Kind: event.Integrity, Host: d.host, Time: time.Now(), State: event.State{
-		Action: action, Type: "change", Message: message, Mode: d.engine.Mode().String(), Level: d.levelNow(),
-	}}
-	if failure != nil {
-		ev.State.Failed, ev.State.Reason = true, failure.Error()
-	}
-	d.record(ev)
 }

@@ -31,6 +31,22 @@ type Status struct {
 	FirstSeen firstseen.Stats `json:"first_seen"`
 	Metrics   Metrics         `json:"metrics"`
 	Process   Process         `json:"process"`
+	Files     Files           `json:"files"`
+}
+
+// Files are what the daemon has read, and itself.
+type Files struct {
+	Loaded  []File   `json:"loaded"`
+	Changed []File   `json:"changed,omitempty"` // that are not what was loaded
+	Exposed []string `json:"exposed,omitempty"` // that others than root can change
+}
+
+// File is one of them.
+type File struct {
+	Path     string    `json:"path"`
+	SHA256   string    `json:"sha256,omitempty"` // "" if there is none any more
+	Owner    string    `json:"owner,omitempty"`
+	Modified time.Time `json:"modified,omitzero"`
 }
 
 // Modes is what `imdsgate mode` shows.
@@ -112,9 +128,15 @@ type Redirect struct {
 	Covered     []string `json:"covered"`
 	Differences []string `json:"differences,omitempty"`
 	Locks       []string `json:"locks,omitempty"`
-	Notes       []string `json:"notes,omitempty"`
-	Repairs     uint64   `json:"repairs"`
-	Error       string   `json:"error,omitempty"`
+	// Evasions are rules of others by which packets go past the redirect.
+	Evasions []string `json:"evasions,omitempty"`
+	// Contested says that somebody changes it again and again; "" if nobody does.
+	Contested string `json:"contested,omitempty"`
+	// Ways are how packets get from here to the service.
+	Ways    []string `json:"ways,omitempty"`
+	Notes   []string `json:"notes,omitempty"`
+	Repairs uint64   `json:"repairs"`
+	Error   string   `json:"error,omitempty"`
 }
 
 // SelfTest is what came of requests of the daemon's own to the metadata service, which

@@ -3,7 +3,10 @@ package netlab
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"path/filepath"
+	"slices"
 	"strconv"
 	"sync/atomic"
 	"syscall"
@@ -62,9 +65,27 @@ func (c *Cgroup) sweep() {
 			continue
 		}
 		if _, err := os.Stat(fmt.Sprintf("/proc/%d", pid)); os.IsNotExist(err) {
-			unix.Unlinkat(c.hierarchy, dir.Name(), unix.AT_REMOVEDIR)
+			c.remove(dir.Name())
 		}
 	}
+}
+
+// remove removes a cgroup and those below it, such as a test has made for units. One that
+// has processes is EBUSY.
+func (c *Cgroup) remove(name string) error {
+	var all []string
+	err := filepath.WalkDir(fmt.Sprintf("/proc/self/fd/%d/%s", c.hierarchy, name), func(path string, entry fs.DirEntry, err error) error {
+		if err == nil && entry.IsDir() {
+			all = append(all, path)
+		}
+		return err
+	})
+	for _, dir := range slices.Backward(all) {
+		if err := unix.Rmdir(dir); err != nil {
+			return fmt.Errorf("%s: %w", dir, err)
+		}
+	}
+	return err
 }
 
 // put makes a process begin in the cgroup (clone(2), CLONE_INTO_CGROUP).
@@ -95,7 +116,7 @@ func move(dir int) error {
 	return nil
 }
 
-// close removes the cgroup, whose processes must have been killed; they leave it a moment after that.
+// close removes the cgroup and those below it, whose processes must have been killed; they leave it a moment after that.
 func (c *Cgroup) close() error {
 	defer unix.Close(c.hierarchy)
 	if c.dir >= 0 {
@@ -103,7 +124,7 @@ func (c *Cgroup) close() error {
 	}
 	var err error
 	for end := time.Now().Add(evictTimeout); ; time.Sleep(time.Millisecond) {
-		if err = unix.Unlinkat(c.hierarchy, c.name, unix.AT_REMOVEDIR); err == nil || !errors.Is(err, unix.EBUSY) || time.Now().After(end) {
+		if err = c.remove(c.name); err == nil || !errors.Is(err, unix.EBUSY) || time.Now().After(end) {
 			break
 		}
 	}

@@ -1,0 +1,266 @@
+package e2e
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf/link"
+	"github.com/imdsgate/imdsgate/cmd/report"
+	"github.com/imdsgate/imdsgate/test/gate"
+	"github.com/imdsgate/imdsgate/test/lab/netlab"
+)
+
+// found waits for what the daemon says is not as it should be.
+func (h *host) found(action string, ok func(gate.Document) bool) gate.Document {
+	h.t.Helper()
+	d, err := h.Await(action, func(d gate.Document) bool {
+		return d.At("event.action") == action && d.At("event.kind") == "alert" && ok(d)
+	})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return d
+}
+
+func says(text string) func(gate.Document) bool {
+	return func(d gate.Document) bool { m, _ := d.At("message").(string); return strings.Contains(m, text) }
+}
+
+// Who flushes the rules is named: by the kernel, and by what was read of him while he
+// lived.
+func TestFlushedBy(t *testing.T) {
+	t.Parallel()
+	h := start(t, netlab.Options{}, "mode: enforce\n")
+	// It holds the rules still open after the flush, as an interactive nft does.
+	cmd := exec.Command("sh", "-c", `(echo flush table ip nat; sleep 2) | nft -i >/dev/null`)
+	if err := h.Instance.Start(cmd); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	d := h.found("redirect-rule-changed", says("IPv4 nat"))
+	if d.At("imdsgate.actor.name") != "nft" || d.At("imdsgate.actor.user.id") != "0" ||
+		!strings.HasSuffix(fmt.Sprint(d.At("imdsgate.actor.executable")), "/nft") || d.At("imdsgate.actor.command_line") != "nft -i" ||
+		!strings.Contains(fmt.Sprint(d.At("message")), "/nft (pid ") || d.At("threat.technique.id") == nil {
+		t.Errorf("%v", d)
+	}
+	t.Logf("%v", d.At("message"))
+
+	// One that has ended by then.
+	named := 0
+	const flushes = 5
+	for range flushes {
+		s, err := h.Status()
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.Instance.Do(func() error { return exec.Command("iptables", "-t", "raw", "-F").Run() })
+		for end := time.Now().Add(30 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+			if now, err := h.Status(); err == nil && now.Redirect.Repairs > s.Redirect.Repairs {
+				break
+			}
+			if time.Now().After(end) {
+				t.Fatal("not repaired")
+			}
+		}
+	}
+	time.Sleep(200 * time.Millisecond) // events are written
+	all, err := h.Documents()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range all {
+		if m, _ := d.At("message").(string); strings.Contains(m, "IPv4 raw") {
+			if d.At("imdsgate.actor.name") != "iptables" {
+				t.Errorf("%v", d)
+			}
+			if d.At("imdsgate.actor.executable") != nil {
+				named++
+			}
+		}
+	}
+	t.Logf("of %d who had ended, the program of %d was read", flushes, named)
+}
+
+// Another program removes the redirect as often as it is there. The daemon neither gives
+// in, nor fills its file, and says so.
+func TestContested(t *testing.T) {
+	t.Parallel()
+	h := start(t, netlab.Options{}, "mode: enforce\n")
+	cmd := exec.Command("sh", "-c", `while :; do iptables -t nat -F; sleep 0.2; done`)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := h.Instance.Start(cmd); err != nil {
+		t.Fatal(err)
+	}
+	kill := func() { cmd.Process.Kill(); cmd.Wait() }
+	defer kill()
+	await := func(what string, ok func(report.Status) bool) (s report.Status) {
+		t.Helper()
+		for end := time.Now().Add(60 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+			s, err := h.Status()
+			if err == nil && ok(s) {
+				return s
+			}
+			if time.Now().After(end) {
+				t.Fatalf("%s: %+v, %v", what, s.Redirect, err)
+			}
+		}
+	}
+	s := await("contested", func(s report.Status) bool { return strings.Contains(s.Redirect.Contested, "changed again and again") })
+	d := h.found("redirect-contested", says("again and again"))
+	t.Logf("%v", d.At("message"))
+	out, code := h.imdsgate("status")
+	if code != 1 || !strings.Contains(out, "INCOMPLETE") && !strings.Contains(out, "NONE") || !strings.Contains(out, "! changed again and again") {
+		t.Errorf("%d\n%s", code, out)
+	}
+	const rounds = 3
+	began, repairs := time.Now(), s.Redirect.Repairs
+	s = await("it goes on", func(s report.Status) bool { return s.Redirect.Repairs >= repairs+rounds })
+	// Looks come ever more seldom: half a second, one, two, four.
+	if took := time.Since(began); took < 3*time.Second {
+		t.Errorf("%d repairs in %v", rounds, took)
+	}
+	kill()
+	s = await("it is over", func(s report.Status) bool { return s.Redirect.Installed && s.Redirect.Contested == "" })
+	t.Logf("%d repairs", s.Redirect.Repairs)
+}
+
+// The programs in the kernel are detached, and attached again.
+func TestDetachedPrograms(t *testing.T) {
+	t.Parallel()
+	h := start(t, netlab.Options{}, "mode: enforce\n")
+	if s, err := h.Status(); err != nil || s.Attribution.Level < "L2" {
+		t.Skipf("this host has level %s: there are no such programs (%v)", s.Attribution.Level, err)
+	}
+	info, err := os.Stat(h.Cgroup.Path())
+	if err != nil {
+		t.Fatal(err)
+	}
+	links, n := new(link.Iterator), 0
+	defer links.Close()
+	for links.Next() {
+		l, err := links.Link.Info()
+		if err != nil || l.Type != link.CgroupType || l.Cgroup() == nil || l.Cgroup().CgroupId != info.Sys().(*syscall.Stat_t).Ino {
+			continue
+		}
+		if err := links.Link.Detach(); err != nil {
+			t.Fatal(err)
+		}
+		n++
+	}
+	if n == 0 {
+		t.Fatal("there are no links")
+	}
+	began := time.Now()
+	h.curl(client{uid: ordinaryUser}, role) // who has no witness, so that it is looked at once
+	d := h.found("bpf-program-detached", says("cgroup/connect4"))
+	t.Logf("after %v: %v", time.Since(began).Round(time.Millisecond), d.At("message"))
+	if s, err := h.Status(); err != nil || s.Attribution.Broken != "" {
+		t.Errorf("%+v, %v", s.Attribution, err)
+	}
+}
+
+// Files of the daemon are changed under it. Nothing of them is in force, and each is told.
+func TestFilesChanged(t *testing.T) {
+	t.Parallel()
+	h := prepare(t, netlab.Options{})
+	h.gate.Daemon = h.install(h.gate.Daemon)
+	rules := t.TempDir()
+	rule := filepath.Join(rules, "one.toml")
+	write := func(path, text string) string {
+		t.Helper()
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		sum := sha256.Sum256([]byte(text))
+		return hex.EncodeToString(sum[:])
+	}
+	const text = "[rule]\nrule_id = %q\nname = \"x\"\ntype = \"eql\"\nlanguage = \"eql\"\nseverity = \"low\"\nquery = '''\nnetwork where process.name == \"nobody\"\n'''\n"
+	loaded := write(rule, fmt.Sprintf(text, "one"))
+	config := "mode: enforce\nrules: {paths: [" + rules + "]}\n"
+	h.start(config)
+	s, err := h.Status()
+	if err != nil || len(s.Files.Loaded) < 2 || len(s.Files.Changed) > 0 {
+		t.Fatalf("%+v, %v", s.Files, err)
+	}
+	digest := s.Policy.Digest
+	if got := h.curl(client{uid: ordinaryUser}, role); got != "403" {
+		t.Fatal(got)
+	}
+
+	now := write(rule, fmt.Sprintf(text, "two"))
+	d := h.found("configuration-changed", says(rule+" has changed"))
+	if d.At("imdsgate.file.path") != rule || d.At("imdsgate.file.sha256") != now || d.At("imdsgate.file.loaded_sha256") != loaded ||
+		d.At("imdsgate.file.uid") != "0" || d.At("imdsgate.file.owner") != "root" || d.At("imdsgate.file.mode") != "0644" || d.At("imdsgate.file.modified") == nil {
+		t.Errorf("%v", d)
+	}
+	added := filepath.Join(rules, "added.toml")
+	write(added, fmt.Sprintf(text, "added"))
+	h.found("configuration-changed", says(added+" is new"))
+	if err := h.Write("mode: audit\n"); err != nil {
+		t.Fatal(err)
+	}
+	h.found("configuration-changed", says(h.Config+" has changed"))
+	if got := h.curl(client{uid: ordinaryUser}, role); got != "403" {
+		t.Errorf("what is not loaded is in force: %s", got)
+	}
+	out, _ := h.imdsgate("status")
+	for _, want := range []string{"! " + rule + " is not what is in force", "! " + added, "! " + h.Config} {
+		if !strings.Contains(out, want) {
+			t.Errorf("status does not say %q:\n%s", want, out)
+		}
+	}
+	os.Remove(added)
+	write(rule, fmt.Sprintf(text, "one"))
+	h.found("configuration-changed", says(rule+" is on the disk again"))
+	os.Remove(rule)
+	h.found("configuration-changed", says(rule+" is gone"))
+
+	// A package, or somebody, puts another program in its place.
+	b, err := os.ReadFile(h.gate.Daemon)
+	if err != nil {
+		t.Fatal(err)
+	}
+	next := h.gate.Daemon + ".new"
+	changed := write(next, string(b)+"x")
+	if err := os.Rename(next, h.gate.Daemon); err != nil {
+		t.Fatal(err)
+	}
+	d = h.found("program-changed", says("the program that runs is the old one"))
+	sum := sha256.Sum256(b)
+	if d.At("imdsgate.file.sha256") != changed || d.At("imdsgate.file.loaded_sha256") != hex.EncodeToString(sum[:]) {
+		t.Errorf("%v", d)
+	}
+
+	// A reload takes up what is there.
+	write(rule, fmt.Sprintf(text, "two"))
+	if err := h.Write(config); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(rule, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	if out, code := h.imdsgate("reload"); code != 0 {
+		t.Fatalf("%d: %s", code, out)
+	}
+	s, err = h.Status()
+	if err != nil || s.Policy.Digest == digest || !strings.Contains(strings.Join(s.Files.Exposed, "\n"), rule+" (uid 0, mode 0666) can be changed by others") {
+		t.Errorf("%+v, %+v, %v", s.Files, s.Policy.Digest, err)
+	}
+	for _, f := range s.Files.Changed {
+		if f.Path == rule || f.Path == h.Config {
+			t.Errorf("after the reload %s is told", f.Path)
+		}
+	}
+	activated, err := h.Await("the reload", func(d gate.Document) bool { return d.At("event.action") == "policy-activated" })
+	if err != nil || activated.At("imdsgate.policy.digest") != s.Policy.Digest {
+		t.Errorf("%v, %v", activated, err)
+	}
+}
