@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -33,7 +32,6 @@ type host struct {
 	built  gate.Binaries
 	sdk    string // a program with AWS's SDK for Go
 	socket string // of what starts jobs
-	groups []string
 }
 
 // Close is ambiguous between the lab and the daemon, and a test's cleanup does both.
@@ -70,7 +68,6 @@ func start(t *testing.T, config string) *host {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(h.removeGroups)
 	return h
 }
 
@@ -160,34 +157,11 @@ func (h *host) begin(j job) *net.UnixConn {
 	return conn
 }
 
-// group is a cgroup, which it makes first: root's own directories, as systemd's are.
+// group is a cgroup, which it makes first: root's own directories, as systemd's are. They
+// go with the lab.
 func (h *host) group(name string) (string, error) {
-	dir := h.Lab.Cgroup.Path()
-	for part := range strings.SplitSeq(strings.Trim(name, "/"), "/") {
-		dir = filepath.Join(dir, part)
-		switch err := os.Mkdir(dir, 0o755); {
-		case err == nil:
-			h.groups = append(h.groups, dir)
-		case !errors.Is(err, fs.ErrExist):
-			return "", err
-		}
-	}
-	return dir, nil
-}
-
-// removeGroups waits for those who are still in one: they have been told to end.
-func (h *host) removeGroups() {
-	for _, dir := range slices.Backward(h.groups) {
-		var err error
-		for end := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
-			if err = os.Remove(dir); err == nil || time.Now().After(end) {
-				break
-			}
-		}
-		if err != nil {
-			h.t.Error(err)
-		}
-	}
+	dir := filepath.Join(h.Lab.Cgroup.Path(), name)
+	return dir, os.MkdirAll(dir, 0o755)
 }
 
 // run runs a job to its end, and returns what it printed.
