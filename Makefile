@@ -11,7 +11,7 @@
 # make install  onto this host, make uninstall takes it off again
 
 GO := ./test/go.sh
-VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+VERSION := $(shell ./packaging/version.sh 2>/dev/null || echo unknown)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 export CGO_ENABLED := 0
 # One Go for everything below, also for what tests build.

@@ -1,6 +1,6 @@
 #!/bin/sh
-# after-remove.sh: lets systemd forget the units. With purge, which only dpkg has, the
-# configuration, the events, what the daemon has kept, and its user go, too.
+# after-remove.sh: lets systemd forget the units. With purge, which rpm does not
+# have, the configuration, the events, what the daemon has kept, and its user go, too.
 set -e
 
 case $1 in

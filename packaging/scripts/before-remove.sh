@@ -1,7 +1,7 @@
 #!/bin/sh
 # before-remove.sh: stops the daemon and takes the redirect away, while there still is the
-# program that can. dpkg calls it with remove, rpm and uninstall.sh with 0; an upgrade
-# calls it with something else, and touches nothing.
+# program that can. dpkg and uninstall.sh call it with remove, rpm with 0; an upgrade calls
+# it with something else, and touches nothing.
 set -e
 
 case $1 in

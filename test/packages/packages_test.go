@@ -219,15 +219,20 @@ func perms(t *testing.T, s string) string {
 	return fmt.Sprintf("%04o", mode)
 }
 
-// bill compares the modules of the CycloneDX document with those that go version -m reads in the program.
+// bill compares the modules of the CycloneDX document with those that go version -m reads in
+// the program. The license of each is there, too.
 func bill(t *testing.T, out string) {
 	root := t.TempDir()
 	run(t, "", nil, "dpkg-deb", "--extract", only(t, out, ".deb"), root)
+	licenses := run(t, "", nil, "gzip", "--decompress", "--stdout", filepath.Join(root, "usr/share/doc/imdsgate/third-party-licenses.gz"))
 	for _, program := range []string{"usr/sbin/imdsgated", "usr/bin/imdsgate"} {
 		want := map[string]bool{}
 		for line := range strings.Lines(run(t, "", nil, "go", "version", "-m", filepath.Join(root, program))) {
 			if f := strings.Fields(line); len(f) == 4 && f[0] == "dep" {
 				want[f[1]+" "+f[2]] = true
+				if !strings.Contains(licenses, "==== "+f[1]+" "+f[2]+": ") {
+					t.Errorf("%s is linked into %s, and comes without a license", f[1], program)
+				}
 			}
 		}
 		b, err := os.ReadFile(filepath.Join(out, fmt.Sprintf("%s-%s-linux-%s.cdx.json", filepath.Base(program), version, runtime.GOARCH)))
