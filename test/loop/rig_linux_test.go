@@ -63,7 +63,12 @@ func start(t *testing.T, config string) *host {
 	h.manage()
 	h.Daemon, err = gate.Start(h.Lab, h.built, gate.Settings{Config: strings.ReplaceAll(config, "/opt/", h.opt+"/"), Installed: true})
 	if h.Daemon != nil {
-		t.Cleanup(func() { h.Daemon.Close() })
+		t.Cleanup(func() {
+			if t.Failed() {
+				t.Logf("the daemon's log:\n%s", h.Log())
+			}
+			h.Daemon.Close()
+		})
 	}
 	if err != nil {
 		t.Fatal(err)
