@@ -19,7 +19,7 @@ func TestConfined(t *testing.T) {
 		}})
 		m.guarded(0)
 		m.event("self-test-passed")
-		if out := m.do("imdsgate", "status"); !strings.Contains(out, "redirect     "+backend+" IPv4 host, IPv4 forwarded, IPv6 host, IPv6 forwarded") {
+		if out := m.do("imdsgate", "status"); !strings.Contains(out, "redirect     "+backend+": IPv4 host, IPv4 forwarded, IPv6 host, IPv6 forwarded") {
 			t.Errorf("%s:\n%s", backend, out)
 		}
 		if out := m.do("ip", "-6", "address", "show"); !strings.Contains(out, "fd69:6d64:7367::80") {
