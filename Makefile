@@ -65,7 +65,7 @@ lint: bin/toolchain/go
 # What fills the host with descriptors and connections comes last, and alone: at
 # the lower levels others' searches go through all of them.
 unit: bin/toolchain/go
-	go test -count=1 $$(go list ./... | grep -v -e /test/attacks$$ -e /test/boot$$ -e /test/chroot$$ -e /test/load$$)
+	go test -count=1 -timeout 20m $$(go list ./... | grep -v -e /test/attacks$$ -e /test/boot$$ -e /test/chroot$$ -e /test/load$$)
 	go test -count=1 -p 1 ./test/attacks ./test/load
 	cd test/clients && go vet ./... && go build -o /dev/null ./...
 
