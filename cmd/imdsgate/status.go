@@ -229,9 +229,6 @@ func printStatus(w io.Writer, s report.Status) error {
 			}
 		}
 	}
-	for _, w := range s.Redirect.Ways {
-		row("", "%s", w)
-	}
 	for _, n := range s.Redirect.Notes {
 		row("", "%s", n)
 	}

@@ -132,7 +132,7 @@ type Redirect struct {
 	Evasions []string `json:"evasions,omitempty"`
 	// Contested says that somebody changes it again and again; "" if nobody does.
 	Contested string `json:"contested,omitempty"`
-	// Ways are how packets get from here to the service.
+	// Ways are how packets get from here to the service. A change is an event.
 	Ways    []string `json:"ways,omitempty"`
 	Notes   []string `json:"notes,omitempty"`
 	Repairs uint64   `json:"repairs"`

@@ -137,9 +137,9 @@ func TestDoctorFindsHoles(t *testing.T) {
 		past                 string // among the ways
 		not                  string // and this is not
 	}{
-		{"a rule is deleted", "redirect: {backend: legacy}\n", "iptables-legacy -t nat -F OUTPUT", []string{"redirect-changed", "got-past"}, "169.254.169.254:80 plainly", "[fd00:ec2::254]:80 plainly"},
+		{"a rule is deleted", "redirect: {backend: legacy}\n", "iptables-legacy -t nat -F OUTPUT", []string{"redirect-changed"}, "", ""}, // and repaired before it is tried
 		{"IPv6 is left out", "redirect: {endpoints: ['169.254.169.254:80']}\n", "", []string{"got-past"}, "[fd00:ec2::254]:80 plainly", "169.254.169.254:80 plainly"},
-		{"an ACCEPT comes before ours", "", "iptables -t nat -I OUTPUT 1 -d 169.254.169.254 -j ACCEPT", []string{"got-past"}, "169.254.169.254:80 plainly", "[fd00:ec2::254]:80 plainly"},
+		{"a rule keeps packets from the connection tracker", "", "iptables -t raw -I OUTPUT -d 169.254.169.254 -j NOTRACK", []string{"got-past"}, "169.254.169.254:80 plainly", "[fd00:ec2::254]:80 plainly"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			h := start(t, netlab.Options{}, c.config)
@@ -160,7 +160,7 @@ func TestDoctorFindsHoles(t *testing.T) {
 				}
 			}
 			past := e.past()
-			if !slices.ContainsFunc(past, func(w string) bool { return strings.HasPrefix(w, c.past) }) || slices.ContainsFunc(past, func(w string) bool { return strings.HasPrefix(w, c.not) }) {
+			if c.past != "" && !slices.ContainsFunc(past, func(w string) bool { return strings.HasPrefix(w, c.past) }) || c.not != "" && slices.ContainsFunc(past, func(w string) bool { return strings.HasPrefix(w, c.not) }) {
 				t.Errorf("got past: %v", past)
 			}
 			if e.code != 1 {

@@ -591,7 +591,7 @@ func TestStartRefused(t *testing.T) {
 		code         int
 		says         []string
 	}{
-		{"unknown key", "mdoe: enforce\n", nil, 78, []string{"config.yaml:9:1: ", "mdoe", "^"}},
+		{"unknown key", "mdoe: enforce\n", nil, 78, []string{"config.yaml:10:1: ", "mdoe", "^"}},
 		{"repeated key", "mode: audit\nmode: enforce\n", nil, 78, []string{"mode", "^"}},
 		{"unknown mode", "mode: block\n", nil, 78, []string{"block", "audit, enforce, off"}},
 		{"a grant by executable alone", "grants: [{name: x, executable: /bin/x, owner: o, reason: r}]\n", nil, 78, []string{"LD_PRELOAD"}},

@@ -10,7 +10,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/test/gate"
@@ -73,21 +72,6 @@ func TestStatus(t *testing.T) {
 			h := start(t, netlab.Options{}, "mode: off\n")
 			h.logged("serving")
 			return h
-		}, 0},
-		// The legacy back end tells nobody of changes, so that the next look is in 15 seconds.
-		{"removed-by-hand", 1, func(t *testing.T) *host {
-			h := start(t, netlab.Options{}, "mode: enforce\nredirect: {backend: legacy}\n")
-			h.logged("serving")
-			for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
-				if err := h.Instance.Do(func() error { return exec.Command("iptables-legacy", "-t", "nat", "-F", "OUTPUT").Run() }); err != nil {
-					t.Fatal(err)
-				}
-				if s, err := h.Status(); err == nil && !s.Redirect.Installed {
-					return h // the first look, which repaired it, is over
-				}
-			}
-			t.Fatal("what is removed is there all the same")
-			return nil
 		}, 0},
 		{"foreign-rule", 1, func(t *testing.T) *host {
 			h := start(t, netlab.Options{}, "mode: enforce\n")

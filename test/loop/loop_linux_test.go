@@ -246,7 +246,7 @@ func TestLoop(t *testing.T) {
 	thieves := h.thieves(agent)
 
 	// Audit mode: everybody gets what he asks for.
-	h.says(0, []string{"watching", "mode", "audit, posture strict"}, "status")
+	h.says(0, []string{"watching", "audit mode", "posture strict"}, "status")
 	const rounds = 2
 	for range rounds {
 		for _, c := range clients {
