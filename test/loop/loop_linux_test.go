@@ -334,7 +334,7 @@ func TestLoop(t *testing.T) {
 			t.Errorf("refused: %v", d)
 		}
 	}
-	h.says(0, []string{"on: requests are attributed, judged and blocked"}, "status")
+	h.says(0, []string{"protected: enforce mode"}, "status")
 }
 
 // proposed looks at what tune proposes: a grant for each client that has none, with its
