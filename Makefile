@@ -50,7 +50,7 @@ test-clients: deps bin/toolchain/go
 	@mkdir -p docs
 	go run ./test/compat --doc docs/clients.md bin/clients
 
-test: deps build lint unit race fuzz boot
+test: deps build lint unit race fuzz
 
 lint: bin/toolchain/go
 	test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -d $$(git ls-files '*.go'); exit 1; }

@@ -287,7 +287,7 @@ func TestDrainAndReload(t *testing.T) {
 		t.Errorf("a wrong configuration is taken: %s", out)
 	}
 	edit(config("enforce"))
-	if out := m.do("imdsgate", "status"); !strings.Contains(out, "enforce, posture strict") || m.daemon() != pid {
+	if out := m.do("imdsgate", "status"); !strings.Contains(out, "enforce mode") || !strings.Contains(out, "posture strict") || m.daemon() != pid {
 		t.Errorf("after a wrong one:\n%s", out)
 	}
 	m.do("systemctl", "reload", "imdsgated.service")
