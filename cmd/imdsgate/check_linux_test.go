@@ -6,14 +6,14 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/imdsgate/imdsgate/test/lab/labtest"
 )
 
 // hostImage is the root of a host with a program of root's, and others.
 func hostImage(t *testing.T) (root string) {
 	t.Helper()
-	if os.Getuid() != 0 {
-		t.Skip("files of root's can be made by root alone")
-	}
+	labtest.RequireRoot(t)
 	root = t.TempDir()
 	for _, f := range []struct {
 		path  string
