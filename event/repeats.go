@@ -39,8 +39,10 @@ func isSingle(name string) bool { return slices.Contains(single, name) }
 // AppendLikeness appends what the decision on a request has in common with those on requests
 // that are its repeats: the document, without what is new in each. Requests that differ in
 // who asked for what, how it was found out, what was decided and why, or in the answer, have
-// different ones.
-func (e *Event) AppendLikeness(b []byte) []byte {
+// different ones. It reports false where the document lacks the end of a text, in which
+// a request could differ from others unseen.
+func (e *Event) AppendLikeness(b []byte) (_ []byte, whole bool) {
 	v := View{Event: e, Document: RequestDecision, Subject: e.subject(), likeness: true}
-	return v.AppendJSON(b)
+	b, lost := v.appendRows(append(b, '{'), rows[v.Document], 0)
+	return append(b, '}'), lost&cut == 0
 }

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"slices"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 )
@@ -17,8 +18,9 @@ func TestLikeness(t *testing.T) {
 	if err := json.Unmarshal(line(decisionOf(e)), &doc); err != nil {
 		t.Fatal(err)
 	}
-	if err := json.Unmarshal(e.AppendLikeness(nil), &like); err != nil {
-		t.Fatal(err)
+	text, whole := e.AppendLikeness(nil)
+	if err := json.Unmarshal(text, &like); err != nil || !whole {
+		t.Fatal(whole, err)
 	}
 	both := 0
 	for i := range Fields {
@@ -44,6 +46,18 @@ func TestLikeness(t *testing.T) {
 	for _, name := range single {
 		if _, ok := Lookup(name); !ok {
 			t.Errorf("there is no field %s", name)
+		}
+	}
+}
+
+// TestLikenessOfLongText has two requests differ in what a document has no room for: a
+// client must not hide one behind the other.
+func TestLikenessOfLongText(t *testing.T) {
+	for _, end := range []string{"a", "b"} {
+		e := full()
+		e.Request.Path = "/latest/meta-data/" + strings.Repeat("x", maxText) + end
+		if _, whole := e.AppendLikeness(nil); whole {
+			t.Error("a path that is cut is taken for one that others can be like")
 		}
 	}
 }

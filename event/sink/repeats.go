@@ -83,8 +83,8 @@ func (r *repeats) of(e *event.Event) (l likeness, ok bool) {
 	if r.window == 0 || !plain(e) {
 		return l, false
 	}
-	r.text = e.AppendLikeness(r.text[:0])
-	return sha256.Sum256(r.text), true
+	r.text, ok = e.AppendLikeness(r.text[:0])
+	return sha256.Sum256(r.text), ok
 }
 
 // count counts an event, if one like it was written in a window that is not over.
