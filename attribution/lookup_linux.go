@@ -314,7 +314,8 @@ func (l *Lookup) Changed() bool {
 
 // conclude answers with what a search of the host has found. It wants another one
 // if a holder ended before it was read: it may have passed the socket on to a
-// child that the search did not see with it.
+// child that the search did not see with it. Likewise if the only one that was known
+// could not be read again: it may have been in the middle of an execve.
 func (l *Lookup) conclude(ctx context.Context, result *scanResult, begin time.Time) (o Owner, again bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -326,7 +327,7 @@ func (l *Lookup) conclude(ctx context.Context, result *scanResult, begin time.Ti
 	l.check()
 	l.took += time.Since(begin)
 	o = l.owner(result, Late)
-	return o, o.Reason == Churn
+	return o, o.Reason == Churn || o.Reason == NoHolder && slices.ContainsFunc(l.subjects, func(s *subject) bool { return s.lost })
 }
 
 // wanted is the socket to search for. settled says that no search can change the

@@ -315,9 +315,17 @@ func TestDiskFullOfOthers(t *testing.T) {
 	os.Remove(ballast)
 	f.Record(started(1000))
 	f.Close()
-	all := lines(t, path) // all of them whole
-	if len(all) != 2 || all[0].Message != "number 1000" || all[1].Imdsgate.Suppressed != 40 || !strings.Contains(all[1].Message, "the disk did not take them") {
-		t.Errorf("%+v; %+v", all, f.Stats())
+	there, missing := 0, int64(0)
+	for _, l := range lines(t, path) { // all of them whole
+		switch {
+		case l.Event.Action == "events-suppressed" && strings.Contains(l.Message, "the disk did not take them"):
+			missing += l.Imdsgate.Suppressed
+		default: // number 1000, and perhaps one that waited while telling of the others failed
+			there++
+		}
+	}
+	if there == 0 || missing < 30 || there+int(missing) != 41 {
+		t.Errorf("%d are there, %d are told missing; %+v", there, missing, f.Stats())
 	}
 }
 
