@@ -57,7 +57,8 @@ type Redirect struct {
 // Report is what was found and done.
 type Report struct {
 	Backend  Backend
-	Version  string // of its commands
+	Version  string    // of its commands
+	Others   []Backend // that somebody's rules are in, too
 	Families []FamilyReport
 
 	// Locks are why hooks are not taken: those are missing in Families. A command that installs exits 1 if there are any.
@@ -252,6 +253,9 @@ func (r *Redirect) read(ctx context.Context, families []Family, s *survey) (fore
 			foreign[f] = append(foreign[f], have.judged(t.store())...)
 			tracked = tracked || have.tracks()
 			installed = installed || !have.installed(f).empty()
+			if t != r.use && have.foreign() && !slices.Contains(s.report.Others, t.backend) {
+				s.report.Others = append(s.report.Others, t.backend)
+			}
 		}
 	}
 	native, err := readNative(ctx, searchPath())

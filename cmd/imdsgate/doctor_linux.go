@@ -86,6 +86,10 @@ func (d *diagnosis) ofRules(ctx context.Context, rules iptables.Config, running 
 	for _, w := range found.Warnings {
 		d.find("rules-doubtful", doubtful, w, "read the rule: can it concern packets to the metadata service, or to the daemon's ports?")
 	}
+	for _, other := range found.Others {
+		d.find("two-backends", doubtful, fmt.Sprintf("rules are in iptables-%s, where ours are, and in iptables-%s: both are in force, and whoever lists or flushes the ones leaves out the others", found.Backend, other),
+			"let every tool of the host write to one: update-alternatives --config iptables, redirect.backend, and for docker and firewalld their own setting")
+	}
 	for _, f := range found.Families {
 		if f.Skipped != "" {
 			d.find("family-skipped", notable, fmt.Sprintf("%s: %s", f.Family, f.Skipped), "")

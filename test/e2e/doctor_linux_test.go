@@ -170,6 +170,24 @@ func TestDoctorFindsHoles(t *testing.T) {
 	}
 }
 
+// Rules in both back ends are told of, and rules in one are not.
+func TestDoctorTwoBackends(t *testing.T) {
+	t.Parallel()
+	h := start(t, netlab.Options{}, "redirect: {backend: nft}\n")
+	h.t = t
+	if e := h.doctor("--preflight"); e.has("two-backends") {
+		t.Errorf("before there are any: %s", e.text)
+	}
+	if err := h.Instance.Do(func() error {
+		return exec.Command("iptables-legacy", "-A", "INPUT", "-p", "tcp", "--dport", "9", "-j", "ACCEPT").Run()
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if e := h.doctor("--preflight"); !e.has("two-backends") {
+		t.Errorf("%s", e.text)
+	}
+}
+
 // Without a daemon it says so, and with --preflight it tries nothing.
 func TestDoctorWithoutDaemon(t *testing.T) {
 	t.Parallel()
