@@ -99,10 +99,10 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	}
 	d.host.Layout = c.Events.Layout
 	if err := os.MkdirAll(filepath.Dir(c.Events.Path), 0o750); err != nil {
-		return fmt.Errorf("make the directory of the event file: %w", err)
+		return fmt.Errorf("make the directory of the event file: %w", readOnly(err))
 	}
 	if d.spool, err = sink.Open(c.Events, d.host); err != nil {
-		return err
+		return readOnly(err)
 	}
 	defer func() { err = errors.Join(err, d.spool.Close()) }()
 
@@ -209,6 +209,14 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 		return context.Cause(ctx)
 	}
 	return nil
+}
+
+// readOnly says what to do about a file that cannot be written where it is configured.
+func readOnly(err error) error {
+	if errors.Is(err, unix.EROFS) {
+		err = fmt.Errorf("%w: add its directory to the unit, which may write nowhere else: systemctl edit imdsgated, [Service], ReadWritePaths=", err)
+	}
+	return err
 }
 
 // keptTerms says whether what rules have seen outlives a restart. Without that they go

@@ -18,6 +18,7 @@ import (
 	"github.com/imdsgate/imdsgate/test/gate"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
 	"github.com/imdsgate/imdsgate/test/shared"
+	"golang.org/x/sys/unix"
 )
 
 // What `make demo` shows is true, line by line.
@@ -621,6 +622,22 @@ func TestStartRefused(t *testing.T) {
 			}
 		})
 	}
+	t.Run("events where its unit may not write", func(t *testing.T) {
+		d, err := gate.Start(h.Lab, h.gate, gate.Settings{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer d.Close()
+		d.Stop()
+		if err := unix.Mount("tmpfs", filepath.Dir(d.Events), "tmpfs", unix.MS_RDONLY, ""); err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Unmount(filepath.Dir(d.Events), unix.MNT_DETACH)
+		again, err := gate.Start(h.Lab, h.gate, gate.Settings{Dir: d.Dir})
+		if err == nil || !strings.Contains(again.Log(), d.Events) || !strings.Contains(again.Log(), "ReadWritePaths=") {
+			t.Errorf("%v", err)
+		}
+	})
 	t.Run("as root", func(t *testing.T) {
 		out, code := h.run(client{args: []string{h.gate.Daemon}})
 		if code != 77 || !strings.Contains(out, "imdsgated.service") {
