@@ -192,6 +192,7 @@ const pfKthread = 0x00200000 // PF_KTHREAD, include/linux/sched.h
 var errStat = errors.New("not the format of proc_pid_stat(5)")
 
 func parseStat(b []byte) (stat, error) {
+	space := []byte{' '}
 	open, end := bytes.IndexByte(b, '('), bytes.LastIndexByte(b, ')')
 	if open < 0 || end < open {
 		return stat{}, errStat
@@ -210,16 +211,9 @@ func parseStat(b []byte) (stat, error) {
 		}
 		return n
 	}
-	for rest := b[end+1:]; len(rest) > 0; {
-		rest = bytes.TrimLeft(rest, " \n")
-		if len(rest) == 0 {
-			break
-		}
-		var f []byte
-		if i := bytes.IndexAny(rest, " \n"); i >= 0 {
-			f, rest = rest[:i], rest[i:]
-		} else {
-			f, rest = rest, nil
+	for f, rest := []byte(nil), bytes.TrimRight(b[end+1:], "\n"); len(rest) > 0; {
+		if f, rest, _ = bytes.Cut(rest, space); len(f) == 0 {
+			continue
 		}
 		field++
 		switch field {

@@ -288,3 +288,25 @@ func TestSecretPath(t *testing.T) {
 		}
 	}
 }
+
+// Times have the form that package time gives them, and every time is one that JSON can hold.
+func TestTimes(t *testing.T) {
+	for _, at := range []time.Time{
+		time.Date(2026, 2, 3, 4, 5, 6, 7, time.UTC), time.Date(1999, 12, 31, 23, 59, 59, 999_999_999, time.UTC),
+		time.Date(2026, 11, 26, 1, 2, 3, 1_000_000, time.FixedZone("", 3600)), {}, time.Unix(0, 0), time.Unix(253402300799, 0),
+	} {
+		at = at.UTC()
+		if got, want := string(appendTime(nil, at, true)), at.Format(`"2006-01-02T15:04:05.000000000Z"`); got != want {
+			t.Errorf("%s, want %s", got, want)
+		}
+		if got, want := string(appendTime(nil, at, false)), at.Format(`"2006-01-02T15:04:05.000Z"`); got != want {
+			t.Errorf("%s, want %s", got, want)
+		}
+	}
+	for _, at := range []time.Time{time.Unix(1<<40, 0).UTC(), time.Unix(-1<<40, 0).UTC()} {
+		var back time.Time
+		if got := appendTime(nil, at, true); json.Unmarshal(got, &back) != nil {
+			t.Errorf("%s is no time of JSON", got)
+		}
+	}
+}

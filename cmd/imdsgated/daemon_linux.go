@@ -11,7 +11,6 @@ import (
 	"os/signal"
 	"os/user"
 	"path/filepath"
-	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
@@ -196,7 +195,9 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 		background.Go(func() { d.passToJournal(ctx, filepath.Join(filepath.Dir(c.FirstSeen.Path), "journal-cursor")) })
 	}
 
-	debug.FreeOSMemory() // what reading rules and finding out the levels took is not needed again
+	if err := freeStart(); err != nil {
+		d.log.Debug().Err(err).Msg("memory that only the start has needed is kept")
+	}
 	sd.SdNotify(false, sd.SdNotifyReady)
 	d.log.Info().Str("version", version).Stringer("mode", d.engine.Mode()).Int("rules", len(p.Rules())).Int("grants", len(p.Grants())).
 		Stringer("attribution", d.finder.Level()).Str("events", c.Events.Path).Msg("serving")

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"syscall"
 	"time"
 )
@@ -107,11 +108,12 @@ func (w *writer) write(line []byte) error {
 		w.failed.Add(1)
 		return err
 	}
-	if len(w.buf) > 0 && len(w.buf)+len(line) > bufferSize {
+	if len(w.buf) > 0 && len(w.buf)+len(line) > pieceSize {
 		if err := w.flush(); err != nil {
 			w.failed.Add(1)
 			return err
 		}
+		runtime.Gosched()
 	}
 	size := w.good + int64(len(w.buf))
 	if size > 0 && (size+int64(len(line)) > w.maxSize || w.maxAge > 0 && time.Since(w.began) > w.maxAge) {

@@ -6,6 +6,10 @@
 // client in all of them. A child of it is the metadata service, of all of them too, so that its work is nobody's but
 // its own.
 //
+// Each server has a session of its own, as a service manager gives it, and with it its share of the processors: the kernel
+// divides them between sessions (autogroup in sched(7)). In one session each thread would have a share, and he who has
+// more threads more of them.
+//
 // Absolute numbers belong to the machine; what can be compared elsewhere are the ratios inside one run. That is why
 // short blocks of requests alternate between the targets, and why each ratio is taken within a round and then the
 // median of the rounds.

@@ -145,6 +145,7 @@ func startProcess(lab *netlab.Lab, path string, args ...string) (*process, error
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{
 		Credential: &syscall.Credential{Uid: peerUID, Gid: peerUID},
 		Pdeathsig:  unix.SIGTERM, // with SIGKILL nginx leaves its workers
+		Setsid:     true,         // as a service manager does, and gate.Start
 	}
 	if err := lab.Instance.Start(p.cmd); err != nil {
 		cancel()

@@ -36,7 +36,7 @@ func startUpstream(listeners []net.Listener) (*upstream, error) {
 		u.cmd.ExtraFiles = append(u.cmd.ExtraFiles, f)
 	}
 	u.cmd.Stderr = os.Stderr
-	u.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
+	u.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL, Setsid: true}
 	out, err := u.cmd.StdoutPipe()
 	if err != nil {
 		return nil, err

@@ -165,6 +165,8 @@ func Start(lab *netlab.Lab, b Binaries, s Settings) (*Daemon, error) {
 	} else {
 		d.cmd = command(s, "", b, append([]string{"--config", d.Config}, s.Args...)...)
 	}
+	// As a service manager does: processors are divided between sessions (autogroup in sched(7)).
+	d.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	d.cmd.Env = append(os.Environ(), s.Env...)
 	if s.Lacks != attribution.Level1 {
 		connector, err := netlab.ProcConnector()
