@@ -48,6 +48,7 @@ type Reader struct {
 	exchanges memo[exchange]
 	requests  memo[askedFor]
 	endpoints memo[netip.AddrPort]
+	known     knowledge
 	key       []byte
 	reading   reading
 	first     subjectParts
@@ -93,7 +94,6 @@ type reading struct {
 	*Reader
 	*Record
 	dataset, module, namespace []byte
-	started                    []byte // event.start
 	agent, host                part
 	rule                       []byte
 	roles, matched             []byte
@@ -104,6 +104,9 @@ type reading struct {
 	subjects                   int
 	truncated                  bool
 	has                        has
+
+	news      news
+	novelties []novelty
 }
 
 // has are the fields that were there, of those without which nothing can be judged.
@@ -123,24 +126,32 @@ var needed = [...]string{"@timestamp", "imdsgate.request.guarded", "imdsgate.ver
 // subjects and roles are used again. The error says what is wrong with the line: it is
 // ErrForeign where that is somebody else's. The line may be written over afterwards.
 func (r *Reader) Read(line []byte, to *Record) error {
+	if r.recognise(line, to) {
+		return nil
+	}
 	r.scanner = scanner{text: line}
 	r.first, r.others = subjectParts{}, r.others[:0]
 	*to = Record{Event: Event{Subjects: to.Event.Subjects[:0], Roles: to.Event.Roles[:0]}}
 	d := &r.reading
-	*d = reading{Reader: r, Record: to}
+	*d = reading{Reader: r, Record: to, novelties: d.novelties[:0]}
 	d.line()
 	d.end()
 	if d.err != nil {
 		return d.err
 	}
-	return d.finish()
+	if err := d.finish(); err != nil {
+		return err
+	}
+	r.remember(line)
+	d.news.tell(to)
+	return nil
 }
 
 func (d *reading) line() {
 	for more := d.begin('{', '}'); more; more = d.more('}') {
 		switch string(d.name()) {
 		case "@timestamp":
-			d.Event.Time = d.time()
+			d.novel(novelTime)
 			d.has |= hasTime
 		case "agent":
 			d.agent = d.part(0, beginning)
@@ -162,7 +173,7 @@ func (d *reading) line() {
 		case "destination":
 			d.Event.Connection.Destination = recall(d, d.endpoints, beginning, (*reading).endpoint)
 		case "source":
-			d.Event.Connection.Source = d.endpoint()
+			d.source()
 		case "event":
 			d.ofEvent()
 		case "http":
@@ -206,12 +217,12 @@ func (d *reading) ofEvent() {
 			if set := d.string(); d.dataset == nil {
 				d.dataset = set
 			}
+		case "created":
+			d.novel(novelCreated)
 		case "duration":
-			d.Duration = time.Duration(d.int())
-		case "start":
-			d.started = d.string()
+			d.novel(novelDuration)
 		case "id":
-			d.ID = string(d.string())
+			d.novel(novelID)
 		case "module":
 			d.module = d.string()
 		case "reason":
@@ -219,9 +230,11 @@ func (d *reading) ofEvent() {
 		case "risk_score":
 			d.risk = d.int()
 		case "sequence":
-			d.Sequence = uint64(d.int())
+			d.novel(novelSequence)
 		case "severity":
 			d.severity = d.int()
+		case "start":
+			d.novel(novelStart)
 		default:
 			d.skip()
 		}
@@ -304,7 +317,7 @@ func (d *reading) own() {
 				case "access_key_id":
 					d.Response.AccessKeyID = d.text(0)
 				case "expiration":
-					d.Response.Expiration = d.time()
+					d.novel(novelExpiration)
 				default:
 					d.skip()
 				}
@@ -422,9 +435,9 @@ func (d *reading) attribution() {
 		case "confidence":
 			a.Confidence = d.text(0)
 		case "cookie":
-			a.Cookie = uint64(d.int())
+			d.novel(novelCookie)
 		case "latency_us":
-			a.Took = time.Duration(d.int()) * time.Microsecond
+			d.novel(novelLatency)
 		case "level":
 			a.Level = d.text(0)
 		case "reason":
@@ -489,9 +502,9 @@ func (d *reading) token(of *subjectParts) {
 	for more := d.begin('{', '}'); more; more = d.more('}') {
 		switch string(d.name()) {
 		case "expires":
-			d.Event.Token.Expires = d.time()
+			d.novel(novelExpires)
 		case "issued":
-			d.Event.Token.Issued = d.time()
+			d.novel(novelIssued)
 		case "issuer":
 			of.issuer = d.raw()
 		case "scope":
@@ -566,8 +579,8 @@ func (d *reading) finish() error {
 		}
 	}
 	if r := &d.Event.Repeats; r.Requests > 0 {
-		if r.First, err = time.Parse(time.RFC3339, string(d.started)); err != nil {
-			return fmt.Errorf("event.start: %.40q is no time as RFC 3339 has it", d.started)
+		if r.First, err = time.Parse(time.RFC3339, string(d.news.start)); err != nil {
+			return fmt.Errorf("event.start: %.40q is no time as RFC 3339 has it", d.news.start)
 		}
 	}
 	d.Decision.Mode = d.kept(d.mode)
@@ -755,26 +768,53 @@ func (s *scanner) time() time.Time {
 	return t
 }
 
-func (d *reading) endpoint() netip.AddrPort {
+// source reads the client's end of the connection, of which the port is told apart.
+func (d *reading) source() {
 	var ip netip.Addr
-	var port int64
 	for more := d.begin('{', '}'); more; more = d.more('}') {
 		switch string(d.name()) {
 		case "ip":
-			text := d.text(0)
-			var err error
-			if ip, err = netip.ParseAddr(text); err != nil && text != "invalid IP" && d.err == nil {
-				d.fail("%.60q is no address", text)
-			}
+			ip = d.address()
 		case "port":
-			if port = d.int(); port < 0 || port > 1<<16-1 {
-				d.fail("%d is no port", port)
-			}
+			d.novel(novelPort)
 		default:
 			d.skip()
 		}
 	}
-	return netip.AddrPortFrom(ip, uint16(port))
+	d.Event.Connection.Source = netip.AddrPortFrom(ip, 0)
+}
+
+func (d *reading) address() netip.Addr {
+	text := d.text(0)
+	ip, err := netip.ParseAddr(text)
+	if err != nil && text != "invalid IP" && d.err == nil {
+		d.fail("%.60q is no address", text)
+	}
+	return ip
+}
+
+func (d *reading) port() uint16 {
+	port := d.int()
+	if port < 0 || port > 1<<16-1 {
+		d.fail("%d is no port", port)
+	}
+	return uint16(port)
+}
+
+func (d *reading) endpoint() netip.AddrPort {
+	var ip netip.Addr
+	var port uint16
+	for more := d.begin('{', '}'); more; more = d.more('}') {
+		switch string(d.name()) {
+		case "ip":
+			ip = d.address()
+		case "port":
+			port = d.port()
+		default:
+			d.skip()
+		}
+	}
+	return netip.AddrPortFrom(ip, port)
 }
 
 func (d *reading) ofHost() (*Host, error) {
