@@ -110,6 +110,11 @@ func (d *reading) value(of novel) {
 type knowledge struct {
 	root node
 	size int
+	// Where the line that was read last is none of them: in this node, whose text begins
+	// there in the line, behind so many blanks.
+	parted *node
+	at     int
+	filled int
 }
 
 const (
@@ -121,6 +126,7 @@ const (
 	// a dozen.
 	longestKnown, mostNovelties = 16 << 10, 32
 	nodeCost, recordCost        = 128, 1 << 10
+	stride                      = 32 // bytes that are compared at once
 )
 
 // node is a text that stands in documents, with what may come behind it: a blank, other
@@ -136,13 +142,14 @@ type node struct {
 
 // recognise reads a line that is a known document.
 func (r *Reader) recognise(line []byte, to *Record) bool {
-	d := &r.reading
+	d, k := &r.reading, &r.known
 	d.Reader, d.news = r, news{}
 	r.scanner = scanner{text: line}
-	n, at := &r.known.root, 0
+	k.parted, k.at, k.filled = &k.root, 0, 0
 	for {
-		end := at + len(n.text)
-		if end > len(line) || string(line[at:end]) != n.text {
+		n := k.parted
+		end := k.at + len(n.text)
+		if end > len(line) || string(line[k.at:end]) != n.text {
 			return false
 		}
 		if end == len(line) {
@@ -153,21 +160,23 @@ func (r *Reader) recognise(line []byte, to *Record) bool {
 			if d.value(n.blank); d.err != nil {
 				return false // which is told by who reads the whole
 			}
-			n, at = n.after, r.at
+			k.parted, k.at = n.after, r.at
+			k.filled++
 			continue
 		}
 		i := bytes.IndexByte(n.first, line[end])
 		if i < 0 {
 			return false
 		}
-		n, at = n.below[i], end
+		k.parted, k.at = n.below[i], end
 	}
-	if n.known == nil {
+	known := k.parted.known
+	if known == nil {
 		return false
 	}
 	subjects, roles := to.Event.Subjects[:0], to.Event.Roles[:0]
-	*to = *n.known
-	to.Event.Subjects, to.Event.Roles = append(subjects, to.Event.Subjects...), append(roles, to.Event.Roles...)
+	*to = *known
+	to.Event.Subjects, to.Event.Roles = append(subjects, known.Event.Subjects...), append(roles, known.Event.Roles...)
 	d.news.tell(to)
 	return true
 }
@@ -179,64 +188,50 @@ func (r *Reader) remember(line []byte) {
 	if d.Document == ProcessStart || d.Event.Repeats.Requests > 0 || len(line) > longestKnown || len(d.novelties) > mostNovelties {
 		return
 	}
-	record := *d.Record
-	record.Event.Subjects, record.Event.Roles = slices.Clone(record.Event.Subjects), slices.Clone(record.Event.Roles)
 	if k.size > maxKnown {
 		*k = knowledge{}
+		k.parted = &k.root
 	}
+	record := *d.Record
+	record.Event.Subjects, record.Event.Roles = slices.Clone(record.Event.Subjects), slices.Clone(record.Event.Roles)
 	k.add(line, d.novelties, &record)
 }
 
+// add adds a document to the tree, from where it is none of the known ones.
 func (k *knowledge) add(line []byte, novelties []novelty, record *Record) {
-	k.size += recordCost
-	var rest string // of the line, from where it is none of the known ones
-	at := 0
-	grow := func(end int) *node {
-		if rest == "" {
-			rest = string(line[at:])
-			k.size += len(rest)
-		}
-		k.size += nodeCost
-		from := len(rest) - (len(line) - at)
-		return &node{text: rest[from : from+end-at]}
-	}
-	for n := &k.root; ; {
-		end := len(line)
+	n, at := k.parted, k.at
+	novelties = novelties[k.filled:]
+	end := func() int {
 		if len(novelties) > 0 {
-			end = novelties[0].start
+			return novelties[0].start
 		}
-		common := 0
-		for common < min(len(n.text), end-at) && n.text[common] == line[at+common] {
-			common++
-		}
-		if common < len(n.text) {
-			k.size += nodeCost
-			behind := *n
-			behind.text = n.text[common:]
-			*n = node{text: n.text[:common], first: []byte{behind.text[0]}, below: []*node{&behind}}
-		}
-		at += common
-		switch {
-		case at < end:
-			i := bytes.IndexByte(n.first, line[at])
-			if i < 0 {
-				i = len(n.below)
-				n.first, n.below = append(n.first, line[at]), append(n.below, grow(end))
-			}
-			n = n.below[i]
-		case len(novelties) == 0:
-			n.known = record
-			return
-		default:
-			n.blank, at, novelties = novelties[0].field, novelties[0].end, novelties[1:]
-			if n.after == nil {
-				end := len(line)
-				if len(novelties) > 0 {
-					end = novelties[0].start
-				}
-				n.after = grow(end)
-			}
-			n = n.after
-		}
+		return len(line)
 	}
+	common, most := 0, min(len(n.text), end()-at)
+	for common+stride <= most && n.text[common:common+stride] == string(line[at+common:at+common+stride]) {
+		common += stride
+	}
+	for common < most && n.text[common] == line[at+common] {
+		common++
+	}
+	if common < len(n.text) {
+		behind := *n
+		behind.text = n.text[common:]
+		*n = node{text: n.text[:common], first: []byte{behind.text[0]}, below: []*node{&behind}}
+	}
+	at += common
+	from, rest := at, string(line[at:])
+	chain := make([]node, 1+len(novelties))
+	k.size += recordCost + len(rest) + (2+len(chain))*nodeCost
+	for at < end() || len(novelties) > 0 {
+		grown := &chain[0]
+		if at < end() {
+			n.first, n.below = append(n.first, line[at]), append(n.below, grown)
+		} else {
+			n.blank, n.after, at, novelties = novelties[0].field, grown, novelties[0].end, novelties[1:]
+		}
+		grown.text = rest[at-from : end()-from]
+		n, chain, at = grown, chain[1:], end()
+	}
+	n.known = record
 }
