@@ -64,11 +64,11 @@ type novelty struct {
 
 // novel reads a field that is new in each document.
 func (d *reading) novel(field novel) {
-	first := d.next()
-	start := d.at
+	first := d.Next()
+	start := d.At
 	d.value(field)
 	if mayBeNovel(first) {
-		d.novelties = append(d.novelties, novelty{start, d.at, field})
+		d.novelties = append(d.novelties, novelty{start, d.At, field})
 	}
 }
 
@@ -82,23 +82,23 @@ func (d *reading) value(of novel) {
 	case novelTime:
 		n.at = d.time()
 	case novelCreated:
-		d.skip()
+		d.Skip()
 	case novelDuration:
-		n.duration = d.int()
+		n.duration = d.Int()
 	case novelID:
-		n.id = d.string()
+		n.id = d.Text()
 	case novelSequence:
-		n.sequence = uint64(d.int())
+		n.sequence = uint64(d.Int())
 	case novelStart:
-		n.start = d.string()
+		n.start = d.Text()
 	case novelExpiration:
 		n.expiration = d.time()
 	case novelPort:
 		n.port = d.port()
 	case novelCookie:
-		n.cookie = d.int()
+		n.cookie = d.Int()
 	case novelLatency:
-		n.latency = d.int()
+		n.latency = d.Int()
 	case novelExpires:
 		n.expires = d.time()
 	case novelIssued:
@@ -144,7 +144,7 @@ type node struct {
 func (r *Reader) recognise(line []byte, to *Record) bool {
 	d, k := &r.reading, &r.known
 	d.Reader, d.news = r, news{}
-	r.scanner = scanner{text: line}
+	d.scanner = scannerOf(line)
 	k.parted, k.at, k.filled = &k.root, 0, 0
 	for {
 		n := k.parted
@@ -156,11 +156,11 @@ func (r *Reader) recognise(line []byte, to *Record) bool {
 			break
 		}
 		if n.blank != nothingNovel && mayBeNovel(line[end]) {
-			r.at = end
-			if d.value(n.blank); d.err != nil {
+			d.At = end
+			if d.value(n.blank); d.Err != nil {
 				return false // which is told by who reads the whole
 			}
-			k.parted, k.at = n.after, r.at
+			k.parted, k.at = n.after, d.At
 			k.filled++
 			continue
 		}

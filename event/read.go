@@ -32,7 +32,6 @@ var ErrForeign = errors.New("no document of imdsgate: data_stream.dataset does n
 // has read last: a process is the same *Process in all events, as long as it is
 // remembered.
 type Reader struct {
-	scanner
 	texts     cache[string]
 	reasons   cache[string] // by what stands in the document
 	hosts     cache[*Host]
@@ -93,6 +92,7 @@ type issuerPart struct {
 type reading struct {
 	*Reader
 	*Record
+	scanner
 	dataset, module, namespace []byte
 	agent, host                part
 	rule                       []byte
@@ -129,15 +129,14 @@ func (r *Reader) Read(line []byte, to *Record) error {
 	if r.recognise(line, to) {
 		return nil
 	}
-	r.scanner = scanner{text: line}
 	r.first, r.others = subjectParts{}, r.others[:0]
 	*to = Record{Event: Event{Subjects: to.Event.Subjects[:0], Roles: to.Event.Roles[:0]}}
 	d := &r.reading
-	*d = reading{Reader: r, Record: to, novelties: d.novelties[:0]}
+	*d = reading{Reader: r, Record: to, scanner: scannerOf(line), novelties: d.novelties[:0]}
 	d.line()
-	d.end()
-	if d.err != nil {
-		return d.err
+	d.End()
+	if d.Err != nil {
+		return d.Err
 	}
 	if err := d.finish(); err != nil {
 		return err
@@ -148,7 +147,7 @@ func (r *Reader) Read(line []byte, to *Record) error {
 }
 
 func (d *reading) line() {
-	for more := d.begin('{', '}'); more; more = d.more('}') {
+	for more := d.Begin('{', '}'); more; more = d.More('}') {
 		switch string(d.name()) {
 		case "@timestamp":
 			d.novel(novelTime)
@@ -160,14 +159,14 @@ func (d *reading) line() {
 		case "rule":
 			d.rule = d.part(0, beginning).raw
 		case "data_stream":
-			for more := d.begin('{', '}'); more; more = d.more('}') {
+			for more := d.Begin('{', '}'); more; more = d.More('}') {
 				switch string(d.name()) {
 				case "dataset":
-					d.dataset = d.string()
+					d.dataset = d.Text()
 				case "namespace":
-					d.namespace = d.string()
+					d.namespace = d.Text()
 				default:
-					d.skip()
+					d.Skip()
 				}
 			}
 		case "destination":
@@ -187,11 +186,11 @@ func (d *reading) line() {
 			q := &d.Event.Request
 			q.Host, q.Target, q.Path = u.host, u.target, u.path
 		case "user_agent":
-			for more := d.begin('{', '}'); more; more = d.more('}') {
+			for more := d.Begin('{', '}'); more; more = d.More('}') {
 				if string(d.name()) == "original" {
 					d.Event.Request.UserAgent = d.text(GapUserAgent)
 				} else {
-					d.skip()
+					d.Skip()
 				}
 			}
 		case "container":
@@ -201,7 +200,7 @@ func (d *reading) line() {
 		case "process":
 			d.first.process = d.part(d.salt(), beginningOfProcess)
 		case "message", "related": // which are others in each document
-			d.skip()
+			d.Skip()
 		default:
 			d.part(0, beginning)
 		}
@@ -209,12 +208,12 @@ func (d *reading) line() {
 }
 
 func (d *reading) ofEvent() {
-	for more := d.begin('{', '}'); more; more = d.more('}') {
+	for more := d.Begin('{', '}'); more; more = d.More('}') {
 		switch string(d.name()) {
 		case "action":
-			d.action = d.string()
+			d.action = d.Text()
 		case "dataset":
-			if set := d.string(); d.dataset == nil {
+			if set := d.Text(); d.dataset == nil {
 				d.dataset = set
 			}
 		case "created":
@@ -224,19 +223,19 @@ func (d *reading) ofEvent() {
 		case "id":
 			d.novel(novelID)
 		case "module":
-			d.module = d.string()
+			d.module = d.Text()
 		case "reason":
 			d.Decision.Reason = d.quoting()
 		case "risk_score":
-			d.risk = d.int()
+			d.risk = d.Int()
 		case "sequence":
 			d.novel(novelSequence)
 		case "severity":
-			d.severity = d.int()
+			d.severity = d.Int()
 		case "start":
 			d.novel(novelStart)
 		default:
-			d.skip()
+			d.Skip()
 		}
 	}
 }
@@ -245,7 +244,7 @@ func (d *reading) ofEvent() {
 type ofURL struct{ host, target, path string }
 
 func (d *reading) url() (u ofURL) {
-	for more := d.begin('{', '}'); more; more = d.more('}') {
+	for more := d.Begin('{', '}'); more; more = d.More('}') {
 		switch string(d.name()) {
 		case "domain":
 			u.host = d.text(GapHost)
@@ -254,7 +253,7 @@ func (d *reading) url() (u ofURL) {
 		case "path":
 			u.path = d.text(GapPath)
 		default:
-			d.skip()
+			d.Skip()
 		}
 	}
 	return u
@@ -267,34 +266,34 @@ type exchange struct {
 }
 
 func (d *reading) exchange() (x exchange) {
-	for more := d.begin('{', '}'); more; more = d.more('}') {
+	for more := d.Begin('{', '}'); more; more = d.More('}') {
 		switch string(d.name()) {
 		case "request":
-			for more := d.begin('{', '}'); more; more = d.more('}') {
+			for more := d.Begin('{', '}'); more; more = d.More('}') {
 				switch string(d.name()) {
 				case "bytes":
-					x.asked = d.int()
+					x.asked = d.Int()
 				case "method":
 					x.method = d.text(GapMethod)
 				default:
-					d.skip()
+					d.Skip()
 				}
 			}
 		case "response":
-			for more := d.begin('{', '}'); more; more = d.more('}') {
+			for more := d.Begin('{', '}'); more; more = d.More('}') {
 				switch string(d.name()) {
 				case "bytes":
-					x.answered = d.int()
+					x.answered = d.Int()
 				case "status_code":
-					x.status = d.int()
+					x.status = d.Int()
 				default:
-					d.skip()
+					d.Skip()
 				}
 			}
 		case "version":
 			x.version = d.text(GapRequest)
 		default:
-			d.skip()
+			d.Skip()
 		}
 	}
 	return x
@@ -302,7 +301,7 @@ func (d *reading) exchange() (x exchange) {
 
 // own reads the fields that ECS has no names for.
 func (d *reading) own() {
-	for more := d.begin('{', '}'); more; more = d.more('}') {
+	for more := d.Begin('{', '}'); more; more = d.More('}') {
 		switch string(d.name()) {
 		case "ancestors":
 			d.first.ancestors = d.part(d.salt(), beginning)
@@ -312,26 +311,26 @@ func (d *reading) own() {
 			d.Decision.WouldBe = d.verdict()
 			d.has |= hasWouldBe
 		case "credential":
-			for more := d.begin('{', '}'); more; more = d.more('}') {
+			for more := d.Begin('{', '}'); more; more = d.More('}') {
 				switch string(d.name()) {
 				case "access_key_id":
 					d.Response.AccessKeyID = d.text(0)
 				case "expiration":
 					d.novel(novelExpiration)
 				default:
-					d.skip()
+					d.Skip()
 				}
 			}
 		case "executable":
 			d.first.executable = d.part(d.salt(), beginning)
 		case "forwarded":
-			d.Event.Connection.Forwarded = d.bool()
+			d.Event.Connection.Forwarded = d.Bool()
 		case "decision":
-			for more := d.begin('{', '}'); more; more = d.more('}') {
+			for more := d.Begin('{', '}'); more; more = d.More('}') {
 				if string(d.name()) == "id" {
 					d.Decision.Operator = d.text(0)
 				} else {
-					d.skip()
+					d.Skip()
 				}
 			}
 		case "deny":
@@ -339,21 +338,21 @@ func (d *reading) own() {
 		case "grant":
 			d.Decision.Grant = d.text(0)
 		case "latched":
-			d.Decision.Latched = d.bool()
+			d.Decision.Latched = d.Bool()
 		case "matched":
-			d.matched = d.raw()
+			d.matched = d.Raw()
 		case "mode":
-			d.mode = d.string()
+			d.mode = d.Text()
 		case "others":
-			for more := d.begin('[', ']'); more; more = d.more(']') {
+			for more := d.Begin('[', ']'); more; more = d.More(']') {
 				d.other()
 			}
 		case "policy":
-			for more := d.begin('{', '}'); more; more = d.more('}') {
+			for more := d.Begin('{', '}'); more; more = d.More('}') {
 				if string(d.name()) == "digest" {
-					d.policy = d.string()
+					d.policy = d.Text()
 				} else {
-					d.skip()
+					d.Skip()
 				}
 			}
 		case "process":
@@ -363,52 +362,52 @@ func (d *reading) own() {
 		case "request":
 			d.asked(recall(d, d.requests, beginning, (*reading).request))
 		case "response":
-			for more := d.begin('{', '}'); more; more = d.more('}') {
+			for more := d.Begin('{', '}'); more; more = d.More('}') {
 				if string(d.name()) == "failure" {
 					d.Response.Failed = d.text(0)
 				} else {
-					d.skip()
+					d.Skip()
 				}
 			}
 		case "subjects":
-			for more := d.begin('{', '}'); more; more = d.more('}') {
+			for more := d.Begin('{', '}'); more; more = d.More('}') {
 				switch string(d.name()) {
 				case "pid":
-					for more := d.begin('[', ']'); more; more = d.more(']') {
-						d.int()
+					for more := d.Begin('[', ']'); more; more = d.More(']') {
+						d.Int()
 						d.subjects++
 					}
 				case "role":
-					d.roles = d.raw()
+					d.roles = d.Raw()
 				default:
-					d.skip()
+					d.Skip()
 				}
 			}
 		case "token":
 			d.token(&d.first)
 		case "truncated":
-			d.truncated = d.bool()
+			d.truncated = d.Bool()
 		case "verdict":
 			d.Decision.Verdict = d.verdict()
 			d.has |= hasVerdict
 		default:
-			d.skip()
+			d.Skip()
 		}
 	}
 }
 
 func (d *reading) repeats() {
 	r := &d.Event.Repeats
-	for more := d.begin('{', '}'); more; more = d.more('}') {
+	for more := d.Begin('{', '}'); more; more = d.More('}') {
 		switch string(d.name()) {
 		case "connections":
 			r.Connections = d.count()
 		case "of":
-			r.Of = string(d.string())
+			r.Of = string(d.Text())
 		case "requests":
 			r.Requests = d.count()
 		default:
-			d.skip()
+			d.Skip()
 		}
 	}
 }
@@ -418,19 +417,19 @@ func (d *reading) repeats() {
 const maxCount = 1 << 40
 
 func (d *reading) count() int64 {
-	n := d.int()
-	if d.err == nil && (n < 0 || n > maxCount) {
-		d.fail("%d is no number of requests", n)
+	n := d.Int()
+	if d.Err == nil && (n < 0 || n > maxCount) {
+		d.Fail("%d is no number of requests", n)
 	}
 	return n
 }
 
 func (d *reading) attribution() {
 	a := &d.Event.Attribution
-	for more := d.begin('{', '}'); more; more = d.more('}') {
+	for more := d.Begin('{', '}'); more; more = d.More('}') {
 		switch string(d.name()) {
 		case "complete":
-			a.Complete = d.bool()
+			a.Complete = d.Bool()
 			d.has |= hasComplete
 		case "confidence":
 			a.Confidence = d.text(0)
@@ -443,13 +442,13 @@ func (d *reading) attribution() {
 		case "reason":
 			a.Reason = d.text(0)
 		case "unawaited":
-			a.Unawaited = d.bool()
+			a.Unawaited = d.Bool()
 		case "unreadable":
 			a.Unreadable = d.ints()
 		case "via":
 			a.Via = d.text(0)
 		default:
-			d.skip()
+			d.Skip()
 		}
 	}
 }
@@ -461,28 +460,28 @@ type askedFor struct {
 }
 
 func (d *reading) request() (q askedFor) {
-	for more := d.begin('{', '}'); more; more = d.more('}') {
+	for more := d.Begin('{', '}'); more; more = d.More('}') {
 		switch string(d.name()) {
 		case "api":
-			q.Container = string(d.string()) == "container"
+			q.Container = string(d.Text()) == "container"
 		case "class":
 			q.Class = d.text(GapRequest)
 		case "evasive":
-			q.Evasive = d.bool()
+			q.Evasive = d.Bool()
 		case "forwarded_for":
-			q.Forwarded = d.bool()
+			q.Forwarded = d.Bool()
 		case "guarded":
-			q.Guarded, q.guarded = d.bool(), true
+			q.Guarded, q.guarded = d.Bool(), true
 		case "malformed":
 			q.Malformed = d.text(GapRequest)
 		case "public_host":
-			q.HostIsOdd = d.bool()
+			q.HostIsOdd = d.Bool()
 		case "token":
-			q.Token = string(d.string()) == "present"
+			q.Token = string(d.Text()) == "present"
 		case "version":
 			q.Version = d.text(GapRequest)
 		default:
-			d.skip()
+			d.Skip()
 		}
 	}
 	return q
@@ -499,25 +498,25 @@ func (d *reading) asked(of askedFor) {
 }
 
 func (d *reading) token(of *subjectParts) {
-	for more := d.begin('{', '}'); more; more = d.more('}') {
+	for more := d.Begin('{', '}'); more; more = d.More('}') {
 		switch string(d.name()) {
 		case "expires":
 			d.novel(novelExpires)
 		case "issued":
 			d.novel(novelIssued)
 		case "issuer":
-			of.issuer = d.raw()
+			of.issuer = d.Raw()
 		case "scope":
-			of.scope = d.string()
+			of.scope = d.Text()
 		default:
-			d.skip()
+			d.Skip()
 		}
 	}
 }
 
 func (d *reading) other() {
 	var p subjectParts
-	for more := d.begin('{', '}'); more; more = d.more('}') {
+	for more := d.Begin('{', '}'); more; more = d.More('}') {
 		switch string(d.name()) {
 		case "container":
 			p.container = d.part(d.salt(), beginning)
@@ -526,7 +525,7 @@ func (d *reading) other() {
 		case "process":
 			p.process = d.part(d.salt(), beginningOfProcess)
 		case "imdsgate":
-			for more := d.begin('{', '}'); more; more = d.more('}') {
+			for more := d.Begin('{', '}'); more; more = d.More('}') {
 				switch string(d.name()) {
 				case "ancestors":
 					p.ancestors = d.part(d.salt(), beginning)
@@ -537,14 +536,14 @@ func (d *reading) other() {
 				case "token":
 					d.token(&p)
 				default:
-					d.skip()
+					d.Skip()
 				}
 			}
 		default:
-			d.skip()
+			d.Skip()
 		}
 	}
-	if d.err == nil && len(d.others) < maxTexts { // else there are more than a document has
+	if d.Err == nil && len(d.others) < maxTexts { // else there are more than a document has
 		d.others = append(d.others, p)
 	}
 }
@@ -687,15 +686,15 @@ func (d *reading) subject(of *subjectParts) error {
 }
 
 // name reads the name of a member.
-func (d *reading) name() []byte { return d.scanner.key() }
+func (d *reading) name() []byte { return d.Key() }
 
 // text reads a string that is in many documents, and notes if it is not what it was.
 func (d *reading) text(gap Gaps) string {
-	if d.null() {
+	if d.Null() {
 		return ""
 	}
-	b := d.string()
-	if d.err == nil && gap != 0 && !whole(b) {
+	b := d.Text()
+	if d.Err == nil && gap != 0 && !whole(b) {
 		d.Event.Gaps |= gap
 	}
 	return d.kept(b)
@@ -704,10 +703,10 @@ func (d *reading) text(gap Gaps) string {
 // quoting reads a string that has quotes in it, as reasons have. It is remembered as it
 // stands in the document, since they take long to be taken out.
 func (d *reading) quoting() string {
-	if d.null() {
+	if d.Null() {
 		return ""
 	}
-	quoted, escaped := d.quoted()
+	quoted, escaped := d.Quoted()
 	if !escaped {
 		if len(quoted) < 2 {
 			return ""
@@ -716,7 +715,7 @@ func (d *reading) quoting() string {
 	}
 	s, ok := d.reasons.get(quoted)
 	if !ok {
-		if s = string(d.unquote(quoted)); d.err == nil && len(quoted) <= maxKept {
+		if s = string(d.Unquote(quoted)); d.Err == nil && len(quoted) <= maxKept {
 			d.reasons.put(quoted, s)
 		}
 	}
@@ -743,27 +742,27 @@ func (r *Reader) kept(b []byte) string {
 }
 
 func (d *reading) verdict() Verdict {
-	switch string(d.string()) {
+	switch string(d.Text()) {
 	case "allow":
 	case "deny":
 		return Deny
 	default:
-		d.fail("a verdict is allow or deny")
+		d.Fail("a verdict is allow or deny")
 	}
 	return Allow
 }
 
 func (s *scanner) time() time.Time {
-	if s.null() {
+	if s.Null() {
 		return time.Time{}
 	}
-	b := s.string()
-	if s.err != nil {
+	b := s.Text()
+	if s.Err != nil {
 		return time.Time{}
 	}
 	t, err := time.Parse(time.RFC3339, string(b))
 	if err != nil {
-		s.fail("%.40q is no time as RFC 3339 has it", b)
+		s.Fail("%.40q is no time as RFC 3339 has it", b)
 	}
 	return t
 }
@@ -771,14 +770,14 @@ func (s *scanner) time() time.Time {
 // source reads the client's end of the connection, of which the port is told apart.
 func (d *reading) source() {
 	var ip netip.Addr
-	for more := d.begin('{', '}'); more; more = d.more('}') {
+	for more := d.Begin('{', '}'); more; more = d.More('}') {
 		switch string(d.name()) {
 		case "ip":
 			ip = d.address()
 		case "port":
 			d.novel(novelPort)
 		default:
-			d.skip()
+			d.Skip()
 		}
 	}
 	d.Event.Connection.Source = netip.AddrPortFrom(ip, 0)
@@ -787,16 +786,16 @@ func (d *reading) source() {
 func (d *reading) address() netip.Addr {
 	text := d.text(0)
 	ip, err := netip.ParseAddr(text)
-	if err != nil && text != "invalid IP" && d.err == nil {
-		d.fail("%.60q is no address", text)
+	if err != nil && text != "invalid IP" && d.Err == nil {
+		d.Fail("%.60q is no address", text)
 	}
 	return ip
 }
 
 func (d *reading) port() uint16 {
-	port := d.int()
+	port := d.Int()
 	if port < 0 || port > 1<<16-1 {
-		d.fail("%d is no port", port)
+		d.Fail("%d is no port", port)
 	}
 	return uint16(port)
 }
@@ -804,14 +803,14 @@ func (d *reading) port() uint16 {
 func (d *reading) endpoint() netip.AddrPort {
 	var ip netip.Addr
 	var port uint16
-	for more := d.begin('{', '}'); more; more = d.more('}') {
+	for more := d.Begin('{', '}'); more; more = d.More('}') {
 		switch string(d.name()) {
 		case "ip":
 			ip = d.address()
 		case "port":
 			port = d.port()
 		default:
-			d.skip()
+			d.Skip()
 		}
 	}
 	return netip.AddrPortFrom(ip, port)
@@ -846,7 +845,7 @@ func (d *reading) ofHost() (*Host, error) {
 
 func (d *reading) makeHost() (*Host, error) {
 	h := &Host{Namespace: string(d.namespace)}
-	s := scanner{text: d.host.raw}
+	s := scannerOf(d.host.raw)
 	s.members(func(name string) {
 		switch name {
 		case "architecture":
@@ -856,7 +855,7 @@ func (d *reading) makeHost() (*Host, error) {
 				if name == "id" {
 					h.BootID = s.copied()
 				} else {
-					s.skip()
+					s.Skip()
 				}
 			})
 		case "id":
@@ -875,14 +874,14 @@ func (d *reading) makeHost() (*Host, error) {
 				case "version":
 					h.OSVersion = s.copied()
 				default:
-					s.skip()
+					s.Skip()
 				}
 			})
 		default:
-			s.skip()
+			s.Skip()
 		}
 	})
-	a := scanner{text: d.agent.raw}
+	a := scannerOf(d.agent.raw)
 	a.members(func(name string) {
 		switch name {
 		case "id":
@@ -890,10 +889,10 @@ func (d *reading) makeHost() (*Host, error) {
 		case "version":
 			h.Version = a.copied()
 		default:
-			a.skip()
+			a.Skip()
 		}
 	})
-	if err := errors.Join(s.err, a.err); err != nil {
+	if err := errors.Join(s.Err, a.Err); err != nil {
 		return nil, fmt.Errorf("host or agent: %w", err)
 	}
 	return h, nil
@@ -902,26 +901,26 @@ func (d *reading) makeHost() (*Host, error) {
 // members calls f with the name of each member of an object, of which f reads the
 // value. It is for what is read seldom. Of no text there are none.
 func (s *scanner) members(f func(name string)) {
-	if len(s.text) == 0 {
+	if len(s.Line) == 0 {
 		return
 	}
-	for more := s.begin('{', '}'); more; more = s.more('}') {
-		f(string(s.key()))
+	for more := s.Begin('{', '}'); more; more = s.More('}') {
+		f(string(s.Key()))
 	}
 }
 
 // copied reads a string and gives it memory of its own.
 func (s *scanner) copied() string {
-	if s.null() {
+	if s.Null() {
 		return ""
 	}
-	return string(s.string())
+	return string(s.Text())
 }
 
 // strings reads an array of them, as many as documents have.
 func (s *scanner) strings() (all []string) {
-	for more := s.begin('[', ']'); more; more = s.more(']') {
-		if text := s.string(); len(all) < maxTexts {
+	for more := s.Begin('[', ']'); more; more = s.More(']') {
+		if text := s.Text(); len(all) < maxTexts {
 			all = append(all, string(text))
 		}
 	}
@@ -930,8 +929,8 @@ func (s *scanner) strings() (all []string) {
 
 // ints reads an array of them, as many as documents have.
 func (s *scanner) ints() (all []int64) {
-	for more := s.begin('[', ']'); more; more = s.more(']') {
-		if n := s.int(); len(all) < maxTexts {
+	for more := s.Begin('[', ']'); more; more = s.More(']') {
+		if n := s.Int(); len(all) < maxTexts {
 			all = append(all, n)
 		}
 	}
@@ -947,7 +946,7 @@ func (d *reading) ofRule() (*Rule, error) {
 		return r, nil
 	}
 	r := &Rule{RiskScore: d.risk, Severity: severityName(d.severity)}
-	s := scanner{text: d.rule}
+	s := scannerOf(d.rule)
 	s.members(func(name string) {
 		switch name {
 		case "id":
@@ -961,11 +960,11 @@ func (d *reading) ofRule() (*Rule, error) {
 		case "version":
 			r.Version = s.copied()
 		default:
-			s.skip()
+			s.Skip()
 		}
 	})
-	if s.err != nil {
-		return nil, fmt.Errorf("rule: %w", s.err)
+	if s.Err != nil {
+		return nil, fmt.Errorf("rule: %w", s.Err)
 	}
 	d.rules.put(d.key, r)
 	return r, nil
@@ -979,13 +978,13 @@ func (d *reading) ofMatches() ([]Match, error) {
 	if all, ok := d.matches.get(d.matched); ok {
 		return all, nil
 	}
-	s := scanner{text: d.matched}
+	s := scannerOf(d.matched)
 	var all []Match
 	for _, id := range s.strings() {
 		all = append(all, Match{Rule: &Rule{ID: id}})
 	}
-	if s.err != nil {
-		return nil, fmt.Errorf("imdsgate.matched: %w", s.err)
+	if s.Err != nil {
+		return nil, fmt.Errorf("imdsgate.matched: %w", s.Err)
 	}
 	d.matches.put(d.matched, all)
 	return all, nil
@@ -995,10 +994,10 @@ func (d *reading) list(raw []byte) ([]string, error) {
 	if all, ok := d.lists.get(raw); ok {
 		return all, nil
 	}
-	s := scanner{text: raw}
+	s := scannerOf(raw)
 	all := s.strings()
-	if s.err != nil {
-		return nil, fmt.Errorf("imdsgate.subjects.role: %w", s.err)
+	if s.Err != nil {
+		return nil, fmt.Errorf("imdsgate.subjects.role: %w", s.Err)
 	}
 	d.lists.put(raw, all)
 	return all, nil
@@ -1009,7 +1008,7 @@ func (d *reading) ofIssuer(raw []byte) (issuerPart, error) {
 		return i, nil
 	}
 	i := issuerPart{&Issuer{}, true}
-	s := scanner{text: raw}
+	s := scannerOf(raw)
 	text := func() string {
 		text := s.copied()
 		i.whole = i.whole && whole([]byte(text))
@@ -1022,7 +1021,7 @@ func (d *reading) ofIssuer(raw []byte) (issuerPart, error) {
 		case "executable":
 			i.Executable = text()
 		case "pid":
-			i.PID = s.int()
+			i.PID = s.Int()
 		case "unit":
 			i.Unit = text()
 		case "user":
@@ -1033,15 +1032,15 @@ func (d *reading) ofIssuer(raw []byte) (issuerPart, error) {
 				case "name":
 					i.UserName = text()
 				default:
-					s.skip()
+					s.Skip()
 				}
 			})
 		default:
-			s.skip()
+			s.Skip()
 		}
 	})
-	if s.err != nil {
-		return issuerPart{}, fmt.Errorf("imdsgate.token.issuer: %w", s.err)
+	if s.Err != nil {
+		return issuerPart{}, fmt.Errorf("imdsgate.token.issuer: %w", s.Err)
 	}
 	d.issuers.put(raw, i)
 	return i, nil
@@ -1099,13 +1098,13 @@ type processReader struct {
 }
 
 func (r *processReader) note(object string, s *scanner) {
-	if s.end(); s.err != nil && r.err == nil {
-		r.err = fmt.Errorf("%s: %w", object, s.err)
+	if s.End(); s.Err != nil && r.err == nil {
+		r.err = fmt.Errorf("%s: %w", object, s.Err)
 	}
 }
 
 func (r *processReader) process(raw []byte) {
-	s := scanner{text: raw}
+	s := scannerOf(raw)
 	s.process(r.p)
 	r.note("process", &s)
 }
@@ -1113,7 +1112,7 @@ func (r *processReader) process(raw []byte) {
 // process reads the object of a process, and in it that of its parent.
 func (s *scanner) process(p *Process) {
 	text := func(gap Gaps) string {
-		b := s.string()
+		b := s.Text()
 		if !whole(b) {
 			p.Gaps |= gap
 		}
@@ -1138,7 +1137,7 @@ func (s *scanner) process(p *Process) {
 		case "args":
 			p.Args = list(GapArgs)
 		case "args_count":
-			count = s.int()
+			count = s.Int()
 		case "command_line":
 			p.CommandLine = text(GapCommandLine)
 		case "entity_id":
@@ -1150,20 +1149,20 @@ func (s *scanner) process(p *Process) {
 		case "group_leader":
 			s.members(func(name string) {
 				if name == "pid" {
-					p.Group = s.int()
+					p.Group = s.Int()
 				} else {
-					s.skip()
+					s.Skip()
 				}
 			})
 		case "interactive":
-			p.TTY = s.bool()
+			p.TTY = s.Bool()
 		case "name":
 			p.Name = text(GapName)
 		case "parent":
 			p.Parent = &Process{Gaps: GapFile} // which another object may tell
 			s.process(p.Parent)
 		case "pid":
-			p.PID = s.int()
+			p.PID = s.Int()
 		case "real_group":
 			p.RealGroupID, _ = s.idName(p)
 		case "real_user":
@@ -1175,9 +1174,9 @@ func (s *scanner) process(p *Process) {
 		case "session_leader":
 			s.members(func(name string) {
 				if name == "pid" {
-					p.Session = s.int()
+					p.Session = s.Int()
 				} else {
-					s.skip()
+					s.Skip()
 				}
 			})
 		case "start":
@@ -1187,7 +1186,7 @@ func (s *scanner) process(p *Process) {
 				if name == "id" {
 					p.SupplementalGroups = list(GapUser)
 				} else {
-					s.skip()
+					s.Skip()
 				}
 			})
 		case "thread":
@@ -1195,7 +1194,7 @@ func (s *scanner) process(p *Process) {
 				if name == "name" {
 					p.Thread = text(GapThread)
 				} else {
-					s.skip()
+					s.Skip()
 				}
 			})
 		case "user":
@@ -1203,7 +1202,7 @@ func (s *scanner) process(p *Process) {
 		case "working_directory":
 			p.WorkingDir = text(GapWorkingDir)
 		default:
-			s.skip()
+			s.Skip()
 		}
 	})
 	switch {
@@ -1227,7 +1226,7 @@ func (s *scanner) idName(of *Process) (id, name string) {
 		case "name":
 			name = s.copied()
 		default:
-			s.skip()
+			s.Skip()
 		}
 	})
 	if !whole([]byte(id)) || !whole([]byte(name)) {
@@ -1238,9 +1237,9 @@ func (s *scanner) idName(of *Process) (id, name string) {
 
 // place reads imdsgate.process.
 func (r *processReader) place(raw []byte) {
-	s, p := scanner{text: raw}, r.p
+	s, p := scannerOf(raw), r.p
 	text := func() string {
-		b := s.string()
+		b := s.Text()
 		if !whole(b) {
 			p.Gaps |= GapPlace
 		}
@@ -1253,9 +1252,9 @@ func (r *processReader) place(raw []byte) {
 		case "cgroup":
 			p.Cgroup = text()
 		case "earlier_image":
-			p.Earlier = s.bool()
+			p.Earlier = s.Bool()
 		case "ended":
-			p.Ended = s.bool()
+			p.Ended = s.Bool()
 		case "parent":
 			parent := p.Parent
 			if parent == nil { // of which there is no more
@@ -1265,15 +1264,15 @@ func (r *processReader) place(raw []byte) {
 			s.members(func(name string) {
 				switch name {
 				case "host_verified":
-					parent.HostVerified, known = s.bool(), true
+					parent.HostVerified, known = s.Bool(), true
 				case "loader":
-					parent.Loader = s.bool()
+					parent.Loader = s.Bool()
 				case "root_owned":
-					parent.RootOwned = s.bool()
+					parent.RootOwned = s.Bool()
 				case "unproven":
-					parent.Unproven = s.bool()
+					parent.Unproven = s.Bool()
 				default:
-					s.skip()
+					s.Skip()
 				}
 			})
 			if known {
@@ -1287,7 +1286,7 @@ func (r *processReader) place(raw []byte) {
 		case "user_unit":
 			p.UserUnit = text()
 		default:
-			s.skip()
+			s.Skip()
 		}
 	})
 	r.note("imdsgate.process", &s)
@@ -1295,22 +1294,22 @@ func (r *processReader) place(raw []byte) {
 
 // executable reads imdsgate.executable.
 func (r *processReader) executable(raw []byte) {
-	s, p := scanner{text: raw}, r.p
+	s, p := scannerOf(raw), r.p
 	proven := false
 	s.members(func(name string) {
 		switch name {
 		case "deleted":
-			p.Deleted = s.bool()
+			p.Deleted = s.Bool()
 		case "host_verified":
-			p.HostVerified, proven = s.bool(), true
+			p.HostVerified, proven = s.Bool(), true
 		case "loader":
-			p.Loader, p.Known = s.bool(), true
+			p.Loader, p.Known = s.Bool(), true
 		case "root_owned":
-			p.RootOwned = s.bool()
+			p.RootOwned = s.Bool()
 		case "swapped":
-			p.Swapped = s.bool()
+			p.Swapped = s.Bool()
 		default:
-			s.skip()
+			s.Skip()
 		}
 	})
 	p.Unproven = p.Known && !proven
@@ -1319,7 +1318,7 @@ func (r *processReader) executable(raw []byte) {
 
 // ancestors reads those above the parent.
 func (r *processReader) ancestors(raw []byte) {
-	s, p := scanner{text: raw}, r.p
+	s, p := scannerOf(raw), r.p
 	var pids []int64
 	var executables []string
 	s.members(func(name string) {
@@ -1329,7 +1328,7 @@ func (r *processReader) ancestors(raw []byte) {
 		case "pid":
 			pids = s.ints()
 		default:
-			s.skip()
+			s.Skip()
 		}
 	})
 	r.note("imdsgate.ancestors", &s)
@@ -1351,7 +1350,7 @@ func (r *processReader) ancestors(raw []byte) {
 
 // container reads the objects container and orchestrator.
 func (r *processReader) container(raw, pod []byte) {
-	s, p := scanner{text: raw}, r.p
+	s, p := scannerOf(raw), r.p
 	s.members(func(name string) {
 		switch name {
 		case "id":
@@ -1359,21 +1358,21 @@ func (r *processReader) container(raw, pod []byte) {
 		case "runtime":
 			p.Runtime = s.copied()
 		default:
-			s.skip()
+			s.Skip()
 		}
 	})
 	r.note("container", &s)
-	o := scanner{text: pod}
+	o := scannerOf(pod)
 	o.members(func(name string) {
 		if name != "resource" {
-			o.skip()
+			o.Skip()
 			return
 		}
 		o.members(func(name string) {
 			if name == "id" {
 				p.Pod = o.copied()
 			} else {
-				o.skip()
+				o.Skip()
 			}
 		})
 	})

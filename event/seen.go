@@ -39,17 +39,17 @@ type part struct {
 }
 
 // part reads a value as it stands.
-func (r *Reader) part(salt uint64, beginning int) part {
-	if r.next() != '{' {
-		return part{raw: r.raw()}
+func (r *reading) part(salt uint64, beginning int) part {
+	if r.Next() != '{' {
+		return part{raw: r.Raw()}
 	}
-	rest := r.scanner.text[r.at:]
+	rest := r.Line[r.At:]
 	h := maphash.Bytes(r.seen.seed, rest[:min(beginning, len(rest))]) ^ salt*0x9e3779b97f4a7c15
 	place := &r.seen.places[(h^h>>32)%placesSeen]
 	for i := range place {
 		o := &place[i]
 		if n := len(o.text); n > 0 && n <= len(rest) && string(rest[:n]) == o.text {
-			r.at += n
+			r.At += n
 			number := o.number
 			if i > 0 {
 				found := *o
@@ -59,8 +59,8 @@ func (r *Reader) part(salt uint64, beginning int) part {
 			return part{rest[:n], number}
 		}
 	}
-	raw := r.raw()
-	if len(raw) > longestSeen || r.err != nil {
+	raw := r.Raw()
+	if len(raw) > longestSeen || r.Err != nil {
 		return part{raw: raw}
 	}
 	if r.seen.size += len(raw) - len(place[sharePlace-1].text); r.seen.size > maxSeen {
@@ -83,24 +83,24 @@ type remark[V any] struct {
 
 // recall is what an object says: what was read of it before, or what is read now.
 func recall[V any](d *reading, m memo[V], beginning int, read func(*reading) V) V {
-	start := d.at
+	start := d.At
 	o := d.part(0, beginning)
 	if known, ok := m[o.number]; ok && o.number != 0 {
 		d.Event.Gaps |= known.gaps
 		return known.value
 	}
-	if d.err != nil {
+	if d.Err != nil {
 		var none V
 		return none
 	}
-	end, gaps := d.at, d.Event.Gaps
-	d.at, d.Event.Gaps = start, 0
+	end, gaps := d.At, d.Event.Gaps
+	d.At, d.Event.Gaps = start, 0
 	r := remark[V]{value: read(d)}
 	r.gaps = d.Event.Gaps
-	if d.Event.Gaps |= gaps; d.err != nil {
+	if d.Event.Gaps |= gaps; d.Err != nil {
 		return r.value
 	}
-	d.at = end
+	d.At = end
 	if o.number != 0 && len(o.raw) <= longestRecalled {
 		if len(m) >= placesSeen {
 			clear(m)

@@ -83,18 +83,20 @@ var arrows = []struct{ from, to, reason string }{
 	{"policy/policytest", "proxy/http1", "reads requests as the relay does"},
 	{"policy/policytest", "proxy/imds", "classifies them as the relay does"},
 	{"policy/eql", "policy/eql/syntax", "compiles what was parsed"},
+	{"policy/eql/ndjson", "event/scan", "walks over lines"},
 	{"policy/eql/ndjson", "policy/eql", "runs queries over lines"},
 	{"policy/eql/ndjson", "policy/eql/syntax", "asks which fields a query reads"},
 	{"policy/kql", "policy/eql", "compiles what it has translated"},
 	{"policy/kql", "policy/eql/syntax", "translates to its tree"},
 	{"policy/tune", "event", "reads records"},
 	{"policy/tune", "policy", "judges them, and proposes grants"},
+	{"event", "event/scan", "walks over documents"},
 	{"event/sink", "event", "writes the record"},
 	{"metrics", "event", "counts the record"},
 }
 
 // portable packages build on the laptops on which rules are written, and events searched.
-var portable = []string{"policy", "policy/eql", "policy/eql/syntax", "policy/eql/ndjson", "policy/kql", "policy/firstseen", "policy/replay", "policy/policytest", "event", "event/sink", "proxy/http1", "proxy/imds", "cmd/imdsgate"}
+var portable = []string{"policy", "policy/eql", "policy/eql/syntax", "policy/eql/ndjson", "policy/kql", "policy/firstseen", "policy/replay", "policy/policytest", "event", "event/scan", "event/sink", "proxy/http1", "proxy/imds", "cmd/imdsgate"}
 
 type listed struct {
 	ImportPath string

@@ -12,6 +12,7 @@ import (
 	"time"
 	"unsafe"
 
+	"github.com/imdsgate/imdsgate/event/scan"
 	"github.com/imdsgate/imdsgate/policy/eql"
 )
 
@@ -136,7 +137,7 @@ func mark(key []byte) uint64 {
 
 // decoder reads lines. Its event is good until the next line.
 type decoder struct {
-	json    cursor
+	json    scan.JSON
 	root    *place
 	form    Form
 	odd     string // what stands where the time should be
@@ -178,12 +179,12 @@ func (d *decoder) decode(line []byte) error {
 		}
 	}
 	d.event, d.odd = Event{line: view(line), values: d.event.values}, ""
-	d.json.reset(line)
-	if d.json.next() != '{' {
+	d.json = walk(line)
+	if d.json.Next() != '{' {
 		return fault(line, errors.New("no JSON object"))
 	}
 	d.object(d.root)
-	if d.json.next(); d.json.failed || d.json.at < len(line) {
+	if d.json.Next(); d.json.Err != nil || d.json.At < len(line) {
 		return fault(line, errors.New("more than one JSON object"))
 	}
 	return nil
@@ -232,22 +233,22 @@ func newClock(roles Roles) *decoder {
 // stands behind the time is not read.
 func (d *decoder) when(line []byte) (at int64, ok bool) {
 	d.event = Event{values: d.event.values}
-	d.json.reset(line)
+	d.json = walk(line)
 	d.seek(d.root)
 	return d.event.at, d.event.timed
 }
 
 // seek reads until there is a time.
 func (d *decoder) seek(p *place) {
-	if d.json.next() != '{' || p.below == nil {
+	if d.json.Next() != '{' || p.below == nil {
 		d.value(p)
 		return
 	}
-	for more := d.json.open('}'); more; more = d.json.more('}') {
-		if next := p.under(d.json.key()); next != nil {
+	for more := d.json.Begin('{', '}'); more; more = d.json.More('}') {
+		if next := p.under(d.json.Key()); next != nil {
 			d.seek(next)
 		} else {
-			d.json.skip()
+			d.json.Skip()
 		}
 		if d.event.timed {
 			return
@@ -266,17 +267,17 @@ func fault(line []byte, err error) error {
 }
 
 func (d *decoder) object(p *place) {
-	for more := d.json.open('}'); more; more = d.json.more('}') {
-		if next := p.under(d.json.key()); next != nil {
+	for more := d.json.Begin('{', '}'); more; more = d.json.More('}') {
+		if next := p.under(d.json.Key()); next != nil {
 			d.value(next)
 		} else {
-			d.json.skip()
+			d.json.Skip()
 		}
 	}
 }
 
 func (d *decoder) value(p *place) {
-	switch d.json.next() {
+	switch d.json.Next() {
 	case '{':
 		if p.field != nil {
 			d.misfits[p.field.Slot]++
@@ -284,18 +285,18 @@ func (d *decoder) value(p *place) {
 		if p.below != nil {
 			d.object(p)
 		} else {
-			d.json.skip()
+			d.json.Skip()
 		}
 	case '[':
-		for more := d.json.open(']'); more; more = d.json.more(']') {
+		for more := d.json.Begin('[', ']'); more; more = d.json.More(']') {
 			d.value(p)
 		}
 	case 'n':
-		d.json.skip()
+		d.json.Skip()
 	default:
-		from := d.json.at
-		if d.json.skip(); !d.json.failed {
-			d.take(p, d.json.data[from:d.json.at])
+		from := d.json.At
+		if d.json.Skip(); d.json.Err == nil {
+			d.take(p, d.json.Line[from:d.json.At])
 		}
 	}
 }

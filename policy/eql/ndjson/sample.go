@@ -3,6 +3,8 @@ package ndjson
 import (
 	"fmt"
 	"net/netip"
+
+	"github.com/imdsgate/imdsgate/event/scan"
 )
 
 const (
@@ -66,48 +68,49 @@ func (s *sample) nobody() string {
 // look looks at one line, which may be a bad one.
 func (s *sample) look(line []byte) {
 	s.bytes += len(line)
-	c := cursor{data: line}
-	if c.next() != '{' {
+	c := walk(line)
+	if c.Next() != '{' {
 		return
 	}
-	if c.skip(); c.next() != 0 || c.failed {
+	c.Skip()
+	if c.End(); c.Err != nil {
 		return
 	}
 	s.events++
-	c.reset(line)
+	c = walk(line)
 	s.value(&c, "")
 }
 
 // value looks at a value, which is valid.
-func (s *sample) value(c *cursor, name string) {
-	switch c.next() {
+func (s *sample) value(c *scan.JSON, name string) {
+	switch c.Next() {
 	case '{':
-		for more := c.open('}'); more; more = c.more('}') {
-			key := string(c.key())
+		for more := c.Begin('{', '}'); more; more = c.More('}') {
+			key := string(c.Key())
 			if name != "" {
 				key = name + "." + key
 			}
 			if len(key) > sampleName {
-				c.skip()
+				c.Skip()
 			} else {
 				s.value(c, key)
 			}
 		}
 	case '[':
-		for more := c.open(']'); more; more = c.more(']') {
+		for more := c.Begin('[', ']'); more; more = c.More(']') {
 			s.value(c, name)
 		}
 	case '"':
-		from := c.at
-		c.skip()
-		s.saw(name, kindOf(unquote(c.data[from:c.at])))
+		from := c.At
+		c.Skip()
+		s.saw(name, kindOf(unquote(c.Line[from:c.At])))
 	case 't', 'f':
-		c.skip()
+		c.Skip()
 		s.saw(name, isBool)
 	case 'n':
-		c.skip()
+		c.Skip()
 	default:
-		c.skip()
+		c.Skip()
 		s.saw(name, isNumber)
 	}
 }
