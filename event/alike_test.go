@@ -30,8 +30,7 @@ func TestAlike(t *testing.T) {
 	if err := r.Read(document(1), &got); err != nil {
 		t.Fatal(err)
 	}
-	for _, n := range []int{2, 70_000, 0} {
-		n %= 1 << 16
+	for _, n := range []int{2, 65_535} {
 		if !r.recognise(document(n), &got) {
 			t.Fatalf("document %d is not recognised", n)
 		}
