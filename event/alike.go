@@ -110,6 +110,7 @@ func (d *reading) value(of novel) {
 type knowledge struct {
 	root node
 	size int
+	once map[outline]struct{} // what was read, and is not known yet
 	// Where the line that was read last is none of them: in this node, whose text begins
 	// there in the line, behind so many blanks.
 	parted *node
@@ -125,9 +126,17 @@ const (
 	// longestKnown bounds the lines, and mostNovelties what is new in one: documents have
 	// a dozen.
 	longestKnown, mostNovelties = 16 << 10, 32
-	nodeCost, recordCost        = 128, 1 << 10
+	nodeCost, recordCost        = 128, 2 << 10
 	stride                      = 32 // bytes that are compared at once
 )
+
+// outline is what tells most documents of a host apart. Many processes do a thing once, and
+// what is read for the first time is not worth being known.
+type outline struct {
+	process  uint64
+	document Document
+	path     string
+}
 
 // node is a text that stands in documents, with what may come behind it: a blank, other
 // texts, and the end.
@@ -181,15 +190,23 @@ func (r *Reader) recognise(line []byte, to *Record) bool {
 	return true
 }
 
-// remember adds the line that was read to what is known. Starts of processes do not come
-// again, nor does the one document for many requests.
+// remember adds the line that was read to what is known, if it is not the first of its kind.
+// Starts of processes do not come again, nor does the one document for many requests.
 func (r *Reader) remember(line []byte) {
 	d, k := &r.reading, &r.known
 	if d.Document == ProcessStart || d.Event.Repeats.Requests > 0 || len(line) > longestKnown || len(d.novelties) > mostNovelties {
 		return
 	}
+	of := outline{d.first.process.number, d.Document, d.Event.Request.Path}
+	if _, again := k.once[of]; !again {
+		if len(k.once) >= placesSeen || k.once == nil {
+			k.once = map[outline]struct{}{}
+		}
+		k.once[of] = struct{}{}
+		return
+	}
 	if k.size > maxKnown {
-		*k = knowledge{}
+		k.root, k.size, k.at, k.filled = node{}, 0, 0, 0
 		k.parted = &k.root
 	}
 	record := *d.Record

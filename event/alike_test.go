@@ -24,11 +24,13 @@ func TestAlike(t *testing.T) {
 	}
 	r := NewReader()
 	var got Record
-	if r.recognise(document(1), &got) {
-		t.Fatal("recognised before it was read")
-	}
-	if err := r.Read(document(1), &got); err != nil {
-		t.Fatal(err)
+	for range 2 { // once is not enough
+		if r.recognise(document(1), &got) {
+			t.Fatal("recognised before it was read")
+		}
+		if err := r.Read(document(1), &got); err != nil {
+			t.Fatal(err)
+		}
 	}
 	for _, n := range []int{2, 65_535} {
 		if !r.recognise(document(n), &got) {
@@ -50,17 +52,23 @@ func TestAlike(t *testing.T) {
 	}
 }
 
-// TestAlikeBound reads the documents of ever new processes.
+// TestAlikeBound reads the documents of ever new processes, each twice.
 func TestAlikeBound(t *testing.T) {
 	r, e := NewReader(), full()
 	var got Record
+	most := 0
+	defer func() {
+		if most < maxKnown/2 {
+			t.Errorf("no more than %d bytes were known", most)
+		}
+	}()
 	for n := range 8000 {
-		e.Subjects[0].PID, e.Request.Target = int64(n), fmt.Sprint("/latest/", n)
+		e.Subjects[0].PID = int64(n / 2)
 		if err := r.Read(line(decisionOf(e)), &got); err != nil {
 			t.Fatal(err)
 		}
-		if most := maxKnown + longestKnown + recordCost + 2*mostNovelties*nodeCost; r.known.size > most {
-			t.Fatalf("%d bytes are known", r.known.size)
+		if most = max(most, r.known.size); most > maxKnown+longestKnown+recordCost+2*mostNovelties*nodeCost {
+			t.Fatalf("%d bytes are known", most)
 		}
 	}
 }
