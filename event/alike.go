@@ -16,7 +16,7 @@ import (
 // What is known is a tree, so that what documents have in common from the beginning is
 // there, and compared, once.
 
-// novel is a field that is new in each document. Those are among the fields of single.
+// novel is a field that is new in each document.
 type novel uint8
 
 const (
@@ -122,7 +122,7 @@ const (
 	// maxKnown is about how many bytes the tree takes: as many as the processes that live
 	// at a time need, and few enough to stay near the processor. When it is full, all is
 	// forgotten.
-	maxKnown = 8 << 20
+	maxKnown = 12 << 20
 	// longestKnown bounds the lines, and mostNovelties what is new in one: documents have
 	// a dozen.
 	longestKnown, mostNovelties = 16 << 10, 32
@@ -239,7 +239,7 @@ func (k *knowledge) add(line []byte, novelties []novelty, record *Record) {
 	at += common
 	from, rest := at, string(line[at:])
 	chain := make([]node, 1+len(novelties))
-	k.size += recordCost + len(rest) + (2+len(chain))*nodeCost
+	k.size += recordCost + len(line) + (2+len(chain))*nodeCost // whose texts the record has, too
 	for at < end() || len(novelties) > 0 {
 		grown := &chain[0]
 		if at < end() {
