@@ -180,7 +180,7 @@ func (j *JSON) pass(start int) (end int, escaped bool) {
 			n := escape(line[at:])
 			if n == 0 {
 				j.At = at
-				j.Unexpected("an escape")
+				j.Fail("a string with an escape that there is not")
 				return j.At, false
 			}
 			at += n
