@@ -6,7 +6,9 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/imdsgate/imdsgate/test/lab/labtest"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
@@ -60,6 +62,9 @@ func testDirect(t *testing.T, endpoint netip.AddrPort) {
 	const nobody = 65534
 
 	older := dial().LocalAddr().(*net.TCPAddr).AddrPort().Port()
+	if err := l.Instance.Do(func() error { return os.WriteFile("/proc/sys/net/core/somaxconn", []byte("1"), 0) }); err != nil {
+		t.Fatal(err)
+	}
 	ln, err := l.Instance.Listen(context.Background(), nil, "tcp", listener.String())
 	if err != nil {
 		t.Fatal(err)
@@ -82,6 +87,23 @@ func testDirect(t *testing.T, endpoint netip.AddrPort) {
 	}
 	closed.Close()
 	dial() // is not accepted
+	dial()
+	// The backlog is full, and so the listener knows nothing of the next one.
+	ctx, cancel := context.WithCancel(context.Background())
+	given := make(chan error)
+	go func() {
+		_, err := l.Instance.Dial(ctx, nil, "tcp", endpoint.String())
+		given <- err
+	}()
+	defer func() {
+		cancel()
+		<-given
+	}()
+	for end := time.Now().Add(5 * time.Second); connecting(t, l, endpoint) == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("no connection waits for the backlog")
+		}
+	}
 
 	if got := direct(nobody); len(got) != 1 || got[0] != older {
 		t.Errorf("direct: local ports %v, want %d", got, older)
@@ -89,4 +111,16 @@ func testDirect(t *testing.T, endpoint netip.AddrPort) {
 	if got := direct(uint32(os.Geteuid())); len(got) != 0 {
 		t.Errorf("ours: local ports %v", got)
 	}
+}
+
+// connecting counts the sockets in SYN-SENT.
+func connecting(t *testing.T, l *netlab.Lab, endpoint netip.AddrPort) int {
+	t.Helper()
+	out := new(strings.Builder)
+	cmd := exec.Command("ss", "-Htn", "state", "syn-sent", "dst", endpoint.String())
+	cmd.Stdout = out
+	if err := l.Instance.Run(cmd); err != nil {
+		t.Fatal(err)
+	}
+	return strings.Count(out.String(), "\n")
 }

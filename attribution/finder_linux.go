@@ -286,7 +286,7 @@ func (f *Finder) Stats() Stats {
 // our listeners, which are given; it may still wait there to be accepted, or be
 // closed already. What belongs to our own user uid is left out, since the proxy
 // may be at work, and so is a connection that no process holds: nobody can read
-// an answer from it.
+// an answer from it. One that is not made yet cannot be told.
 func (f *Finder) Direct(endpoints, listeners []netip.AddrPort, uid uint32) ([]diag.Socket, error) {
 	all, err := f.diag.Connected(endpoints)
 	if err != nil {
@@ -294,7 +294,9 @@ func (f *Finder) Direct(endpoints, listeners []netip.AddrPort, uid uint32) ([]di
 	}
 	var direct []diag.Socket
 	for _, s := range all {
-		if s.Inode == 0 || s.UID == uid {
+		// One that is being made may wait for room in the backlog, where it is not yet; its
+		// next packet meets the rules.
+		if s.Inode == 0 || s.UID == uid || s.State == diag.SynSent {
 			continue
 		}
 		redirected := false
