@@ -32,6 +32,7 @@ type writers struct {
 	recent []writing
 	own    [maxWriters]int // pids of our own last writers
 	next   int
+	missed bool // since the last look there were more than are remembered, or than the kernel has told of
 }
 
 type writing struct {
@@ -59,8 +60,26 @@ func (w *writers) add(by Writer, ours bool) {
 	defer w.mu.Unlock()
 	if len(w.recent) == 2*maxWriters {
 		w.recent = slices.Delete(w.recent, 0, 1)
+		w.missed = true
 	}
 	w.recent = append(w.recent, writing{by, time.Now(), ours})
+}
+
+func (w *writers) miss() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.missed = true
+}
+
+// since is when somebody has begun to change what is ours, of all changes since the last look; false if it is not known.
+func (w *writers) since() (time.Time, bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	first := slices.IndexFunc(w.recent, func(one writing) bool { return one.ours })
+	if first < 0 || w.missed {
+		return time.Time{}, false
+	}
+	return w.recent[first].at, true
 }
 
 // forget is for a look that began at a time and found nothing wrong: who wrote before it has done no harm.
@@ -68,6 +87,7 @@ func (w *writers) forget(before time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.recent = slices.DeleteFunc(w.recent, func(one writing) bool { return one.at.Before(before) })
+	w.missed = false
 }
 
 // take returns who can have made a difference, without ourselves, and forgets all.
@@ -80,7 +100,7 @@ func (w *writers) take() (all []Writer) {
 			all = append(all, one.by)
 		}
 	}
-	w.recent = nil
+	w.recent, w.missed = nil, false
 	return all
 }
 
@@ -88,6 +108,7 @@ func (w *writers) take() (all []Writer) {
 type subscription struct {
 	socket *nl.NetlinkSocket
 	hear   func([]syscall.NetlinkMessage) (concerns bool)
+	missed func()
 }
 
 // subscribe opens the sockets, in the network namespace of the calling thread. wrote is told of each who changes
@@ -118,7 +139,7 @@ func (r *Redirect) subscribe(wrote func(Writer)) (all []subscription, err error)
 		if err != nil {
 			return all, fmt.Errorf("subscribe to changes: %w", err)
 		}
-		all = append(all, subscription{socket, s.hear})
+		all = append(all, subscription{socket, s.hear, r.writers.miss})
 		// So that the end of a long transaction, which says whose it was, is not dropped.
 		if err := socket.SetReceiveBufferSize(receiveBuffer, true); err != nil {
 			return all, fmt.Errorf("subscribe to changes: %w", err)
@@ -138,6 +159,9 @@ func (s subscription) listen(changed chan<- struct{}) {
 		lost := errors.Is(err, unix.ENOBUFS)
 		if err != nil && !lost {
 			return
+		}
+		if lost {
+			s.missed()
 		}
 		if s.hear(messages) || lost {
 			select {

@@ -15,7 +15,7 @@ type Drift struct {
 	Found    []Difference  // of the last time
 	By       []Writer      // who has changed rules meanwhile, as far as the kernel has told; not who sent the packets
 	Times    int           // how often; more than one where not each could be told by itself
-	AtMost   time.Duration // all together, since it was last seen to be right
+	AtMost   time.Duration // all together, since the kernel told of the change, or else since it was last seen to be right
 	Repaired int           // how many of them
 	Err      error         // why the last was not repaired, or why the host could not be read
 	Report   Report        // Locks: a rule of somebody else's that appeared is respected, and its hook given back
@@ -195,7 +195,9 @@ func (r *Redirect) look(ctx context.Context, right *time.Time) (d Drift, drifted
 	if err == nil {
 		d.Found, err = r.differences(s)
 	}
+	since := *right
 	if len(d.Found) > 0 {
+		since = r.since(since, d.Found)
 		d.By = r.writers.take()
 	}
 	if err == nil && len(d.Found) > 0 {
@@ -219,7 +221,7 @@ func (r *Redirect) look(ctx context.Context, right *time.Time) (d Drift, drifted
 	d.Err = err
 	wrong := err != nil || len(d.Found) > 0
 	if wrong {
-		d.Times, d.AtMost = 1, time.Since(*right)
+		d.Times, d.AtMost = 1, time.Since(since)
 		d.Contest = before.next(began, time.Now(), d.By)
 		r.contest.Store(&d.Contest)
 	}
@@ -230,4 +232,16 @@ func (r *Redirect) look(ctx context.Context, right *time.Time) (d Drift, drifted
 		}
 	}
 	return d, wrong || len(d.Evasions)+len(d.Before) > 0
+}
+
+// since is when what was found began. The kernel tells of changes of nftables; others may be as old as the last time that
+// all was right.
+func (r *Redirect) since(right time.Time, found []Difference) time.Time {
+	if r.use.backend != BackendNFT || slices.ContainsFunc(found, func(d Difference) bool { return d.Table == "" }) {
+		return right
+	}
+	if first, ok := r.writers.since(); ok && first.After(right) {
+		return first
+	}
+	return right
 }

@@ -38,12 +38,14 @@ func (d *daemon) drifted(drift iptables.Drift) {
 		}
 		s := event.State{Actor: by, Message: fmt.Sprintf("the redirect was not as it should be for %sat most %v: %s%s",
 			times, drift.AtMost.Round(time.Millisecond), drift.Found[0], who)}
+		action := "redirect-rule-changed"
 		if c := drift.Contest; c.Is() {
+			action = "redirect-contested"
 			s.Message += fmt.Sprintf("; somebody changes it again and again, %d times since %s", c.Rounds, c.Since.UTC().Format(time.RFC3339))
-			d.finding("redirect-contested", s, drift.Err)
-		} else {
-			d.finding("redirect-rule-changed", s, drift.Err)
 		}
+		ev := d.noticed(action, s, drift.Err)
+		ev.Duration = drift.AtMost
+		d.record(ev)
 	}
 	d.notTaken(drift.Report)
 	d.evaded(drift.Evasions, by, who)
@@ -180,11 +182,15 @@ func (d *daemon) contest() string {
 
 // finding is integrity with what else there is to say.
 func (d *daemon) finding(action string, s event.State, failure error) {
+	d.record(d.noticed(action, s, failure))
+}
+
+func (d *daemon) noticed(action string, s event.State, failure error) *event.Event {
 	s.Action, s.Type, s.Mode, s.Level = action, "change", d.engine.Mode().String(), d.levelNow()
 	if failure != nil {
 		s.Failed, s.Reason = true, failure.Error()
 	}
-	d.record(&event.Event{Kind: event.Integrity, Host: d.host, Time: time.Now(), State: s})
+	return &event.Event{Kind: event.Integrity, Host: d.host, Time: time.Now(), State: s}
 }
 
 // integrity records that what protects the service is not as it should be.
