@@ -6,6 +6,7 @@
 # make test-load  12,000 connections for two minutes, while the service fails
 # make test-clients  runs AWS's SDKs and others, unmodified, and writes docs/clients.md
 # make test-boot  boots a Debian with our units: starts, restarts, crashes, a full disk
+# make test-soak  an hour of requests, while rules are reloaded and tables flushed
 # make packages  deb, rpm and tarball for amd64 and arm64, in bin/packages
 # make test-packages  installs, upgrades and removes them in a Debian of their own, and runs their linters
 # make install  onto this host, make uninstall takes it off again
@@ -20,7 +21,7 @@ export PATH := $(CURDIR)/bin/toolchain:$(PATH)
 DESTDIR :=
 PREFIX := /usr
 
-.PHONY: build packages demo test test-boot test-packages test-load test-clients bench bench-attribution deps lint unit race fuzz boot install uninstall clean
+.PHONY: build packages demo test test-boot test-packages test-load test-soak test-clients bench bench-attribution deps lint unit race fuzz boot long install uninstall clean
 
 build: bin/toolchain/go
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/imdsgated ./cmd/imdsgate
@@ -50,7 +51,7 @@ test-clients: deps bin/toolchain/go
 	@mkdir -p docs
 	go run ./test/compat --doc docs/clients.md bin/clients
 
-test: deps build lint unit race fuzz
+test: deps build lint unit boot long
 
 lint: bin/toolchain/go
 	test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -d $$(git ls-files '*.go'); exit 1; }
@@ -65,7 +66,7 @@ lint: bin/toolchain/go
 # What fills the host with descriptors and connections comes last, and alone: at
 # the lower levels others' searches go through all of them.
 unit: bin/toolchain/go
-	go test -count=1 -timeout 20m $$(go list ./... | grep -v -e /test/attacks$$ -e /test/boot$$ -e /test/chroot$$ -e /test/load$$)
+	go test -count=1 -timeout 20m $$(go list ./... | grep -v -e /test/attacks$$ -e /test/boot$$ -e /test/chroot$$ -e /test/load$$ -e /test/soak$$)
 	go test -count=1 -p 1 ./test/attacks ./test/load
 	cd test/clients && go vet ./... && go build -o /dev/null ./...
 
@@ -77,15 +78,26 @@ race: bin/toolchain/go
 fuzz: bin/toolchain/go
 	./test/fuzz.sh 5s
 
+# The soak needs time, and little of the machine; what runs beside it gives way.
+long: bin/toolchain/go
+	go test -c -o bin/soak.test ./test/soak
+	(cd test/soak && exec ../../bin/soak.test -test.v -test.timeout 20m -for 10m) >bin/soak.log 2>&1 & soak=$$!; \
+	trap "kill $$soak" INT TERM; failed=0; \
+	nice -n 19 $(MAKE) race fuzz || failed=1; \
+	wait $$soak || failed=1; cat bin/soak.log; exit $$failed
+
 test-boot: deps boot
 
-# The tree is made once, in bin/boot: 300 MB, and some minutes.
+# The tree is made once, in bin/boot: 200 MB, and a minute or two.
 boot: packages
 	./test/boot/tree.sh bin/boot
 	go test -count=1 -v -timeout 15m ./test/boot
 
 test-load: deps bin/toolchain/go
 	go test -count=1 -v ./test/load -args -for 2m -idle 10000
+
+test-soak: deps bin/toolchain/go
+	go test -count=1 -v -timeout 90m ./test/soak -args -for 1h
 
 packages: bin/toolchain/go
 	./packaging/packages.sh

@@ -82,11 +82,15 @@ func TestSelfTestAfterRoute(t *testing.T) {
 // testFirst is how often the daemon tries until it has worked once.
 const testFirst = time.Second
 
+// late is how long a client on a busy host may not be run between its connect and its
+// request.
+const late = "300ms"
+
 // A restart under load refuses nobody, and nobody else gets the ports meanwhile.
 func TestRestart(t *testing.T) {
 	for _, mode := range []string{"audit", "enforce"} {
 		m := boot(t, settings{config: config(mode)})
-		load := m.load(7*time.Second, "-bind")
+		load := m.load(7*time.Second, "-bind", "-late", late)
 		time.Sleep(time.Second)
 		var windows []string
 		for range 2 {
@@ -424,7 +428,7 @@ func limit(t *testing.T, pid int) {
 func TestUpgradeAndPurge(t *testing.T) {
 	m := boot(t, settings{config: config("enforce")})
 	old := m.daemon()
-	load := m.load(8*time.Second, "-bind")
+	load := m.load(8*time.Second, "-bind", "-late", late)
 	time.Sleep(time.Second)
 	m.do("dpkg", "--force-confold", "--install", aPackage)
 	m.guarded(old)

@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -31,6 +32,7 @@ func main() {
 	path := flag.String("path", "/latest/meta-data/instance-id", "what to ask for; with the name of the role behind it if that ends in a slash")
 	lasts := flag.Duration("for", 0, "how long; 0 is once")
 	rate := flag.Int("rate", 50, "requests a second")
+	late := flag.Duration("late", 0, "how long after it has connected every tenth connection asks, as one does that is not run meanwhile")
 	bind := flag.Bool("bind", false, "try to take the ports of the daemon meanwhile")
 	flag.Parse()
 	var o Outcome
@@ -38,7 +40,7 @@ func main() {
 	var all sync.WaitGroup
 	ask := func() {
 		begin := time.Now()
-		err := fetch(*path)
+		err := fetch(*path, *late)
 		took := time.Since(begin)
 		mu.Lock()
 		defer mu.Unlock()
@@ -79,9 +81,18 @@ func main() {
 	}
 }
 
+var connections atomic.Int64
+
 // fetch asks with a session token. Each request has a connection of its own.
-func fetch(path string) error {
-	client := &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+func fetch(path string, late time.Duration) error {
+	client := &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+			c, err := new(net.Dialer).DialContext(ctx, network, address)
+			if connections.Add(1)%10 == 0 {
+				time.Sleep(late)
+			}
+			return c, err
+		}}}
 	token, err := ask(client, http.MethodPut, "/latest/api/token", "")
 	if err != nil {
 		return err
