@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -377,7 +378,7 @@ func TestDiskFull(t *testing.T) {
 func TestOutOfMemory(t *testing.T) {
 	m := boot(t, settings{config: config("enforce")})
 	old := m.daemon()
-	limit(t, old)
+	m.limit(old)
 	limited := time.Now()
 	load := m.load(6 * time.Second)
 	took := m.guarded(old)
@@ -394,13 +395,24 @@ func TestOutOfMemory(t *testing.T) {
 // memory is where the memory controller of cgroup v1 is.
 const memory = "/sys/fs/cgroup/memory"
 
-// limit takes the memory from a process: the next page that it wants has the kernel kill
-// it. Its cgroup of systemd's is left alone, since that has no memory controller where
-// the host mounts cgroup v1.
-func limit(t *testing.T, pid int) {
+// limit takes the memory from the daemon: the next page that it wants has the kernel kill
+// it. Where the host mounts cgroup v1, its cgroup of systemd's is left alone, since that
+// has no memory controller.
+func (m *machine) limit(pid int) {
+	t := m.t
 	t.Helper()
 	if _, err := os.Stat(memory); err != nil {
-		t.Fatalf("the memory controller of cgroup v1 is what this test knows: %v", err)
+		dir := hierarchies[0]
+		for _, below := range strings.Split(filepath.Join(m.cgroup, "payload/system.slice/imdsgated.service"), "/") {
+			if err := os.WriteFile(dir+"/cgroup.subtree_control", []byte("+memory"), 0); err != nil {
+				t.Fatal(err)
+			}
+			dir += "/" + below
+		}
+		if err := os.WriteFile(dir+"/memory.max", []byte("65536"), 0); err != nil {
+			t.Fatal(err)
+		}
+		return
 	}
 	dir := fmt.Sprintf("%s/imdsgate-boot-%d-memory", memory, os.Getpid())
 	if err := os.Mkdir(dir, 0o755); err != nil {

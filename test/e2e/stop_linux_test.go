@@ -7,11 +7,14 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
+	"os/exec"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/proxy/imds/imdstest"
 	"github.com/imdsgate/imdsgate/test/gate"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
@@ -196,5 +199,51 @@ func TestRefusalWithoutBody(t *testing.T) {
 		if seen := string(c.Received()); strings.Contains(seen, "credentials") || strings.Contains(seen, "user-data") {
 			t.Errorf("the service saw %q", seen)
 		}
+	}
+}
+
+// The host was suspended while there was no daemon: the event about that time counts it.
+// Processes are as old as they are, and known as ever, by a clock that has stood still and
+// one that has not.
+func TestSuspended(t *testing.T) {
+	t.Parallel()
+	const lasted = time.Hour
+	if out, err := exec.Command("unshare", "--time", "--boottime=3600", "--", "cat", "/proc/self/timens_offsets").CombinedOutput(); err != nil || !strings.Contains(string(out), "3600") {
+		missing := fmt.Sprintf("needs a time namespace that execve enters (Linux 6.1, CONFIG_TIME_NS), and an unshare that makes one: %v, %s", err, out)
+		if os.Getenv("CI") != "" {
+			t.Fatal(missing)
+		}
+		t.Skip(missing)
+	}
+	h := start(t, netlab.Options{}, "mode: enforce\n")
+	if code := h.Stop(); code != 0 {
+		t.Fatalf("%d\n%s", code, h.Log())
+	}
+	h.startWith(gate.Settings{Config: "mode: enforce\n", Dir: h.Dir, Suspended: lasted, Lacks: attribution.Level3})
+	d, err := h.Await("the time without a daemon", func(d gate.Document) bool { return d.At("event.action") == "requests-held" })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ns, _ := d.At("event.duration").(float64); time.Duration(ns) < lasted || time.Duration(ns) > lasted+time.Minute {
+		t.Errorf("it lasted %v: %v", time.Duration(ns), d.At("message"))
+	}
+	s, err := h.Status()
+	if err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	if got := h.curl(client{uid: ordinaryUser}, role); got != "403" {
+		t.Errorf("a thief got %s", got)
+	}
+	d = h.decided(role, "curl")
+	at, err := time.Parse(time.RFC3339, fmt.Sprint(d.At("process.start")))
+	if err != nil || at.Before(began.Add(-time.Second)) || at.After(time.Now()) {
+		t.Errorf("it began at %v, %v, and before %v", d.At("process.start"), err, began)
+	}
+	if s.Attribution.Level != attribution.Level2.String() || d.At("imdsgate.attribution.via") != "sock_diag,witness" || d.At("imdsgate.attribution.confidence") != attribution.Medium.String() {
+		t.Errorf("level %s: %v", s.Attribution.Level, d.At("imdsgate.attribution"))
+	}
+	if got := h.curl(client{uid: ordinaryUser}, instanceID); got != "200" {
+		t.Errorf("who may got %s", got)
 	}
 }

@@ -73,8 +73,12 @@ func command(s Settings, home string, b Binaries, args ...string) *exec.Cmd {
 	if s.HideProcesses {
 		hidepid = "2"
 	}
-	return exec.Command("unshare", append([]string{"--mount", "--cgroup", "--propagation=private", "--", "sh", "-ec", privileged, "sh",
-		caps, strconv.Itoa(UID), hidepid, home, program}, args...)...)
+	unshare := []string{"--mount", "--cgroup", "--propagation=private"}
+	if s.Suspended > 0 {
+		unshare = append(unshare, "--time", fmt.Sprintf("--boottime=%d", int(s.Suspended.Seconds())))
+	}
+	unshare = append(unshare, "--", "sh", "-ec", privileged, "sh", caps, strconv.Itoa(UID), hidepid, home, program)
+	return exec.Command("unshare", append(unshare, args...)...)
 }
 
 // Binaries are the two programs, and one that confines the daemon.
@@ -128,6 +132,11 @@ type Settings struct {
 	// HideProcesses gives it a /proc that shows nobody the processes of others
 	// without CAP_SYS_PTRACE (hidepid=2 of proc(5), ProtectProc= of systemd.exec(5)).
 	HideProcesses bool
+	// Suspended is for how long the host was suspended since it booted, by the clocks that
+	// the daemon has, in whole seconds: CLOCK_BOOTTIME is ahead of CLOCK_MONOTONIC by so
+	// much more (time_namespaces(7); Linux 6.1, whose execve enters one). What BPF programs
+	// are told of CLOCK_BOOTTIME is the host's still, so that Lacks is Level3 at most.
+	Suspended time.Duration
 	// Installed has it read and write its files where packages put them, in a mount
 	// namespace of its own: /etc/imdsgate, /var/lib/imdsgate, /var/log/imdsgate and
 	// /run/imdsgate are etc, lib, log and run of its directory, and nothing else is in
