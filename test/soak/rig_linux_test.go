@@ -95,6 +95,7 @@ type seen struct {
 	nobody, incomplete            map[string]int    // by reason
 	example                       map[string]string // of the first
 	lengths                       []time.Duration   // of which rules were not as they should be
+	slow                          []string          // events of requests that took long
 	missed                        uint64
 	gap                           string // the first
 	last                          uint64
@@ -147,6 +148,9 @@ func (s *seen) take(line []byte) error {
 		case d.At("imdsgate.attribution.complete") != true:
 			s.incomplete[reason]++
 		}
+		if took, _ := d.At("event.duration").(float64); time.Duration(took) > patience/2 && len(s.slow) < 10 {
+			s.slow = append(s.slow, string(line))
+		}
 	case action == "policy-activated":
 		s.activated++
 	case action == "redirect-rule-changed", action == "redirect-contested":
@@ -155,7 +159,9 @@ func (s *seen) take(line []byte) error {
 		if length <= 0 {
 			return fmt.Errorf("no event.duration in %s", line)
 		}
-		s.lengths = append(s.lengths, time.Duration(length))
+		if message, _ := d.At("message").(string); !strings.Contains(message, " together ") { // of several
+			s.lengths = append(s.lengths, time.Duration(length))
+		}
 	}
 	return nil
 }

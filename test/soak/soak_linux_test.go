@@ -60,6 +60,16 @@ type hole struct {
 	began, end time.Time
 }
 
+// last names the hole before a time.
+func last(holes []hole, at time.Time) string {
+	for _, h := range slices.Backward(holes) {
+		if h.began.Before(at) {
+			return fmt.Sprintf("%v after %s, of which nothing was left after %v", at.Sub(h.began), h.command, h.end.Sub(h.began))
+		}
+	}
+	return "when nothing had been flushed"
+}
+
 // after is how long it may take until a request that has begun in a hole has ended: its
 // SYN may have been lost, and is sent again after a second.
 const after = 1500 * time.Millisecond
@@ -147,7 +157,7 @@ func TestSoak(t *testing.T) {
 			time.Sleep(5 * time.Millisecond)
 		}
 	}
-	last := look(t, d)
+	late := look(t, d)
 
 	right, asked := 0, 0
 	for _, p := range running {
@@ -159,7 +169,7 @@ func TestSoak(t *testing.T) {
 			i := slices.IndexFunc(holes, func(h hole) bool { return h.has(f) })
 			switch {
 			case i < 0:
-				t.Errorf("%s: at %v, when nothing was wrong: %s", p.name, f.Begin.Sub(began), f.What)
+				t.Errorf("%s: at %v, for %v, %s: %s", p.name, f.Begin.Sub(began), f.End.Sub(f.Begin), last(holes, f.End), f.What)
 			case f.Wrong && !holes[i].open:
 				t.Errorf("%s: at %v, after %s: %s", p.name, f.Begin.Sub(began), holes[i].command, f.What)
 			default:
@@ -176,7 +186,7 @@ func TestSoak(t *testing.T) {
 	}
 	away := repairs(t, holes)
 
-	final := last.status
+	final := late.status
 	for end := time.Now().Add(10 * time.Second); ; time.Sleep(100 * time.Millisecond) {
 		if final, err = d.Status(); err != nil {
 			t.Fatal(err)
@@ -206,6 +216,9 @@ func TestSoak(t *testing.T) {
 		if !explained[reason] {
 			t.Errorf("%d verdicts on nobody, because of %q: %s", n, reason, seen.example[reason])
 		}
+	}
+	for _, line := range seen.slow {
+		t.Logf("took long: %s", line)
 	}
 	t.Logf("%d verdicts, on nobody %v, on some who may not be all %v; %d reloads", seen.decisions, seen.nobody, seen.incomplete, reloads)
 	if seen.activated != reloads {
