@@ -182,13 +182,17 @@ func TestZoneComesAndGoes(t *testing.T) {
 		s.install(r)
 		s.expect("from before the rules", before.alive(), "alive")
 		during := daemon("with the rules")
-		s.sh(tool + " -t raw -F OUTPUT")
-		gap := daemon("without its zone")
-		s.install(r) // the repair
-		s.expect("from without its zone", gap.alive(), "alive")
-		s.expect("with the rules, silent in between", during.alive(), "alive")
+		all := map[string]*dialogue{"from before": before, "from with": during}
+		for _, chain := range []string{"OUTPUT", "IMDSGATE-OUTPUT"} {
+			s.sh(tool + " -t raw -F " + chain)
+			gap := daemon("without its zone")
+			s.install(r) // the repair
+			s.expect("from without its zone, of which "+chain+" was empty", gap.alive(), "alive")
+			s.expect("with the rules, silent in between", during.alive(), "alive")
+			all["from when "+chain+" was empty"] = gap
+		}
 		s.remove()
-		for name, d := range map[string]*dialogue{"from before": before, "from with": during, "from without": gap} {
+		for name, d := range all {
 			s.expect(name+", after removal", d.alive(), "alive")
 		}
 	})

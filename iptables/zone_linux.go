@@ -14,7 +14,8 @@ import (
 
 // zoned reports whether p keeps our connections apart from clients' in the tracker.
 func (p FamilyPlan) zoned() bool {
-	return slices.ContainsFunc(p.Jumps, func(j Jump) bool { return j.Table == "raw" })
+	return slices.ContainsFunc(p.Jumps, func(j Jump) bool { return j.Table == "raw" }) &&
+		slices.ContainsFunc(p.Chains, func(c Chain) bool { return c.Table == "raw" && len(c.Rules) > 0 })
 }
 
 // tryZone asks the kernel for such a rule, in a chain to which nothing leads, and says why it has none.
