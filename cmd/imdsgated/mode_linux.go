@@ -312,8 +312,23 @@ func (d *daemon) settle(older []diag.Socket) error {
 			older = append(older, s)
 		}
 	}
-	for _, s := range older {
-		message := fmt.Sprintf("a connection to %v is older than the redirect and does not pass through it", s.Remote)
+	d.direct(older, "is older than the redirect and does not pass through it")
+	return err
+}
+
+// settleAgain is settle after a repair: for connections that were made meanwhile, and for
+// those that the tracker has lost with the rules. Their clients would wait for an answer
+// that was sent and cannot come.
+func (d *daemon) settleAgain() error {
+	found, err := d.finder.Direct(d.rules.Endpoints, ports(d.rules), d.rules.UID)
+	d.direct(found, "was made while the rules were not there, or was cut off when they went")
+	return err
+}
+
+// direct tells of connections that do not come here, and aborts them in enforce mode.
+func (d *daemon) direct(all []diag.Socket, why string) {
+	for _, s := range all {
+		message := fmt.Sprintf("a connection to %v %s", s.Remote, why)
 		if d.engine.Mode() == policy.Enforce {
 			err := d.finder.Abort(s)
 			if err == nil {
@@ -324,7 +339,6 @@ func (d *daemon) settle(older []diag.Socket) error {
 		}
 		d.integrity("direct-imds-connection", message, nil)
 	}
-	return err
 }
 
 // leave takes the redirect away, and harms no connection that is here: those end when

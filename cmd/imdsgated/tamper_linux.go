@@ -57,6 +57,11 @@ func (d *daemon) drifted(drift iptables.Drift) {
 
 // looked takes up how the redirect is now.
 func (d *daemon) looked(drift iptables.Drift) {
+	if drift.Repaired > 0 {
+		if err := d.settleAgain(); err != nil {
+			d.log.Error().Err(err).Msg("connections that do not come here are not known")
+		}
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if drift.Repaired > 0 {
