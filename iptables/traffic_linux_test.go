@@ -198,6 +198,30 @@ func TestZoneComesAndGoes(t *testing.T) {
 	})
 }
 
+// TestForgets has the tracker lose a connection of the daemon's and then see an answer, so that it believes the service
+// to have begun it. That is forgotten, too, or else a client with that port would go past the redirect.
+func TestForgets(t *testing.T) {
+	forBackends(t, func(s *site, b Backend) {
+		imds := endpoint[IPv4]
+		r := s.open(Config{UID: uid, Backend: b})
+		s.daemon(r)
+		s.install(r)
+		d, greeting := s.dial(s.lab.Instance, client{uid: uid, mark: defaultMark}, imds)
+		s.expect("the daemon", greeting, "metadata")
+		near := d.LocalAddr().(*net.TCPAddr)
+		s.do(func() error {
+			_, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.FAMILY_V4, direct{})
+			return err
+		})
+		s.sh(fmt.Sprintf("conntrack -I -p tcp -s %s -d %s --sport 80 --dport %d --state ESTABLISHED -t 100", imds.Addr(), near.IP, near.Port))
+		s.do(func() error { return forget(IPv4) })
+		s.expect("the daemon's connection", d.alive(), "alive")
+		d.Conn.(*net.TCPConn).SetLinger(0)
+		d.Close()
+		s.expect("a client with its port", s.ask(s.lab.Instance, client{prepare: from(near.Port)}, imds), "host "+imds.String())
+	})
+}
+
 // TestZoneIsTried shows that the kernel says when it has no such rules, and that trying leaves nothing.
 func TestZoneIsTried(t *testing.T) {
 	forBackends(t, func(s *site, b Backend) {

@@ -36,12 +36,12 @@ func forget(f Family) error {
 	if f == IPv6 {
 		family = unix.AF_INET6
 	}
-	_, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, family, direct{})
-	if errors.Is(err, syscall.ENOENT) { // one ended meanwhile
-		err = nil
-	}
-	if err != nil {
-		return fmt.Errorf("have the connection tracker forget the daemon's connections: %w", err)
+	// Of one whose next packet comes from the service the tracker thinks that the service has begun it.
+	for _, which := range []netlink.CustomConntrackFilter{direct{}, reversed{}} {
+		_, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, family, which)
+		if err != nil && !errors.Is(err, syscall.ENOENT) { // one ended meanwhile
+			return fmt.Errorf("have the connection tracker forget the daemon's connections: %w", err)
+		}
 	}
 	return nil
 }
@@ -56,4 +56,14 @@ func (direct) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
 	to, ok := netip.AddrFromSlice(flow.Forward.DstIP)
 	return ok && flow.Forward.Protocol == unix.IPPROTO_TCP && flow.Reverse.SrcIP.Equal(flow.Forward.DstIP) &&
 		slices.ContainsFunc(services, func(p netip.Prefix) bool { return p.Contains(to.Unmap()) })
+}
+
+// reversed matches what the tracker takes for connections from those services, which they never make: it was asked to
+// forget one, and then came an answer. Whoever has its port next would go past the redirect.
+type reversed struct{}
+
+func (reversed) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
+	from, ok := netip.AddrFromSlice(flow.Forward.SrcIP)
+	return ok && flow.Forward.Protocol == unix.IPPROTO_TCP && flow.Reverse.DstIP.Equal(flow.Forward.SrcIP) && flow.Forward.SrcPort < 1024 &&
+		slices.ContainsFunc(services, func(p netip.Prefix) bool { return p.Contains(from.Unmap()) })
 }
