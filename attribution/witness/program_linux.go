@@ -411,7 +411,8 @@ func (c *code) forget(p *plan) {
 }
 
 // forgetWriters removes the foreign writers of the record at R7, and jumps when there
-// are no more.
+// are no more. Their index is stored as one double word: without CAP_PERFMON Linux before
+// 6.8 lets no part of a constant on the stack be overwritten.
 func (c *code) forgetWriters(p *plan, done string) {
 	if p.writers == 0 {
 		c.emit(asm.Ja.Label(done))
@@ -425,7 +426,7 @@ func (c *code) forgetWriters(p *plan, done string) {
 		c.emit(
 			asm.LoadMem(asm.R1, asm.R7, offWriters, asm.Word),
 			asm.JLE.Imm(asm.R1, i, done),
-			asm.StoreImm(asm.RFP, stackWriter+8, int64(i), asm.Word), asm.StoreImm(asm.RFP, stackWriter+12, 0, asm.Word),
+			asm.Mov.Imm(asm.R1, i), asm.StoreMem(asm.RFP, stackWriter+8, asm.R1, asm.DWord),
 		)
 		c.remove(p.writers, stackWriter)
 	}

@@ -120,10 +120,10 @@ func prepare(dir string) error {
 	files := map[string]string{
 		"/etc/systemd/system/guest-commands.service":   commands,
 		"/etc/systemd/system/guest-metadata.service":   metadata,
-		"/etc/systemd/system/events-writer.service":    "[Service]\nExecStart=/usr/bin/amazon-ssm-agent -for 1h -rate 100\n",
+		"/etc/systemd/system/churn.service":            "[Service]\nExecStart=/usr/local/sbin/churn\n",
 		"/etc/systemd/journald.conf.d/vm.conf":         "[Journal]\nStorage=volatile\nRateLimitBurst=0\n",
 		"/etc/modules-load.d/vm.conf":                  "virtio_console\n",
-		"/etc/imdsgate/config.yaml":                    config("enforce"),
+		"/etc/imdsgate/config.yaml":                    config,
 		"/etc/fstab":                                   "/dev/vda / ext4 defaults 0 1\n",
 		"/etc/systemd/system/getty@.service.d/no.conf": "[Unit]\nConditionPathExists=/nowhere\n",
 	}
@@ -132,8 +132,10 @@ func prepare(dir string) error {
 			return err
 		}
 	}
-	if err := os.WriteFile(root+"/usr/local/bin/go", []byte(built), 0o755); err != nil {
-		return err
+	for name, text := range map[string]string{"/usr/local/bin/go": built, "/usr/local/sbin/churn": churn} {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(root+name), 0o755), os.WriteFile(root+name, []byte(text), 0o755)); err != nil {
+			return err
+		}
 	}
 	tree, err := filepath.Abs(filepath.Join(images, "root"))
 	if err != nil {
@@ -145,9 +147,22 @@ func prepare(dir string) error {
 	return os.RemoveAll(root)
 }
 
-func config(mode string) string {
-	return "mode: " + mode + "\nprofiles: [amazon-ssm-agent]\n"
-}
+const config = `mode: enforce
+profiles: [amazon-ssm-agent]
+events: {fsync: interval, max_size: 1048576}
+`
+
+// churn has everything written that the daemon and its readers write, all the time.
+const churn = `#!/bin/sh
+amazon-ssm-agent -for 1h -rate 20 >/dev/null &
+imdsgate events --json --follow --cursor /var/lib/cursor >/dev/null &
+while :; do
+	imdsgate mode set audit --for 1h --reason churn
+	imdsgate decisions add deny --user lp --for 1h --reason churn
+	imdsgate mode set enforce --reason churn
+	imdsgate decisions add deny --user lp --for 2h --reason churn
+done >/dev/null
+`
 
 // built is a go that has built everything beforehand.
 const built = `#!/bin/sh
