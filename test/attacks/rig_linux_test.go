@@ -328,6 +328,9 @@ type actor struct {
 // errUnavailable is an attack for which this kernel has no means.
 var errUnavailable = errors.New("unavailable")
 
+// errAct is an attack that did not come as far as an outcome.
+var errAct = errors.New("act")
+
 // errRefused is a program with a grant that did not get what an attack needs it to
 // have.
 var errRefused = errors.New("a program with a grant was refused")

@@ -15,18 +15,16 @@ mkdir -p "$dir"
 rm -rf --one-file-system "$dir/root" "$dir/new" "$dir/recipe"
 cp -a "$tree/root" "$dir/new"
 echo force-unsafe-io >"$dir/new/etc/dpkg/dpkg.cfg.d/unsafe-io"
-# All modules would be a minute of unpacking at each boot.
+# All modules would be half a minute of unpacking at each boot.
 mkdir -p "$dir/new/etc/initramfs-tools/conf.d"
 echo MODULES=list >"$dir/new/etc/initramfs-tools/conf.d/modules"
+printf '%s\n' virtio_pci virtio_blk ext4 crc32c_generic >"$dir/new/etc/initramfs-tools/modules"
 # shellcheck disable=SC2086 # a list of words
-DEBIAN_FRONTEND=noninteractive unshare --mount --pid --fork --propagation=private -- sh -eu -c '
-	mount --bind /etc/resolv.conf "$0/etc/resolv.conf" 2>/dev/null || cp /etc/resolv.conf "$0/etc/resolv.conf"
-	mount -t proc proc "$0/proc"
-	mkdir -p "$0/etc/initramfs-tools"
-	printf "%s\n" virtio_pci virtio_blk ext4 crc32c_generic >"$0/etc/initramfs-tools/modules"
-	chroot "$0" apt-get -qq update
-	chroot "$0" apt-get -qq install --no-install-recommends initramfs-tools zstd "$@"
-	chroot "$0" apt-get clean' "$dir/new" $packages >"$dir/install.log" 2>&1 || {
+DEBIAN_FRONTEND=noninteractive unshare --mount --pid --fork chroot "$dir/new" sh -eu -c '
+	mount -t proc proc /proc
+	apt-get -qq update
+	apt-get -qq install --no-install-recommends "$@"
+	apt-get clean' sh initramfs-tools zstd $packages >"$dir/install.log" 2>&1 || {
 	tail -n 20 "$dir/install.log" >&2
 	exit 1
 }

@@ -240,7 +240,6 @@ func TestClockSteps(t *testing.T) {
 	m.guards()
 	m.do("imdsgate", "decisions", "add", "deny", "--user", "games", "--for", "2h", "--reason", "clock")
 	m.do("imdsgate", "decisions", "add", "allow", "--exe", "/usr/bin/curl", "--user", "nobody", "--for", "2h", "--reason", "clock", "--accept-risk")
-	m.do("imdsgate", "mode", "set", "audit", "--for", "2h", "--reason", "clock")
 	pid := m.property("imdsgated.service", "MainPID")
 	done := make(chan string, 1)
 	go func() {
@@ -281,12 +280,15 @@ func TestClockSteps(t *testing.T) {
 		}
 		t.Logf("%s: as expected", what)
 	}
-	check("before", "audit", "200", "200")
-	m.step(-5 * time.Hour) // before it was decided: nothing is weakened
+	check("before", "enforce", "200", "403")
+	m.step(-5 * time.Hour) // before it was decided: nothing is allowed
 	check("five hours back", "enforce", "403", "403")
 	m.step(+5 * time.Hour)
 	check("and forth again", "enforce", "200", "403")
-	m.step(+3 * time.Hour) // all of it is over
+	m.do("imdsgate", "mode", "set", "audit", "--for", "2h", "--reason", "clock")
+	m.step(-5 * time.Hour) // the daemon has seen it being set, and knows how long that is ago
+	check("five hours back in audit mode", "audit", "200", "200")
+	m.step(+8 * time.Hour) // all of it is over
 	check("three hours on", "enforce", "403", "200")
 	m.step(-3 * time.Hour) // and does not come back
 	check("and back again", "enforce", "403", "200")
