@@ -67,7 +67,7 @@ func sweep() {
 }
 
 // packages whose tests run inside.
-var packages = []string{"attribution", "attribution/diag", "attribution/procwatch", "attribution/witness", "iptables", "test/attacks"}
+var packages = []string{"attribution/diag", "attribution/procwatch", "attribution/witness", "test/attacks"}
 
 // programs that these tests build, which "go" has inside.
 var programs = []string{"cmd/imdsgated", "cmd/imdsgate", "test/gate/confine", "test/attacks/attacker", "test/attacks/granted"}

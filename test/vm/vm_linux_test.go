@@ -74,14 +74,15 @@ func TestKernel(t *testing.T) {
 	m.do("imdsgate", "redirect", "remove")
 	// Their daemons have another user, who may not give a socket to the group of the package.
 	m.do("sh", "-ec", "grep -v ^imdsgate: /etc/group >/run/group; mount --bind /run/group /etc/group")
-	emulated := "IMDSGATE_EMULATED="
+	emulated, slow := "IMDSGATE_EMULATED=", "^$"
 	if accelerator() != "kvm" {
-		emulated = "IMDSGATE_EMULATED=1"
+		// TestFlood connects 20,000 times as fast as it can; the backlog is not served in time.
+		emulated, slow = "IMDSGATE_EMULATED=1", "^TestFlood$"
 	}
 	for _, p := range packages {
 		t.Run(p, func(t *testing.T) {
 			begin := time.Now()
-			out, code := m.run(25*time.Minute, "env", "CI=true", emulated, "sh", "-ec", "cd "+filepath.Join(inside, p)+" && exec ./tests -test.v -test.count=1 -test.timeout=24m 2>&1")
+			out, code := m.run(25*time.Minute, "env", "CI=true", emulated, "sh", "-ec", "cd "+filepath.Join(inside, p)+" && exec ./tests -test.v -test.count=1 -test.timeout=24m -test.skip '"+slow+"' 2>&1")
 			said := filepath.Join(images, strings.ReplaceAll(p, "/", "-")+".log")
 			if err := os.WriteFile(said, []byte(out), 0o644); err != nil {
 				t.Error(err)
@@ -312,13 +313,13 @@ func TestSuspend(t *testing.T) {
 	if out := m.do("cat", "/sys/power/state"); !strings.Contains(out, "mem") {
 		t.Fatalf("this kernel has no suspend to memory: %s", out)
 	}
-	m.do("imdsgate", "decisions", "add", "allow", "--exe", "/usr/bin/curl", "--user", "nobody", "--for", "2m", "--reason", "clock", "--accept-risk")
+	m.do("imdsgate", "decisions", "add", "allow", "--exe", "/usr/bin/curl", "--user", "nobody", "--for", "1m", "--reason", "suspend", "--accept-risk")
 	m.do("sh", "-c", "sleep 1; echo mem >/sys/power/state & true")
 	m.await("the suspend", func() bool { return strings.Contains(m.qmp("query-status"), "suspended") })
-	time.Sleep(2*time.Minute + 10*time.Second)
+	time.Sleep(65 * time.Second)
 	m.qmp("system_wakeup")
 	m.await("its end", func() bool { return strings.Contains(m.qmp("query-status"), "running") })
-	// What lasted for two minutes is over: the time in which it slept counts.
+	// What lasted for a minute is over: the time in which it slept counts.
 	m.await("the end of a decision", func() bool { return m.curl("nobody", role) == "403" })
 	m.guards()
 	if now := m.property("imdsgated.service", "MainPID"); now != pid {
