@@ -22,9 +22,9 @@ func TestWithoutPerfmon(t *testing.T) {
 	if err := unix.Capset(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &caps[0]); err != nil {
 		t.Fatal(err)
 	}
-	w, err := witness.Open(witness.Options{Cgroup: os.Getenv(inCgroup), Endpoints: endpoints})
+	w, err := witness.Open(witness.Options{Cgroup: os.Getenv(inCgroup), Endpoints: endpoints, Mark: 0x1d5, Deny: true, DenyUncovered: true})
 	if err != nil {
-		t.Fatal(err)
+		t.Fatalf("%+v", err)
 	}
 	if err := w.Close(); err != nil {
 		t.Error(err)

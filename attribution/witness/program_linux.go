@@ -285,11 +285,12 @@ func (c *code) record(v6, comm bool) {
 	at(offRport, asm.R1, asm.Half)
 }
 
-// flag adds flags to the record on the stack.
+// flag adds flags to the record on the stack, with the parent behind them: see
+// forgetWriters.
 func (c *code) flag(flags int32) {
 	c.emit(
-		asm.LoadMem(asm.R1, asm.RFP, stackRecord+offFlags, asm.Word), asm.Or.Imm(asm.R1, flags),
-		asm.StoreMem(asm.RFP, stackRecord+offFlags, asm.R1, asm.Word),
+		asm.LoadMem(asm.R1, asm.RFP, stackRecord+offFlags, asm.DWord), asm.Or.Imm(asm.R1, flags),
+		asm.StoreMem(asm.RFP, stackRecord+offFlags, asm.R1, asm.DWord),
 	)
 }
 
