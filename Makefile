@@ -85,8 +85,8 @@ boot: packages
 	./test/boot/tree.sh bin/boot
 	go test -count=1 -v -timeout 15m ./test/boot
 
-# Puts 600 MB into bin/boot and bin/vm the first time. Where the processor has to be emulated
-# it takes most of an hour.
+# Puts 700 MB into bin/boot and bin/vm the first time. Where the processor has to be emulated
+# it takes an hour or so.
 test-vm: deps
 	./test/vm/deps.sh
 	./test/boot/tree.sh bin/boot
