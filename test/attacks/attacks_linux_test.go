@@ -496,7 +496,7 @@ func (a *arena) play(t *testing.T, r row) string {
 			continue
 		}
 		switch {
-		case outcome == tooLate && emulated, errors.Is(err, errAct) && emulated && a.level < attribution.Level2:
+		case outcome == tooLate && emulated, errors.Is(err, errAct) && emulated && a.level < attribution.Level3:
 			// Searching takes too long every time, so that also who has a grant is refused.
 			t.Logf("run %d: too late: %v", i, err)
 			outcome = tooLate
