@@ -314,7 +314,7 @@ func TestSuspend(t *testing.T) {
 		t.Fatalf("this kernel has no suspend to memory: %s", out)
 	}
 	m.do("imdsgate", "decisions", "add", "allow", "--exe", "/usr/bin/curl", "--user", "nobody", "--for", "1m", "--reason", "suspend", "--accept-risk")
-	m.do("sh", "-c", "sleep 1; echo mem >/sys/power/state & true")
+	m.do("systemd-run", "--quiet", "sh", "-c", "sleep 2; echo mem >/sys/power/state")
 	m.await("the suspend", func() bool { return strings.Contains(m.qmp("query-status"), "suspended") })
 	time.Sleep(65 * time.Second)
 	m.qmp("system_wakeup")
