@@ -7,6 +7,7 @@
 # make test-clients  runs AWS's SDKs and others, unmodified, and writes docs/clients.md
 # make test-boot  boots a Debian with our units: starts, restarts, crashes, a full disk
 # make test-soak  an hour of requests, while rules are reloaded and tables flushed
+# make test-vm   boots a Debian with its own kernel (Linux 6.1) under qemu: attacks, power cuts, clocks, suspend
 # make packages  deb, rpm and tarball for amd64 and arm64, in bin/packages
 # make test-packages  installs, upgrades and removes them in a Debian of their own, and runs their linters
 # make install  onto this host, make uninstall takes it off again
@@ -21,7 +22,7 @@ export PATH := $(CURDIR)/bin/toolchain:$(PATH)
 DESTDIR :=
 PREFIX := /usr
 
-.PHONY: build packages demo test test-boot test-packages test-load test-soak test-clients bench bench-attribution deps lint unit race fuzz boot long install uninstall clean
+.PHONY: build packages demo test test-boot test-vm test-packages test-load test-soak test-clients bench bench-attribution deps lint unit race fuzz boot long install uninstall clean
 
 build: bin/toolchain/go
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/imdsgated ./cmd/imdsgate
@@ -66,7 +67,7 @@ lint: bin/toolchain/go
 # What fills the host with descriptors and connections comes last, and alone: at
 # the lower levels others' searches go through all of them.
 unit: bin/toolchain/go
-	go test -count=1 -timeout 20m $$(go list ./... | grep -v -e /test/attacks$$ -e /test/boot$$ -e /test/chroot$$ -e /test/load$$ -e /test/soak$$)
+	go test -count=1 -timeout 20m $$(go list ./... | grep -v -e /test/attacks$$ -e /test/boot$$ -e /test/chroot$$ -e /test/load$$ -e /test/soak$$ -e /test/vm$$)
 	go test -count=1 -p 1 ./test/attacks ./test/load
 	cd test/clients && go vet ./... && go build -o /dev/null ./...
 
@@ -93,6 +94,15 @@ test-boot: deps boot
 boot: packages
 	./test/boot/tree.sh bin/boot
 	go test -count=1 -v -timeout 15m ./test/boot
+
+# Puts 700 MB into bin/boot and bin/vm the first time. Where the processor has to be emulated
+# it takes an hour or so.
+test-vm: deps
+	./test/vm/deps.sh
+	./test/boot/tree.sh bin/boot
+	./test/vm/tree.sh bin/vm bin/boot
+	ARCHES=amd64 ./packaging/packages.sh
+	go test -count=1 -v -timeout 2h ./test/vm
 
 test-load: deps bin/toolchain/go
 	go test -count=1 -v ./test/load -args -for 2m -idle 10000

@@ -2,9 +2,14 @@ package iptables
 
 import (
 	"context"
+	"fmt"
+	"os"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // watch runs Watch until the test ends.
@@ -24,6 +29,18 @@ func (s *site) startWatch(r *Redirect, interval time.Duration) (drifts chan Drif
 			return r.Watch(ctx, interval, Observer{Tell: func(d Drift) { drifts <- d }})
 		})
 	}()
+	// Who changes rules before that is not known by name.
+	s.eventually("it listens", func() (listens bool) {
+		s.do(func() error {
+			sockets, err := os.ReadFile("/proc/thread-self/net/netlink")
+			for line := range strings.Lines(string(sockets)) {
+				f := strings.Fields(line)
+				listens = listens || f[1] == strconv.Itoa(unix.NETLINK_NETFILTER) && f[3] == fmt.Sprintf("%08x", 1<<(unix.NFNLGRP_NFTABLES-1))
+			}
+			return err
+		})
+		return listens
+	})
 	return drifts, func() {
 		cancel()
 		if err := <-ended; err != nil {

@@ -191,15 +191,17 @@ func (w *Witness) holding(ctx context.Context, pid int, inode uint32) (attributi
 			return nil // wanted by another call
 		}
 		// The iterator leaves out threads that share the leader's table, but not
-		// those that share another.
-		for i := range seen {
-			if seen[i].table == d.table && seen[i].fd == d.fd {
-				return nil
+		// those that share another. Until Linux 6.7 it has the last thread, too, and leaves
+		// out some that have a table of their own (task_group_seq_get_next in
+		// kernel/bpf/task_iter.c): what they hold is missing beside the references.
+		if d.tid != d.pid {
+			for i := range seen {
+				if seen[i].table == d.table && seen[i].fd == d.fd {
+					return nil
+				}
 			}
 		}
-		if d.tid != d.pid {
-			seen = append(seen, *d)
-		}
+		seen = append(seen, *d)
 		h.Descriptors++
 		h.References, h.FD = int(d.references-it.less), int(d.fd)
 		return nil

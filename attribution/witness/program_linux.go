@@ -166,7 +166,7 @@ func (p *plan) connect(v6 bool, see sight) asm.Instructions {
 	c.emit(
 		asm.LoadMem(asm.R1, asm.R7, sockDevice, asm.Word),
 		asm.JEq.Imm(asm.R1, 0, "insert"),
-		asm.StoreImm(asm.RFP, stackUser, 0, asm.Word), // an empty name
+		asm.Mov.Imm(asm.R1, 0), asm.StoreMem(asm.RFP, stackUser, asm.R1, asm.DWord), // an empty name
 		asm.Mov.Reg(asm.R1, asm.R6), asm.Mov.Imm(asm.R2, solSocket), asm.Mov.Imm(asm.R3, soBindToDevice),
 	)
 	c.stack(asm.R4, stackUser)
@@ -270,23 +270,27 @@ func (c *code) record(v6, comm bool) {
 		c.emit(asm.Mov.Imm(asm.R2, int32(unsafe.Sizeof(record{}.comm))), asm.FnGetCurrentComm.Call())
 	}
 	if v6 {
-		for i := int16(0); i < 16; i += 4 {
-			c.emit(asm.LoadMem(asm.R1, asm.R6, addrIP6+i, asm.Word))
-			at(offRemote+i, asm.R1, asm.Word)
+		for i := int16(0); i < 16; i += 8 {
+			c.emit(asm.LoadMem(asm.R1, asm.R6, addrIP6+i, asm.DWord))
+			at(offRemote+i, asm.R1, asm.DWord)
 		}
 	} else {
-		c.emit(asm.StoreImm(asm.RFP, stackRecord+offRemote+8, mapped, asm.Word), asm.LoadMem(asm.R1, asm.R6, addrIP4, asm.Word))
-		at(offRemote+12, asm.R1, asm.Word)
+		c.emit(
+			asm.LoadMem(asm.R1, asm.R6, addrIP4, asm.Word), asm.LSh.Imm(asm.R1, 32),
+			asm.LoadImm(asm.R2, int64(uint32(mapped)), asm.DWord), asm.Or.Reg(asm.R1, asm.R2), // at once, see forgetWriters
+		)
+		at(offRemote+8, asm.R1, asm.DWord)
 	}
 	c.emit(asm.LoadMem(asm.R1, asm.R6, addrPort, asm.Word), asm.HostTo(asm.BE, asm.R1, asm.Half))
 	at(offRport, asm.R1, asm.Half)
 }
 
-// flag adds flags to the record on the stack.
+// flag adds flags to the record on the stack, with the parent behind them: see
+// forgetWriters.
 func (c *code) flag(flags int32) {
 	c.emit(
-		asm.LoadMem(asm.R1, asm.RFP, stackRecord+offFlags, asm.Word), asm.Or.Imm(asm.R1, flags),
-		asm.StoreMem(asm.RFP, stackRecord+offFlags, asm.R1, asm.Word),
+		asm.LoadMem(asm.R1, asm.RFP, stackRecord+offFlags, asm.DWord), asm.Or.Imm(asm.R1, flags),
+		asm.StoreMem(asm.RFP, stackRecord+offFlags, asm.R1, asm.DWord),
 	)
 }
 
@@ -329,7 +333,7 @@ func (c *code) user(p *plan, missing string) {
 	c.emit(
 		asm.LoadMem(asm.R1, asm.RFP, stackUID, asm.Word),
 		asm.Mul.Imm32(asm.R1, int32(p.factor)), asm.RSh.Imm32(asm.R1, 32-usersBits),
-		asm.StoreMem(asm.RFP, stackUser, asm.R1, asm.Word),
+		asm.StoreMem(asm.RFP, stackUser, asm.R1, asm.DWord),
 	)
 	c.lookup(p.users, stackUser, missing)
 }
@@ -340,7 +344,7 @@ func (c *code) insert(p *plan) {
 	c.count(p.shared, unsafe.Offsetof(shared{}.connects), 1)
 	c.emit(
 		asm.LoadMem(asm.R1, asm.RFP, stackRecord+offUID, asm.Word),
-		asm.StoreMem(asm.RFP, stackUID, asm.R1, asm.Word),
+		asm.StoreMem(asm.RFP, stackUID, asm.R1, asm.DWord),
 		asm.JEq.Imm(asm.R1, 0, "store"),
 	)
 	c.user(p, "allow")
@@ -411,7 +415,8 @@ func (c *code) forget(p *plan) {
 }
 
 // forgetWriters removes the foreign writers of the record at R7, and jumps when there
-// are no more.
+// are no more. Their index is stored as one double word: without CAP_PERFMON Linux before
+// 6.8 lets no part of a constant on the stack be overwritten.
 func (c *code) forgetWriters(p *plan, done string) {
 	if p.writers == 0 {
 		c.emit(asm.Ja.Label(done))
@@ -425,7 +430,7 @@ func (c *code) forgetWriters(p *plan, done string) {
 		c.emit(
 			asm.LoadMem(asm.R1, asm.R7, offWriters, asm.Word),
 			asm.JLE.Imm(asm.R1, i, done),
-			asm.StoreImm(asm.RFP, stackWriter+8, int64(i), asm.Word), asm.StoreImm(asm.RFP, stackWriter+12, 0, asm.Word),
+			asm.Mov.Imm(asm.R1, i), asm.StoreMem(asm.RFP, stackWriter+8, asm.R1, asm.DWord),
 		)
 		c.remove(p.writers, stackWriter)
 	}
@@ -501,7 +506,6 @@ func (p *plan) sockOps(l *layout) asm.Instructions {
 		c.markedLate(p)
 	}
 	c.emit(
-		asm.Mov.Imm(asm.R9, 0),
 		asm.JEq.Imm(asm.R8, 0, "claim"),
 	)
 	c.lookup(p.namespaces, stackTask, "unseen")
@@ -510,7 +514,7 @@ func (p *plan) sockOps(l *layout) asm.Instructions {
 	c.clear(stackValue, unsafe.Sizeof(namespace{}))
 	c.emit(
 		asm.LoadMem(asm.R1, asm.R7, offUID, asm.Word),
-		asm.StoreMem(asm.RFP, stackUID, asm.R1, asm.Word),
+		asm.StoreMem(asm.RFP, stackUID, asm.R1, asm.DWord),
 		asm.StoreMem(asm.RFP, stackValue+int16(unsafe.Offsetof(namespace{}.uid)), asm.R1, asm.DWord),
 		asm.JEq.Imm(asm.R1, 0, "room"),
 	)
@@ -539,17 +543,16 @@ func (p *plan) sockOps(l *layout) asm.Instructions {
 		asm.StoreMem(asm.R9, int16(unsafe.Offsetof(namespace{}.last)), asm.R0, asm.DWord),
 	)
 
-	c.here("claim")
+	c.claim(p)
 	c.emit(
-		asm.LoadMapPtr(asm.R1, p.tuples),
-		asm.Mov.Reg(asm.R2, asm.R7), asm.Add.Imm(asm.R2, int32(offKey)),
-		asm.Mov.Reg(asm.R3, asm.R7),
-		asm.Mov.Imm(asm.R4, updateNoExist), asm.FnMapUpdateElem.Call(),
-		asm.JNE.Imm(asm.R0, 0, "claimed"),
-		asm.JEq.Imm(asm.R8, 0, "allow"),
 		asm.Mov.Imm(asm.R1, 1),
 		asm.AddAtomic.Mem(asm.R9, asm.R1, asm.DWord, int16(unsafe.Offsetof(namespace{}.live))),
+		asm.Ja.Label("allow"),
 	)
+	// Twice, and not with a question about R8 behind it: without CAP_PERFMON the verifier
+	// of 6.1 also follows the processor where it guesses wrong, with R9 being no address.
+	c.here("claim")
+	c.claim(p)
 	c.here("allow")
 	c.exit(1)
 
@@ -588,6 +591,18 @@ func (p *plan) sockOps(l *layout) asm.Instructions {
 	return c.ins
 }
 
+// claim stores whose the tuple of the record at R7 is, and jumps to "claimed" if it is
+// somebody's.
+func (c *code) claim(p *plan) {
+	c.emit(
+		asm.LoadMapPtr(asm.R1, p.tuples),
+		asm.Mov.Reg(asm.R2, asm.R7), asm.Add.Imm(asm.R2, int32(offKey)),
+		asm.Mov.Reg(asm.R3, asm.R7),
+		asm.Mov.Imm(asm.R4, updateNoExist), asm.FnMapUpdateElem.Call(),
+		asm.JNE.Imm(asm.R0, 0, "claimed"),
+	)
+}
+
 // markedLate takes the daemon's mark off a socket that got it after its connect, which
 // deferred the SYN: too late to refuse, but the redirect then sees it. R8 is 0 in our own
 // namespace, R7 the record.
@@ -606,7 +621,7 @@ func (c *code) markedLate(p *plan) {
 	c.emit(
 		asm.JEq.Imm(asm.R1, 0, "late"),
 		asm.Or.Imm(asm.R9, flagRefused),
-		asm.StoreImm(asm.RFP, stackUser, 0, asm.Word),
+		asm.Mov.Imm(asm.R1, 0), asm.StoreMem(asm.RFP, stackUser, asm.R1, asm.DWord),
 		asm.Mov.Reg(asm.R1, asm.R6), asm.Mov.Imm(asm.R2, solSocket), asm.Mov.Imm(asm.R3, soMark),
 	)
 	c.stack(asm.R4, stackUser)

@@ -257,7 +257,14 @@ func TestHoldingThread(t *testing.T) {
 	tid := c.numbers()[0]
 	_, tuple := accept(t, ln)
 	inode := inodeOf(t, tuple)
-	if got, err := w.Holding(t.Context(), c.pid(), inode); err != nil || got.Descriptors != 1 {
+	var u unix.Utsname
+	var major, minor int
+	if err := unix.Uname(&u); err != nil {
+		t.Fatal(err)
+	}
+	fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &major, &minor)
+	leavesOut := major < 6 || major == 6 && minor < 7
+	if got, err := w.Holding(t.Context(), c.pid(), inode); err != nil || got.Descriptors != 1 && !(leavesOut && got.Descriptors == 0) {
 		t.Errorf("%+v, %v", got, err)
 	}
 	got, err := w.Holders(t.Context(), []uint32{inode})

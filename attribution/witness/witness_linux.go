@@ -209,13 +209,9 @@ func (w *Witness) open() error {
 	} {
 		spec := &ebpf.ProgramSpec{Name: "imdsgate", Type: h.typ, AttachType: h.attach, License: license}
 		var prog *ebpf.Program
-		for i, see := range []sight{{true, l}, {true, nil}, {}} {
+		for _, see := range []sight{{true, l}, {true, nil}, {}} {
 			spec.Instructions = h.ins(see)
-			less, lessErr := ebpf.NewProgram(spec)
-			if i == 0 || lessErr == nil {
-				prog, err = less, lessErr
-			}
-			if err == nil {
+			if prog, err = ebpf.NewProgram(spec); err == nil {
 				break
 			}
 			if w.hooks[0].Err == nil {

@@ -85,7 +85,7 @@ func (p *plan) write(l *layout) asm.Instructions {
 	for i := range int32(maxWriters) {
 		next := c.fresh("other")
 		c.emit(
-			asm.StoreImm(asm.RFP, stackWriter+8, int64(i), asm.Word), asm.StoreImm(asm.RFP, stackWriter+12, 0, asm.Word),
+			asm.Mov.Imm(asm.R1, i), asm.StoreMem(asm.RFP, stackWriter+8, asm.R1, asm.DWord),
 			asm.LoadMem(asm.R1, asm.R7, offWriters, asm.Word),
 			asm.JLE.Imm(asm.R1, i, "append"),
 		)

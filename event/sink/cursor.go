@@ -83,6 +83,11 @@ func (c *Cursor) Commit() error {
 		return nil // nothing was read
 	}
 	if err == nil {
+		// The kernel may not have written yet what was read. A host that ends then has a
+		// shorter file than before, and other lines where the cursor is.
+		err = syncRead(c.file)
+	}
+	if err == nil {
 		var text []byte
 		if text, err = json.Marshal(place{first, c.offset}); err == nil {
 			err = replaceFile(c.state, append(text, '\n'))

@@ -50,6 +50,10 @@ func syncDirectory(name string) error {
 	return d.Sync()
 }
 
+// syncRead brings what others have written to a file to the disk; fsync(2) does that also
+// for one who only reads it.
+func syncRead(file *os.File) error { return file.Sync() }
+
 // sinceBoot is in microseconds. A sequence that starts from it is greater than
 // that of an earlier run in the same boot, which cannot have written a million
 // documents a second.

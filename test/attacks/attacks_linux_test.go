@@ -15,6 +15,7 @@ package attacks
 import (
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"syscall"
@@ -220,8 +221,10 @@ func keepAlive(s *scene) (string, error) {
 		if _, err := fmt.Fprintln(k.in, "ask", s.agent); err != nil {
 			return "", err
 		}
-		if r, err := k.result(); err != nil || r != "secret" {
-			return r, err
+		if r, err := k.result(); err != nil {
+			return "", err
+		} else if r != "secret" {
+			return "", errRefused
 		}
 	}
 	_, err = fmt.Fprintln(k.in, "ask", s.agent)
@@ -392,6 +395,9 @@ func TestTable(t *testing.T) {
 			a, missing := open(t, level)
 			if a == nil {
 				notes = append(notes, fmt.Sprintf("%v not run: %s", level, missing))
+				if os.Getenv("CI") != "" {
+					t.Error(missing)
+				}
 				return
 			}
 			a.run(t, func(r row, outcome string) { seen[r.name][level] = outcome })
@@ -485,11 +491,15 @@ func (a *arena) play(t *testing.T, r row) string {
 			a.ended.Do(func() { t.Log(a.Log()) })
 			t.Fatalf("run %d: the daemon has ended", i)
 		}
-		if (outcome == tooLate || errors.Is(err, errRefused)) && a.level < attribution.Level3 && late < mostLate {
+		if (outcome == tooLate || errors.Is(err, errRefused)) && (a.level < attribution.Level3 || emulated) && late < mostLate {
 			late++
 			continue
 		}
 		switch {
+		case outcome == tooLate && emulated, errors.Is(err, errAct) && emulated && a.level < attribution.Level3:
+			// Searching takes too long every time, so that also who has a grant is refused.
+			t.Logf("run %d: too late: %v", i, err)
+			outcome = tooLate
 		case errors.Is(err, errUnavailable):
 			t.Log(err)
 			return unavailable
@@ -518,7 +528,7 @@ func (a *arena) play(t *testing.T, r row) string {
 func (s *scene) play(r row) (outcome, detail string, err error) {
 	got, err := r.act(s)
 	if err != nil {
-		return "", "", err
+		return "", "", fmt.Errorf("%w: %w", errAct, err)
 	}
 	wait := 5 * time.Second
 	none := strings.HasPrefix(got, "none")

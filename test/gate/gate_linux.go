@@ -41,6 +41,7 @@ var capabilities = map[attribution.Level]string{
 // cgroup namespace of its own: the lab's cgroup is the root of all that it sees.
 // With a directory, what that has is where packages put the files of the daemon.
 const privileged = `caps=$1 uid=$2 hidepid=$3 home=$4; shift 4
+umount --lazy /sys/fs/cgroup || true # not twice on one another, where the host has cgroup2 alone
 mount -t cgroup2 none /sys/fs/cgroup
 if [ -n "$home" ]; then
 	mkdir "$home/layers"; mount -t tmpfs none "$home/layers"
@@ -234,7 +235,7 @@ func (d *Daemon) State() string { return filepath.Join(d.Dir, "lib") }
 func (d *Daemon) Socket() string { return filepath.Join(d.Dir, "run", "control.sock") }
 
 // readyTimeout is far more than a start takes: about 100 ms.
-const readyTimeout = 20 * time.Second
+const readyTimeout = time.Minute
 
 func (d *Daemon) ready() error {
 	for end := time.Now().Add(readyTimeout); ; time.Sleep(10 * time.Millisecond) {
