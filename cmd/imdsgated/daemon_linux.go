@@ -165,6 +165,9 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	defer d.release() // also when start fails half-way
 	if err := d.start(ctx); err != nil {
 		closeAll(listeners)
+		if told.Err() != nil { // in the middle of that, which is no failure
+			return nil
+		}
 		return err
 	}
 	// Not before the rules exempt us: those that enforce mode has left are about the
