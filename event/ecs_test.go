@@ -128,7 +128,7 @@ func TestFindings(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, m := range regexp.MustCompile(`\.(?:integrity|finding|absent)\("([^"]+)"`).FindAllSubmatch(src, -1) {
+		for _, m := range regexp.MustCompile(`\.(?:integrity|finding|noticed|absent)\("([^"]+)"`).FindAllSubmatch(src, -1) {
 			used[string(m[1])] = true
 			if findings[string(m[1])] == nil {
 				t.Errorf("%s: %s is not in the table of findings", name, m[1])

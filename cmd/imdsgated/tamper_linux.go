@@ -38,12 +38,13 @@ func (d *daemon) drifted(drift iptables.Drift) {
 		}
 		s := event.State{Actor: by, Message: fmt.Sprintf("the redirect was not as it should be for %sat most %v: %s%s",
 			times, drift.AtMost.Round(time.Millisecond), drift.Found[0], who)}
-		action := "redirect-rule-changed"
+		var ev *event.Event
 		if c := drift.Contest; c.Is() {
-			action = "redirect-contested"
 			s.Message += fmt.Sprintf("; somebody changes it again and again, %d times since %s", c.Rounds, c.Since.UTC().Format(time.RFC3339))
+			ev = d.noticed("redirect-contested", s, drift.Err)
+		} else {
+			ev = d.noticed("redirect-rule-changed", s, drift.Err)
 		}
-		ev := d.noticed(action, s, drift.Err)
 		ev.Duration = drift.AtMost
 		d.record(ev)
 	}
