@@ -75,6 +75,9 @@ func CheckExecutable(file string) error {
 	case !path.IsAbs(file) || path.Clean(file) != file || file == "/":
 		return fmt.Errorf("%q is not an absolute, clean path, as the kernel has it: /usr/bin/x", file)
 	}
+	if name := path.Base(file); strings.HasPrefix(name, "ld-linux") || strings.HasPrefix(name, "ld-musl-") || strings.HasPrefix(name, "ld64.so") || strings.HasPrefix(name, "ld.so") {
+		return fmt.Errorf("%q is a dynamic loader, which runs whatever file it is given, so that no grant for it holds: name the program", file)
+	}
 	if why := outsider(file); why != "" {
 		return fmt.Errorf("%s: install it where only root can write, such as /usr/local/bin or /opt", why)
 	}
@@ -84,14 +87,15 @@ func CheckExecutable(file string) error {
 // tools are programs that do whatever they are told, or fetch whatever they are asked
 // for: that one of them runs says nothing about who wants what. Versions are left out.
 var tools = []string{
-	"ash", "bash", "csh", "dash", "fish", "ksh", "mksh", "pwsh", "rbash", "sh", "tcsh", "zsh",
+	"ash", "bash", "csh", "dash", "elvish", "fish", "ksh", "lksh", "mksh", "nu", "posh", "pwsh", "rbash", "sh", "tcsh", "xonsh", "yash", "zsh",
 	"busybox", "toybox",
 	"awk", "gawk", "mawk", "original-awk", "beam.smp", "bun", "deno", "dotnet", "erl", "escript", "expect", "groovy", "guile",
 	"java", "jjs", "jrunscript", "jshell", "julia", "lua", "luajit", "mono", "node", "nodejs", "osascript", "perl", "php", "php-cgi", "php-fpm", "pypy", "python",
 	"r", "rscript", "ruby", "jruby", "tclsh", "wish",
-	"aria2c", "axel", "curl", "ftp", "lftp", "links", "lynx", "wget", "w3m", "xh",
+	"aria2c", "axel", "curl", "ftp", "lftp", "links", "lynx", "wget", "w3m", "xh", "git-remote-http", "git-remote-https", "rclone",
 	"nc", "ncat", "netcat", "socat", "ssh", "telnet", "openssl",
-	"gdb", "lldb", "strace",
+	"gdb", "lldb", "ltrace", "strace",
+	"emacs", "nvim", "vim", "vim.basic", "vim.nox",
 	"env", "xargs", "rc", "aws", "http", "lwp-request",
 }
 
@@ -101,7 +105,7 @@ var tools = []string{
 func Tool(file string) (name string, ok bool) {
 	name = strings.ToLower(path.Base(file))
 	// "perl5.36-x86_64-linux-gnu", "nc.openbsd", "gawk-5.2", "python3.11d"
-	for _, suffix := range []string{".openbsd", ".traditional", "-x86_64-linux-gnu", "-aarch64-linux-gnu", "-static", ".exe", ".bin"} {
+	for _, suffix := range []string{".openbsd", ".traditional", "-x86_64-linux-gnu", "-aarch64-linux-gnu", "-static", ".static", ".exe", ".bin"} {
 		name = strings.TrimSuffix(name, suffix)
 	}
 	if slices.Contains(tools, name) {

@@ -45,7 +45,7 @@ change, with a unit, a user or a container. What lets in more than it says needs
 alone, a unit, a user or a container as a whole.`,
 		Example: `  imdsgate decisions add allow --exe /opt/app/bin/app --unit app.service --for 4h --reason INC-123
   imdsgate decisions add deny --user www-data --for 12h --reason "INC-124, shell in the shop"`,
-		Args:      cobra.MatchAll(cobra.ExactArgs(1), cobra.OnlyValidArgs),
+		Args:      oneOf,
 		ValidArgs: []string{"allow", "deny"},
 		RunE: func(cmd *cobra.Command, what []string) error {
 			client, err := o.client()

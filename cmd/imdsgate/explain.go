@@ -297,6 +297,9 @@ func (s *eventSearch) find(ctx context.Context, id string) (*event.Record, error
 		case other != nil && related == "":
 			return nil, fmt.Errorf("event %s is not the decision on a request, nor an alert about one: there is nothing to explain", id)
 		case related == "" || related == id:
+			if len(s.opened) == 0 {
+				return nil, fmt.Errorf("no event has the id %s: nothing could be read", alert)
+			}
 			return nil, fmt.Errorf("no event has the id %s in %s", alert, strings.Join(names(s.opened), ", "))
 		}
 		id = related

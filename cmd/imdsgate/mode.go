@@ -46,7 +46,7 @@ off removes the redirect: clients reach the service itself, and nothing is
 attributed, judged or recorded.`,
 		Example: `  imdsgate mode set audit --for 30m --reason "INC-123, who is refused?"
   imdsgate mode set enforce --reason "INC-123 is solved"`,
-		Args:      cobra.MatchAll(cobra.ExactArgs(1), cobra.OnlyValidArgs),
+		Args:      oneOf,
 		ValidArgs: []string{"audit", "enforce", "off"},
 		RunE: func(cmd *cobra.Command, mode []string) error {
 			client, err := o.client()
