@@ -75,13 +75,18 @@ func CheckExecutable(file string) error {
 	case !path.IsAbs(file) || path.Clean(file) != file || file == "/":
 		return fmt.Errorf("%q is not an absolute, clean path, as the kernel has it: /usr/bin/x", file)
 	}
-	if name := path.Base(file); strings.HasPrefix(name, "ld-linux") || strings.HasPrefix(name, "ld-musl-") || strings.HasPrefix(name, "ld64.so") || strings.HasPrefix(name, "ld.so") {
+	if isLoader(file) {
 		return fmt.Errorf("%q is a dynamic loader, which runs whatever file it is given, so that no grant for it holds: name the program", file)
 	}
 	if why := outsider(file); why != "" {
 		return fmt.Errorf("%s: install it where only root can write, such as /usr/local/bin or /opt", why)
 	}
 	return nil
+}
+
+// isLoader reports whether a file has the name of a dynamic loader.
+func isLoader(file string) bool {
+	return slices.ContainsFunc([]string{"ld-linux", "ld-musl-", "ld64.so", "ld.so"}, func(name string) bool { return strings.HasPrefix(path.Base(file), name) })
 }
 
 // tools are programs that do whatever they are told, or fetch whatever they are asked

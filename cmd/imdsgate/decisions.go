@@ -148,7 +148,7 @@ func printDecisions(w io.Writer, r report.Decisions) error {
 	p.w = t
 	p.line("ID\tDECISION\tENDS\tBY\tREASON")
 	for _, d := range r.All {
-		p.line("%s\t%s %s\t%s\t%s\t%s", d.ID, d.Effect, d.About(), lasting(d.Expires), d.By, d.Reason)
+		p.line("%s\t%s %s\t%s\t%s\t%s", d.ID, d.Effect, d.About(), lasting(d.Expires), printable(d.By.String()), printable(d.Reason))
 	}
 	return errors.Join(p.err, t.Flush())
 }

@@ -103,6 +103,9 @@ func (o *explainOptions) run(ctx context.Context, args []string, stdin io.Reader
 	if len(args) > 0 && o.event == "" {
 		return fmt.Errorf("what is %q? A process is given as in imdsgate explain --pid 4711, and files go with --event", args[0])
 	}
+	if strings.ContainsFunc(o.method, func(r rune) bool { return r <= ' ' || r > '~' }) {
+		return fmt.Errorf("--method %q is not a method, as in GET or PUT", o.method)
+	}
 	var x report.Explanation
 	var err error
 	switch {

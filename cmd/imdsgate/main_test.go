@@ -70,6 +70,7 @@ func TestOffline(t *testing.T) {
 		{[]string{"explain", "--exe", "sh"}, 2, "whole path"},
 		{[]string{"replay", filepath.Join(dir, "none")}, 2, "none: no such file"},
 		{[]string{"replay", dir + "/empty"}, 2, "no files of events"},
+		{[]string{"explain", "--exe", "/bin/sh", "--method", "G T"}, 2, "not a method"},
 		{[]string{"explain", "4711"}, 2, "explain --pid 4711"},
 		{[]string{"whois"}, 2, "whois LOCAL:PORT"},
 		{[]string{"events", filepath.Join(dir, "a"), filepath.Join(dir, "b")}, 2, "no such file"},
