@@ -42,7 +42,10 @@ another time, takes the place of what there was.
 To allow takes what a grant takes: an executable of the host that only root can
 change, with a unit, a user or a container. What lets in more than it says needs
 --accept-risk: an executable alone, an interpreter or a downloader for a user
-alone, a unit, a user or a container as a whole.`,
+alone, a login for all of its users, a unit, a user or a container as a whole.
+
+Exit status: 0 decided, 2 it was not taken, 3 the daemon is not running, 77 not
+permitted.`,
 		Example: `  imdsgate decisions add allow --exe /opt/app/bin/app --unit app.service --for 4h --reason INC-123
   imdsgate decisions add deny --user www-data --for 12h --reason "INC-124, shell in the shop"`,
 		Args:      oneOf,

@@ -88,6 +88,7 @@ no answer.`,
 	flags.BoolVar(&e.v1, "v1", false, "without a session token")
 	flags.BoolVar(&e.all, "all", false, "show every rule and grant, and not only the nearest")
 	flags.BoolVar(&e.exitCode, "exit-code", false, "exit 1 if enforce mode refuses the request")
+	completes(cmd, "file", "root", "host", "other")
 	cmd.MarkFlagsMutuallyExclusive("pid", "event", "exe")
 	for _, name := range []string{"file", "parent", "user", "unit", "container", "cmdline", "cwd"} {
 		cmd.MarkFlagsMutuallyExclusive("pid", name)

@@ -113,6 +113,13 @@ func oneOf(cmd *cobra.Command, args []string) error {
 	return fmt.Errorf("%s takes one of %s, and not %s, as in %s", cmd.CommandPath(), strings.Join(cmd.ValidArgs, ", "), what, example)
 }
 
+// completes offers the values of a flag to the shell.
+func completes(cmd *cobra.Command, flag string, values ...string) {
+	if err := cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp)); err != nil {
+		panic(err) // there is no such flag
+	}
+}
+
 // load reads the configuration that the flags name.
 func (o *options) load() (config.Config, error) {
 	c, err := config.Load(o.config)

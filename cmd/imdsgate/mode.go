@@ -43,7 +43,10 @@ holds until it is changed, here or in the configuration. Setting the configured
 mode goes back at once.
 
 off removes the redirect: clients reach the service itself, and nothing is
-attributed, judged or recorded.`,
+attributed, judged or recorded.
+
+Exit status: 0 the mode is the one that was asked for, 2 it was not taken, 3 the
+daemon is not running, 77 not permitted.`,
 		Example: `  imdsgate mode set audit --for 30m --reason "INC-123, who is refused?"
   imdsgate mode set enforce --reason "INC-123 is solved"`,
 		Args:      oneOf,
