@@ -75,23 +75,32 @@ func CheckExecutable(file string) error {
 	case !path.IsAbs(file) || path.Clean(file) != file || file == "/":
 		return fmt.Errorf("%q is not an absolute, clean path, as the kernel has it: /usr/bin/x", file)
 	}
+	if isLoader(file) {
+		return fmt.Errorf("%q is a dynamic loader, which runs whatever file it is given, so that no grant for it holds: name the program", file)
+	}
 	if why := outsider(file); why != "" {
 		return fmt.Errorf("%s: install it where only root can write, such as /usr/local/bin or /opt", why)
 	}
 	return nil
 }
 
+// isLoader reports whether a file has the name of a dynamic loader.
+func isLoader(file string) bool {
+	return slices.ContainsFunc([]string{"ld-linux", "ld-musl-", "ld64.so", "ld.so"}, func(name string) bool { return strings.HasPrefix(path.Base(file), name) })
+}
+
 // tools are programs that do whatever they are told, or fetch whatever they are asked
 // for: that one of them runs says nothing about who wants what. Versions are left out.
 var tools = []string{
-	"ash", "bash", "csh", "dash", "fish", "ksh", "mksh", "pwsh", "rbash", "sh", "tcsh", "zsh",
+	"ash", "bash", "csh", "dash", "elvish", "fish", "ksh", "lksh", "mksh", "nu", "posh", "pwsh", "rbash", "sh", "tcsh", "xonsh", "yash", "zsh",
 	"busybox", "toybox",
 	"awk", "gawk", "mawk", "original-awk", "beam.smp", "bun", "deno", "dotnet", "erl", "escript", "expect", "groovy", "guile",
 	"java", "jjs", "jrunscript", "jshell", "julia", "lua", "luajit", "mono", "node", "nodejs", "osascript", "perl", "php", "php-cgi", "php-fpm", "pypy", "python",
 	"r", "rscript", "ruby", "jruby", "tclsh", "wish",
-	"aria2c", "axel", "curl", "ftp", "lftp", "links", "lynx", "wget", "w3m", "xh",
+	"aria2c", "axel", "curl", "ftp", "lftp", "links", "lynx", "wget", "w3m", "xh", "git-remote-http", "git-remote-https", "rclone",
 	"nc", "ncat", "netcat", "socat", "ssh", "telnet", "openssl",
-	"gdb", "lldb", "strace",
+	"gdb", "lldb", "ltrace", "strace",
+	"emacs", "nvim", "vim", "vim.basic", "vim.nox",
 	"env", "xargs", "rc", "aws", "http", "lwp-request",
 }
 
@@ -101,7 +110,7 @@ var tools = []string{
 func Tool(file string) (name string, ok bool) {
 	name = strings.ToLower(path.Base(file))
 	// "perl5.36-x86_64-linux-gnu", "nc.openbsd", "gawk-5.2", "python3.11d"
-	for _, suffix := range []string{".openbsd", ".traditional", "-x86_64-linux-gnu", "-aarch64-linux-gnu", "-static", ".exe", ".bin"} {
+	for _, suffix := range []string{".openbsd", ".traditional", "-x86_64-linux-gnu", "-aarch64-linux-gnu", "-static", ".static", ".exe", ".bin"} {
 		name = strings.TrimSuffix(name, suffix)
 	}
 	if slices.Contains(tools, name) {

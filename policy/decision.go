@@ -97,8 +97,12 @@ func (d *Decision) Check() error {
 		return errors.New("a decision needs an id")
 	case d.Executable == "" && d.Unit == "" && d.User == "" && d.Container == "":
 		return errors.New("a decision is about an executable, a unit, a user or a container, or several of them together")
-	case d.Executable != "" && (!path.IsAbs(d.Executable) || path.Clean(d.Executable) != d.Executable):
+	case d.Executable != "" && (!path.IsAbs(d.Executable) || path.Clean(d.Executable) != d.Executable || d.Executable == "/"):
 		return fmt.Errorf("executable %q is not an absolute, clean path", d.Executable)
+	case d.Effect == Allows && isLoader(d.Executable):
+		return fmt.Errorf("executable %q is a dynamic loader, which runs whatever file it is given: nothing is allowed to it", d.Executable)
+	case d.Effect == Allows && (strings.HasPrefix(d.Unit, "user@") || strings.HasPrefix(d.Unit, "user-runtime-dir@")):
+		return fmt.Errorf("unit %w", CheckUnit(d.Unit))
 	case d.Unit != "" && !strings.HasSuffix(d.Unit, ".service") && !strings.HasSuffix(d.Unit, ".scope"):
 		return fmt.Errorf("unit %q is not the whole name of a service or a scope, as in app.service", d.Unit)
 	case d.Container != "" && !isContainer(d.Container):
@@ -134,8 +138,10 @@ func (d *Decision) risk() error {
 		return fmt.Errorf("%w: without an executable, also what a thief has brought or started there; name the executable", ErrRisk)
 	case d.Unit == "" && d.User == "" && d.Container == "":
 		return fmt.Errorf("%w: an executable alone can be run by a thief with his own LD_PRELOAD; add a unit, a user or a container", ErrRisk)
-	case d.Unit == "" && d.Container == "" && isTool(d.Executable):
-		return fmt.Errorf("%w: %s does what its arguments say, also those of a thief who has become that user; add a unit", ErrRisk, path.Base(d.Executable))
+	case strings.HasPrefix(d.Unit, "session-") && d.User == "" && d.Container == "":
+		return fmt.Errorf("%w: %s is a login, where a thief who has it runs the program with his own LD_PRELOAD; add a user, or name a service", ErrRisk, d.Unit)
+	case (d.Unit == "" || strings.HasPrefix(d.Unit, "session-")) && d.Container == "" && isTool(d.Executable):
+		return fmt.Errorf("%w: %s does what its arguments say, also those of a thief who has become that user; add a unit of the system", ErrRisk, path.Base(d.Executable))
 	}
 	return nil
 }

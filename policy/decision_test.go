@@ -203,6 +203,15 @@ func TestDecisionCheck(t *testing.T) {
 		{"allow a container", Allows, func(d *Decision) { d.Container = container }, "without an executable", true},
 		{"allow python for a user", Allows, func(d *Decision) { d.Executable, d.User = "/usr/bin/python3.11", "1000" }, "arguments", true},
 		{"allow curl for a user", Allows, func(d *Decision) { d.Executable, d.User = curl, "1000" }, "arguments", true},
+		{"allow a dynamic loader", Allows, func(d *Decision) {
+			d.Executable, d.Unit = "/usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2", "app.service"
+		}, "dynamic loader", false},
+		{"allow a user's manager", Allows, func(d *Decision) { d.Executable, d.Unit = ssmAgent, "user@1000.service" }, "names units as he likes", false},
+		{"deny a user's manager", Denies, func(d *Decision) { d.Unit = "user@1000.service" }, "", false},
+		{"allow a login", Allows, func(d *Decision) { d.Executable, d.Unit = ssmAgent, "session-3.scope" }, "is a login", true},
+		{"allow curl for a user in a login", Allows, func(d *Decision) { d.Executable, d.Unit, d.User = curl, "session-3.scope", "1000" }, "arguments", true},
+		{"allow it for a user in a login", Allows, func(d *Decision) { d.Executable, d.Unit, d.User = ssmAgent, "session-3.scope", "1000" }, "", false},
+		{"deny the root directory", Denies, func(d *Decision) { d.Executable = "/" }, "absolute", false},
 		{"allow python in a unit", Allows, func(d *Decision) { d.Executable, d.Unit = "/usr/bin/python3.11", "app.service" }, "", false},
 	} {
 		d := decided(c.e, c.change)

@@ -2,6 +2,7 @@ package policy
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"iter"
 	"slices"
@@ -62,6 +63,19 @@ func (d Date) MarshalText() ([]byte, error) {
 // over reports whether the day has ended.
 func (d Date) over(now time.Time) bool {
 	return !d.IsZero() && !now.Before(d.AddDate(0, 0, 1))
+}
+
+// CheckGrant says what is wrong with a grant, without the rest of its policy. classes are
+// those that there are; if there are none, they are not looked at. Its reason may be
+// missing.
+func CheckGrant(g Grant, classes []string) error {
+	g.Reason = cmp.Or(g.Reason, "to be written")
+	if classes == nil {
+		g.Classes = nil
+	}
+	var c complaints
+	g.check(&c, classes)
+	return errors.Join(c.errs...)
 }
 
 // check says what is wrong with a grant; classes are those that there are.

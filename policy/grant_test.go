@@ -225,6 +225,12 @@ func TestRefusedGrants(t *testing.T) {
 		{"/run/user", executable("/run/user/1000/x"), "executable[0]", "his own files"},
 		{"a file in memory", executable("/memfd:x"), "executable[0]", "memory"},
 		{"/proc", executable("/proc/self/exe"), "executable[0]", "for itself"},
+		{"a dynamic loader", executable("/usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"), "executable[0]", "whatever file it is given"},
+		{"musl's", executable("/lib/ld-musl-x86_64.so.1"), "executable[0]", "whatever file it is given"},
+		{"a static busybox", executable("/bin/busybox.static"), "executable[0]", "whatever it is told"},
+		{"what git fetches with", who(func(g *Grant) {
+			g.Executable, g.Unit, g.User = OneOrMore{"/usr/lib/git-core/git-remote-http"}, "", "app"
+		}), "executable[0]", "whatever it is told"},
 		{"a parent in /tmp", who(func(g *Grant) { g.Parent = "/tmp/cron" }), "parent", "/tmp"},
 		{"no owner", who(func(g *Grant) { g.Owner = "" }), "owner", "asked"},
 		{"no reason", who(func(g *Grant) { g.Reason = "" }), "reason", "why"},

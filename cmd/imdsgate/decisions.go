@@ -42,10 +42,13 @@ another time, takes the place of what there was.
 To allow takes what a grant takes: an executable of the host that only root can
 change, with a unit, a user or a container. What lets in more than it says needs
 --accept-risk: an executable alone, an interpreter or a downloader for a user
-alone, a unit, a user or a container as a whole.`,
+alone, a login for all of its users, a unit, a user or a container as a whole.
+
+Exit status: 0 decided, 2 it was not taken, 3 the daemon is not running, 77 not
+permitted.`,
 		Example: `  imdsgate decisions add allow --exe /opt/app/bin/app --unit app.service --for 4h --reason INC-123
   imdsgate decisions add deny --user www-data --for 12h --reason "INC-124, shell in the shop"`,
-		Args:      cobra.MatchAll(cobra.ExactArgs(1), cobra.OnlyValidArgs),
+		Args:      oneOf,
 		ValidArgs: []string{"allow", "deny"},
 		RunE: func(cmd *cobra.Command, what []string) error {
 			client, err := o.client()
@@ -148,7 +151,7 @@ func printDecisions(w io.Writer, r report.Decisions) error {
 	p.w = t
 	p.line("ID\tDECISION\tENDS\tBY\tREASON")
 	for _, d := range r.All {
-		p.line("%s\t%s %s\t%s\t%s\t%s", d.ID, d.Effect, d.About(), lasting(d.Expires), d.By, d.Reason)
+		p.line("%s\t%s %s\t%s\t%s\t%s", d.ID, d.Effect, d.About(), lasting(d.Expires), printable(d.By.String()), printable(d.Reason))
 	}
 	return errors.Join(p.err, t.Flush())
 }

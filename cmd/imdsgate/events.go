@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/imdsgate/imdsgate/event/sink"
+	"github.com/imdsgate/imdsgate/proxy/imds"
 	"github.com/spf13/cobra"
 )
 
@@ -56,6 +57,12 @@ restarts. The first time it begins with the oldest.`,
 	flags.StringVar(&e.rule, "rule", "", "name or ID of a rule that matched or decided")
 	flags.StringVar(&e.since, "since", "", "not those before")
 	flags.StringVar(&e.until, "until", "", "not those after")
+	completes(cmd, "verdict", "allow", "deny", "would-deny")
+	var classes []string
+	for _, class := range imds.Classes() {
+		classes = append(classes, class.String())
+	}
+	completes(cmd, "class", classes...)
 	return cmd
 }
 

@@ -88,6 +88,7 @@ no answer.`,
 	flags.BoolVar(&e.v1, "v1", false, "without a session token")
 	flags.BoolVar(&e.all, "all", false, "show every rule and grant, and not only the nearest")
 	flags.BoolVar(&e.exitCode, "exit-code", false, "exit 1 if enforce mode refuses the request")
+	completes(cmd, "file", "root", "host", "other")
 	cmd.MarkFlagsMutuallyExclusive("pid", "event", "exe")
 	for _, name := range []string{"file", "parent", "user", "unit", "container", "cmdline", "cwd"} {
 		cmd.MarkFlagsMutuallyExclusive("pid", name)
@@ -102,6 +103,9 @@ no answer.`,
 func (o *explainOptions) run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) error {
 	if len(args) > 0 && o.event == "" {
 		return fmt.Errorf("what is %q? A process is given as in imdsgate explain --pid 4711, and files go with --event", args[0])
+	}
+	if strings.ContainsFunc(o.method, func(r rune) bool { return r <= ' ' || r > '~' }) {
+		return fmt.Errorf("--method %q is not a method, as in GET or PUT", o.method)
 	}
 	var x report.Explanation
 	var err error
@@ -297,6 +301,9 @@ func (s *eventSearch) find(ctx context.Context, id string) (*event.Record, error
 		case other != nil && related == "":
 			return nil, fmt.Errorf("event %s is not the decision on a request, nor an alert about one: there is nothing to explain", id)
 		case related == "" || related == id:
+			if len(s.opened) == 0 {
+				return nil, fmt.Errorf("no event has the id %s: nothing could be read", alert)
+			}
 			return nil, fmt.Errorf("no event has the id %s in %s", alert, strings.Join(names(s.opened), ", "))
 		}
 		id = related

@@ -143,10 +143,13 @@ func expand(args []string) ([]string, error) {
 		}
 		before := len(all)
 		err = filepath.WalkDir(arg, func(path string, entry fs.DirEntry, err error) error {
-			if err == nil && entry.Type().IsRegular() && eventFile(entry.Name()) {
+			if err != nil || !eventFile(entry.Name()) {
+				return err
+			}
+			if info, err := os.Stat(path); err == nil && info.Mode().IsRegular() { // also where a link leads
 				all = append(all, path)
 			}
-			return err
+			return nil
 		})
 		if err != nil {
 			return nil, fmt.Errorf("read directory: %w", err)

@@ -10,6 +10,9 @@ import (
 	"io/fs"
 	"os"
 	"os/signal"
+	"slices"
+	"strconv"
+	"strings"
 	"syscall"
 
 	"github.com/imdsgate/imdsgate/cmd/config"
@@ -58,7 +61,7 @@ func exitCode(err error, stderr io.Writer) int {
 	if errors.As(err, &code) {
 		return int(code)
 	}
-	fmt.Fprintln(stderr, "imdsgate:", err)
+	fmt.Fprintln(stderr, "imdsgate:", shown(err.Error())) // it may quote a file
 	switch {
 	case errors.Is(err, control.ErrNotRunning):
 		fmt.Fprintln(stderr, "hint: systemctl start imdsgated, or see journalctl -u imdsgated for why it is not")
@@ -95,6 +98,26 @@ func newRoot() *cobra.Command {
 	flags.BoolVar(&o.json, "json", false, "print JSON")
 	root.AddCommand(newStatus(&o), newDoctor(&o), newSupport(&o), newEvents(&o), newCredentials(&o), newExplain(&o), newReplay(&o), newTune(&o), newEQL(&o), newWhois(&o), newDecisions(&o), newMode(&o), newRedirect(&o), newRules(&o), newConfig(&o), newCheck(&o), newFmt(), newReload(&o), newTest(&o), newProfiles(&o), newMan(), newVersion(&o))
 	return root
+}
+
+// oneOf is for a command with one argument, which is one of those in ValidArgs.
+func oneOf(cmd *cobra.Command, args []string) error {
+	if len(args) == 1 && slices.Contains(cmd.ValidArgs, args[0]) {
+		return nil
+	}
+	example, _, _ := strings.Cut(strings.TrimSpace(cmd.Example), "\n")
+	what := "nothing"
+	if len(args) > 0 {
+		what = strconv.Quote(strings.Join(args, " "))
+	}
+	return fmt.Errorf("%s takes one of %s, and not %s, as in %s", cmd.CommandPath(), strings.Join(cmd.ValidArgs, ", "), what, example)
+}
+
+// completes offers the values of a flag to the shell.
+func completes(cmd *cobra.Command, flag string, values ...string) {
+	if err := cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp)); err != nil {
+		panic(err) // there is no such flag
+	}
 }
 
 // load reads the configuration that the flags name.

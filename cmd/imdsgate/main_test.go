@@ -41,6 +41,13 @@ func TestOffline(t *testing.T) {
 	if err := os.WriteFile(events, []byte("not an event\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	hostile := filepath.Join(dir, "hostile.yaml")
+	if err := os.WriteFile(hostile, []byte("foo: \"\x1b]0;x\a\x1b[2J\"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "no.ndjson"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for _, c := range []struct {
 		args []string
 		code int
@@ -51,12 +58,19 @@ func TestOffline(t *testing.T) {
 		{[]string{"--socket", filepath.Join(dir, "none"), "status"}, 3, "not running"},
 		{[]string{"--config", filepath.Join(dir, "none"), "status"}, 78, "none"},
 		{[]string{"stauts"}, 2, "status"},
+		{[]string{"--config", hostile, "decisions", "list"}, 78, "\ufffd]0;x\ufffd\ufffd[2J"},
+		{[]string{"fmt", hostile}, 2, "\ufffd]0;x\ufffd\ufffd[2J"},
+		{[]string{"decisions", "add", "--for", "1h", "--reason", "x"}, 2, "one of allow, deny, and not nothing, as in imdsgate decisions add allow --exe"},
+		{[]string{"mode", "set", "audti", "--reason", "x"}, 2, `one of audit, enforce, off, and not "audti"`},
+		{[]string{"replay", filepath.Join(dir, "no.ndjson")}, 2, "no requests to compare"},
+		{[]string{"explain", "--event", "x", filepath.Join(dir, "none")}, 2, "no event has the id x: nothing could be read"},
 		{[]string{"explain"}, 2, "explain --pid 4711"},
 		{[]string{"explain", "--pid", "1", "--exe", "/bin/sh"}, 2, "[exe pid]"},
 		{[]string{"explain", "--pid", "1", "file"}, 2, "files go with --event"},
 		{[]string{"explain", "--exe", "sh"}, 2, "whole path"},
 		{[]string{"replay", filepath.Join(dir, "none")}, 2, "none: no such file"},
 		{[]string{"replay", dir + "/empty"}, 2, "no files of events"},
+		{[]string{"explain", "--exe", "/bin/sh", "--method", "G T"}, 2, "not a method"},
 		{[]string{"explain", "4711"}, 2, "explain --pid 4711"},
 		{[]string{"whois"}, 2, "whois LOCAL:PORT"},
 		{[]string{"events", filepath.Join(dir, "a"), filepath.Join(dir, "b")}, 2, "no such file"},

@@ -38,15 +38,18 @@ func newSetMode(o *options) *cobra.Command {
 		Short: "Change the mode, for a time",
 		Long: `Change the mode, for a time: when it is over the daemon goes back to the
 configured mode by itself, also if it was restarted meanwhile. What protects
-less than a configuration that asks for enforce needs --for; everything else
+less than what the configuration asks for needs --for; everything else
 holds until it is changed, here or in the configuration. Setting the configured
 mode goes back at once.
 
 off removes the redirect: clients reach the service itself, and nothing is
-attributed, judged or recorded.`,
+attributed, judged or recorded.
+
+Exit status: 0 the mode is the one that was asked for, 2 it was not taken, 3 the
+daemon is not running, 77 not permitted.`,
 		Example: `  imdsgate mode set audit --for 30m --reason "INC-123, who is refused?"
   imdsgate mode set enforce --reason "INC-123 is solved"`,
-		Args:      cobra.MatchAll(cobra.ExactArgs(1), cobra.OnlyValidArgs),
+		Args:      oneOf,
 		ValidArgs: []string{"audit", "enforce", "off"},
 		RunE: func(cmd *cobra.Command, mode []string) error {
 			client, err := o.client()
@@ -89,7 +92,7 @@ func (o *options) printMode(w io.Writer, m report.Modes) error {
 	p := &printer{w: w}
 	p.line("%s, since %s", m.Mode, m.Since.Local().Format("2006-01-02 15:04:05 MST"))
 	if s := m.Set; s != nil {
-		p.line("set by %s, %s: %s", s.By, lasting(s.Until), s.Reason)
+		p.line("set by %s, %s: %s", s.By, lasting(s.Until), printable(s.Reason))
 		if !s.Until.IsZero() {
 			p.line("then %s, as configured", m.Configured)
 		} else {

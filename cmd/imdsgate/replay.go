@@ -98,7 +98,7 @@ func (o *replayOptions) run(ctx context.Context, common *options, args []string,
 	switch {
 	case err != nil:
 		return err
-	case in.trouble:
+	case in.trouble, d.Requests == 0: // nothing was compared, which a pipeline must not take for a yes
 		return exit(exitTrouble)
 	case d.New.Requests > 0:
 		return exit(exitNo)

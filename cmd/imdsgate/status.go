@@ -181,7 +181,7 @@ func printStatus(w io.Writer, s report.Status) error {
 	row := func(name, format string, args ...any) { fmt.Fprintf(t, "%s\t%s\n", name, fmt.Sprintf(format, args...)) }
 	row("daemon", "imdsgated %s, pid %d, up %v, uid %d, %d MB resident", s.Version, s.PID, time.Since(s.Since).Round(time.Second), s.Process.UID, s.Process.ResidentMB)
 	if set := s.Modes.Set; set != nil {
-		row("", "! the configuration asks for %s; set by %s %s: %s", s.Modes.Configured, set.By, lasting(set.Until), set.Reason)
+		row("", "! the configuration asks for %s; set by %s %s: %s", s.Modes.Configured, set.By, lasting(set.Until), printable(set.Reason))
 	}
 	if s.Modes.Error != "" {
 		row("", "! %s", s.Modes.Error)
@@ -210,7 +210,7 @@ func printStatus(w io.Writer, s report.Status) error {
 	if n := len(s.Decisions.All); n > 0 {
 		row("decisions", "%d, which come before rules and grants", n)
 		for _, d := range s.Decisions.All[:min(n, maxListed)] {
-			row("", "%s %s %s, %s by %s: %s", d.ID, d.Effect, d.About(), lasting(d.Expires), d.By, d.Reason)
+			row("", "%s %s %s, %s by %s: %s", d.ID, d.Effect, d.About(), lasting(d.Expires), printable(d.By.String()), printable(d.Reason))
 		}
 		if n > maxListed {
 			row("", "and %d more: imdsgate decisions list", n-maxListed)

@@ -83,7 +83,7 @@ Exit status: 0 all pass, 1 some fail, 2 a file is wrong or could not be read.`,
 	flags := cmd.Flags()
 	flags.StringVar(&format, "format", "human", "how to print: human, tap, junit, json")
 	flags.BoolVarP(&verbose, "verbose", "v", false, "print the cases that pass as well")
-	cmd.RegisterFlagCompletionFunc("format", cobra.FixedCompletions([]string{"human", "tap", "junit", "json"}, cobra.ShellCompDirectiveNoFileComp))
+	completes(cmd, "format", "human", "tap", "junit", "json")
 	return cmd
 }
 

@@ -89,12 +89,17 @@ the flags, the configuration or a file is wrong, or no request was recorded.`,
 	flags.BoolVar(&t.force, "force", false, "write over the file of -o")
 	flags.StringVar(&t.owner, "owner", "", "owner of the grants (default: you)")
 	flags.BoolVar(&t.readiness, "readiness", false, "print only what enforce mode would do now")
+	completes(cmd, "format", "yaml", "elastic", "json")
+	completes(cmd, "max-risk", "low", "medium")
 	return cmd
 }
 
 func (o *tuneOptions) run(ctx context.Context, all *options, args []string, stdin io.Reader, stdout, stderr io.Writer) error {
 	if all.json {
 		o.format = "json"
+	}
+	if o.output == "-" && o.batch {
+		o.output = "" // which is standard output
 	}
 	tuning, max, err := o.options(stdin)
 	if err != nil {
@@ -191,7 +196,7 @@ func (o *tuneOptions) options(stdin io.Reader) (t tune.Options, max tune.Risk, e
 		err = errors.New("--interactive asks where --json would be printed")
 	case o.output != "" && !o.interactive && !o.batch:
 		err = errors.New("-o writes what is taken: choose with --interactive, or take all up to --max-risk with --batch")
-	case o.interactive && o.output == "":
+	case o.interactive && (o.output == "" || o.output == "-"):
 		err = errors.New("where to? Name a file with -o, such as " + filepath.Join(dropIns, "50-tune.yaml"))
 	case o.format == "json" && o.output != "":
 		err = errors.New("-o writes a drop-in or exceptions, and --json prints the report: leave out one of them")
@@ -231,6 +236,9 @@ func (o *tuneOptions) render(c config.Config, r *tune.Report, taken []*tune.Prop
 	if name == "" {
 		name = "drop-in"
 	}
+	if text, err = config.Format(name, text); err != nil {
+		return nil, fmt.Errorf("nothing is written: %w", err)
+	}
 	with, err := c.With(name, text)
 	if err == nil {
 		_, err = with.Policy()
@@ -251,6 +259,11 @@ func (o *tuneOptions) render(c config.Config, r *tune.Report, taken []*tune.Prop
 func (o *tuneOptions) writable(c config.Config) error {
 	if o.output == "" {
 		return nil
+	}
+	if dir, err := os.Stat(filepath.Dir(o.output)); err != nil {
+		return fmt.Errorf("look for where to write: %w", err)
+	} else if !dir.IsDir() {
+		return fmt.Errorf("%s is no directory", filepath.Dir(o.output))
 	}
 	if _, err := os.Lstat(o.output); errors.Is(err, fs.ErrNotExist) {
 		return nil

@@ -15,6 +15,7 @@ import (
 
 	"github.com/creack/pty"
 
+	"github.com/imdsgate/imdsgate/cmd/config"
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy"
 )
@@ -127,22 +128,22 @@ func TestTuneInteractive(t *testing.T) {
 
 // TestTuneBatch is what is written without questions, where to, and the exit status.
 func TestTuneBatch(t *testing.T) {
-	dir, config := recordedWeek(t)
+	dir, configured := recordedWeek(t)
 	file := filepath.Join(dir, "50-tune.yaml")
 	events := filepath.Join(dir, "events.ndjson")
 
-	if out, errs, code := tuned("--config", config, events); code != 1 || !strings.Contains(out, "PROPOSALS") || !strings.Contains(out, "14 left") || errs != "" ||
+	if out, errs, code := tuned("--config", configured, events); code != 1 || !strings.Contains(out, "PROPOSALS") || !strings.Contains(out, "14 left") || errs != "" ||
 		!strings.Contains(out, "imdsgate tune --interactive -o /etc/imdsgate/config.d/50-tune.yaml "+events) {
 		t.Errorf("%d\n%s\n%s", code, out, errs)
 	}
-	if out, errs, code := tuned("--config", config, "--batch", "--max-risk", "low", events); code != 1 || strings.Contains(out, "grants:") {
+	if out, errs, code := tuned("--config", configured, "--batch", "--max-risk", "low", events); code != 1 || strings.Contains(out, "grants:") {
 		t.Errorf("%d\n%s\n%s", code, out, errs)
 	}
-	out, errs, code := tuned("--config", config, "--batch", dir) // the directory: its other files are no events
+	out, errs, code := tuned("--config", configured, "--batch", dir) // the directory: its other files are no events
 	if code != 0 || !strings.Contains(out, "grants:\n") || strings.Contains(out, "PROPOSALS") || !strings.Contains(errs, "PROPOSALS") {
 		t.Errorf("%d\n%s\n%s", code, out, errs)
 	}
-	if out, errs, code := tuned("--config", config, "--batch", "-o", file, events); code != 0 || !strings.Contains(errs, "written with 2 of 2 proposals") ||
+	if out, errs, code := tuned("--config", configured, "--batch", "-o", file, events); code != 0 || !strings.Contains(errs, "written with 2 of 2 proposals") ||
 		!strings.Contains(out, "put "+file+" into /etc/imdsgate/config.d") || !strings.Contains(out, "imdsgate replay --actual /var/log/imdsgate\n") || strings.Contains(out, "--interactive") {
 		t.Errorf("%d\n%s\n%s", code, out, errs)
 	}
@@ -150,8 +151,24 @@ func TestTuneBatch(t *testing.T) {
 	if err != nil || string(before) != out {
 		t.Errorf("%v: %s", err, before)
 	}
+	if formatted, err := config.Format(file, before); err != nil || !bytes.Equal(formatted, before) {
+		t.Errorf("imdsgate fmt would write it otherwise: %v\n%s", err, formatted)
+	}
+	if out, errs, code := tuned("--config", configured, "--batch", "-o", "-", events); code != 0 || out != string(before) || !strings.Contains(errs, "PROPOSALS") {
+		t.Errorf("-o -: %d\n%s\n%s", code, out, errs)
+	}
+	linked := filepath.Join(t.TempDir(), "linked.ndjson")
+	if err := os.Symlink(events, linked); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("/dev/zero", filepath.Join(filepath.Dir(linked), "endless.ndjson")); err != nil {
+		t.Fatal(err)
+	}
+	if out, errs, code := tuned("--config", configured, "--batch", filepath.Dir(linked)); code != 0 || out != string(before) {
+		t.Errorf("a link in a directory: %d\n%s\n%s", code, out, errs)
+	}
 	// It is there already, and stays as it is.
-	if _, errs, code := tuned("--config", config, "--batch", "--max-risk", "low", "-o", file, events); code != 2 || !strings.Contains(errs, "is there already") {
+	if _, errs, code := tuned("--config", configured, "--batch", "--max-risk", "low", "-o", file, events); code != 2 || !strings.Contains(errs, "is there already") {
 		t.Errorf("%d, %s", code, errs)
 	}
 	if _, errs, code := tuned("--config", file, "--batch", "--force", "-o", file, events); code != 2 || !strings.Contains(errs, "would be lost") {
@@ -170,7 +187,7 @@ func TestTuneBatch(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(dir, "none.yaml")); !os.IsNotExist(err) {
 		t.Error("a file without grants was written")
 	}
-	if _, errs, code := tuned("--config", config, "--batch", "--force", "-o", file, events); code != 0 {
+	if _, errs, code := tuned("--config", configured, "--batch", "--force", "-o", file, events); code != 0 {
 		t.Errorf("%d, %s", code, errs)
 	}
 	left, err := filepath.Glob(filepath.Join(dir, ".tune-*"))
@@ -179,7 +196,7 @@ func TestTuneBatch(t *testing.T) {
 	}
 
 	elastic := filepath.Join(dir, "exceptions.ndjson")
-	if _, errs, code := tuned("--config", config, "--batch", "--format", "elastic", "-o", elastic, events); code != 0 || !strings.Contains(errs, "let nothing through") {
+	if _, errs, code := tuned("--config", configured, "--batch", "--format", "elastic", "-o", elastic, events); code != 0 || !strings.Contains(errs, "let nothing through") {
 		t.Errorf("%d, %s", code, errs)
 	}
 	text, err := os.ReadFile(elastic)
@@ -235,6 +252,7 @@ func TestTuneWrong(t *testing.T) {
 		{[]string{"--format", "elastic", events}, "writes what is taken", 2},
 		{[]string{"--batch", "--json", "-o", "x", events}, "leave out one", 2},
 		{[]string{"--min-days", "0", events}, "at least 1", 2},
+		{[]string{"--batch", "-o", filepath.Join(dir, "none", "x.yaml"), filepath.Join(dir, "no.ndjson")}, "look for where to write", 2}, // before anything is read
 		{[]string{"--since", "tomorrow", events}, "--since", 2},
 		{[]string{filepath.Join(dir, "no.ndjson")}, "no such file", 2},
 		{[]string{empty}, "has no files of events", 2},

@@ -164,8 +164,8 @@ func (d *daemon) setMode(ctx context.Context, q control.Question) (any, error) {
 		return nil, fmt.Errorf("%w: %s is what the configuration asks for, so that it needs no time to end: leave out --for", control.ErrBadQuestion, set.Mode)
 	case set.Mode == before.Configured && before.Set == nil:
 		return before, nil
-	case lasts == 0 && before.Configured == policy.Enforce && set.Mode != policy.Enforce:
-		return nil, fmt.Errorf("%w: enforce is the configured mode, and %s protects less: say for how long, as in --for 30m", control.ErrBadQuestion, set.Mode)
+	case lasts == 0 && (before.Configured == policy.Enforce || set.Mode == policy.Off): // before is another: see above
+		return nil, fmt.Errorf("%w: %s is the configured mode, and %s protects less: say for how long, as in --for 30m", control.ErrBadQuestion, before.Configured, set.Mode)
 	}
 	set.Configured = before.Configured
 	if lasts > 0 {

@@ -16,7 +16,7 @@ import (
 type key struct {
 	executable, unit, container, pod string
 	user, userID                     string
-	parent                           string
+	parent, by                       string // by: see descent
 	class, paths                     string
 	facts                            facts
 	why                              string // suspicion
@@ -63,6 +63,9 @@ func keyOf(p *event.Process, ev *event.Event, why string) key {
 	}
 	k.executable, k.unit, k.container, k.pod = p.Executable, p.Unit, p.Container, p.Pod
 	k.user, k.userID = cmp.Or(p.UserName, p.UserID), p.UserID
+	if strings.Trim(k.user, "0123456789") == "" { // a name that a grant would take for a number
+		k.user = p.UserID
+	}
 	k.set(p.Known, known)
 	k.set(p.Deleted, deleted)
 	k.set(p.HostVerified, hostVerified)

@@ -199,6 +199,32 @@ func (c *candidate) rare(o Options) (taken []*refusal) {
 	return taken
 }
 
+// strays takes away what others start than those who mostly do: one who has a tool run a
+// few times must not be let through by what it does all the time, nor widen that grant.
+func (c *candidate) strays(o Options) (taken []*refusal) {
+	if _, tool := policy.Tool(c.groups[0].executable); !tool || c.contained {
+		return nil
+	}
+	type start struct{ class, parent string }
+	of := map[start][]*group{}
+	for _, g := range c.groups {
+		k := start{g.class, g.parent}
+		of[k] = append(of[k], g)
+	}
+	for _, k := range slices.SortedFunc(maps.Keys(of), func(a, b start) int {
+		return cmp.Or(strings.Compare(a.class, b.class), strings.Compare(a.parent, b.parent))
+	}) {
+		e := evidence(of[k])
+		if e.Count >= uint64(o.MinCount) && e.Days >= o.MinDays {
+			continue
+		}
+		taken = append(taken, &refusal{of[k], rail{fmt.Sprintf("%s started it %s alone, which is not who mostly does: it may be a theft", k.parent, times(e.Count)),
+			"look at the events; wait until it has happened again, or write the grant by hand"}})
+		c.groups = slices.DeleteFunc(c.groups, func(g *group) bool { return g.class == k.class && g.parent == k.parent })
+	}
+	return taken
+}
+
 // briefly is how old a process may be for its parent to narrow a grant: those that live
 // longer outlive the daemon, which then does not know for certain who has forked them.
 const briefly = 10 * time.Minute
@@ -307,6 +333,11 @@ func (g *group) place() string {
 	return g.unit
 }
 
+// ofLogin reports whether a person runs it, or his own service manager.
+func (g *group) ofLogin() bool {
+	return strings.HasPrefix(g.unit, "session-") || strings.HasPrefix(g.unit, "user@") || g.subject != nil && g.subject.UserUnit != ""
+}
+
 func (g *group) contained() bool { return g.container != "" || g.pod != "" }
 
 // who describes a group. What has another number each time is left to the evidence.
@@ -348,6 +379,9 @@ func (t *Tuner) Report() *Report {
 	}
 	for _, c := range candidates {
 		refused = append(refused, c.rare(t.options)...)
+		if len(c.groups) > 0 {
+			refused = append(refused, c.strays(t.options)...)
+		}
 		if len(c.groups) == 0 {
 			continue
 		}
@@ -356,6 +390,10 @@ func (t *Tuner) Report() *Report {
 			continue
 		}
 		p := t.proposal(c)
+		if err := policy.CheckGrant(p.Grant, t.options.Classes); err != nil {
+			refused = append(refused, &refusal{c.groups, rail{"there can be no grant for it: " + err.Error(), "look at the events: no daemon writes such names"}})
+			continue
+		}
 		if missed := p.misses(); missed != "" {
 			refused = append(refused, &refusal{c.groups, rail{"no grant covers it: " + missed, "look at the events; imdsgate explain says what a grant looks at"}})
 			continue

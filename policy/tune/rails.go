@@ -30,6 +30,8 @@ func (g *group) rail() rail {
 		return rail{"what it runs could not be read", "look at the events, and at what runs there"}
 	case strings.ContainsFunc(g.executable+g.unit+g.user+g.parent, func(r rune) bool { return !unicode.IsPrint(r) }):
 		return rail{"its name, or that of its unit, user or parent, has characters that do not show", "look at the events: such names are made to be overlooked"}
+	case strings.Contains(g.executable+g.parent, "*") || strings.Contains(g.unit, "@."):
+		return rail{"its name, or that of its unit or parent, means more than one in a grant", "rename what has a * in its name, or write the grant by hand"}
 	case g.is(deleted):
 		return rail{"its file was replaced or removed while it ran, so that it is not the host's own any more", "restart the service when its files are replaced"}
 	}
@@ -52,6 +54,8 @@ func (g *group) rail() rail {
 		return rail{fmt.Sprintf("%s does whatever it is told, and nothing that the caller cannot choose says who tells it: %s", name, g.unitless()), ownUnit}
 	case unit == "" && !g.is(oneUser):
 		return rail{"it changes its user, and runs in no unit that a grant can rest on", ownUnit}
+	case tool && !g.is(oneUser):
+		return rail{fmt.Sprintf("%s does whatever it is told, and has more than one user here, so that a grant cannot say whose it is", name), "have it change all of its users (setpriv, User= of the unit), and run no interpreter by a setuid program"}
 	}
 	return rail{}
 }

@@ -105,7 +105,21 @@ func (p *Proposal) grade() {
 	if g.Parent != "" {
 		p.Means += ", as long as " + g.Parent + " starts it"
 	}
+	var by string
+	for _, of := range p.groups {
+		if of.by != "" && !of.contained() {
+			by = of.by
+		}
+	}
 	switch {
+	case by != "" && tool:
+		because(High, "%s starts it: whoever gets hold of that can have %s run what he likes", by, name)
+	case by != "" && !root:
+		because(Medium, "%s starts it: whoever gets hold of that can start it, too, with a library of his own in it (LD_PRELOAD)", by)
+	}
+	switch {
+	case g.Unit == "" && g.Pod == "" && g.Container == "" && slices.ContainsFunc(p.groups, (*group).ofLogin):
+		because(High, "it runs in a login or a unit of a user's own: whoever is logged in as %s can run it by hand, with a library of his own in it (LD_PRELOAD)", g.User)
 	case g.Unit == "" && g.Pod == "" && g.Container == "":
 		because(Medium, "it runs in no unit: whoever is %s can run it by hand, with a library of his own in it (LD_PRELOAD)", g.User)
 	case g.Unit == "":

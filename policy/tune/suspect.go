@@ -62,31 +62,52 @@ func (t *Tuner) suspicious(p *event.Process, ev *event.Event) string {
 	case ev.Token.Foreign(p) && !rootsOwn(&about):
 		return "its session token was issued to somebody else"
 	}
-	why, ok := t.above[p]
-	if !ok {
-		if len(t.above) >= maxAbove {
-			clear(t.above)
-		}
-		why = t.parents(p)
-		t.above[p] = why
-	}
-	return why
+	return t.descent(p).why
+}
+
+// descent is what those say who have started a process.
+type descent struct {
+	why string // what speaks against it
+	by  string // the program that starts it, where that is not what starts services and jobs
 }
 
 // maxAbove bounds the processes of which is remembered what their parents say.
 const maxAbove = 4 << 10
 
-// parents is what those say who have started a process.
-func (t *Tuner) parents(p *event.Process) string {
-	if parent := p.Parent; parent != nil && parent.Executable != p.Executable && t.granted(parent.Executable) {
-		if _, tool := policy.Tool(p.Executable); tool {
-			return fmt.Sprintf("it was started by %s, which has a grant: this is how somebody works who has got hold of that", parent.Executable)
+func (t *Tuner) descent(p *event.Process) descent {
+	d, ok := t.above[p]
+	if !ok {
+		if len(t.above) >= maxAbove {
+			clear(t.above)
+		}
+		d = t.parents(p)
+		t.above[p] = d
+	}
+	return d
+}
+
+// parents looks at those who have started a process.
+func (t *Tuner) parents(p *event.Process) descent {
+	_, isTool := policy.Tool(p.Executable)
+	for a := p.Parent; isTool && a != nil && a.PID != 1; a = a.Parent {
+		_, tool := policy.Tool(a.Executable)
+		if a != p.Parent && tool { // of which chain says more than that it has a grant elsewhere
+			continue
+		}
+		if a.Executable != p.Executable && t.granted(a.Executable) {
+			below := "by"
+			if a != p.Parent {
+				below = "below"
+			}
+			return descent{why: fmt.Sprintf("it was started %s %s, which has a grant: this is how somebody works who has got hold of that", below, a.Executable)}
 		}
 	}
 	if builds(p.Unit) {
-		return "" // which run what they like; there is no grant for them in any case
+		return descent{} // which run what they like; there is no grant for them in any case
 	}
-	return chain(p)
+	// The name of a program says what it is on the host alone; and one that has a grant
+	// elsewhere is what a thief starts with a library of his own.
+	return chain(p, isTool || p.Container != "" || p.Pod != "" || t.granted(p.Executable))
 }
 
 // granted reports whether the policy has a grant for a program.
@@ -119,41 +140,61 @@ var workers = []string{"php", "php-fpm", "php-cgi", "uwsgi"}
 
 // starters start programs because it is time to, or because the host starts: a shell
 // below one of them runs what somebody has installed.
-var starters = []string{"systemd", "init", "cron", "crond", "anacron", "run-parts", "conmon", "runc", "crun", "tini", "docker-init", "dumb-init"}
+var starters = []string{"systemd", "init", "cron", "crond", "anacron", "run-parts", "conmon", "runc", "crun", "tini", "docker-init", "dumb-init",
+	"runsv", "s6-supervise", "supervise"}
+
+// wrappers run one other program, and wait for it: who has started them has started that.
+var wrappers = []string{"timeout", "flock", "sudo", "su", "runuser", "setpriv", "chpst", "nice", "ionice", "time"}
 
 var shells = []string{"ash", "bash", "csh", "dash", "fish", "ksh", "mksh", "rbash", "sh", "tcsh", "zsh", "busybox"}
 
 // chain looks at who has started a process. A tool that was started by another is how a
 // thief works who has broken into the second; only a shell that a starter runs, and
-// another process of the same program, are how applications are started.
-func chain(p *event.Process) string {
-	name, isTool := policy.Tool(p.Executable)
+// another process of the same program, are how applications are started. What may be used
+// like a tool is looked at like one.
+func chain(p *event.Process, likeTool bool) (d descent) {
+	_, isTool := policy.Tool(p.Executable)
 	family := program(p.Executable)
 	if isTool && (p.Parent == nil || p.Parent.Executable == "") {
-		return "it does whatever it is told, and who has started it is not known"
+		return descent{why: "it does whatever it is told, and who has started it is not known"}
 	}
-	for a := p.Parent; a != nil && a.PID != 1; a = a.Parent {
+	last := p
+	for a := p.Parent; a != nil; last, a = a, a.Parent {
+		if a.PID == 1 {
+			return d
+		}
 		base := program(a.Executable)
 		above := "nobody known"
 		started := false
 		if a.Parent != nil {
 			above = a.Parent.Executable
-			started = a.Parent.PID == 1 || slices.Contains(starters, program(above)) || strings.HasPrefix(program(above), "containerd-shim")
+			started = a.Parent.PID == 1 || starts(program(above))
 		}
 		_, tool := policy.Tool(a.Executable)
 		switch {
 		case base == family:
 		case slices.Contains(servers, base) && !slices.Contains(servers, family) && !slices.Contains(workers, family):
-			return fmt.Sprintf("it was started below a web server (%s), whose requests come from the network", a.Executable)
+			return descent{why: fmt.Sprintf("it was started below a web server (%s), whose requests come from the network", a.Executable)}
 		case slices.Contains(shells, base) && (started || above != "" && slices.Contains(shells, program(above))):
 			// its own parent is looked at next
-		case tool && isTool:
-			return fmt.Sprintf("%s was started by %s, and that by %s: this is how somebody works who has got hold of the latter", name, a.Executable, above)
+		case tool && likeTool:
+			return descent{why: fmt.Sprintf("%s was started by %s, and that by %s: this is how somebody works who has got hold of the latter", family, a.Executable, above)}
 		case slices.Contains(workers, base):
-			return fmt.Sprintf("it was started by what runs applications for a web server (%s)", a.Executable)
+			return descent{why: fmt.Sprintf("it was started by what runs applications for a web server (%s)", a.Executable)}
+		case slices.Contains(shells, base), slices.Contains(wrappers, base), starts(base):
+		case d.by == "":
+			d.by = a.Executable
 		}
 	}
-	return ""
+	if isTool && !starts(program(last.Executable)) {
+		return descent{why: fmt.Sprintf("it does whatever it is told, and who has started %s, below which it runs, is not known", last.Executable)}
+	}
+	return d
+}
+
+// starts reports whether a program is one of the starters.
+func starts(program string) bool {
+	return slices.Contains(starters, program) || strings.HasPrefix(program, "containerd-shim")
 }
 
 // program is what tells programs apart whatever their versions.

@@ -53,8 +53,8 @@ type Tuner struct {
 	joint   map[string]*joint
 	hosts   map[string]*host
 	classes map[string]*classCount
-	grants  []policy.Grant            // of the policy
-	above   map[*event.Process]string // what the parents of processes say that were seen last
+	grants  []policy.Grant             // of the policy
+	above   map[*event.Process]descent // what the parents of processes say that were seen last
 	sum     Sum
 	parts   []*group // of one request
 	ids     []byte   // of them
@@ -76,7 +76,7 @@ func New(o Options) *Tuner {
 	o.MinCount, o.MinDays = cmp.Or(o.MinCount, defaultMin), cmp.Or(o.MinDays, defaultMin)
 	o.Lifetime = cmp.Or(o.Lifetime, defaultLifetime)
 	return &Tuner{
-		options: o, grants: o.Policy.Grants(), above: map[*event.Process]string{}, reader: event.NewReader(), engine: policy.NewReplayEngine(o.Policy),
+		options: o, grants: o.Policy.Grants(), above: map[*event.Process]descent{}, reader: event.NewReader(), engine: policy.NewReplayEngine(o.Policy),
 		groups: map[key]*group{}, joint: map[string]*joint{}, hosts: map[string]*host{}, classes: map[string]*classCount{},
 	}
 }
@@ -178,6 +178,9 @@ func (t *Tuner) group(h *host, class *classCount) {
 			}
 		}
 		k := keyOf(subject, ev, why)
+		if subject != nil && why == "" {
+			k.by = t.descent(subject).by
+		}
 		g := t.groups[k]
 		if g == nil && len(t.groups) < maxGroups {
 			g = newGroup(len(t.groups), k, subject, ev)

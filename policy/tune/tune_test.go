@@ -100,7 +100,20 @@ func TestWhat(t *testing.T) {
 		{"an interpreter in its unit", nil, "medium: python runs any script: whoever gets hold of reports.service"},
 		{"a program in its unit", func(ev *event.Event, p *event.Process) { app(p) }, "low: a program that only root can change and that does one thing, in reports.service"},
 		{"over IMDSv1", func(ev *event.Event, p *event.Process) { app(p); ev.Request.Token = false }, "medium: it asks over IMDSv1"},
-		{"a program in no unit", func(ev *event.Event, p *event.Process) { app(p); p.Unit = "session-3.scope" }, "medium: it runs in no unit: whoever is reports"},
+		{"a program in no unit", func(ev *event.Event, p *event.Process) { app(p); p.Unit = "" }, "medium: it runs in no unit: whoever is reports"},
+		{"a program in a login", func(ev *event.Event, p *event.Process) { app(p); p.Unit = "session-3.scope" }, "high: it runs in a login or a unit of a user's own"},
+		{"a program in a user's unit", func(ev *event.Event, p *event.Process) {
+			app(p)
+			p.Unit, p.UserUnit = "user@1000.service", "x.service"
+		}, "high: it runs in a login or a unit of a user's own"},
+		{"a program that an application starts", func(ev *event.Event, p *event.Process) { app(p); parents(p, "/usr/bin/dash", "/usr/bin/node") }, "medium: /usr/bin/node starts it"},
+		{"the same as root", func(ev *event.Event, p *event.Process) {
+			app(p)
+			p.UserID, p.RealUserID, p.SavedUserID, p.UserName = "0", "0", "0", "root"
+			parents(p, "/usr/bin/kubelet")
+		}, "low: "},
+		{"an interpreter that an application starts", func(ev *event.Event, p *event.Process) { parents(p, "/opt/billing/bin/billing") }, "high: /opt/billing/bin/billing starts it"},
+		{"an interpreter that a unit starts with a time limit", func(ev *event.Event, p *event.Process) { parents(p, "/usr/bin/timeout") }, "medium: python runs any script"},
 		{"a downloader in a unit", func(ev *event.Event, p *event.Process) { curl(p) }, "high: curl fetches or runs whatever it is told"},
 		{"root's cron", func(ev *event.Event, p *event.Process) {
 			p.Unit, p.UserID, p.RealUserID, p.SavedUserID, p.UserName = "cron.service", "0", "0", "0", "root"
@@ -117,6 +130,21 @@ func TestWhat(t *testing.T) {
 			p.Container, p.HostVerified, p.RootOwned = strings.Repeat("a", 64), false, false
 		}, "medium: whoever can write in the container"},
 
+		{"the shell of a container's start", func(ev *event.Event, p *event.Process) {
+			app(p)
+			p.Container, p.HostVerified, p.RootOwned = strings.Repeat("a", 64), false, false
+			parents(p, "/bin/sh", "/usr/bin/containerd-shim-runc-v2")
+		}, "medium: whoever can write in the container"},
+		{"brought into a container", func(ev *event.Event, p *event.Process) {
+			app(p)
+			p.Container, p.HostVerified, p.RootOwned = strings.Repeat("a", 64), false, false
+			parents(p, "/bin/sh", "/usr/bin/node", "/usr/bin/containerd-shim-runc-v2")
+		}, "unexplained: app was started by /bin/sh"},
+		{"deleted in a container", func(ev *event.Event, p *event.Process) {
+			app(p)
+			p.Container, p.HostVerified, p.RootOwned, p.Deleted = strings.Repeat("a", 64), false, false, true
+		}, "refused: its file was replaced"},
+
 		{"a task's role", func(ev *event.Event, p *event.Process) {
 			app(p)
 			ev.Connection.Destination, ev.Request.Container, ev.Request.Token = netip.MustParseAddrPort("169.254.170.2:80"), true, false
@@ -131,6 +159,13 @@ func TestWhat(t *testing.T) {
 		{"a file of another namespace", func(ev *event.Event, p *event.Process) { app(p); p.HostVerified = false }, "refused: it is not the file that the host has"},
 		{"replaced while it ran", func(ev *event.Event, p *event.Process) { p.Deleted, p.HostVerified = true, false }, "refused: its file was replaced"},
 		{"a name to overlook", func(ev *event.Event, p *event.Process) { app(p); p.Executable = "/opt/app\ngrants: []/x" }, "refused: its name, or that"},
+		{"an asterisk in a path", func(ev *event.Event, p *event.Process) { p.Executable, p.Args = "/opt/*/bin/app", nil }, "refused: its name, or that of its unit or parent, means more"},
+		{"a template", func(ev *event.Event, p *event.Process) { app(p); p.Unit = "app@.service" }, "refused: its name, or that of its unit or parent, means more"},
+		{"an ID of no container", func(ev *event.Event, p *event.Process) {
+			app(p)
+			p.Container, p.HostVerified, p.RootOwned = "no-container", false, false
+		}, "refused: there can be no grant for it: container:"},
+		{"an interpreter of a setuid program", func(ev *event.Event, p *event.Process) { p.UserID, p.SavedUserID, p.UserName = "0", "0", "root" }, "refused: python does whatever it is told, and has more than one user"},
 		{"a build", func(ev *event.Event, p *event.Process) {
 			p.Unit = "gitlab-runner.service"
 			parents(p, "/usr/bin/bash", "/usr/bin/gitlab-runner")
@@ -143,6 +178,15 @@ func TestWhat(t *testing.T) {
 		{"an application's shell", func(ev *event.Event, p *event.Process) { curl(p); parents(p, "/usr/bin/sh", "/usr/bin/java") }, "unexplained: curl was started by /usr/bin/sh"},
 		{"nobody known to have started it", func(ev *event.Event, p *event.Process) { p.Parent, p.Ancestry = nil, "" }, "unexplained: it does whatever it is told, and who has started it"},
 		{"a granted program's child", func(ev *event.Event, p *event.Process) { curl(p); parents(p, "/opt/granted") }, "unexplained: it was started by /opt/granted, which has a grant"},
+		{"and what that starts by another", func(ev *event.Event, p *event.Process) { parents(p, "/usr/bin/timeout", "/opt/granted") }, "unexplained: it was started below /opt/granted, which has a grant"},
+		{"a granted program in somebody's shell", func(ev *event.Event, p *event.Process) {
+			p.Executable, p.Unit = "/opt/granted", "shop.service"
+			parents(p, "/usr/bin/dash", "/usr/bin/node")
+		}, "unexplained: granted was started by /usr/bin/dash, and that by /usr/bin/node"},
+		{"more parents than are recorded", func(ev *event.Event, p *event.Process) {
+			parents(p, "/usr/bin/timeout")
+			p.Parent.Parent = nil
+		}, "unexplained: it does whatever it is told, and who has started /usr/bin/timeout"},
 		{"incomplete", func(ev *event.Event, p *event.Process) {
 			ev.Attribution = event.Attribution{Level: "L2", Reason: "scan_timeout"}
 		}, "unexplained: somebody else may have had a part in the connection: scan_timeout"},
@@ -223,6 +267,17 @@ func TestSeldom(t *testing.T) {
 	}
 	if also := r.Proposals[0].Also; len(also) > 0 {
 		t.Errorf("a grant for user data would let through %+v", also)
+	}
+
+	stray := read(t, policy.Config{}, Options{})
+	stray.days(nil)
+	stray.asked(monday, func(ev *event.Event, p *event.Process) { parents(p, "/usr/bin/timeout", "/opt/reports/server") })
+	r = stray.tuner.Report()
+	if len(r.Proposals) != 1 || r.Proposals[0].Grant.Parent != "/usr/lib/systemd/systemd" || r.Proposals[0].Risk != Medium || len(r.Proposals[0].Also) > 0 {
+		t.Errorf("what somebody else has started once is in %+v", r.Proposals)
+	}
+	if len(r.Refused) != 1 || !strings.Contains(r.Refused[0].Why, "/usr/bin/timeout started it once") {
+		t.Errorf("%+v", r.Refused)
 	}
 
 	one := read(t, policy.Config{}, Options{MinCount: 1, MinDays: 1})

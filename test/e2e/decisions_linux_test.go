@@ -68,7 +68,7 @@ func TestDecisions(t *testing.T) {
 
 	allow := h.decide("allow", "--exe", thief, "--user", "4321", "--accept-risk", "--for", "6s")
 	h.asksAs(thief, "200", 5*time.Second)
-	if d := h.decided(role, "curl"); d.At("imdsgate.decision.id") != allow || !strings.Contains(d.At("event.reason").(string), "INC-123") {
+	if d := h.told("imds-request-allowed", func(d gate.Document) bool { return d.At("imdsgate.decision.id") == allow }); !strings.Contains(d.At("event.reason").(string), "INC-123") {
 		t.Errorf("%v", d)
 	}
 	h.asksAs(thief, "403", 15*time.Second)

@@ -162,6 +162,9 @@ func TestModeSet(t *testing.T) {
 	h.Signal(syscall.SIGHUP)
 	h.inMode("audit")
 	h.asksAs(curl, "200", 0)
+	if out, code := h.imdsgate("mode", "set", "off", "--reason", "x"); code != 2 || !strings.Contains(out, "audit is the configured mode, and off protects less") {
+		t.Errorf("off without an end: %d, %s", code, out)
+	}
 	h.setMode("enforce", "--for", "3s")
 	h.asksAs(curl, "403", 0)
 	h.inMode("audit")

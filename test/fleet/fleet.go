@@ -236,6 +236,12 @@ func (h *host) visits(f Fleet) []visit {
 				parents: []string{"/opt/backup/bin/backup-agent"}, targets: []string{listing, role}, truth: Theft})
 		}
 	}
+	if h.role == "backup" { // and by a program that is none of those which do what they are told
+		for _, day := range []int{1, 4} {
+			at(day, 3*time.Hour+31*time.Minute, actor{name: "grandchild of a granted program", executable: python, args: []string{"python3", "-"}, unit: "backup.service", user: "backup", uid: "986",
+				parents: []string{"/usr/bin/timeout", "/opt/backup/bin/backup-agent"}, targets: []string{listing, role}, truth: Theft})
+		}
+	}
 	if h.n == 1 { // who has broken into the web server
 		for _, day := range []int{3, 4} {
 			at(day, 4*time.Hour, actor{name: "web shell", executable: python, args: []string{"python3", "-c", "import urllib.request"}, unit: "nginx.service", user: "www-data", uid: "33",

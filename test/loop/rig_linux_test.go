@@ -119,7 +119,7 @@ func (h *host) manage() {
 		h.t.Fatalf("build the manager: %v\n%s", err, out)
 	}
 	h.socket = filepath.Join(h.t.TempDir(), "manager.sock")
-	cmd := exec.Command("sh", "-c", `exec 3<&0; "$0" "$1" <&3 >/dev/null 2>&1 &`, h.install(manager, "lib/manager"), h.socket)
+	cmd := exec.Command("sh", "-c", `exec 3<&0; "$0" "$1" <&3 >/dev/null 2>&1 &`, h.install(manager, "lib/systemd/systemd"), h.socket)
 	r, w, err := os.Pipe()
 	if err != nil {
 		h.t.Fatal(err)
