@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/imdsgate/imdsgate/test/lab/labtest"
@@ -230,5 +231,19 @@ func TestConfigVerbs(t *testing.T) {
 	}
 	if out, code := imdsgate("config", "schema"); code != 0 || !json.Valid([]byte(out)) {
 		t.Errorf("%d %s", code, out)
+	}
+}
+
+// TestPipeAmongCases is a directory with a named pipe in it, which nobody writes to.
+func TestPipeAmongCases(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "a_test.yaml"), []byte("cases:\n- {name: a, subject: /usr/bin/curl, request: GET /latest/user-data, expect: deny}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mkfifo(filepath.Join(dir, "b_test.yaml"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out, code := imdsgate("test", dir); code != 0 {
+		t.Errorf("%d\n%s", code, out)
 	}
 }

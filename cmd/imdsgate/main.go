@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/imdsgate/imdsgate/cmd/config"
 	"github.com/imdsgate/imdsgate/control"
@@ -36,6 +37,13 @@ const (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	// What waits where no context reaches, such as for somebody to write to a named pipe,
+	// ends some seconds after it was told to.
+	context.AfterFunc(ctx, func() {
+		time.Sleep(5 * time.Second)
+		fmt.Fprintln(os.Stderr, "imdsgate: interrupted")
+		os.Exit(exitTrouble)
+	})
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
 }
 

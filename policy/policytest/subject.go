@@ -26,10 +26,15 @@ func (r Ref) set() bool { return r.Name != "" || r.In != nil }
 // UnmarshalYAML reads a name, a path or a Subject.
 func (r *Ref) UnmarshalYAML(decode func(any) error) error {
 	if kindOf(decode) == scalar {
-		if err := decode(&r.Name); err != nil || !strings.HasPrefix(r.Name, "/") {
+		var name string
+		if err := decode(&name); err != nil {
 			return err
 		}
-		r.In, r.Name = &Subject{Executable: &r.Name}, ""
+		if strings.HasPrefix(name, "/") {
+			r.In = &Subject{Executable: &name}
+		} else {
+			r.Name = name
+		}
 		return nil
 	}
 	r.In = new(Subject)
