@@ -238,7 +238,9 @@ func TestContainers(t *testing.T) {
 		t.Errorf("the host itself: %s", got)
 	}
 	for _, source := range []string{"172.17.0.2", "172.31.0.77", "fd00:ec2:17::2", "fd00:ec2:1::77"} {
-		d, err := h.Await("a container", func(d gate.Document) bool { return d.At("source.ip") == source })
+		d, err := h.Await("a container", func(d gate.Document) bool {
+			return d.At("source.ip") == source && d.At("event.dataset") == "imdsgate.decision"
+		})
 		if err != nil {
 			t.Fatal(err)
 		}
