@@ -68,11 +68,7 @@ type Options struct {
 	Forwardable func(client, endpoint netip.AddrPort) error
 	// Record takes each finished event.
 	Record func(*event.Event)
-	// Ease is called while no connection has anything to do, to do some microseconds
-	// of what can wait, such as writing down what was recorded. It reports whether
-	// there was something. Nil is nothing.
-	Ease func() bool
-	Host *event.Host
+	Host   *event.Host
 }
 
 // Timeouts. None is shorter than the shortest of a real client's, which is
@@ -199,7 +195,7 @@ func (p *Proxy) listen(ln *net.TCPListener, forwarded bool, ended chan<- error) 
 		return ln.Close()
 	}
 	if p.loop == nil {
-		l, err := loop.New(p.options.Ease)
+		l, err := loop.New()
 		if err != nil {
 			return errors.Join(err, ln.Close())
 		}

@@ -141,7 +141,7 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	d.proxy = proxy.New(proxy.Options{
 		Endpoints: rules.Endpoints, Mark: rules.Mark, MaxConns: c.Limits.Connections, Host: d.host,
 		Rate: int(c.Limits.RequestsPerSecond), Burst: int(c.Limits.Burst), DialAhead: int(c.Upstream.DialAhead),
-		Forwardable: d.forwardable, Record: d.record, Ease: d.spool.Ease,
+		Forwardable: d.forwardable, Record: d.record,
 	}, d.finder, d.engine)
 	told := ctx // to end
 	ctx, fail := context.WithCancelCause(ctx)

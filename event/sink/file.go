@@ -15,7 +15,6 @@ import (
 	"fmt"
 	"io"
 	"slices"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -57,10 +56,12 @@ const (
 	// daemon loses that much; followers see it that much later.
 	batchFor   = 50 * time.Millisecond
 	bufferSize = 64 << 10
-	// pieceSize is how much the kernel is given at once. It copies a gigabyte in a second,
-	// and where there is one processor requests wait for that long: with 64 KiB that was seen
-	// in one of twenty-five.
+	// pieceSize is how much is done at once, and breath the pause after it, unless somebody
+	// waits. Where there is one processor requests wait for that long: with 64 KiB that was
+	// seen in one of twenty-five. To yield is not enough, after which the runtime looks for
+	// packets only when there is nothing else to run.
 	pieceSize = 8 << 10
+	breath    = 50 * time.Microsecond
 	// notMoreOften is how often gaps are told, and FsyncInterval syncs.
 	notMoreOften = time.Second
 )
@@ -77,19 +78,18 @@ type File struct {
 	stopped atomic.Bool
 	stop    chan struct{}
 
-	mu       sync.Mutex // guards the following, and receiving from queue
+	// Which only loop uses.
 	enc      *encoder
 	rendered documents
 	repeats  repeats
+	told     gaps
 
 	host    *event.Host // of events of its own
 	later   *time.Timer // wakes for what need not be done at once
 	ends    *time.Timer // wakes when a window of repeats ends
 	dropped atomic.Uint64
 	counts
-	err   atomic.Pointer[error]
-	told  gaps      // which only loop uses
-	spare documents // the other half of rendered, likewise
+	err atomic.Pointer[error]
 }
 
 // documents are lines that are yet to be written.
@@ -253,8 +253,12 @@ func (f *File) loop(w *writer) {
 			stopped = true
 		}
 		f.waiting.Store(false)
-		for f.render(bufferSize) {
+		for f.render(pieceSize) {
 			f.write(w)
+			f.note(w.flush())
+			if !stopped && len(f.wake) == 0 {
+				time.Sleep(breath)
+			}
 		}
 		f.endWindows(w, stopped)
 		err := w.flush()
@@ -302,12 +306,10 @@ func (f *File) tellGaps(w *writer, atOnce bool) {
 			continue
 		}
 		told++
-		f.mu.Lock()
 		f.add(&event.Event{Kind: event.Lifecycle, Host: f.host, Time: now.at, State: event.State{
 			Action: "events-suppressed", Type: "info", Message: fmt.Sprintf("%d events are missing: %s", m.n, m.reason),
 			Reason: m.reason, Failed: true, Suppressed: int64(m.n),
 		}})
-		f.mu.Unlock()
 	}
 	f.write(w)
 	if err := w.flush(); err != nil {
@@ -320,32 +322,9 @@ func (f *File) tellGaps(w *writer, atOnce bool) {
 	f.told = now
 }
 
-// Ease does a little of the work that is waiting, some 20 microseconds of it, and
-// reports whether it did. It neither waits nor touches the disk, so that somebody who
-// waits for clients can call it meanwhile: what is done then keeps nobody waiting later.
-func (f *File) Ease() bool {
-	if !f.mu.TryLock() {
-		return false
-	}
-	defer f.mu.Unlock()
-	if len(f.rendered.bytes) >= bufferSize {
-		f.wakeUp()
-		return false
-	}
-	select {
-	case e := <-f.queue:
-		f.take(e)
-		return true
-	default:
-		return false
-	}
-}
-
 // render gives queued events their form, about as many bytes as it is told. It reports
 // whether there is something to write.
 func (f *File) render(atLeast int) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
 	for len(f.rendered.bytes) < atLeast {
 		select {
 		case e := <-f.queue:
@@ -357,7 +336,7 @@ func (f *File) render(atLeast int) bool {
 	return true
 }
 
-// take renders an event, or counts it. It is called with f.mu held.
+// take renders an event, or counts it.
 func (f *File) take(e *event.Event) {
 	like, counts := f.repeats.of(e)
 	if !counts {
@@ -390,7 +369,6 @@ func (f *File) endWindows(w *writer, all bool) {
 		by = by.Add(f.repeats.window)
 	}
 	for more := true; more; f.write(w) {
-		f.mu.Lock()
 		for more && len(f.rendered.bytes) < bufferSize {
 			var tells *event.Event
 			if tells, more = f.repeats.end(by); tells != nil {
@@ -400,12 +378,10 @@ func (f *File) endWindows(w *writer, all bool) {
 		if ends := f.repeats.ends(); !more && !ends.IsZero() {
 			f.ends.Reset(time.Until(ends))
 		}
-		f.mu.Unlock()
 	}
 }
 
-// add renders the documents of an event, and returns the ID of the decision among them. It
-// is called with f.mu held.
+// add renders the documents of an event, and returns the ID of the decision among them.
 func (f *File) add(e *event.Event) (decision string) {
 	now := time.Now()
 	views := e.Views()
@@ -428,7 +404,6 @@ func (f *File) add(e *event.Event) (decision string) {
 
 // addConnections renders those of a request that is counted. Elastic's rules about its own
 // agent ask which connections follow upon the start of a program, and they count elsewhere.
-// It is called with f.mu held.
 func (f *File) addConnections(e *event.Event) {
 	now := time.Now()
 	views := e.Views()
@@ -446,16 +421,12 @@ func (f *File) addView(v *event.View, now time.Time) {
 
 // write hands what is rendered to the writer.
 func (f *File) write(w *writer) {
-	f.mu.Lock()
-	these := f.rendered
-	f.rendered = documents{f.spare.bytes[:0], f.spare.ends[:0]}
-	f.mu.Unlock()
 	begin := 0
-	for _, end := range these.ends {
-		f.note(w.write(these.bytes[begin:end]))
+	for _, end := range f.rendered.ends {
+		f.note(w.write(f.rendered.bytes[begin:end]))
 		begin = end
 	}
-	f.spare = these
+	f.rendered = documents{f.rendered.bytes[:0], f.rendered.ends[:0]}
 }
 
 // note keeps an error for Stats and Close.

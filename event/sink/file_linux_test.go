@@ -102,41 +102,6 @@ func TestRotation(t *testing.T) {
 	}
 }
 
-// TestEase has others do part of the work: what is in the file is the same, in the
-// same order, whoever gave it its form.
-func TestEase(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "events.ndjson")
-	f := open(t, Options{Path: path})
-	const n = 2000
-	eased := 0
-	for i := range n {
-		e := started(i)
-		e.Kind = event.Asked // nobody needs to see it at once
-		f.Record(e)
-		for i%3 == 0 && f.Ease() {
-			eased++
-		}
-	}
-	if err := f.Close(); err != nil {
-		t.Fatal(err)
-	}
-	if f.Ease() {
-		t.Error("something was left to do behind the end")
-	}
-	if eased == 0 {
-		t.Error("nothing was done meanwhile")
-	}
-	all := lines(t, path)
-	if len(all) < n || f.Stats().Dropped > 0 {
-		t.Fatalf("%d lines, %+v", len(all), f.Stats())
-	}
-	for i := range all[1:] {
-		if now, before := all[i+1].Event, all[i].Event; now.Sequence != before.Sequence+1 || now.ID <= before.ID {
-			t.Fatalf("%+v after %+v", now, before)
-		}
-	}
-}
-
 func TestDropsRatherThanWaits(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "events.ndjson")
 	f := open(t, Options{Path: path, Queue: 8})

@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"syscall"
 	"time"
 )
@@ -113,7 +112,6 @@ func (w *writer) write(line []byte) error {
 			w.failed.Add(1)
 			return err
 		}
-		runtime.Gosched()
 	}
 	size := w.good + int64(len(w.buf))
 	if size > 0 && (size+int64(len(line)) > w.maxSize || w.maxAge > 0 && time.Since(w.began) > w.maxAge) {

@@ -48,7 +48,6 @@ type Loop struct {
 	tasks   int  // that have not ended
 	events  [64]unix.EpollEvent
 	n       int // of the events
-	ease    func() bool
 	workers chan func()
 	resting atomic.Int32 // goroutines that receive from workers
 
@@ -82,11 +81,9 @@ const (
 	look      // it may have something to do
 )
 
-// New makes a Loop. It needs two descriptors until it ends. While no task has anything
-// to do, ease is called, if it is not nil: it does some microseconds of what can wait,
-// and reports whether there was something.
-func New(ease func() bool) (*Loop, error) {
-	l := &Loop{done: make(chan struct{}), workers: make(chan func()), alarm: -1, ease: ease}
+// New makes a Loop. It needs two descriptors until it ends.
+func New() (*Loop, error) {
+	l := &Loop{done: make(chan struct{}), workers: make(chan func()), alarm: -1}
 	l.poll = l.pollOnce
 	if err := l.open(); err != nil {
 		if l.file != nil {
@@ -281,27 +278,10 @@ func (l *Loop) resume(t *Task) {
 
 // wait waits for events or the first timer.
 func (l *Loop) wait() {
-	if l.away > 0 || !l.fill() && !l.linger(lingerFor) {
+	if l.away > 0 || !l.linger() {
 		l.park()
 	}
 	l.tell()
-}
-
-// maxFill bounds how often ease is called in a row: what it does must not make those
-// late whom the runtime has something for.
-const maxFill = 8
-
-// fill uses the time until the next event, and reports whether there is one.
-func (l *Loop) fill() bool {
-	for range maxFill {
-		if l.ease == nil || !l.ease() {
-			break
-		}
-		if l.linger(0) {
-			return true
-		}
-	}
-	return false
 }
 
 // lingerFor is how long the Loop waits in the kernel, in milliseconds, before it parks.
@@ -312,11 +292,11 @@ func (l *Loop) fill() bool {
 // any goroutine may: some 10 ms.
 const lingerFor = 1
 
-// linger waits so many milliseconds for events, and reports whether there are some. It is not for
+// linger waits a little for events, and reports whether there are some. It is not for
 // when a task is away, which may need the processor to come back. The runtime can end
 // it: to be stopped is a signal, and that ends the call (signal(7), epoll_wait(2)).
-func (l *Loop) linger(ms uintptr) bool {
-	n, _, errno := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(l.ep), uintptr(unsafe.Pointer(&l.events)), uintptr(len(l.events)), ms, 0, 0)
+func (l *Loop) linger() bool {
+	n, _, errno := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(l.ep), uintptr(unsafe.Pointer(&l.events)), uintptr(len(l.events)), lingerFor, 0, 0)
 	if l.n = int(n); errno != 0 || n == 0 {
 		l.n = 0
 		return false

@@ -15,12 +15,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func run(t testing.TB) *Loop { return runEased(t, nil) }
-
-func runEased(t testing.TB, ease func() bool) *Loop {
+func run(t testing.TB) *Loop {
 	t.Helper()
 	before := descriptors(t)
-	l, err := New(ease)
+	l, err := New()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -262,46 +260,6 @@ func TestLinger(t *testing.T) {
 }
 
 // What is called away runs beside the others, and its task goes on after it.
-// TestEase has more to be done meanwhile than ever gets done: others are served all
-// the same, and it is done while nobody needs anything.
-func TestEase(t *testing.T) {
-	var eased atomic.Int64
-	l := runEased(t, func() bool {
-		eased.Add(1)
-		return true
-	})
-	fd, far := pair(t)
-	const rounds = 200
-	do(t, l, func(k *Task) {
-		c := k.Adopt(fd)
-		defer c.Close()
-		k.Go(func(*Task) {
-			for range rounds {
-				if _, err := far.Write([]byte("x")); err != nil {
-					t.Error(err)
-				}
-			}
-		})
-		var b [1]byte
-		for got := 0; got < rounds; {
-			n, err := c.Read(b[:])
-			if got += n; err == ErrAgain {
-				err = k.Wait(time.Now().Add(5*time.Second), Interest{c, In})
-			}
-			if err != nil {
-				t.Fatal(got, err)
-			}
-		}
-		before := eased.Load()
-		if err := k.Sleep(10 * time.Millisecond); err != nil {
-			t.Error(err)
-		}
-		if eased.Load() == before {
-			t.Error("nothing was done while the loop waited")
-		}
-	})
-}
-
 func TestAway(t *testing.T) {
 	l := run(t)
 	release := make(chan struct{})
