@@ -64,16 +64,20 @@ lint: bin/toolchain/go
 	./test/vuln.sh
 	! command -v shellcheck >/dev/null || shellcheck $$(git ls-files '*.sh') .ci/run
 
-# What fills the host with descriptors and connections comes last, and alone: at
-# the lower levels others' searches go through all of them.
+# What searches the host comes first, and alone: where others start programs all the time
+# its answer is that it could not keep up. What fills the host with descriptors and
+# connections comes last, and alone: at the lower levels others' searches go through all
+# of them.
 unit: bin/toolchain/go
-	go test -count=1 -timeout 20m $$(go list ./... | grep -v -e /test/attacks$$ -e /test/boot$$ -e /test/chroot$$ -e /test/load$$ -e /test/soak$$ -e /test/vm$$)
+	go test -count=1 -p 1 ./attribution/...
+	go test -count=1 -timeout 20m $$(go list ./... | grep -v -e /attribution -e /test/attacks$$ -e /test/boot$$ -e /test/chroot$$ -e /test/load$$ -e /test/soak$$ -e /test/vm$$)
 	go test -count=1 -p 1 ./test/attacks ./test/load
 	cd test/clients && go vet ./... && go build -o /dev/null ./...
 
 # The race detector needs cgo. What is concurrent runs under it.
 race: bin/toolchain/go
-	CGO_ENABLED=1 go test -count=1 -race ./attribution/... ./policy ./policy/eql/ndjson ./policy/firstseen ./event/... ./control ./proxy ./proxy/loop ./proxy/imds/...
+	CGO_ENABLED=1 go test -count=1 -race -p 1 ./attribution/...
+	CGO_ENABLED=1 go test -count=1 -race ./policy ./policy/eql/ndjson ./policy/firstseen ./event/... ./control ./proxy ./proxy/loop ./proxy/imds/...
 
 # Every parser, a few seconds each; go test -fuzz takes one target at a time.
 fuzz: bin/toolchain/go

@@ -487,6 +487,7 @@ func TestOtherNamespace(t *testing.T) {
 			}
 			in.Close()
 			cmd.Wait()
+			time.Sleep(2 * checkedFor) // an answer may be so old
 			if o := l.Owner(within(t)); o.Reason != ClientGone && o.Reason != Remote {
 				t.Errorf("afterwards: %+v", o)
 			}
