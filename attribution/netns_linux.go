@@ -46,7 +46,7 @@ type netnsConn struct {
 const (
 	// freshNamespaces is how long the list of namespaces serves, and staleNamespaces how
 	// long if a connection is in none of them. Longer makes a client in a container
-	// that was just started unattributed; shorter spends more on a flood of connections.
+	// that was just started wait; shorter spends more on a flood of connections.
 	freshNamespaces = 250 * time.Millisecond
 	staleNamespaces = 10 * time.Millisecond
 	// maxNetnsConns bounds the sockets that are kept, and idleNetnsConn how long one is
@@ -136,6 +136,17 @@ func (n *namespaces) others(h *host, age time.Duration) (map[string]int, error) 
 	return n.pids, nil
 }
 
+// wait waits until a list that was made before a time is stale: a client in a container
+// that was just started is not in it.
+func (n *namespaces) wait(asked time.Time) {
+	n.mu.Lock()
+	made := n.since
+	n.mu.Unlock()
+	if made.Before(asked) {
+		time.Sleep(time.Until(made.Add(staleNamespaces)))
+	}
+}
+
 // elsewhere finds a client's socket in another network namespace: in that of the
 // process which was seen to connect it or, at levels without a witness, in all there
 // are. It reads the namespace's table, as long as its connections are many.
@@ -152,7 +163,11 @@ func (l *Lookup) elsewhere(t diag.Tuple) (diag.Socket, error) {
 	case l.f.witness != nil:
 		return diag.Socket{}, errRemote
 	default:
+		asked := time.Now()
 		for _, age := range []time.Duration{freshNamespaces, staleNamespaces} {
+			if age == staleNamespaces {
+				l.f.namespaces.wait(asked)
+			}
 			candidates, listErr := l.f.namespaces.others(l.f.host, age)
 			if listErr != nil {
 				return diag.Socket{}, listErr
