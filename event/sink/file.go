@@ -256,7 +256,7 @@ func (f *File) loop(w *writer) {
 		for f.render(pieceSize) {
 			f.write(w)
 			f.note(w.flush())
-			if !stopped && len(f.wake) == 0 {
+			if !stopped && len(f.wake) == 0 && len(f.queue) < cap(f.queue)/16 { // more take memory
 				time.Sleep(breath)
 			}
 		}
