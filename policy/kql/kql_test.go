@@ -428,9 +428,11 @@ func slowWithin(t eql.Type, x any, op syntax.Op, s string) bool {
 			order = strings.Compare(x, s)
 		case eql.Date:
 			a, _ := time.Parse(time.RFC3339, x)
-			for _, layout := range []string{time.RFC3339Nano, time.DateOnly, "2006-01-02T15:04", "2006-01-02T15:04:05"} {
-				if b, err := time.Parse(layout, s); err == nil {
-					order = a.Compare(b)
+			for _, zone := range []string{"", "Z07:00", "Z0700", "Z07"} {
+				for _, layout := range []string{"2006-01-02T15:04:05", "2006-01-02T15:04", "2006-01-02T15", time.DateOnly, "2006-01", "2006"} {
+					if b, err := time.Parse(layout+zone, s); err == nil && (zone == "" || strings.Contains(layout, "T")) {
+						order = a.Compare(b)
+					}
 				}
 			}
 		default:
