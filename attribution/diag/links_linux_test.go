@@ -140,6 +140,10 @@ func abandoned(t *testing.T, d net.Dialer, ln net.Listener) *net.TCPConn {
 	if _, err := client.Read(make([]byte, 1)); err != io.EOF {
 		t.Fatal(err)
 	}
+	// A client that acknowledges the FIN after the server's end is gone is reset for it.
+	if !comesTo(t, server.(*net.TCPConn), FinWait2) {
+		t.Fatal("the client has not acknowledged the FIN within two seconds")
+	}
 	// The server's end is gone after a minute; a lost reset is quicker.
 	const rule = "iptables -w %s OUTPUT -o lo -p tcp --tcp-flags RST RST -j DROP"
 	if err := run(fmt.Sprintf(rule, "-A")); err != nil {
@@ -153,6 +157,28 @@ func abandoned(t *testing.T, d net.Dialer, ln net.Listener) *net.TCPConn {
 	server.(*net.TCPConn).SetLinger(0)
 	server.Close()
 	return client
+}
+
+// comesTo waits two seconds at most for a state.
+func comesTo(t *testing.T, conn *net.TCPConn, want State) bool {
+	t.Helper()
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(2 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		var info *unix.TCPInfo
+		gone := raw.Control(func(fd uintptr) {
+			info, err = unix.GetsockoptTCPInfo(int(fd), unix.SOL_TCP, unix.TCP_INFO)
+		})
+		if err := errors.Join(gone, err); err != nil {
+			t.Fatal(err)
+		}
+		if State(info.State) == want {
+			return true
+		}
+	}
+	return false
 }
 
 // fromPort makes connect(2) take that port, without bind(2), which the first socket
