@@ -51,7 +51,8 @@ import (
 // (measured), and any user can make that happen where we pass on what cannot be read. The other way round, one of
 // ours with the port of a client that was reset was led to ourselves. When these rules come or go, the tracker's
 // entries of our connections go, too: the next packet would not be found, and be taken for a new connection that
-// clashes with the old one and gets another port (measured).
+// clashes with the old one and gets another port (measured). A packet that is sent in between, such as a delayed
+// acknowledgement, has its connection reset.
 //
 // What still reaches filter OUTPUT or FORWARD for an endpoint came past the redirect: connections older than it,
 // packets that are not tracked, forged marks. The guard answers those with a reset, or counts them in audit.

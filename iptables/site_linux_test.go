@@ -340,12 +340,21 @@ func (d *dialogue) hear() string {
 	return strings.TrimSuffix(line, "\n")
 }
 
-// alive says something and waits for its echo.
+// alive says something and waits for its echo. It is acknowledged at once, so that nothing is on its way after that.
 func (d *dialogue) alive() string {
 	if _, err := io.WriteString(d, "alive\n"); err != nil {
 		return inShort(err)
 	}
-	return d.hear()
+	echo := d.hear()
+	raw, err := d.Conn.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		return inShort(err)
+	}
+	raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_TCP, unix.TCP_QUICKACK, 1) })
+	if err != nil {
+		return inShort(err)
+	}
+	return echo
 }
 
 func inShort(err error) string {
