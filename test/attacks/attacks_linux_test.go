@@ -36,7 +36,7 @@ const (
 	served       = "served"       // who has a grant has the secret
 	fails        = "fails"        // no answer
 	refused      = "refused"      // who has a grant is refused for what somebody else is
-	tooLate      = "too late"     // refused, because a busy machine took too long to search
+	tooLate      = "too late"     // refused, because a busy machine took too long to search, or to read a program before its end
 	unavailable  = "n/a"          // this kernel or this host has no means for it
 )
 
@@ -473,8 +473,8 @@ func (a *arena) quiet(t *testing.T) {
 }
 
 // mostLate is how often a row is run again because the machine was too busy to
-// search it in time, which says nothing about the row; at level 3 nothing needs a
-// search. With fewer, tests beside
+// search it in time, or at level 1 to read a program while it ran, which says nothing about
+// the row; at level 3 nothing needs a search. With fewer, tests beside
 // this one make it fail; with more, a daemon that is slow takes longer to fail.
 const mostLate = 10
 
@@ -585,7 +585,11 @@ func (s *scene) judge(r row, got string, d gate.Document) (string, error) {
 		return "", fmt.Errorf("refused, and the record does not name the attacker: %s", describe(d))
 	case !slices.Contains(reasons, text("imdsgate.attribution.reason")):
 		return "", fmt.Errorf("a reason that there is not: %s", describe(d))
-	case text("imdsgate.attribution.reason") == attribution.Late.String() && !strings.Contains(r.want[s.level], unattributed):
+	case strings.Contains(r.want[s.level], unattributed):
+		return unattributed, nil
+	}
+	switch why := text("imdsgate.attribution.reason"); {
+	case why == attribution.Late.String(), why == attribution.EvidenceLost.String() && s.level == attribution.Level1:
 		return tooLate, nil
 	}
 	return unattributed, nil
