@@ -139,7 +139,8 @@ func (t *target) startPeer(p peer, path, dir string) error {
 }
 
 func (t *target) startGate(b gate.Binaries, config string) (err error) {
-	t.daemon, err = gate.Start(t.lab, b, gate.Settings{Config: config})
+	// What this program needs of the runtime (supervise) is not how a daemon runs.
+	t.daemon, err = gate.Start(t.lab, b, gate.Settings{Config: config, Env: []string{"GODEBUG="}})
 	if t.daemon != nil {
 		t.stop = t.daemon.Close
 	}
