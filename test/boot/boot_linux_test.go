@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/imdsgate/imdsgate/proxy/imds/imdstest"
+	"github.com/imdsgate/imdsgate/test/debian"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
 )
 
@@ -30,7 +31,7 @@ func TestFirstBoot(t *testing.T) {
 	for _, mode := range []string{"audit", "enforce"} {
 		m := boot(t, settings{config: config(mode)})
 		begun, ready := m.monotonic("imdsgated.service", "ExecMainStartTimestamp"), m.monotonic("imdsgated.service", "ActiveEnterTimestamp")
-		t.Logf("%s: booted in %v, of which the start of the daemon took %v", mode, time.Since(m.began).Round(time.Millisecond), ready-begun)
+		t.Logf("%s: booted in %v, of which the start of the daemon took %v", mode, time.Since(m.Began).Round(time.Millisecond), ready-begun)
 		if first := m.monotonic("cloud-init-local.service", "ExecMainStartTimestamp"); first < ready {
 			t.Errorf("%s: cloud-init began %v before the daemon was ready", mode, ready-first)
 		}
@@ -38,19 +39,19 @@ func TestFirstBoot(t *testing.T) {
 			t.Errorf("%s: the network was made %v before the daemon was ready", mode, ready-pre)
 		}
 		for _, unit := range []string{"cloud-init-local.service", "amazon-ssm-agent.service"} {
-			if got := m.property(unit, "Result"); got != "success" || m.property(unit, "ActiveState") != "active" {
-				t.Errorf("%s: %s: %s\n%s", mode, unit, got, m.do("journalctl", "--no-pager", "-u", unit, "-u", "imdsgated"))
+			if got := m.Property(unit, "Result"); got != "success" || m.Property(unit, "ActiveState") != "active" {
+				t.Errorf("%s: %s: %s\n%s", mode, unit, got, m.Do("journalctl", "--no-pager", "-u", unit, "-u", "imdsgated"))
 			}
 		}
-		if got := m.do("cat", "/run/user-data"); len(got) == 0 {
+		if got := m.Do("cat", "/run/user-data"); len(got) == 0 {
 			t.Errorf("%s: cloud-init got no user data", mode)
 		}
-		m.event("self-test-passed")
+		m.Event("self-test-passed")
 		want := map[string]string{"audit": "200", "enforce": "403"}[mode]
-		if got := m.curl("nobody", role); got != want {
+		if got := m.Curl("nobody", role); got != want {
 			t.Errorf("%s: a thief got %s", mode, got)
 		}
-		t.Logf("%s", m.do("imdsgate", "status"))
+		t.Logf("%s", m.Do("imdsgate", "status"))
 	}
 }
 
@@ -64,18 +65,18 @@ func TestSelfTestAfterRoute(t *testing.T) {
 		"/etc/systemd/system/amazon-ssm-agent.service.d/not.conf": "[Unit]\nConditionPathExists=/nowhere\n",
 		"/etc/systemd/system/cloud-init-local.service.d/not.conf": "[Unit]\nConditionPathExists=/nowhere\n",
 	}})
-	if out := m.do("imdsgate", "status"); !strings.Contains(out, "not possible") {
+	if out := m.Do("imdsgate", "status"); !strings.Contains(out, "not possible") {
 		t.Errorf("without a route:\n%s", out)
 	}
 	if n := m.count("self-test-passed") + m.count("self-test-failed"); n != 0 {
 		t.Errorf("%d self-tests were told of without a route", n)
 	}
 	time.Sleep(2 * testFirst)
-	m.do("ip", "route", "del", "unreachable", "169.254.169.254")
+	m.Do("ip", "route", "del", "unreachable", "169.254.169.254")
 	added := time.Now()
-	m.event("self-test-passed")
+	m.Event("self-test-passed")
 	t.Logf("told %v after the route was there", time.Since(added).Round(time.Millisecond))
-	if m.count("self-test-failed") != 0 || m.daemon() == 0 || m.property("imdsgated.service", "NRestarts") != "0" {
+	if m.count("self-test-failed") != 0 || m.daemon() == 0 || m.Property("imdsgated.service", "NRestarts") != "0" {
 		t.Error("the daemon did not wait for the route")
 	}
 }
@@ -95,7 +96,7 @@ func TestRestart(t *testing.T) {
 		time.Sleep(time.Second)
 		var windows []string
 		for range 2 {
-			m.do("systemctl", "restart", "imdsgated.service")
+			m.Do("systemctl", "restart", "imdsgated.service")
 			time.Sleep(2 * time.Second)
 		}
 		o := load()
@@ -103,7 +104,7 @@ func TestRestart(t *testing.T) {
 			t.Errorf("%s: %+v", mode, o)
 		}
 		action := map[string]string{"audit": "requests-unguarded", "enforce": "requests-held"}[mode]
-		for _, d := range m.documents() {
+		for _, d := range m.Documents() {
 			if d.At("event.action") == action {
 				if d.At("data_stream.dataset") != "imdsgate.lifecycle" || lasted(d) <= 0 || lasted(d) > 5*time.Second {
 					t.Errorf("%s: %v", mode, d)
@@ -134,7 +135,7 @@ func TestKilled(t *testing.T) {
 		m.signal(syscall.SIGKILL)
 		gone := time.Duration(0)
 		if mode == "audit" {
-			m.await("the redirect to go", func() bool { return !m.redirected() })
+			m.Await("the redirect to go", func() bool { return !m.redirected() })
 			gone = time.Since(killed)
 		} else if !m.redirected() {
 			t.Error("in enforce mode the redirect is gone")
@@ -149,7 +150,7 @@ func TestKilled(t *testing.T) {
 			t.Errorf("%s: the next daemon has no redirect", mode)
 		}
 		action := map[string]string{"audit": "requests-unguarded", "enforce": "requests-held"}[mode]
-		d := m.event(action)
+		d := m.Event(action)
 		if window := lasted(d); window <= 0 || window > back || back-window > gone+3*time.Second {
 			t.Errorf("%s: the event says %v, and there was no daemon for %v", mode, window, back)
 		}
@@ -167,7 +168,7 @@ func TestCrashLoop(t *testing.T) {
 	for _, mode := range []string{"audit", "enforce"} {
 		m := boot(t, settings{config: config(mode)})
 		began := time.Now()
-		for m.property("imdsgated.service", "ActiveState") != "failed" {
+		for m.Property("imdsgated.service", "ActiveState") != "failed" {
 			if m.daemon() != 0 {
 				m.signal(syscall.SIGKILL)
 			}
@@ -179,12 +180,12 @@ func TestCrashLoop(t *testing.T) {
 		t.Logf("%s: given up after %v", mode, time.Since(began).Round(time.Millisecond))
 		m.refusedOrOpen(mode)
 		time.Sleep(time.Second)
-		m.do("systemctl", "reset-failed", "imdsgated.service", "imdsgated.socket")
-		m.do("systemctl", "start", "imdsgated.service")
-		if got := m.property("imdsgated.socket", "ActiveState"); got != "active" {
+		m.Do("systemctl", "reset-failed", "imdsgated.service", "imdsgated.socket")
+		m.Do("systemctl", "start", "imdsgated.service")
+		if got := m.Property("imdsgated.socket", "ActiveState"); got != "active" {
 			t.Errorf("%s: the socket unit is %s", mode, got)
 		}
-		d := m.event(map[string]string{"audit": "requests-unguarded", "enforce": "requests-refused"}[mode])
+		d := m.Event(map[string]string{"audit": "requests-unguarded", "enforce": "requests-refused"}[mode])
 		if lasted(d) < time.Second || !strings.Contains(d.At("message").(string), "times in all") {
 			t.Errorf("%s: %v", mode, d)
 		}
@@ -197,22 +198,22 @@ func TestCrashLoop(t *testing.T) {
 
 // refusedOrOpen is what a unit that has failed means in each mode.
 func (m *machine) refusedOrOpen(mode string) {
-	m.t.Helper()
-	m.await("the ports to be given up", func() bool { return m.property("imdsgated.socket", "ActiveState") != "active" })
+	m.T.Helper()
+	m.Await("the ports to be given up", func() bool { return m.Property("imdsgated.socket", "ActiveState") != "active" })
 	if m.redirected() != (mode == "enforce") {
-		m.t.Errorf("%s: the redirect is there: %v", mode, m.redirected())
+		m.T.Errorf("%s: the redirect is there: %v", mode, m.redirected())
 	}
 	if mode == "audit" {
-		m.await("the rules to go", func() bool { return !strings.Contains(m.do("iptables-save"), "IMDSGATE") })
+		m.Await("the rules to go", func() bool { return !strings.Contains(m.Do("iptables-save"), "IMDSGATE") })
 	}
 	o := m.load(0)()
 	switch {
 	case mode == "audit" && o.Failed != 0:
-		m.t.Errorf("audit: %+v", o)
+		m.T.Errorf("audit: %+v", o)
 	case mode == "enforce" && (o.Failed != 1 || !strings.Contains(o.Error, "refused") || o.Slowest > time.Second):
-		m.t.Errorf("enforce: %+v", o)
+		m.T.Errorf("enforce: %+v", o)
 	}
-	m.t.Logf("%s: with the unit failed a request took %v: %s", mode, o.Slowest.Round(time.Microsecond), o.Error)
+	m.T.Logf("%s: with the unit failed a request took %v: %s", mode, o.Slowest.Round(time.Microsecond), o.Error)
 }
 
 // A configuration that is refused is not tried again, and what the host lacks is said.
@@ -222,17 +223,17 @@ func TestDoesNotStart(t *testing.T) {
 		"a key that is unknown":     {"mod: enforce\n", "mod: enforce"},
 	} {
 		m := boot(t, settings{config: c.config})
-		m.await("the unit to fail", func() bool { return m.property("imdsgated.service", "ActiveState") == "failed" })
-		if got := m.property("imdsgated.service", "ExecMainStatus"); got != "78" {
+		m.Await("the unit to fail", func() bool { return m.Property("imdsgated.service", "ActiveState") == "failed" })
+		if got := m.Property("imdsgated.service", "ExecMainStatus"); got != "78" {
 			t.Errorf("%s: exit %s", name, got)
 		}
-		if n := m.property("imdsgated.service", "NRestarts"); n != "0" {
+		if n := m.Property("imdsgated.service", "NRestarts"); n != "0" {
 			t.Errorf("%s: it was started %s times more", name, n)
 		}
-		if log := m.do("journalctl", "--no-pager", "-u", "imdsgated.service"); !strings.Contains(log, c.says) {
+		if log := m.Do("journalctl", "--no-pager", "-u", "imdsgated.service"); !strings.Contains(log, c.says) {
 			t.Errorf("%s: the journal says\n%s", name, log)
 		}
-		m.await("the ports to be given up", func() bool { return m.property("imdsgated.socket", "ActiveState") != "active" })
+		m.Await("the ports to be given up", func() bool { return m.Property("imdsgated.socket", "ActiveState") != "active" })
 		// Nothing of ours has been in the way in this boot.
 		if o := m.load(0)(); o.Failed != 0 {
 			t.Errorf("%s: %+v", name, o)
@@ -245,9 +246,9 @@ func TestHung(t *testing.T) {
 	m := boot(t, settings{config: config("enforce"), files: map[string]string{
 		"/etc/systemd/system/imdsgated.service.d/soon.conf": "[Service]\nWatchdogSec=4\nTimeoutAbortSec=1\n",
 	}})
-	m.event("self-test-passed")
+	m.Event("self-test-passed")
 	time.Sleep(5 * time.Second)
-	if m.property("imdsgated.service", "NRestarts") != "0" {
+	if m.Property("imdsgated.service", "NRestarts") != "0" {
 		t.Error("a daemon that works was replaced")
 	}
 	old := m.daemon()
@@ -261,7 +262,7 @@ func TestHung(t *testing.T) {
 	} else {
 		t.Logf("%d requests of meanwhile were served, the slowest after %v", o.Requests, o.Slowest.Round(time.Millisecond))
 	}
-	if d := m.event("requests-held"); !strings.Contains(d.At("message").(string), "watchdog") {
+	if d := m.Event("requests-held"); !strings.Contains(d.At("message").(string), "watchdog") {
 		t.Errorf("%v", d)
 	}
 }
@@ -283,28 +284,28 @@ func TestDrainAndReload(t *testing.T) {
 		}
 	}
 	edit(config("enforce") + "posture: strict\n")
-	m.do("systemctl", "reload", "imdsgated.service")
-	if out := m.do("imdsgate", "status"); !strings.Contains(out, "posture strict") {
+	m.Do("systemctl", "reload", "imdsgated.service")
+	if out := m.Do("imdsgate", "status"); !strings.Contains(out, "posture strict") {
 		t.Errorf("after the reload:\n%s", out)
 	}
 	edit("mod: audit\n")
-	if out, code := m.try("systemctl", "reload", "imdsgated.service"); code == 0 {
+	if out, code := m.Try("systemctl", "reload", "imdsgated.service"); code == 0 {
 		t.Errorf("a wrong configuration is taken: %s", out)
 	}
 	edit(config("enforce"))
-	if out := m.do("imdsgate", "status"); !strings.Contains(out, "enforce mode") || !strings.Contains(out, "posture strict") || m.daemon() != pid {
+	if out := m.Do("imdsgate", "status"); !strings.Contains(out, "enforce mode") || !strings.Contains(out, "posture strict") || m.daemon() != pid {
 		t.Errorf("after a wrong one:\n%s", out)
 	}
-	m.do("systemctl", "reload", "imdsgated.service")
+	m.Do("systemctl", "reload", "imdsgated.service")
 
 	load := m.load(0, "-path", "/latest/meta-data/ami-id")
-	m.await("the request to reach the service", func() bool {
+	m.Await("the request to reach the service", func() bool {
 		return slices.ContainsFunc(m.IMDS.Transcript().Connections, func(c imdstest.Connection) bool {
 			return strings.Contains(string(c.Received()), "/ami-id")
 		})
 	})
 	begin := time.Now()
-	m.do("systemctl", "restart", "imdsgated.service")
+	m.Do("systemctl", "restart", "imdsgated.service")
 	o := load()
 	if o.Failed != 0 || o.Slowest < 2*time.Second {
 		t.Errorf("%+v", o)
@@ -317,10 +318,10 @@ func TestDrainAndReload(t *testing.T) {
 func TestReboot(t *testing.T) {
 	s := settings{config: config("audit")}
 	m := boot(t, s)
-	m.do("imdsgate", "mode", "set", "enforce", "--for", "1h", "--reason", "before a reboot")
-	m.do("systemctl", "reboot", "--no-block")
+	m.Do("imdsgate", "mode", "set", "enforce", "--for", "1h", "--reason", "before a reboot")
+	m.Do("systemctl", "reboot", "--no-block")
 	select {
-	case <-m.done:
+	case <-m.Done:
 	case <-time.After(30 * time.Second):
 		t.Fatal("the machine does not go off")
 	}
@@ -328,13 +329,13 @@ func TestReboot(t *testing.T) {
 	for _, how := range []string{"reboot", "power cut"} {
 		m.on(s)
 		var now struct{ Mode, Configured string }
-		if err := json.Unmarshal([]byte(m.do("imdsgate", "mode", "--json")), &now); err != nil || now.Mode != "enforce" || now.Configured != "audit" {
+		if err := json.Unmarshal([]byte(m.Do("imdsgate", "mode", "--json")), &now); err != nil || now.Mode != "enforce" || now.Configured != "audit" {
 			t.Errorf("after a %s: %+v, %v", how, now, err)
 		}
-		if !m.redirected() || m.property("amazon-ssm-agent.service", "Result") != "success" {
-			t.Errorf("after a %s: redirect %v, agent %s", how, m.redirected(), m.property("amazon-ssm-agent.service", "Result"))
+		if !m.redirected() || m.Property("amazon-ssm-agent.service", "Result") != "success" {
+			t.Errorf("after a %s: redirect %v, agent %s", how, m.redirected(), m.Property("amazon-ssm-agent.service", "Result"))
 		}
-		if got := m.curl("nobody", role); got != "403" {
+		if got := m.Curl("nobody", role); got != "403" {
 			t.Errorf("after a %s a thief got %s", how, got)
 		}
 		for _, action := range []string{"requests-unguarded", "requests-held", "requests-refused"} {
@@ -362,13 +363,13 @@ func TestDiskFull(t *testing.T) {
 	var status struct {
 		Events struct{ Written, Dropped, Failed, Removed uint64 }
 	}
-	if err := json.Unmarshal([]byte(m.do("imdsgate", "status", "--json")), &status); err != nil || status.Events.Removed+status.Events.Failed == 0 {
+	if err := json.Unmarshal([]byte(m.Do("imdsgate", "status", "--json")), &status); err != nil || status.Events.Removed+status.Events.Failed == 0 {
 		t.Errorf("the disk was not full: %+v, %v", status, err)
 	}
-	if got := m.curl("nobody", role); got != "403" {
+	if got := m.Curl("nobody", role); got != "403" {
 		t.Errorf("a thief got %s", got)
 	}
-	if m.property("imdsgated.service", "NRestarts") != "0" {
+	if m.Property("imdsgated.service", "NRestarts") != "0" {
 		t.Error("the daemon was restarted")
 	}
 	t.Logf("%d requests, %d failed; events: %+v", o.Requests, o.Failed, status.Events)
@@ -385,7 +386,7 @@ func TestOutOfMemory(t *testing.T) {
 	if o := load(); o.waited(limited.Add(time.Second)) { // it takes a request to want more
 		t.Errorf("%+v", o)
 	}
-	d := m.event("requests-held")
+	d := m.Event("requests-held")
 	if message := d.At("message").(string); !strings.Contains(message, "KILL") && !strings.Contains(message, "oom") {
 		t.Errorf("%v", d)
 	}
@@ -399,7 +400,7 @@ const memory = "/sys/fs/cgroup/memory"
 // it. Where the host mounts cgroup v1, its cgroup of systemd's is left alone, since that
 // has no memory controller.
 func (m *machine) limit(pid int) {
-	t := m.t
+	t := m.T
 	t.Helper()
 	if _, err := os.Stat(memory); err != nil {
 		dir := hierarchies[0]
@@ -414,7 +415,7 @@ func (m *machine) limit(pid int) {
 		}
 		return
 	}
-	dir := fmt.Sprintf("%s/imdsgate-boot-%d-memory", memory, os.Getpid())
+	dir := filepath.Join(memory, debian.Name("memory"))
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -442,21 +443,21 @@ func TestUpgradeAndPurge(t *testing.T) {
 	old := m.daemon()
 	load := m.load(8*time.Second, "-bind", "-late", late)
 	time.Sleep(time.Second)
-	m.do("dpkg", "--force-confold", "--install", aPackage)
+	m.Do("dpkg", "--force-confold", "--install", debian.Package)
 	m.guarded(old)
 	if o := load(); o.Requests < 250 || o.Failed != 0 || o.Taken != 0 {
 		t.Errorf("upgrade: %+v", o)
 	} else {
-		t.Logf("upgrade: %d requests, %d failed, the slowest took %v; %s", o.Requests, o.Failed, o.Slowest.Round(time.Millisecond), m.event("requests-held").At("message"))
+		t.Logf("upgrade: %d requests, %d failed, the slowest took %v; %s", o.Requests, o.Failed, o.Slowest.Round(time.Millisecond), m.Event("requests-held").At("message"))
 	}
-	if out := m.do("imdsgate", "mode"); !strings.Contains(out, "enforce") {
+	if out := m.Do("imdsgate", "mode"); !strings.Contains(out, "enforce") {
 		t.Errorf("after the upgrade the mode is %s", out)
 	}
-	m.do("dpkg", "--purge", "imdsgate")
-	if left := m.do("iptables-save") + m.do("ip6tables-save"); strings.Contains(left, "IMDSGATE") {
+	m.Do("dpkg", "--purge", "imdsgate")
+	if left := m.Do("iptables-save") + m.Do("ip6tables-save"); strings.Contains(left, "IMDSGATE") {
 		t.Errorf("left:\n%s", left)
 	}
-	if left := m.do("sh", "-c", "find / -xdev -iname '*imdsgate*' -not -path '/proc/*' -not -path '"+aPackage+"'; ls -d /run/imdsgate 2>&- || true; getent passwd imdsgate || true"); left != "" {
+	if left := m.Do("sh", "-c", "find / -xdev -iname '*imdsgate*' -not -path '/proc/*' -not -path '"+debian.Package+"'; ls -d /run/imdsgate 2>&- || true; getent passwd imdsgate || true"); left != "" {
 		t.Errorf("left:\n%s", left)
 	}
 	if o := m.load(0)(); o.Failed != 0 {

@@ -18,24 +18,24 @@ func TestConfined(t *testing.T) {
 			"/etc/sysctl.d/ipv6.conf": "net.ipv6.conf.default.disable_ipv6 = 1\n", // the daemon has it for its link
 		}})
 		m.guarded(0)
-		m.event("self-test-passed")
-		if out := m.do("imdsgate", "status"); !strings.Contains(out, "redirect     "+backend+": IPv4 host, IPv4 forwarded, IPv6 host, IPv6 forwarded") {
+		m.Event("self-test-passed")
+		if out := m.Do("imdsgate", "status"); !strings.Contains(out, "redirect     "+backend+": IPv4 host, IPv4 forwarded, IPv6 host, IPv6 forwarded") {
 			t.Errorf("%s:\n%s", backend, out)
 		}
-		if out := m.do("ip", "-6", "address", "show"); !strings.Contains(out, "fd69:6d64:7367::80") {
+		if out := m.Do("ip", "-6", "address", "show"); !strings.Contains(out, "fd69:6d64:7367::80") {
 			t.Errorf("%s: the link has no IPv6 address:\n%s", backend, out)
 		}
-		m.do("iptables-"+backend, "-t", "nat", "-F")
-		m.event("redirect-rule-changed")
+		m.Do("iptables-"+backend, "-t", "nat", "-F")
+		m.Event("redirect-rule-changed")
 		m.confined()
 
 		// A file system that comes after the daemon is the same to both.
-		m.do("sh", "-ec", "mkdir /srv/late; mount -t tmpfs tmpfs /srv/late; cp /usr/bin/curl /srv/late/one; cp /usr/bin/curl /tmp/two; cp /usr/bin/curl /dev/shm/three; mkdir -p /home/x; cp /usr/bin/curl /home/x/four")
+		m.Do("sh", "-ec", "mkdir /srv/late; mount -t tmpfs tmpfs /srv/late; cp /usr/bin/curl /srv/late/one; cp /usr/bin/curl /tmp/two; cp /usr/bin/curl /dev/shm/three; mkdir -p /home/x; cp /usr/bin/curl /home/x/four")
 		for _, program := range []string{"/srv/late/one", "/tmp/two", "/dev/shm/three", "/home/x/four"} {
 			// At level 0 a busy machine may have no time to find out who asks.
-			m.await("an event about "+program, func() bool {
-				m.try(program, "-s", "-m", "10", "-o", "/dev/null", "http://169.254.169.254"+instanceID)
-				for _, d := range m.documents() {
+			m.Await("an event about "+program, func() bool {
+				m.Try(program, "-s", "-m", "10", "-o", "/dev/null", "http://169.254.169.254"+instanceID)
+				for _, d := range m.Documents() {
 					if d.At("process.executable") == program {
 						if d.At("imdsgate.executable.host_verified") != true {
 							t.Errorf("%s is not the host's: %v", program, d)
@@ -51,11 +51,11 @@ func TestConfined(t *testing.T) {
 
 // confined looks at the process and into its mount namespace.
 func (m *machine) confined() {
-	m.t.Helper()
+	m.T.Helper()
 	pid := strconv.Itoa(m.daemon())
 	status, err := os.ReadFile("/proc/" + pid + "/status")
 	if err != nil {
-		m.t.Fatal(err)
+		m.T.Fatal(err)
 	}
 	capabilities := 0
 	for _, c := range []int{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW, unix.CAP_SYS_PTRACE, unix.CAP_DAC_READ_SEARCH, unix.CAP_BPF, unix.CAP_PERFMON} {
@@ -66,27 +66,27 @@ func (m *machine) confined() {
 		"NoNewPrivs:\t1\n", "Seccomp:\t2\n", "Umask:\t0027\n",
 	} {
 		if !strings.Contains(string(status), want) {
-			m.t.Errorf("not %q in\n%s", want, status)
+			m.T.Errorf("not %q in\n%s", want, status)
 		}
 	}
 	limits, err := os.ReadFile("/proc/" + pid + "/limits")
 	if line := strings.Fields(strings.Split(string(limits)+"Max core file size", "Max core file size")[1]); err != nil || len(line) < 2 || line[0] != "0" || line[1] != "0" {
-		m.t.Errorf("core dumps: %v, %s", err, limits)
+		m.T.Errorf("core dumps: %v, %s", err, limits)
 	}
 	// What cannot be dumped is root's (proc(5)).
-	if out := m.do("stat", "-c", "%u", "/proc/"+m.do("systemctl", "show", "--value", "-p", "MainPID", "imdsgated.service")+"/environ"); out != "0" {
-		m.t.Errorf("the daemon's memory is its user's, %s", out)
+	if out := m.Do("stat", "-c", "%u", "/proc/"+m.Do("systemctl", "show", "--value", "-p", "MainPID", "imdsgated.service")+"/environ"); out != "0" {
+		m.T.Errorf("the daemon's memory is its user's, %s", out)
 	}
-	if out := m.do("stat", "-c", "%a %U %G", "/var/log/imdsgate/events.ndjson"); out != "640 imdsgate imdsgate" {
-		m.t.Errorf("the event file is %s", out)
+	if out := m.Do("stat", "-c", "%a %U %G", "/var/log/imdsgate/events.ndjson"); out != "640 imdsgate imdsgate" {
+		m.T.Errorf("the event file is %s", out)
 	}
-	if out := m.do("stat", "-c", "%a %U %G", "/run/imdsgate/control.sock"); out != "660 imdsgate imdsgate" {
-		m.t.Errorf("the control socket is %s", out)
+	if out := m.Do("stat", "-c", "%a %U %G", "/run/imdsgate/control.sock"); out != "660 imdsgate imdsgate" {
+		m.T.Errorf("the control socket is %s", out)
 	}
 	mounted := func(name string) (writable bool) {
 		var st unix.Statfs_t
 		if err := unix.Statfs("/proc/"+pid+"/root"+name, &st); err != nil {
-			m.t.Fatalf("%s: %v", name, err)
+			m.T.Fatalf("%s: %v", name, err)
 		}
 		return st.Flags&unix.ST_RDONLY == 0
 	}
@@ -95,7 +95,7 @@ func (m *machine) confined() {
 		"/proc/sys/net": true, "/run/imdsgate": true, "/var/lib/imdsgate": true, "/var/log/imdsgate": true,
 	} {
 		if mounted(name) != writable {
-			m.t.Errorf("%s is writable to the daemon: %v", name, !writable)
+			m.T.Errorf("%s is writable to the daemon: %v", name, !writable)
 		}
 	}
 }

@@ -8,11 +8,9 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -20,119 +18,35 @@ import (
 	"testing"
 	"time"
 
+	"github.com/imdsgate/imdsgate/test/debian"
 	"github.com/imdsgate/imdsgate/test/gate"
-	"github.com/imdsgate/imdsgate/test/lab/labtest"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
 	"golang.org/x/sys/unix"
 )
 
-// tree is where tree.sh puts it.
-const tree = "../../bin/boot"
-
-// layer is what an image has above the tree: the product, enabled, and workloads. It is
-// made once.
-var layer = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", fmt.Sprintf("imdsgate-boot-%d-", os.Getpid()))
-	if err != nil {
-		return "", err
-	}
-	return dir, prepare(dir)
-})
-
-func TestMain(m *testing.M) {
-	sweep()
-	code := m.Run()
-	if dir, _ := layer(); dir != "" {
-		os.RemoveAll(dir)
-	}
-	os.Exit(code)
+// image is what all machines begin with: the product, and workloads.
+var image = debian.Image{
+	Tree:   "../../bin/boot",
+	Target: "test-boot",
+	Files: map[string]string{
+		"/etc/systemd/system/cloud-init-local.service": cloudInit,
+		"/etc/systemd/system/amazon-ssm-agent.service": ssmAgent,
+		"/usr/local/lib/first-boot.py":                 firstBoot,
+		"/etc/systemd/journald.conf.d/boot.conf":       "[Journal]\nStorage=volatile\nRateLimitBurst=0\n",
+	},
+	Units: []string{"cloud-init-local.service", "amazon-ssm-agent.service"},
 }
 
 // hierarchies are where cgroups may be: cgroup2, alone or beside version 1, and that which
 // systemd has in version 1.
 var hierarchies = []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd"}
 
-// sweep removes what runs have left that were killed. Their machines have ended with them.
-func sweep() {
-	for _, parent := range append(hierarchies, os.TempDir(), memory) {
-		left, _ := filepath.Glob(filepath.Join(parent, "imdsgate-boot-*"))
-		for _, dir := range left {
-			var pid int
-			if _, err := fmt.Sscanf(filepath.Base(dir), "imdsgate-boot-%d-", &pid); err != nil {
-				continue
-			}
-			if _, err := os.Stat(fmt.Sprintf("/proc/%d", pid)); !os.IsNotExist(err) {
-				continue
-			}
-			if parent == os.TempDir() {
-				os.RemoveAll(dir)
-			} else {
-				removeCgroups(dir)
-			}
-		}
+func TestMain(m *testing.M) {
+	for _, dir := range debian.Left(append(hierarchies, memory)...) {
+		removeCgroups(dir)
 	}
+	image.Main(m)
 }
-
-func prepare(dir string) error {
-	repository, err := filepath.Abs("../..")
-	if err != nil {
-		return err
-	}
-	build := func(env string, args ...string) error {
-		cmd := exec.Command("go", args...)
-		cmd.Dir, cmd.Env = repository, append(os.Environ(), "CGO_ENABLED=0", env)
-		if out, err := cmd.CombinedOutput(); err != nil {
-			return fmt.Errorf("%v: %w\n%s", args, err, out)
-		}
-		return nil
-	}
-	packages, err := filepath.Glob(filepath.Join(repository, "bin/packages/imdsgate_*_"+runtime.GOARCH+".deb"))
-	if err != nil || len(packages) != 1 {
-		return fmt.Errorf("one package for this machine is wanted, and there are %d in bin/packages: make packages; %w", len(packages), err)
-	}
-	root := filepath.Join(dir, "root")
-	for _, d := range []string{root + "/usr/bin", dir + "/work", dir + "/merged", root + "/opt"} {
-		if err := os.MkdirAll(d, 0o755); err != nil {
-			return err
-		}
-	}
-	// Its name and unit are those of the agent that a profile is about.
-	if err := build("", "build", "-o", root+"/usr/bin/amazon-ssm-agent", "./test/boot/asker"); err != nil {
-		return err
-	}
-	files := map[string]string{
-		"/etc/systemd/system/cloud-init-local.service": cloudInit,
-		"/etc/systemd/system/amazon-ssm-agent.service": ssmAgent,
-		"/usr/local/lib/first-boot.py":                 firstBoot,
-		"/etc/systemd/journald.conf.d/boot.conf":       "[Journal]\nStorage=volatile\nRateLimitBurst=0\n",
-	}
-	for name, text := range files {
-		if err := os.MkdirAll(filepath.Dir(root+name), 0o755); err != nil {
-			return err
-		}
-		if err := os.WriteFile(root+name, []byte(text), 0o644); err != nil {
-			return err
-		}
-	}
-	lower, err := filepath.Abs(filepath.Join(tree, "root"))
-	if err != nil {
-		return err
-	}
-	if out, err := exec.Command("unshare", "--mount", "--propagation=private", "--", "sh", "-euc", image, "sh", lower, dir, packages[0]).CombinedOutput(); err != nil {
-		return fmt.Errorf("install the package: %w\n%s", err, out)
-	}
-	return nil
-}
-
-// aPackage is where the machine has the package, too.
-const aPackage = "/opt/imdsgate.deb"
-
-// As whoever bakes an image does it, in a chroot.
-const image = `mount -t overlay overlay -o "lowerdir=$1,upperdir=$2/root,workdir=$2/work" "$2/merged"
-cp "$3" "$2/merged` + aPackage + `"
-chroot "$2/merged" dpkg --install ` + aPackage + `
-chroot "$2/merged" systemctl enable imdsgated.socket imdsgated.service cloud-init-local.service amazon-ssm-agent.service
-`
 
 // As cloud-init's in Debian, which asks before there is a network of the distribution's.
 const cloudInit = `[Unit]
@@ -174,17 +88,12 @@ RemainAfterExit=yes
 WantedBy=multi-user.target
 `
 
-// machine is one that has booted, with its disk. Its methods are for one goroutine.
+// machine is one that has booted. Its methods are for one goroutine.
 type machine struct {
+	*debian.Machine
 	*netlab.Lab
-	t      testing.TB
-	disk   string // its own layer, and where it is mounted
-	cmd    *exec.Cmd
-	done   chan struct{}
-	out    bytes.Buffer
 	cgroup string // below the mounts of cgroup2 and of systemd's hierarchy
 	leader int    // its systemd
-	began  time.Time
 }
 
 // settings of a machine.
@@ -196,52 +105,23 @@ type settings struct {
 
 func boot(t testing.TB, s settings) *machine {
 	t.Helper()
-	labtest.RequireRoot(t)
-	if _, err := os.Stat(filepath.Join(tree, "recipe")); err != nil {
-		const missing = "needs a Debian tree, which test/boot/tree.sh makes: make test-boot"
-		if os.Getenv("CI") != "" {
-			t.Fatal(missing)
-		}
-		t.Skip(missing)
-	}
-	m := &machine{t: t}
-	var err error
-	if m.disk, err = os.MkdirTemp("", fmt.Sprintf("imdsgate-boot-%d-", os.Getpid())); err != nil {
+	m := &machine{Machine: image.Machine(t)}
+	m.Patience, m.Run = 30*time.Second, m.run
+	t.Cleanup(m.off)
+	own := filepath.Join(m.Dir, "own")
+	if err := errors.Join(os.Mkdir(own, 0o755), os.Mkdir(filepath.Join(m.Dir, "work"), 0o755), os.Mkdir(filepath.Join(m.Dir, "root"), 0o755),
+		debian.Write(own, map[string]string{"/etc/imdsgate/config.yaml": s.config}), debian.Write(own, s.files)); err != nil {
 		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		m.off()
-		if err := os.RemoveAll(m.disk); err != nil {
-			t.Error(err)
-		}
-	})
-	for _, d := range []string{"own", "work", "root"} {
-		if err := os.Mkdir(filepath.Join(m.disk, d), 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	m.write("/etc/imdsgate/config.yaml", s.config)
-	for name, text := range s.files {
-		m.write(name, text)
 	}
 	m.on(s)
 	return m
-}
-
-// write writes a file of the machine, which is off.
-func (m *machine) write(name, text string) {
-	m.t.Helper()
-	to := filepath.Join(m.disk, "own", name)
-	if err := errors.Join(os.MkdirAll(filepath.Dir(to), 0o755), os.WriteFile(to, []byte(text), 0o644)); err != nil {
-		m.t.Fatal(err)
-	}
 }
 
 // The mounts are private to the process that becomes the machine, and so they end with it.
 // All of it is in a PID namespace, since a systemd-nspawn that is killed leaves the machine
 // on. systemd-nspawn gives its own cgroup to the machine, below that of cgroup2 in which it
 // begins, and needs one in systemd's hierarchy where there is one.
-const power = `mount -t overlay overlay -o "lowerdir=$1,upperdir=$2/own,workdir=$2/work" "$2/root"
+const power = `mount -t overlay overlay -o "lowerdir=$1/layer:$1/../root,upperdir=$2/own,workdir=$2/work" "$2/root"
 for h in /sys/fs/cgroup /sys/fs/cgroup/unified /sys/fs/cgroup/systemd; do
 	[ ! -e $h/cgroup.procs ] || { mkdir $h/$3; echo $$ >$h/$3/cgroup.procs; }
 done
@@ -254,39 +134,18 @@ exec unshare --pid --fork --kill-child --mount-proc -- systemd-nspawn -q --keep-
 	--capability=all --boot --console=pipe --link-journal=no
 `
 
-var machines int
-
 // on switches it on. A machine that was off before has its disk, and nothing else.
 func (m *machine) on(s settings) {
-	m.t.Helper()
-	base, err := layer()
-	if err != nil {
-		m.t.Fatal(err)
-	}
-	lower, err := filepath.Abs(filepath.Join(tree, "root"))
-	if err != nil {
-		m.t.Fatal(err)
-	}
+	m.T.Helper()
+	var err error
 	if m.Lab, err = netlab.New(s.lab); err != nil {
-		m.t.Fatal(err)
+		m.T.Fatal(err)
 	}
-	machines++
-	m.cgroup = fmt.Sprintf("imdsgate-boot-%d-%d", os.Getpid(), machines)
-	m.cmd = exec.Command("unshare", "--mount", "--propagation=private", "--", "sh", "-euc", power, "sh",
-		base+"/root:"+lower, m.disk, m.cgroup, m.Instance.Path())
-	m.cmd.Env = append(os.Environ(), "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1")
-	m.cmd.Stdout, m.cmd.Stderr = &m.out, &m.out
-	m.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
-	m.done = make(chan struct{})
-	m.began = time.Now()
-	if err := m.cmd.Start(); err != nil {
-		m.t.Fatal(err)
-	}
-	go func() {
-		m.cmd.Wait()
-		close(m.done)
-	}()
-	m.await("its systemd", func() bool {
+	m.cgroup = debian.Name(filepath.Base(m.Dir))
+	cmd := exec.Command("unshare", "--mount", "--propagation=private", "--", "sh", "-euc", power, "sh", m.Image, m.Dir, m.cgroup, m.Instance.Path())
+	cmd.Env = append(os.Environ(), "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1")
+	m.Start(cmd)
+	m.Await("its systemd", func() bool {
 		for _, h := range hierarchies[:2] {
 			b, _ := os.ReadFile(filepath.Join(h, m.cgroup, "payload/init.scope/cgroup.procs"))
 			if pid, err := strconv.Atoi(strings.TrimSpace(string(b))); err == nil {
@@ -296,23 +155,19 @@ func (m *machine) on(s settings) {
 		}
 		return false
 	})
-	m.await("the boot", func() bool {
-		state, _ := m.try("systemctl", "is-system-running")
-		return state == "running" || state == "degraded"
-	})
+	m.Booted()
 }
 
 // off cuts the power.
 func (m *machine) off() {
-	if m.cmd == nil {
+	m.Off()
+	if m.Lab == nil {
 		return
 	}
-	m.cmd.Process.Kill()
-	<-m.done
-	m.cmd = nil
 	if err := m.Lab.Close(); err != nil {
-		m.t.Error(err)
+		m.T.Error(err)
 	}
+	m.Lab = nil
 	for _, h := range hierarchies {
 		top := filepath.Join(h, m.cgroup)
 		for end := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
@@ -321,13 +176,10 @@ func (m *machine) off() {
 				break
 			}
 			if time.Now().After(end) {
-				m.t.Errorf("%s is still there", top)
+				m.T.Errorf("%s is still there", top)
 				break
 			}
 		}
-	}
-	if m.t.Failed() {
-		m.t.Logf("the machine said:\n%s", m.out.String())
 	}
 }
 
@@ -342,62 +194,22 @@ func removeCgroups(dir string) {
 	unix.Rmdir(dir)
 }
 
-// await waits until something is so, for far longer than it takes.
-func (m *machine) await(what string, is func() bool) time.Duration {
-	m.t.Helper()
-	begin := time.Now()
-	for !is() {
-		select {
-		case <-m.done:
-			m.t.Fatalf("waiting for %s: the machine went off\n%s", what, m.out.String())
-		default:
-		}
-		if time.Since(begin) > 30*time.Second {
-			log, _ := m.try("journalctl", "--no-pager", "-n", "60", "-o", "short-monotonic")
-			m.t.Fatalf("waited too long for %s\n%s", what, log)
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	return time.Since(begin)
-}
-
-// try runs a command in the machine as root, outside of its cgroups, and returns what it
-// printed and the exit status.
-func (m *machine) try(args ...string) (out string, code int) {
-	m.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+// run is for Machine.Run. What runs is outside of the machine's cgroups.
+func (m *machine) run(within time.Duration, args ...string) (out string, code int) {
+	ctx, cancel := context.WithTimeout(context.Background(), within)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "nsenter", append([]string{"--target", strconv.Itoa(m.leader), "--all", "--"}, args...)...)
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "SYSTEMD_PAGER=cat", "LC_ALL=C.UTF-8"}
-	var b bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &b, &b
-	cmd.Run()
-	return strings.TrimSpace(b.String()), cmd.ProcessState.ExitCode()
-}
-
-// do is try of what must succeed.
-func (m *machine) do(args ...string) string {
-	m.t.Helper()
-	out, code := m.try(args...)
-	if code != 0 {
-		log, _ := m.try("journalctl", "--no-pager", "-n", "40", "-o", "short-monotonic", "-u", "imdsgated.service", "-u", "imdsgated.socket")
-		m.t.Fatalf("%v: exit %d\n%s\n%s", args, code, out, log)
-	}
-	return out
-}
-
-// property asks systemd.
-func (m *machine) property(unit, name string) string {
-	m.t.Helper()
-	return m.do("systemctl", "show", "--value", "-p", name, unit)
+	b, _ := cmd.CombinedOutput()
+	return string(bytes.TrimSpace(b)), cmd.ProcessState.ExitCode()
 }
 
 // monotonic is a property that is a time since the boot.
 func (m *machine) monotonic(unit, name string) time.Duration {
-	m.t.Helper()
-	n, err := strconv.ParseInt(m.property(unit, name+"Monotonic"), 10, 64)
+	m.T.Helper()
+	n, err := strconv.ParseInt(m.Property(unit, name+"Monotonic"), 10, 64)
 	if err != nil || n == 0 {
-		m.t.Fatalf("%s of %s: %d, %v", name, unit, n, err)
+		m.T.Fatalf("%s of %s: %d, %v", name, unit, n, err)
 	}
 	return time.Duration(n) * time.Microsecond
 }
@@ -419,28 +231,20 @@ func (m *machine) daemon() int {
 
 // signal sends one to the daemon.
 func (m *machine) signal(s syscall.Signal) {
-	m.t.Helper()
+	m.T.Helper()
 	pid := m.daemon()
 	if pid == 0 {
-		m.t.Fatal("there is no daemon")
+		m.T.Fatal("there is no daemon")
 	}
 	if err := syscall.Kill(pid, s); err != nil {
-		m.t.Fatal(err)
+		m.T.Fatal(err)
 	}
-}
-
-// curl asks, as a unit of its own, and returns the status, "000" without one.
-func (m *machine) curl(user, path string, args ...string) string {
-	m.t.Helper()
-	out, _ := m.try(append([]string{"systemd-run", "--quiet", "--pipe", "--wait", "--uid=" + user, "curl", "-s", "-m", "10", "-o", "/dev/null", "-w", "%{http_code}",
-		"http://169.254.169.254" + path}, args...)...)
-	return out
 }
 
 // redirected reports whether new connections are led to the daemon.
 func (m *machine) redirected() bool {
-	m.t.Helper()
-	return strings.Contains(m.do("iptables-save"), "-j REDIRECT --to-ports 254")
+	m.T.Helper()
+	return strings.Contains(m.Do("iptables-save"), "-j REDIRECT --to-ports 254")
 }
 
 // outcome is what asker prints.
@@ -453,62 +257,32 @@ type outcome struct {
 
 // load asks for a while. The function waits for the end.
 func (m *machine) load(lasts time.Duration, args ...string) func() outcome {
-	m.t.Helper()
+	m.T.Helper()
 	out, code := "", 0
 	var running sync.WaitGroup
 	running.Go(func() {
-		out, code = m.try(append([]string{"systemd-run", "--quiet", "--pipe", "--wait", "amazon-ssm-agent", "-for", lasts.String()}, args...)...)
+		out, code = m.Try(append([]string{"systemd-run", "--quiet", "--pipe", "--wait", "amazon-ssm-agent", "-for", lasts.String()}, args...)...)
 	})
 	return func() outcome {
-		m.t.Helper()
+		m.T.Helper()
 		running.Wait()
 		var o outcome
 		if err := json.Unmarshal([]byte(out), &o); err != nil || code > 1 {
-			m.t.Fatalf("the load: exit %d, %v: %s", code, err, out)
+			m.T.Fatalf("the load: exit %d, %v: %s", code, err, out)
 		}
 		return o
 	}
 }
 
-// documents are the events so far.
-func (m *machine) documents() (all []gate.Document) {
-	m.t.Helper()
-	b, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(m.leader), "root/var/log/imdsgate/events.ndjson"))
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		m.t.Fatal(err)
-	}
-	for line := range bytes.Lines(b) {
-		var d gate.Document
-		if json.Unmarshal(line, &d) == nil {
-			all = append(all, d)
-		}
-	}
-	return all
-}
-
 // count is how many events have an action.
 func (m *machine) count(action string) (n int) {
-	m.t.Helper()
-	for _, d := range m.documents() {
+	m.T.Helper()
+	for _, d := range m.Documents() {
 		if d.At("event.action") == action {
 			n++
 		}
 	}
 	return n
-}
-
-// event waits for one with an action, and returns the last such.
-func (m *machine) event(action string) (last gate.Document) {
-	m.t.Helper()
-	m.await("an event "+action, func() bool {
-		for _, d := range m.documents() {
-			if d.At("event.action") == action {
-				last = d
-			}
-		}
-		return last != nil
-	})
-	return last
 }
 
 // lasted is the length that an event has.
@@ -519,9 +293,9 @@ func lasted(d gate.Document) time.Duration {
 
 // guarded waits until another daemon than pid is ready.
 func (m *machine) guarded(pid int) time.Duration {
-	m.t.Helper()
-	return m.await("the next daemon", func() bool {
+	m.T.Helper()
+	return m.Await("the next daemon", func() bool {
 		now := m.daemon()
-		return now != 0 && now != pid && m.property("imdsgated.service", "ActiveState") == "active"
+		return now != 0 && now != pid && m.Property("imdsgated.service", "ActiveState") == "active"
 	})
 }

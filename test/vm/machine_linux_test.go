@@ -5,7 +5,6 @@
 package vm
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -17,107 +16,22 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
-	"github.com/imdsgate/imdsgate/test/gate"
+	"github.com/imdsgate/imdsgate/test/debian"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
-	"golang.org/x/sys/unix"
 )
 
 // images is where tree.sh puts what it makes.
 const images = "../../bin/vm"
 
-// disk is the image that every machine begins with: the tree with the product, enabled, and
-// the tests that run inside. It is made once.
-var disk = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp(images, fmt.Sprintf("run-%d-", os.Getpid()))
-	if err != nil {
-		return "", err
-	}
-	if dir, err = filepath.Abs(dir); err != nil {
-		return "", err
-	}
-	return dir, prepare(dir)
-})
-
-func TestMain(m *testing.M) {
-	sweep()
-	code := m.Run()
-	if made {
-		dir, _ := disk()
-		os.RemoveAll(dir)
-	}
-	os.Exit(code)
-}
-
-// made says that there is a disk to remove.
-var made bool
-
-// sweep removes what runs have left that were killed. Their machines have ended with them.
-func sweep() {
-	left, _ := filepath.Glob(filepath.Join(images, "run-*"))
-	for _, dir := range left {
-		var pid int
-		if _, err := fmt.Sscanf(filepath.Base(dir), "run-%d-", &pid); err == nil && syscall.Kill(pid, 0) != nil {
-			os.RemoveAll(dir)
-		}
-	}
-}
-
-// packages whose tests run inside.
-var packages = []string{"attribution/diag", "attribution/procwatch", "attribution/witness", "test/attacks"}
-
-// programs that these tests build, which "go" has inside.
-var programs = []string{"cmd/imdsgated", "cmd/imdsgate", "test/gate/confine", "test/attacks/attacker", "test/attacks/granted"}
-
-// inside is where the machine has them.
-const inside = "/opt/imdsgate-tests"
-
-func prepare(dir string) error {
-	repository, err := filepath.Abs("../..")
-	if err != nil {
-		return err
-	}
-	packed, err := filepath.Glob(filepath.Join(repository, "bin/packages/imdsgate_*_amd64.deb"))
-	if err != nil || len(packed) != 1 {
-		return fmt.Errorf("one package is wanted, and there are %d in bin/packages: make packages; %w", len(packed), err)
-	}
-	root := filepath.Join(dir, "layer")
-	for _, d := range []string{root + "/usr/bin", root + "/usr/local/bin", root + inside + "/programs", dir + "/work", dir + "/merged"} {
-		if err := os.MkdirAll(d, 0o755); err != nil {
-			return err
-		}
-	}
-	build := func(args ...string) {
-		if err != nil {
-			return
-		}
-		cmd := exec.Command("go", args...)
-		cmd.Dir, cmd.Env = repository, append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
-		if out, failed := cmd.CombinedOutput(); failed != nil {
-			err = fmt.Errorf("go %v: %w\n%s", args, failed, out)
-		}
-	}
-	// Its name and unit are those of the agent that a profile is about.
-	build("build", "-o", root+"/usr/bin/amazon-ssm-agent", "./test/boot/asker")
-	build("build", "-o", root+"/usr/local/bin/guest", "./test/vm/guest")
-	for _, p := range programs {
-		build("build", "-trimpath", "-ldflags=-s -w -X main.version=test", "-o", root+inside+"/programs/", "./"+p)
-	}
-	for _, p := range packages {
-		build("test", "-c", "-trimpath", "-o", filepath.Join(root, inside, p, "tests"), "./"+p)
-		if data := filepath.Join(repository, p, "testdata"); err == nil {
-			if _, missing := os.Stat(data); missing == nil {
-				err = os.CopyFS(filepath.Join(root, inside, p, "testdata"), os.DirFS(data))
-			}
-		}
-	}
-	if err != nil {
-		return err
-	}
-	files := map[string]string{
+// image is a disk that every machine begins with: the product, and the tests that run inside.
+var image = debian.Image{
+	Tree:   images,
+	Needs:  []string{"/usr/bin/qemu-system-x86_64", "/usr/bin/qemu-img"},
+	Target: "test-vm",
+	Files: map[string]string{
 		"/etc/systemd/system/guest-commands.service":   commands,
 		"/etc/systemd/system/guest-metadata.service":   metadata,
 		"/etc/systemd/system/churn.service":            "[Service]\nExecStart=/usr/local/sbin/churn\n",
@@ -126,25 +40,35 @@ func prepare(dir string) error {
 		"/etc/imdsgate/config.yaml":                    config,
 		"/etc/fstab":                                   "/dev/vda / ext4 defaults 0 1\n",
 		"/etc/systemd/system/getty@.service.d/no.conf": "[Unit]\nConditionPathExists=/nowhere\n",
-	}
-	for name, text := range files {
-		if err := errors.Join(os.MkdirAll(filepath.Dir(root+name), 0o755), os.WriteFile(root+name, []byte(text), 0o644)); err != nil {
-			return err
+		"/usr/local/bin/go":                            built,
+		"/usr/local/sbin/churn":                        churn,
+	},
+	Add:   add,
+	Units: []string{"guest-commands.service", "guest-metadata.service"},
+	Then:  "truncate -s 4G disk; mkfs.ext4 -q -d merged disk; umount merged; rm -r layer",
+}
+
+func TestMain(m *testing.M) { image.Main(m) }
+
+// packages whose tests run inside.
+var packages = []string{"attribution/diag", "attribution/procwatch", "attribution/witness", "test/attacks"}
+
+// inside is where the machine has them.
+const inside = "/opt/imdsgate-tests"
+
+func add(layer string) error {
+	err := errors.Join(debian.Go("build", "-o", layer+"/usr/local/bin/guest", "./test/vm/guest"),
+		// What these tests would build with go.
+		debian.Go("build", "-trimpath", "-ldflags=-s -w -X main.version=test", "-o", layer+inside+"/programs/",
+			"./cmd/imdsgated", "./cmd/imdsgate", "./test/gate/confine", "./test/attacks/attacker", "./test/attacks/granted"))
+	for _, p := range packages {
+		to, data := filepath.Join(layer, inside, p), filepath.Join("../..", p, "testdata")
+		err = errors.Join(err, debian.Go("test", "-c", "-trimpath", "-o", filepath.Join(to, "tests"), "./"+p))
+		if _, missing := os.Stat(data); missing == nil {
+			err = errors.Join(err, os.CopyFS(filepath.Join(to, "testdata"), os.DirFS(data)))
 		}
 	}
-	for name, text := range map[string]string{"/usr/local/bin/go": built, "/usr/local/sbin/churn": churn} {
-		if err := errors.Join(os.MkdirAll(filepath.Dir(root+name), 0o755), os.WriteFile(root+name, []byte(text), 0o755)); err != nil {
-			return err
-		}
-	}
-	tree, err := filepath.Abs(filepath.Join(images, "root"))
-	if err != nil {
-		return err
-	}
-	if out, err := exec.Command("unshare", "--mount", "--propagation=private", "--", "sh", "-euc", image, "sh", tree, dir, packed[0]).CombinedOutput(); err != nil {
-		return fmt.Errorf("make the disk: %w\n%s", err, out)
-	}
-	return os.RemoveAll(root)
+	return err
 }
 
 const config = `mode: enforce
@@ -180,15 +104,6 @@ while [ $# -gt 0 ]; do
 done
 `
 
-// As whoever bakes an image does it, in a chroot.
-const image = `mount -t overlay overlay -o "lowerdir=$1,upperdir=$2/layer,workdir=$2/work" "$2/merged"
-cp "$3" "$2/merged/opt/imdsgate.deb"
-chroot "$2/merged" dpkg --force-confold --install /opt/imdsgate.deb
-chroot "$2/merged" systemctl enable imdsgated.socket imdsgated.service guest-commands.service guest-metadata.service
-truncate -s 4G "$2/disk"
-mkfs.ext4 -q -d "$2/merged" "$2/disk"
-`
-
 const commands = `[Unit]
 Description=Commands from outside
 DefaultDependencies=no
@@ -222,16 +137,11 @@ ExecStart=/usr/local/bin/guest metadata
 WantedBy=multi-user.target
 `
 
-// machine is one that has booted, with its disk. Its methods may be called from any
-// goroutine, but for those that switch it.
+// machine is one that has booted. Its methods may be called from any goroutine, but for
+// those that switch it.
 type machine struct {
-	t    testing.TB
-	dir  string
-	cuts int // how often the power was cut; each time the disk gets one more layer
-	cmd  *exec.Cmd
-	said bytes.Buffer // by qemu; to be read once done is closed
-	done chan struct{}
-
+	*debian.Machine
+	cuts     int // how often the power was cut; each time the disk gets one more layer
 	commands net.Conn
 
 	mu      sync.Mutex // guards the following
@@ -247,40 +157,15 @@ type result struct {
 
 func boot(t testing.TB) *machine {
 	t.Helper()
-	for _, needs := range []string{filepath.Join(images, "recipe"), "/usr/bin/qemu-system-x86_64", "/usr/bin/qemu-img"} {
-		if _, err := os.Stat(needs); err != nil {
-			const missing = "needs qemu, and what test/vm/tree.sh makes: make test-vm"
-			if os.Getenv("CI") != "" {
-				t.Fatal(missing)
-			}
-			t.Skip(missing)
-		}
-	}
-	made = true
-	base, err := disk()
-	if err != nil {
-		t.Fatal(err)
-	}
-	m := &machine{t: t, waiting: map[int]chan result{}}
-	if m.dir, err = os.MkdirTemp(base, "machine-"); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		m.off()
-		if t.Failed() {
-			console, _ := os.ReadFile(filepath.Join(m.dir, "console"))
-			t.Logf("the console:\n%s", console[max(0, len(console)-8000):])
-		}
-		if err := os.RemoveAll(m.dir); err != nil {
-			t.Error(err)
-		}
-	})
-	m.layer(filepath.Join(base, "disk"), "raw")
+	m := &machine{Machine: image.Machine(t), waiting: map[int]chan result{}}
+	m.Patience, m.Run = 3*time.Minute, m.run // it is emulated, on a host that others use
+	t.Cleanup(m.off)
+	m.layer(filepath.Join(m.Image, "disk"), "raw")
 	m.on()
 	return m
 }
 
-func (m *machine) at(name string) string { return filepath.Join(m.dir, name) }
+func (m *machine) at(name string) string { return filepath.Join(m.Dir, name) }
 
 func (m *machine) layerName() string { return m.at("disk-" + strconv.Itoa(m.cuts)) }
 
@@ -288,17 +173,17 @@ func (m *machine) layerName() string { return m.at("disk-" + strconv.Itoa(m.cuts
 // place in its memory until the machine flushes: what was not flushed is lost with qemu, block
 // by block, as a disk loses its cache.
 func (m *machine) layer(above, format string) {
-	m.t.Helper()
+	m.T.Helper()
 	out, err := exec.Command("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "-b", above, "-F", format, m.layerName()).CombinedOutput()
 	if err != nil {
-		m.t.Fatalf("%v: %s", err, out)
+		m.T.Fatalf("%v: %s", err, out)
 	}
 }
 
 // on switches it on and waits for its first command.
 func (m *machine) on() {
-	m.t.Helper()
-	m.cmd = exec.Command("qemu-system-x86_64", "-accel", accelerator(), "-cpu", "max", "-smp", "2", "-m", "2048",
+	m.T.Helper()
+	m.Start(exec.Command("qemu-system-x86_64", "-accel", accelerator(), "-cpu", "max", "-smp", "2", "-m", "2048",
 		"-nodefaults", "-no-user-config", "-display", "none", "-nic", "none", "-no-reboot",
 		"-kernel", filepath.Join(images, "vmlinuz"), "-initrd", filepath.Join(images, "initrd.img"),
 		"-append", "root=/dev/vda rw console=ttyS0 quiet panic=-1 mitigations=off systemd.show_status=false",
@@ -306,41 +191,15 @@ func (m *machine) on() {
 		"-device", "virtio-blk-pci,drive=disk",
 		"-chardev", "socket,id=commands,path="+m.at("commands")+",server=on,wait=off",
 		"-device", "virtio-serial-pci", "-device", "virtserialport,chardev=commands,name=imdsgate",
-		"-qmp", "unix:"+m.at("qmp")+",server=on,wait=off",
-		"-chardev", "file,id=console,append=on,path="+m.at("console"), "-serial", "chardev:console")
-	m.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
-	m.said.Reset()
-	m.cmd.Stdout, m.cmd.Stderr = &m.said, &m.said
-	m.done = make(chan struct{})
-	began := time.Now()
-	if err := m.cmd.Start(); err != nil {
-		m.t.Fatal(err)
-	}
-	go func() {
-		m.cmd.Wait()
-		close(m.done)
-	}()
-	for m.commands == nil {
-		var err error
-		if m.commands, err = net.Dial("unix", m.at("commands")); err == nil {
-			break
-		}
-		m.commands = nil
-		select {
-		case <-m.done:
-			m.t.Fatalf("qemu: %s", m.said.String())
-		case <-time.After(20 * time.Millisecond):
-		}
-		if time.Since(began) > time.Minute {
-			m.t.Fatal(err)
-		}
-	}
-	go m.listen(m.commands)
-	m.await("the boot", func() bool {
-		state, _ := m.try("systemctl", "is-system-running")
-		return state == "running" || state == "degraded"
+		"-qmp", "unix:"+m.at("qmp")+",server=on,wait=off", "-serial", "stdio"))
+	m.Await("qemu", func() bool {
+		c, err := net.Dial("unix", m.at("commands"))
+		m.commands = c
+		return err == nil
 	})
-	m.t.Logf("booted in %v", time.Since(began).Round(100*time.Millisecond))
+	go m.listen(m.commands)
+	m.Booted()
+	m.T.Logf("booted in %v", time.Since(m.Began).Round(100*time.Millisecond))
 }
 
 // accelerator is KVM only where the processor has it: a /dev/kvm without that (kvm-pvm) makes
@@ -356,12 +215,7 @@ func accelerator() string {
 
 // off cuts the power.
 func (m *machine) off() {
-	if m.cmd == nil {
-		return
-	}
-	m.cmd.Process.Kill()
-	<-m.done
-	m.cmd = nil
+	m.Off()
 	if m.commands != nil {
 		m.commands.Close()
 		m.commands = nil
@@ -370,7 +224,7 @@ func (m *machine) off() {
 
 // cut cuts the power and switches it on again.
 func (m *machine) cut() {
-	m.t.Helper()
+	m.T.Helper()
 	m.off()
 	before := m.layerName()
 	m.cuts++
@@ -394,23 +248,12 @@ func (m *machine) listen(from net.Conn) {
 	}
 }
 
-// patience is for a machine that is emulated, on a host that others use.
-const patience = 3 * time.Minute
-
-// await waits until something is so, for far longer than it takes.
-func (m *machine) await(what string, is func() bool) {
-	m.t.Helper()
-	for begin := time.Now(); !is(); time.Sleep(50 * time.Millisecond) {
-		if time.Since(begin) > patience {
-			log, _ := m.try("journalctl", "--no-pager", "-n", "60", "-o", "short-monotonic")
-			m.t.Fatalf("waited too long for %s\n%s", what, log)
-		}
-	}
-}
-
-// run runs a command in the machine as root and returns what it printed and the exit status.
+// run is for Machine.Run.
 func (m *machine) run(within time.Duration, args ...string) (out string, code int) {
-	m.t.Helper()
+	m.T.Helper()
+	if m.commands == nil {
+		return "it has no qemu", -1
+	}
 	m.mu.Lock()
 	m.last++
 	id, c := m.last, make(chan result, 1)
@@ -418,79 +261,18 @@ func (m *machine) run(within time.Duration, args ...string) (out string, code in
 	m.mu.Unlock()
 	b, err := json.Marshal(map[string]any{"ID": id, "Args": args, "Env": []string{"LC_ALL=C.UTF-8", "SYSTEMD_PAGER=cat", "HOME=/root"}})
 	if err != nil {
-		m.t.Fatal(err)
+		m.T.Fatal(err)
 	}
 	if _, err := m.commands.Write(append(b, '\n')); err != nil {
-		<-m.done
-		m.t.Fatalf("%v: %v\n%s", args, err, m.said.String())
+		<-m.Done
+		m.T.Fatalf("%v: %v\n%s", args, err, m.Said.String())
 	}
 	select {
 	case r := <-c:
 		return strings.TrimSpace(string(r.Output)), r.Code
-	case <-m.done:
+	case <-m.Done:
 		return "the machine went off", -1
 	case <-time.After(within):
 		return fmt.Sprintf("no answer within %v", within), -1
 	}
-}
-
-func (m *machine) try(args ...string) (out string, code int) {
-	m.t.Helper()
-	return m.run(patience, args...)
-}
-
-// do is try of what must succeed.
-func (m *machine) do(args ...string) string {
-	m.t.Helper()
-	out, code := m.try(args...)
-	if code != 0 {
-		log, _ := m.try("journalctl", "--no-pager", "-n", "40", "-o", "short-monotonic", "-u", "imdsgated.service", "-u", "imdsgated.socket")
-		m.t.Fatalf("%v: exit %d\n%s\n%s", args, code, out, log)
-	}
-	return out
-}
-
-// property asks systemd.
-func (m *machine) property(unit, name string) string {
-	m.t.Helper()
-	return m.do("systemctl", "show", "--value", "-p", name, unit)
-}
-
-// curl asks, as a unit of its own, and returns the status, "000" without one.
-func (m *machine) curl(user, path string) string {
-	m.t.Helper()
-	out, _ := m.try("systemd-run", "--quiet", "--pipe", "--wait", "--uid="+user, "curl", "-s", "-m", "20", "-o", "/dev/null", "-w", "%{http_code}", "http://169.254.169.254"+path)
-	return out
-}
-
-// spool is what the files of events have, as they are, the oldest first.
-func (m *machine) spool() string {
-	m.t.Helper()
-	return m.do("sh", "-ec", "cd /var/log/imdsgate; for f in $(ls -tr events.ndjson*); do case $f in *.gz) zcat $f;; *) cat $f;; esac; done")
-}
-
-// documents are the events so far.
-func (m *machine) documents() (all []gate.Document) {
-	m.t.Helper()
-	for line := range strings.Lines(m.spool()) {
-		var d gate.Document
-		if json.Unmarshal([]byte(line), &d) == nil {
-			all = append(all, d)
-		}
-	}
-	return all
-}
-
-// event waits for one with an action, and returns the last such.
-func (m *machine) event(action string) (last gate.Document) {
-	m.t.Helper()
-	m.await("an event "+action, func() bool {
-		for _, d := range m.documents() {
-			if d.At("event.action") == action {
-				last = d
-			}
-		}
-		return last != nil
-	})
-	return last
 }
