@@ -77,7 +77,7 @@ func (i *Image) Machine(t testing.TB) *Machine {
 	labtest.RequireRoot(t)
 	for _, name := range append([]string{filepath.Join(i.Tree, "recipe")}, i.Needs...) {
 		if _, err := os.Stat(name); err != nil {
-			missing := fmt.Sprintf("needs %s: make %s", name, i.Target)
+			missing := fmt.Sprintf("needs %s, which make %s brings", name, i.Target)
 			if os.Getenv("CI") != "" {
 				t.Fatal(missing)
 			}
