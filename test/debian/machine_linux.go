@@ -119,7 +119,7 @@ func (m *Machine) Curl(user, path string) string {
 // Spool is what the files of events have, as they are, the oldest first.
 func (m *Machine) Spool() string {
 	m.T.Helper()
-	return m.Do("sh", "-ec", "cd /var/log/imdsgate; for f in $(ls -tr events.ndjson*); do case $f in *.gz) zcat $f;; *) cat $f;; esac; done")
+	return m.Do("sh", "-ec", "cd /var/log/imdsgate; for f in $(ls -rv events.ndjson*); do case $f in *.gz) zcat $f;; *) cat $f;; esac; done")
 }
 
 // Documents are the events so far.

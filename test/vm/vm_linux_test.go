@@ -238,7 +238,7 @@ func TestClockSteps(t *testing.T) {
 	pid := m.Property("imdsgated.service", "MainPID")
 	done := make(chan string, 1)
 	go func() {
-		out, _ := m.Run(15*time.Minute, "sh", "-c", "touch /run/asking; while [ -e /run/asking ]; do amazon-ssm-agent || exit 1; sleep 0.2; done; echo fine")
+		out, _ := m.Run(15*time.Minute, "sh", "-c", "touch /run/asking; while [ -e /run/asking ]; do out=$(amazon-ssm-agent) || { echo \"$out\"; exit 1; }; sleep 0.2; done; echo fine")
 		done <- out
 	}()
 	mode := func() string {
