@@ -11,9 +11,9 @@ import (
 // the text of a grant is told here; what takes a look at the host's files is told by
 // `imdsgate check`, and at each request by attribution.
 
-// NotInGrants are keys that somebody may look for in a grant, and why there are none
+// notInGrants are keys that somebody may look for in a grant, and why there are none
 // of that name.
-var NotInGrants = map[string]string{
+var notInGrants = map[string]string{
 	"args":              "arguments are what the caller writes; name the unit that he runs in",
 	"argv":              "arguments are what the caller writes; name the unit that he runs in",
 	"command_line":      "a command line is what the caller writes; name the unit that he runs in",

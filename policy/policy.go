@@ -25,6 +25,7 @@ import (
 
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy/eql"
+	"github.com/imdsgate/imdsgate/policy/yamlfile"
 )
 
 // Config is the policy as an operator writes it. The zero value is the policy
@@ -180,7 +181,7 @@ func Compile(c Config, classes []string) (*Policy, error) {
 	errs = append(errs, wrong...)
 	for i, profile := range profiles {
 		if profile.File != "" {
-			p.Files = append(p.Files, File{profile.File, profile.text})
+			p.Files = append(p.Files, File{profile.File, sha256.Sum256(profile.source.Text)})
 		}
 		for j := range profile.Grants {
 			g := &profile.Grants[j]
@@ -188,7 +189,8 @@ func Compile(c Config, classes []string) (*Policy, error) {
 				own := complaints{key: fmt.Sprintf("grants[%d]", j)}
 				g.check(&own, classes)
 				for _, err := range own.errs {
-					c.say("", "%s: %w", profile.File, err)
+					wrong := err.(*KeyError)
+					c.errs = append(c.errs, profile.source.Locate(yamlfile.Path(wrong.Key), wrong.Err))
 				}
 			})
 			p.grants = append(p.grants, *g)

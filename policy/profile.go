@@ -1,8 +1,6 @@
 package policy
 
 import (
-	"bytes"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -11,7 +9,7 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/goccy/go-yaml"
+	"github.com/imdsgate/imdsgate/policy/yamlfile"
 )
 
 // ProfilePaths are where profiles are looked for unless Config.ProfilePaths names others:
@@ -32,7 +30,7 @@ type Profile struct {
 	Sources []string `yaml:"sources"`
 	Grants  []Grant  `yaml:"grants"`
 
-	text [sha256.Size]byte // digest of the file
+	source *yamlfile.File
 }
 
 // LoadProfile reads the profile of a name from the first of the directories that has it.
@@ -44,7 +42,7 @@ func LoadProfile(name string, dirs []string) (*Profile, error) {
 	}
 	for _, dir := range dirs {
 		file := filepath.Join(dir, name+".yaml")
-		src, err := ReadYAML(file)
+		src, err := yamlfile.Read(file)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
 			continue
@@ -65,25 +63,13 @@ func LoadProfile(name string, dirs []string) (*Profile, error) {
 }
 
 // ParseProfile reads a profile from bytes; file is its name.
-func ParseProfile(file string, src []byte) (p *Profile, err error) {
-	if len(src) > MaxYAML {
-		return nil, fmt.Errorf("%s: %d bytes are more than the %d that a profile may have", file, len(src), MaxYAML)
+func ParseProfile(file string, src []byte) (*Profile, error) {
+	source, err := yamlfile.Parse(file, src)
+	if err != nil {
+		return nil, err
 	}
-	if line, column, deep := TooDeep(src); deep {
-		return nil, fmt.Errorf("%s:%d:%d: more than %d levels are in each other", file, line, column, MaxDepth)
-	}
-	defer func() {
-		if cause := recover(); cause != nil { // as the YAML library does for some tags
-			p, err = nil, fmt.Errorf("%s: not understood as YAML (%v)", file, cause)
-		}
-	}()
-	p = &Profile{}
-	if err := yaml.NewDecoder(bytes.NewReader(src), yaml.Strict()).Decode(p); err != nil {
-		return nil, fmt.Errorf("%s:%s", file, yaml.FormatError(err, false, true))
-	}
-	p.text = sha256.Sum256(src)
-	p.Name, p.File = strings.TrimSuffix(filepath.Base(file), ".yaml"), file
-	return p, nil
+	p := &Profile{Name: strings.TrimSuffix(filepath.Base(file), ".yaml"), File: file, source: source}
+	return p, source.Decode(p)
 }
 
 // ProfileNames lists the profiles of directories, of which some may not exist.
@@ -121,8 +107,10 @@ func (c *Config) profiles() (all []*Profile, errs []error) {
 		if !slices.Contains(c.Profiles[:i], name) {
 			var err error
 			if p, err = LoadProfile(name, dirs); err != nil {
-				errs = append(errs, &KeyError{Key: fmt.Sprintf("profiles[%d]", i), Err: err})
-				p = &Profile{}
+				if !errors.As(err, new(*yamlfile.Fault)) { // which has a place of its own
+					err = &KeyError{Key: fmt.Sprintf("profiles[%d]", i), Err: err}
+				}
+				errs, p = append(errs, err), &Profile{}
 			}
 		}
 		all = append(all, p)

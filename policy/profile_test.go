@@ -57,10 +57,10 @@ func TestProfileErrors(t *testing.T) {
 		{"../app", []string{"\"../app\" is not the name of a profile"}},
 		{".app", []string{"is not the name of a profile"}},
 		{"", []string{"is not the name of a profile"}},
-		{"unknown", []string{"unknown.yaml:[7:1] unknown field \"unit\"", "^"}},
+		{"unknown", []string{"unknown.yaml:7:1: unknown key \"unit\"", "^"}},
 		{"broken", []string{"broken.yaml:"}},
 		{"tag", []string{"tag.yaml"}},
-		{"unsafe", []string{"profiles[0]: ", "unsafe.yaml: grants[0].executable[1]: ", "/tmp"}},
+		{"unsafe", []string{"unsafe.yaml:6:40: \"/tmp/app\" is below /tmp", "^"}},
 	} {
 		_, err := Compile(Config{Profiles: []string{c.name}, ProfilePaths: []string{dir}}, nil)
 		if err == nil {
@@ -81,21 +81,5 @@ func TestProfileErrors(t *testing.T) {
 	}
 	if _, err := LoadProfile("none", []string{t.TempDir()}); !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), "there are none") {
 		t.Error(err)
-	}
-}
-
-// A profile that would take the YAML library gigabytes is refused before it sees it.
-func TestBoundedProfile(t *testing.T) {
-	for text, want := range map[string]string{
-		"sources: " + strings.Repeat("[", 200_000):            "x.yaml:1:74: more than 64 levels",
-		"sources:\n  " + strings.Repeat("- ", 10_000):         "x.yaml:2:",
-		"program: a\n" + strings.Repeat("#\n", MaxYAML/2):     "more than the 1048576",
-		"sources: [" + strings.Repeat("[a],", 1000) + "[b]]":  "",
-		"program: \"" + strings.Repeat("[]", 10_000) + "\"\n": "",
-	} {
-		_, err := ParseProfile("x.yaml", []byte(text))
-		if want != "" && (err == nil || !strings.Contains(err.Error(), want)) || want == "" && err != nil && strings.Contains(err.Error(), "more than") {
-			t.Errorf("%.40q: %v, want %q", text, err, want)
-		}
 	}
 }

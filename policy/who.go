@@ -24,6 +24,9 @@ type Who struct {
 	Parent string `yaml:"parent"`
 }
 
+// WhyNot says why a grant or a deny does not have a key of which somebody may think.
+func (*Who) WhyNot(key string) string { return notInGrants[key] }
+
 // Names reports whether a program is one of those that are named.
 func (w *Who) Names(file string) bool {
 	return slices.ContainsFunc(w.Executable, func(named string) bool { return isProgram(named, file) })

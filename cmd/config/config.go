@@ -14,6 +14,7 @@ import (
 	"github.com/imdsgate/imdsgate/event/sink"
 	"github.com/imdsgate/imdsgate/iptables"
 	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/policy/yamlfile"
 	"github.com/imdsgate/imdsgate/proxy/imds"
 )
 
@@ -157,11 +158,11 @@ func (c *Config) complete() {
 // of the daemon alone.
 func (c Config) Restart(other Config) (keys []string) {
 	mine, theirs := reflect.ValueOf(c), reflect.ValueOf(other)
-	policys := keysOf(reflect.TypeFor[policy.Config]())
-	for _, k := range keysOf(mine.Type()) {
-		reloaded := slices.ContainsFunc(policys, func(p key) bool { return p.name == k.name })
-		if !reloaded && !reflect.DeepEqual(mine.FieldByIndex(k.index).Interface(), theirs.FieldByIndex(k.index).Interface()) {
-			keys = append(keys, k.name)
+	policys := yamlfile.KeysOf(reflect.TypeFor[policy.Config]())
+	for _, k := range yamlfile.KeysOf(mine.Type()) {
+		reloaded := slices.ContainsFunc(policys, func(p yamlfile.Key) bool { return p.Name == k.Name })
+		if !reloaded && !reflect.DeepEqual(mine.FieldByIndex(k.Index).Interface(), theirs.FieldByIndex(k.Index).Interface()) {
+			keys = append(keys, k.Name)
 		}
 	}
 	return keys

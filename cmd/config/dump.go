@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/goccy/go-yaml"
+	"github.com/imdsgate/imdsgate/policy/yamlfile"
 )
 
 // Dump writes the configuration as one file that means the same: what is set, and what
@@ -72,13 +73,13 @@ func (d *dumper) tree() yaml.MapSlice {
 
 func (d *dumper) mapping(at string, v reflect.Value) yaml.MapSlice {
 	m := yaml.MapSlice{}
-	for _, k := range keysOf(v.Type()) {
-		key := k.name
+	for _, k := range yamlfile.KeysOf(v.Type()) {
+		key := k.Name
 		if at != "" {
-			key = at + "." + k.name
+			key = at + "." + k.Name
 		}
-		if value, ok := d.value(key, v.FieldByIndex(k.index)); ok {
-			m = append(m, yaml.MapItem{Key: k.name, Value: value})
+		if value, ok := d.value(key, v.FieldByIndex(k.Index)); ok {
+			m = append(m, yaml.MapItem{Key: k.Name, Value: value})
 		}
 	}
 	return m
@@ -95,7 +96,7 @@ func (d *dumper) value(key string, v reflect.Value) (value any, ok bool) {
 	}
 	set := d.config.Origin(key) != ""
 	switch t := v.Type(); {
-	case isText(t):
+	case yamlfile.IsText(t):
 		text, err := v.Interface().(encoding.TextMarshaler).MarshalText()
 		// What has a name for its zero is worth saying, and in each grant it is not.
 		if err != nil || len(text) == 0 || v.IsZero() && !set && (t.Kind() == reflect.Struct || strings.Contains(key, "[")) {

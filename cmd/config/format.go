@@ -9,11 +9,10 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
 	"github.com/goccy/go-yaml/lexer"
-	"github.com/goccy/go-yaml/parser"
 	"github.com/goccy/go-yaml/token"
+	"github.com/imdsgate/imdsgate/policy/yamlfile"
 )
 
 // How a file is formatted
@@ -35,15 +34,15 @@ func Format(name string, text []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &source{name: name}
 	lost := func(what string) error {
-		return s.whole(fmt.Errorf("%s would not survive formatting; write that part more plainly", what))
+		return (&yamlfile.File{Name: name}).At(nil, fmt.Errorf("%s would not survive formatting; write that part more plainly", what))
 	}
 	if !slices.Equal(comments(text), comments(once)) {
 		return nil, lost("a comment")
 	}
-	before, beforeErr := values(text)
-	after, afterErr := values(once)
+	before, beforeErr := Parse(name, text)
+	after, afterErr := Parse(name, once)
+	before.layers, after.layers = nil, nil
 	if beforeErr != nil || afterErr != nil || !reflect.DeepEqual(before, after) {
 		return nil, lost("a value")
 	}
@@ -64,33 +63,19 @@ func comments(text []byte) (all []string) {
 	return all
 }
 
-func values(text []byte) (v any, err error) {
-	defer (&source{}).recovered(&err)
-	err = yaml.Unmarshal(text, &v)
-	return v, err
-}
-
 func format(name string, text []byte) (out []byte, err error) {
 	text = bytes.ReplaceAll(text, []byte("\r\n"), []byte("\n"))
-	s, err := parse(name, text)
+	s, err := yamlfile.Parse(name, text)
 	if err != nil {
 		return nil, err
 	}
-	defer s.recovered(&err)
-	if err := s.decode(new(Config)); err != nil {
+	if err := s.Decode(new(Config)); err != nil {
 		return nil, err
 	}
-	// Without comments, which would be nodes in places of their own.
-	file, err := parser.ParseBytes(text, 0)
-	if err != nil {
-		return nil, s.fault(err)
-	}
-	f := &formatter{source: s, lines: strings.Split(string(text), "\n")}
-	for _, doc := range file.Docs {
-		if doc.Body != nil {
-			if f.top, err = f.block(doc.Body, reflect.TypeFor[Config](), nil); err != nil {
-				return nil, err
-			}
+	f := &formatter{File: s, lines: strings.Split(string(text), "\n")}
+	if s.Root != nil {
+		if f.top, err = f.block(s.Root, reflect.TypeFor[Config](), nil); err != nil {
+			return nil, err
 		}
 	}
 	if err := f.attach(); err != nil {
@@ -106,7 +91,7 @@ func format(name string, text []byte) (out []byte, err error) {
 
 // formatter writes one file.
 type formatter struct {
-	*source
+	*yamlfile.File
 	lines          []string
 	top            []*entry
 	all            []*entry // in the order of the file, what contains before what it contains
@@ -139,7 +124,7 @@ type note struct {
 // other values.
 func (f *formatter) block(node ast.Node, t reflect.Type, parent *entry) (entries []*entry, err error) {
 	refuse := func(what string) error {
-		return f.at(node.GetToken(), fmt.Errorf("%s cannot be formatted; write out what it stands for", what))
+		return f.At(node.GetToken(), fmt.Errorf("%s cannot be formatted; write out what it stands for", what))
 	}
 	add := func(e *entry, at *token.Token, t reflect.Type) error {
 		e.line, e.column = at.Position.Line, at.Position.Column
@@ -162,7 +147,7 @@ func (f *formatter) block(node ast.Node, t reflect.Type, parent *entry) (entries
 		}
 		for _, v := range n.Values {
 			if v.Key.IsMergeKey() {
-				return nil, f.at(v.Key.GetToken(), errors.New("a merge key (<<) cannot be formatted; write out what it stands for"))
+				return nil, f.At(v.Key.GetToken(), errors.New("a merge key (<<) cannot be formatted; write out what it stands for"))
 			}
 			if err := add(&entry{key: v.Key.String(), value: v.Value}, v.Key.GetToken(), valueType(t, v.Key.GetToken().Value)); err != nil {
 				return nil, err
@@ -181,7 +166,7 @@ func (f *formatter) block(node ast.Node, t reflect.Type, parent *entry) (entries
 			if i < len(n.Entries) {
 				at = n.Entries[i].Start
 			}
-			e := &entry{value: v, spaced: t != nil && t.Kind() == reflect.Slice && indirect(t.Elem()).Kind() == reflect.Struct}
+			e := &entry{value: v, spaced: t != nil && t.Kind() == reflect.Slice && yamlfile.Indirect(t.Elem()).Kind() == reflect.Struct}
 			if err := add(e, at, elemType(t)); err != nil {
 				return nil, err
 			}
@@ -193,13 +178,13 @@ func (f *formatter) block(node ast.Node, t reflect.Type, parent *entry) (entries
 // valueType is the type of a key's value; nil if that is not known.
 func valueType(t reflect.Type, name string) reflect.Type {
 	switch {
-	case t == nil || isText(t):
+	case t == nil || yamlfile.IsText(t):
 	case t.Kind() == reflect.Map:
-		return indirect(t.Elem())
+		return yamlfile.Indirect(t.Elem())
 	case t.Kind() == reflect.Struct:
-		for _, k := range keysOf(t) {
-			if k.name == name {
-				return k.typ
+		for _, k := range yamlfile.KeysOf(t) {
+			if k.Name == name {
+				return k.Type
 			}
 		}
 	}
@@ -210,7 +195,7 @@ func elemType(t reflect.Type) reflect.Type {
 	if t == nil || t.Kind() != reflect.Slice {
 		return nil
 	}
-	return indirect(t.Elem())
+	return yamlfile.Indirect(t.Elem())
 }
 
 // orderOf is the order of the keys of a grant or a deny.
@@ -220,8 +205,8 @@ func orderOf(t reflect.Type) map[string]int {
 			continue
 		}
 		order := map[string]int{}
-		for i, k := range keysOf(t) {
-			order[k.name] = i
+		for i, k := range yamlfile.KeysOf(t) {
+			order[k.Name] = i
 		}
 		return order
 	}
@@ -236,7 +221,7 @@ func (f *formatter) blankBefore(line int) bool {
 // attach gives every comment to an entry, or to the file.
 func (f *formatter) attach() error {
 	last := 0 // line of the last token that is no comment
-	for _, t := range lexer.Tokenize(string(f.text)) {
+	for _, t := range lexer.Tokenize(string(f.Text)) {
 		line := t.Position.Line
 		if t.Type != token.CommentType {
 			if t.Type != token.DocumentHeaderType {
@@ -248,7 +233,7 @@ func (f *formatter) attach() error {
 		if line == last {
 			e := f.startingOn(line)
 			if e == nil || e.comment != "" {
-				return f.at(t, errors.New("a comment within brackets or behind them would be lost; put it on the line before"))
+				return f.At(t, errors.New("a comment within brackets or behind them would be lost; put it on the line before"))
 			}
 			e.comment = text
 			continue

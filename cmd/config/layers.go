@@ -15,6 +15,7 @@ import (
 
 	"github.com/goccy/go-yaml/ast"
 	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/policy/yamlfile"
 )
 
 // How several files make one configuration
@@ -97,7 +98,7 @@ func load(files []string, optional bool) (Config, error) {
 	var c Config
 	var errs []error
 	for _, path := range files {
-		text, err := policy.ReadYAML(path)
+		text, err := yamlfile.Read(path)
 		if optional && errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
@@ -127,16 +128,16 @@ func (c Config) With(name string, text []byte) (Config, error) {
 
 // add puts a file over what there is. It leaves c as it is if the file is wrong.
 func (c *Config) add(name string, text []byte) error {
-	s, err := parse(name, text)
+	s, err := yamlfile.Parse(name, text)
 	if err != nil {
 		return err
 	}
 	var own Config
-	if err := s.decode(&own); err != nil {
+	if err := s.Decode(&own); err != nil {
 		return err
 	}
 	all := *c
-	put(reflect.ValueOf(&all).Elem(), reflect.ValueOf(own), s.root)
+	put(reflect.ValueOf(&all).Elem(), reflect.ValueOf(own), s.Root)
 	all.Grants = slices.Concat(c.Grants, own.Grants)
 	all.Denies = slices.Concat(c.Denies, own.Denies)
 	all.Profiles = slices.Concat(c.Profiles, own.Profiles)
@@ -151,19 +152,34 @@ func (c *Config) add(name string, text []byte) error {
 // put sets what a mapping says, below keys of mappings one by one. One that takes in
 // another (<<, or an alias) is set as a whole.
 func put(all, own reflect.Value, node ast.Node) {
-	for _, k := range keysOf(own.Type()) {
-		value, _ := child(node, k.name)
+	for _, k := range yamlfile.KeysOf(own.Type()) {
+		value, _ := yamlfile.Child(node, k.Name)
 		whole := merges(node)
 		if value == nil && !whole {
 			continue
 		}
-		to, from := all.FieldByIndex(k.index), own.FieldByIndex(k.index)
-		if to.Kind() == reflect.Struct && !isText(to.Type()) && !whole && value.Type() != ast.AliasType {
+		to, from := all.FieldByIndex(k.Index), own.FieldByIndex(k.Index)
+		if to.Kind() == reflect.Struct && !yamlfile.IsText(to.Type()) && !whole && value.Type() != ast.AliasType {
 			put(to, from, value)
 		} else {
 			to.Set(from)
 		}
 	}
+}
+
+// merges reports whether a mapping takes in another.
+func merges(node ast.Node) bool {
+	switch n := node.(type) {
+	case *ast.AnchorNode:
+		return merges(n.Value)
+	case ast.MapNode:
+		for i := n.MapRange(); i.Next(); {
+			if i.Key().IsMergeKey() {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // over is a map with what another has in it.
@@ -181,14 +197,14 @@ func over[V any](below, above map[string]V) map[string]V {
 }
 
 // layers are files, the last of which goes over the others.
-type layers []*source
+type layers []*yamlfile.File
 
 // added are the lists to which each file adds.
 var added = [][]string{{"grants"}, {"denies"}, {"profiles"}, {"rules", "paths"}}
 
 // find is the file that has set a key, and where; nil if none has set any part of it.
-func (l layers) find(key string) (s *source, path []string, depth int) {
-	path = splitKey(key)
+func (l layers) find(key string) (s *yamlfile.File, path []string, depth int) {
+	path = yamlfile.Path(key)
 	for _, list := range added {
 		n := len(list)
 		if len(path) <= n || !slices.Equal(path[:n], list) {
@@ -199,18 +215,18 @@ func (l layers) find(key string) (s *source, path []string, depth int) {
 			break
 		}
 		for _, s := range l {
-			if has := s.length(list...); i >= has {
+			if has := s.Length(list...); i >= has {
 				i -= has
 				continue
 			}
 			path = slices.Clone(path)
 			path[n] = strconv.Itoa(i)
-			_, depth = s.find(path)
+			_, depth = s.Find(path)
 			return s, path, depth
 		}
 	}
 	for _, of := range l {
-		if _, d := of.find(path); d > 0 && d >= depth {
+		if _, d := of.Find(path); d > 0 && d >= depth {
 			s, depth = of, d
 		}
 	}
@@ -223,14 +239,13 @@ func (c Config) Origin(key string) string {
 	if s == nil || depth < len(path) {
 		return ""
 	}
-	t, _ := s.find(path)
-	return fmt.Sprintf("%s:%d", s.name, t.Position.Line)
+	return fmt.Sprintf("%s:%d", s.Name, s.Line(path))
 }
 
 // Files are those that the configuration was read from, in order.
 func (c Config) Files() (names []string) {
 	for _, s := range c.layers {
-		names = append(names, s.name)
+		names = append(names, s.Name)
 	}
 	return names
 }
@@ -239,7 +254,7 @@ func (c Config) Files() (names []string) {
 // and profiles.
 func (c Config) Loaded() (all []policy.File) {
 	for _, s := range c.layers {
-		all = append(all, policy.File{Path: s.name, SHA256: sha256.Sum256(s.text)})
+		all = append(all, policy.File{Path: s.Name, SHA256: sha256.Sum256(s.Text)})
 	}
 	return all
 }
@@ -278,20 +293,18 @@ func (l layers) locate(err error) error {
 			errs = append(errs, err)
 			continue
 		}
-		t, _ := s.find(path)
 		about := complaint.Err
 		if complaint.Other != "" {
 			if other, path, _ := l.find(complaint.Other); other != nil {
-				at, _ := other.find(path)
-				about = fmt.Errorf("%w; see %s:%d", about, other.name, at.Position.Line)
+				about = fmt.Errorf("%w; see %s:%d", about, other.Name, other.Line(path))
 			}
 		}
-		fault := s.at(t, about)
+		fault := s.Locate(path, about)
 		fault.Err = err
 		errs = append(errs, fault)
 	}
 	slices.SortStableFunc(errs, func(a, b error) int {
-		x, y := (*Fault)(nil), (*Fault)(nil)
+		x, y := (*yamlfile.Fault)(nil), (*yamlfile.Fault)(nil)
 		if !errors.As(a, &x) || !errors.As(b, &y) || x.File != y.File {
 			return 0
 		}

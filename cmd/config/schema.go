@@ -13,6 +13,7 @@ import (
 	"github.com/imdsgate/imdsgate/event/sink"
 	"github.com/imdsgate/imdsgate/iptables"
 	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/policy/yamlfile"
 	"github.com/imdsgate/imdsgate/proxy/imds"
 )
 
@@ -74,7 +75,7 @@ var required = map[string][]string{
 
 // schemaOf describes a type; at is the key that has it, with "[]" for an element.
 func schemaOf(t reflect.Type, at string) schema {
-	t = indirect(t)
+	t = yamlfile.Indirect(t)
 	if strings.HasSuffix(at, ".classes[]") {
 		return schema{"enum": classNames()}
 	}
@@ -112,8 +113,8 @@ func schemaOf(t reflect.Type, at string) schema {
 		return s
 	}
 	properties := schema{}
-	for _, k := range keysOf(t) {
-		properties[k.name] = schemaOf(k.typ, strings.TrimPrefix(at+"."+k.name, "."))
+	for _, k := range yamlfile.KeysOf(t) {
+		properties[k.Name] = schemaOf(k.Type, strings.TrimPrefix(at+"."+k.Name, "."))
 	}
 	s := schema{"type": "object", "additionalProperties": false, "properties": properties}
 	if keys, ok := required[at]; ok {

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/goccy/go-yaml"
+	"github.com/imdsgate/imdsgate/policy/yamlfile"
 	"github.com/santhosh-tekuri/jsonschema/v6"
 )
 
@@ -113,9 +114,9 @@ func TestSchema(t *testing.T) {
 func TestTypes(t *testing.T) {
 	var look func(typ reflect.Type, at string)
 	look = func(typ reflect.Type, at string) {
-		typ = indirect(typ)
+		typ = yamlfile.Indirect(typ)
 		switch {
-		case isText(typ):
+		case yamlfile.IsText(typ):
 			if !typ.Implements(reflect.TypeFor[encoding.TextMarshaler]()) {
 				t.Errorf("%s: %v has no MarshalText", at, typ)
 			}
@@ -125,8 +126,8 @@ func TestTypes(t *testing.T) {
 		case typ.Kind() == reflect.Slice || typ.Kind() == reflect.Map:
 			look(typ.Elem(), at+"[]")
 		case typ.Kind() == reflect.Struct:
-			for _, k := range keysOf(typ) {
-				look(k.typ, at+"."+k.name)
+			for _, k := range yamlfile.KeysOf(typ) {
+				look(k.Type, at+"."+k.Name)
 			}
 		}
 	}

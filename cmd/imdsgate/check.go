@@ -14,6 +14,7 @@ import (
 	"github.com/imdsgate/imdsgate/cmd/config"
 	"github.com/imdsgate/imdsgate/policy"
 	"github.com/imdsgate/imdsgate/policy/eql/syntax"
+	"github.com/imdsgate/imdsgate/policy/yamlfile"
 	"github.com/spf13/cobra"
 )
 
@@ -156,7 +157,7 @@ func (o *options) check(root string, files []string) *checkResult {
 func (r *checkResult) add(severity string, errs ...error) {
 	for _, err := range errs {
 		f := finding{Severity: severity, Message: err.Error()}
-		if fault := (*config.Fault)(nil); errors.As(err, &fault) {
+		if fault := (*yamlfile.Fault)(nil); errors.As(err, &fault) {
 			f.File, f.Line, f.Column, f.Message, f.excerpt = fault.File, fault.Line, fault.Column, fault.Message, fault.Excerpt
 		} else if fault := (*syntax.Error)(nil); errors.As(err, &fault) {
 			f.File, f.Line, f.Column = fault.File, fault.Line, fault.Col

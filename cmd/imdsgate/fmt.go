@@ -9,7 +9,7 @@ import (
 	"path/filepath"
 
 	"github.com/imdsgate/imdsgate/cmd/config"
-	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/policy/yamlfile"
 	textdiff "github.com/rogpeppe/go-internal/diff"
 	"github.com/spf13/cobra"
 )
@@ -80,9 +80,9 @@ could not be read or written.`,
 
 func readInput(in io.Reader, file string) ([]byte, error) {
 	if file == "-" {
-		return io.ReadAll(io.LimitReader(in, policy.MaxYAML+1))
+		return yamlfile.ReadFrom(in)
 	}
-	return policy.ReadYAML(file)
+	return yamlfile.Read(file)
 }
 
 // replace puts a new file in the place of another, with its mode and owner, so that

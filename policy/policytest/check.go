@@ -2,6 +2,7 @@ package policytest
 
 import (
 	"errors"
+	"fmt"
 	"maps"
 	"reflect"
 	"slices"
@@ -13,125 +14,128 @@ import (
 // check says what is wrong with a file that could be read, all of it at once.
 func (f *File) check() error {
 	var errs []error
-	wrong := func(p place, format string, args ...any) { errs = append(errs, f.source.wrong(p, format, args...)) }
-	ref := func(p place, r Ref) {
+	wrong := func(p, format string, args ...any) { errs = append(errs, f.wrong(p, format, args...)) }
+	ref := func(p string, r Ref) {
 		if r.In != nil {
 			f.checkSubject(wrong, p, r.In)
 		} else if _, ok := f.Subjects[r.Name]; r.Name != Nobody && !ok {
 			wrong(p, "there is no subject %q; there are %s", r.Name, f.subjects())
 		}
 	}
-	refs := func(p place, all []Ref) {
+	refs := func(p string, all []Ref) {
 		for i, r := range all {
-			ref(p.at(i), r)
+			ref(element(p, i), r)
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(f.Subjects)) {
 		s := f.Subjects[name]
-		p := place{"subjects", name}
+		p := "subjects." + name
 		if name == Nobody || name == own || name == unknown || name == "" || strings.HasPrefix(name, "/") {
 			wrong(p, "a subject cannot be named %q, which means something else", name)
 		}
 		f.checkSubject(wrong, p, &s)
 	}
 	if name := f.circle(); name != "" {
-		wrong(place{"subjects", name}, "subject %q is its own parent, or like itself", name)
+		wrong("subjects."+name, "subject %q is its own parent, or like itself", name)
 	}
 	if len(f.Cases) == 0 && len(errs) == 0 {
-		wrong(nil, "there are no cases")
+		wrong("", "there are no cases")
 	}
 	for i := range f.Cases {
-		c, p := &f.Cases[i], place{"cases", i}
+		c, p := &f.Cases[i], element("cases", i)
 		if c.Name == "" {
 			wrong(p, "a case needs a name")
 		}
 		if !c.Subject.set() {
 			wrong(p, "case %q does not say who asks (subject)", c.Name)
 		} else {
-			ref(p.at("subject"), c.Subject)
+			ref(p+".subject", c.Subject)
 		}
-		refs(p.at("others"), c.Others)
+		refs(p+".others", c.Others)
 		if len(c.Others) > 0 && c.Subject.Name == Nobody {
-			wrong(p.at("others"), "where nobody is known there are no others: leave it out, or subject")
+			wrong(p+".others", "where nobody is known there are no others: leave it out, or subject")
 		}
 		if len(c.Request) == 0 {
 			wrong(p, "case %q does not say what is asked (request)", c.Name)
 		}
 		for j := range c.Request {
-			f.checkRequest(wrong, p.at("request"), &c.Request[j])
+			f.checkRequest(wrong, element(p+".request", j), &c.Request[j])
 		}
 		for j := range c.Before {
-			step, p := &c.Before[j], p.at("before", j)
+			step, p := &c.Before[j], element(p+".before", j)
 			if step.Subject.set() {
-				ref(p.at("subject"), step.Subject)
+				ref(p+".subject", step.Subject)
 			}
 			switch {
 			case step.Request != nil:
-				f.checkRequest(wrong, p.at("request"), step.Request)
+				f.checkRequest(wrong, p+".request", step.Request)
 			case step.Subject.Name == Nobody || !step.Subject.set() && c.Subject.Name == Nobody:
 				wrong(p, "a program that starts is somebody: say which subject")
 			}
 			if step.Ago < 0 {
-				wrong(p.at("ago"), "this is in the future: write how long before the request it was, as in 2s")
+				wrong(p+".ago", "this is in the future: write how long before the request it was, as in 2s")
 			}
 			if j > 0 && step.Ago > c.Before[j-1].Ago {
-				wrong(p.at("ago"), "this was before the step above it: write the oldest first")
+				wrong(p+".ago", "this was before the step above it: write the oldest first")
 			}
 			if step.Times < 0 || step.Times > maxTimes {
-				wrong(p.at("times"), "times is from 1 to %d", maxTimes)
+				wrong(p+".times", "times is from 1 to %d", maxTimes)
 			}
 		}
 		if e := c.Expect; reflect.ValueOf(e).IsZero() {
 			wrong(p, "case %q expects nothing: say which verdict, rule, grant, class, alert, matches or reason", c.Name)
 		} else if e.Class != "" && !slices.ContainsFunc(imds.Classes(), func(c imds.Class) bool { return c.String() == e.Class }) {
-			wrong(p.at("expect", "class"), "there is no class %q; there are %v", e.Class, imds.Classes())
+			wrong(p+".expect.class", "there is no class %q; there are %v", e.Class, imds.Classes())
 		}
 	}
 	return errors.Join(errs...)
 }
 
+// element is the key of an element of a list.
+func element(list string, i int) string { return fmt.Sprintf("%s[%d]", list, i) }
+
 // maxTimes bounds the repetitions of a step.
 const maxTimes = 10000
 
-func (f *File) checkSubject(wrong func(place, string, ...any), p place, s *Subject) {
+func (f *File) checkSubject(wrong func(string, string, ...any), p string, s *Subject) {
 	if s.Like != "" {
 		if _, ok := f.Subjects[s.Like]; !ok {
-			wrong(p.at("like"), "there is no subject %q; there are %s", s.Like, f.subjects())
+			wrong(p+".like", "there is no subject %q; there are %s", s.Like, f.subjects())
 			return
 		}
 	}
-	for _, r := range s.Parent {
+	for i, r := range s.Parent {
 		if r.In != nil {
-			f.checkSubject(wrong, p.at("parent"), r.In)
+			f.checkSubject(wrong, element(p+".parent", i), r.In)
 		} else if _, ok := f.Subjects[r.Name]; r.Name != Nobody && !ok {
-			wrong(p.at("parent"), "there is no subject %q; there are %s", r.Name, f.subjects())
+			wrong(element(p+".parent", i), "there is no subject %q; there are %s", r.Name, f.subjects())
 		}
 	}
 	if how := or(s.Ancestry, "birth"); !slices.Contains([]string{"birth", "snapshot", "present"}, how) {
-		wrong(p.at("ancestry"), "ancestry %q is none of birth, snapshot, present", how)
+		wrong(p+".ancestry", "ancestry %q is none of birth, snapshot, present", how)
 	}
 	if s.Age != nil && *s.Age < 0 {
-		wrong(p.at("age"), "this is in the future: write how long before the request it was started, as in 2s")
+		wrong(p+".age", "this is in the future: write how long before the request it was started, as in 2s")
 	}
 	if s.Executable == nil && s.Like == "" && !or(s.Unreadable, false) {
 		wrong(p, "which program is it? Say executable, or like with the name of another subject")
 	}
 }
 
-func (f *File) checkRequest(wrong func(place, string, ...any), p place, r *Request) {
+func (f *File) checkRequest(wrong func(string, string, ...any), p string, r *Request) {
 	if r.Path == "" {
 		wrong(p, "what is asked for? Write GET /latest/meta-data/, or path")
 	}
 	for name, value := range r.Headers {
 		if strings.ContainsAny(name+value, "\r\n") {
-			wrong(p.at("headers"), "a header is one line")
+			wrong(p+".headers", "a header is one line")
 		}
 	}
 	if strings.ContainsAny(r.Method+r.Path, "\r\n") {
 		wrong(p, "method and path are one line")
 	}
 	if _, ok := f.Subjects[r.Token]; r.Token != "" && r.Token != own && r.Token != unknown && !ok {
-		wrong(p.at("token"), "whose token? Say own, unknown, or the subject to whom it was issued: %s", f.subjects())
+		wrong(p+".token", "whose token? Say own, unknown, or the subject to whom it was issued: %s", f.subjects())
 	}
 }
 

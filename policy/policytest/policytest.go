@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/policy/yamlfile"
 )
 
 // Suffix is how files of cases end, where directories are searched for them.
@@ -29,7 +30,7 @@ type File struct {
 	Subjects map[string]Subject `yaml:"subjects"`
 	Cases    []Case             `yaml:"cases"`
 
-	source source
+	source *yamlfile.File
 }
 
 // Case is one question with the answer that is expected.

@@ -13,6 +13,7 @@ import (
 
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/policy/yamlfile"
 	"github.com/imdsgate/imdsgate/proxy/imds"
 )
 
@@ -61,7 +62,7 @@ func (f *File) Run(p *policy.Policy, now time.Time) ([]Result, error) {
 		}
 		for j := range c.Request {
 			r := f.judge(p, c, &c.Request[j], now)
-			r.File, r.Line = f.Name, f.source.line(place{"cases", i})
+			r.File, r.Line = f.Name, f.source.Line([]string{"cases", strconv.Itoa(i)})
 			results = append(results, r)
 		}
 	}
@@ -336,7 +337,7 @@ func stem(r *policy.Rule) string { return strings.TrimSuffix(filepath.Base(r.Fil
 // known is about what a case expects and the policy does not have.
 func (f *File) known(p *policy.Policy, i int) error {
 	e := &f.Cases[i].Expect
-	at := place{"cases", i, "expect"}
+	at := element("cases", i) + ".expect."
 	rules := map[string]Names{"rule": {e.Rule}}
 	if e.Alert != nil {
 		rules["alert"] = e.Alert.Rules
@@ -352,7 +353,7 @@ func (f *File) known(p *policy.Policy, i int) error {
 				for _, r := range p.Rules() {
 					have = append(have, stem(r))
 				}
-				errs = append(errs, f.source.wrong(at.at(key), "the policy has no rule %q; there are %s", name, strings.Join(have, ", ")))
+				errs = append(errs, f.wrong(at+key, "the policy has no rule %q; there are %s", name, strings.Join(have, ", ")))
 			}
 		}
 	}
@@ -364,7 +365,7 @@ func (f *File) known(p *policy.Policy, i int) error {
 		for _, g := range p.Grants() {
 			have = append(have, g.Name)
 		}
-		errs = append(errs, f.source.wrong(at.at("grant"), "the policy has no grant %q; there are %s", name, have))
+		errs = append(errs, f.wrong(at+"grant", "the policy has no grant %q; there are %s", name, have))
 	}
 	return errors.Join(errs...)
 }
@@ -393,16 +394,10 @@ func (f *File) locate(err error) error {
 	switch {
 	case err == nil:
 		return nil
+	case errors.As(err, new(*yamlfile.Fault)): // of a profile
+		return err
 	case !errors.As(err, &complaint):
 		return fmt.Errorf("%s: %w", f.Name, err)
 	}
-	at := place{"policy"}
-	for _, key := range strings.FieldsFunc(complaint.Key, func(r rune) bool { return r == '.' || r == '[' || r == ']' }) {
-		if i, err := strconv.Atoi(key); err == nil {
-			at = append(at, i)
-		} else {
-			at = append(at, key)
-		}
-	}
-	return f.source.wrong(at, "%v", complaint.Err)
+	return f.wrong("policy."+complaint.Key, "%w", complaint.Err)
 }

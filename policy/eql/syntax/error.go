@@ -32,7 +32,7 @@ func (e *Error) Error() string {
 	if e.Hint != "" {
 		b.WriteString("; " + e.Hint)
 	}
-	line, caret := e.excerpt()
+	line, caret := Excerpt(e.Text, e.Col)
 	fmt.Fprintf(&b, "\n\t%s\n\t%s^", line, caret)
 	return b.String()
 }
@@ -40,13 +40,13 @@ func (e *Error) Error() string {
 // Unwrap returns e.Err.
 func (e *Error) Unwrap() error { return e.Err }
 
-// excerpt is the line, or what fits on a screen around the fault, and the blanks
-// that bring a caret under it. Rules come from strangers and errors go to
+// Excerpt is a line, or what fits on a screen around a column of it, and the blanks
+// that bring a caret under that. Rules come from strangers and errors go to
 // terminals: what does not print is replaced.
-func (e *Error) excerpt() (line, blanks string) {
+func Excerpt(of string, column int) (line, blanks string) {
 	const width, before = 100, 70
-	text := []rune(e.Text)
-	at := min(max(e.Col-1, 0), len(text))
+	text := []rune(of)
+	at := min(max(column-1, 0), len(text))
 	from := max(0, min(at-before, len(text)-width))
 	to := min(from+width, len(text))
 	more := to < len(text)
