@@ -29,7 +29,11 @@ func (f *File) Decode(to any) error {
 		return nil
 	}
 	d := decoder{File: f, anchors: map[string]ast.Node{}}
-	return d.value(f.Root, reflect.ValueOf(to).Elem(), "")
+	err := d.value(f.Root, reflect.ValueOf(to).Elem(), "")
+	if d.over() { // whatever else is said of what was not read
+		return f.At(d.last, fmt.Errorf("more than %d values, each as often as aliases (*) stand for it", maxValues))
+	}
+	return err
 }
 
 // Explainer is a mapping that knows why it does not have a key, of which somebody may
@@ -40,15 +44,17 @@ type decoder struct {
 	*File
 	anchors map[string]ast.Node
 	values  int
+	last    *token.Token // of a value that was read
 }
 
-var errTooMany = fmt.Errorf("more than %d values, each as often as aliases (*) stand for it", maxValues)
+func (d *decoder) over() bool { return d.values > maxValues }
 
 // value reads a node; parent is the key that has it.
 func (d *decoder) value(node ast.Node, v reflect.Value, parent string) error {
-	if d.values++; d.values > maxValues {
-		return d.At(node.GetToken(), errTooMany)
+	if d.over() || node == nil {
+		return nil
 	}
+	d.values, d.last = d.values+1, node.GetToken()
 	switch n := node.(type) {
 	case *ast.AnchorNode:
 		err := d.value(n.Value, v, parent)
@@ -65,7 +71,7 @@ func (d *decoder) value(node ast.Node, v reflect.Value, parent string) error {
 			return d.At(n.Start, fmt.Errorf("%s is a tag, and none belongs here: leave it out", n.Start.Value))
 		}
 		return d.value(n.Value, v, parent)
-	case nil, *ast.NullNode:
+	case *ast.NullNode:
 		return nil
 	}
 	if v.Kind() == reflect.Pointer {
@@ -122,9 +128,7 @@ func (d *decoder) value(node ast.Node, v reflect.Value, parent string) error {
 		var errs []error
 		v.Set(reflect.MakeSlice(v.Type(), len(list.Values), len(list.Values)))
 		for i, e := range list.Values {
-			if errs = append(errs, d.value(e, v.Index(i), parent)); d.values > maxValues {
-				break
-			}
+			errs = append(errs, d.value(e, v.Index(i), parent))
 		}
 		return errors.Join(errs...)
 	}
@@ -181,7 +185,7 @@ func (d *decoder) mapping(node ast.Node, v reflect.Value, parent string) error {
 		keys = KeysOf(v.Type())
 	}
 	seen := map[string]bool{}
-	for i := m.MapRange(); i.Next() && d.values <= maxValues; {
+	for i := m.MapRange(); i.Next() && !d.over(); {
 		if i.Key().IsMergeKey() {
 			continue
 		}

@@ -111,7 +111,7 @@ func (f *File) Find(path []string) (t *token.Token, depth int) {
 			t = key
 		}
 	}
-	if scalar, ok := node.(ast.ScalarNode); ok {
+	if scalar, ok := bare(node).(ast.ScalarNode); ok {
 		t = scalar.GetToken()
 	}
 	return t, depth

@@ -83,7 +83,7 @@ func TestDecode(t *testing.T) {
 
 func TestFaults(t *testing.T) {
 	for text, want := range map[string][]string{
-		"txt: a\nbelow: [{lst: []}]\n":     {"x.yaml:1:1: unknown key \"txt\"; is it text?", "x.yaml:2:9: unknown key \"lst\" of below; is it list?"},
+		"txt: a\nbelow: [{lst: []}]\n":     {"x.yaml:1:1: unknown key \"txt\"; is it text?", "x.yaml:2:10: unknown key \"lst\" of below; is it list?"},
 		"yes: maybe\nsmall: [1]\n":         {":1:6: true or false is wanted here, and not a text", ":2:8: a number is wanted here, and not a list"},
 		"small: 256\n":                     {":1:8: 256 is too large or too small"},
 		"small: -1\n":                      {":1:8: -1 is too large or too small"},
@@ -95,7 +95,7 @@ func TestFaults(t *testing.T) {
 		"wait: soon\nday: never\n":         {":1:7: time: invalid duration", ":2:6: \"never\" is no day"},
 		"text: *a\n":                       {":1:8: no anchor &a is above"},
 		"text: !x a\n":                     {":1:7: !x is a tag, and none belongs here"},
-		"below:\n- <<: *a\n":               {":2:7: no anchor &a is above"},
+		"below:\n- <<: *a\n":               {":2:8: no anchor &a is above"},
 		"below:\n- <<: 5\n":                {":2:7: a mapping of keys is wanted here, and not a number"},
 		"text: a\ntext: b\n":               {":2:1:", "text"},
 		"text: a\n---\ntext: b\n":          {":3:1: a second document"},
@@ -126,13 +126,12 @@ func bomb(first, each, ref string, levels int) string {
 // hostile are files that take the YAML library, or a plain reader of what it has read,
 // gigabytes or minutes.
 func hostile() map[string]string {
-	deep := ""
+	var deep, keys strings.Builder
 	for i := range 1000 {
-		deep += strings.Repeat(" ", i) + "a:\n"
+		deep.WriteString(strings.Repeat(" ", i) + "a:\n")
 	}
-	keys := ""
 	for i := range 100_000 {
-		keys += fmt.Sprintf("k%d:\n", i)
+		fmt.Fprintf(&keys, "k%d:\n", i)
 	}
 	return map[string]string{
 		"[":                strings.Repeat("[", 200_000),
@@ -145,12 +144,12 @@ func hostile() map[string]string {
 		"tags":             "text: " + strings.Repeat("!a ", 200_000),
 		"anchors":          "text: " + strings.Repeat("&a ", 200_000),
 		"anchors on lines": "text: " + strings.Repeat("&a\n", 200_000),
-		"lines":            deep,
-		"keys":             keys,
+		"lines":            deep.String(),
+		"keys":             keys.String(),
 		"empty lines":      "text: |\n a" + strings.Repeat("\n", 500_000),
 		"lines of blanks":  "text: >\n a" + strings.Repeat("\n \t", 200_000),
 		"aliases":          bomb("{}", "{below: [%s]}", "*a%d", 300),
-		"aliases of lists": "list: &l [" + strings.Repeat("a,", 100_000) + "a]\nbelow: [" + strings.Repeat("{list: *l},", 50_000) + "]\n",
+		"aliases of lists": "list: &l [" + strings.Repeat("a,", 100_000) + "a]\nbelow: [" + strings.Repeat("{list: *l },", 50_000) + "]\n",
 		"merges":           bomb("{}", "{<<: [%s]}", "*a%d", 300),
 		"size":             strings.Repeat("#\n", MaxSize/2+1),
 	}

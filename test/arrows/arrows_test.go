@@ -40,6 +40,7 @@ var arrows = []struct{ from, to, reason string }{
 	{"cmd/imdsgate", "iptables", "prints, installs and removes the redirect without the daemon"},
 	{"cmd/imdsgate", "policy", "knows the mode that the configuration asks for, the fields that events have, and checks rules"},
 	{"cmd/imdsgate", "policy/policytest", "tests a policy"},
+	{"cmd/imdsgate", "policy/yamlfile", "shows what is wrong in a file, and where"},
 	{"cmd/imdsgate", "policy/eql", "explains a query"},
 	{"cmd/imdsgate", "policy/replay", "tries a policy on what was recorded"},
 	{"cmd/imdsgate", "policy/eql/ndjson", "searches files of events"},
@@ -52,7 +53,7 @@ var arrows = []struct{ from, to, reason string }{
 	{"cmd/config", "event/sink", "has its settings"},
 	{"cmd/config", "iptables", "has its settings"},
 	{"cmd/config", "policy", "has its settings"},
-	{"cmd/config", "policy/eql/syntax", "guesses what a key was meant to be"},
+	{"cmd/config", "policy/yamlfile", "takes files apart"},
 	{"cmd/config", "proxy/imds", "knows the classes of requests"},
 	{"cmd/report", "event", "shows processes, and the request that is explained"},
 	{"cmd/report", "event/sink", "shows its counters"},
@@ -76,10 +77,13 @@ var arrows = []struct{ from, to, reason string }{
 	{"policy", "policy/eql/syntax", "moves errors to the line of the file"},
 	{"policy", "policy/kql", "runs rules"},
 	{"policy", "policy/firstseen", "remembers what is new to a rule"},
+	{"policy", "policy/yamlfile", "takes profiles apart"},
+	{"policy/yamlfile", "policy/eql/syntax", "guesses what a key was meant to be, and shows a line as errors of rules do"},
 	{"policy/replay", "event", "reads records back"},
 	{"policy/replay", "policy", "judges them again"},
 	{"policy/policytest", "event", "makes the records that are judged"},
 	{"policy/policytest", "policy", "is what is tested"},
+	{"policy/policytest", "policy/yamlfile", "takes files of cases apart"},
 	{"policy/policytest", "proxy/http1", "reads requests as the relay does"},
 	{"policy/policytest", "proxy/imds", "classifies them as the relay does"},
 	{"policy/eql", "policy/eql/syntax", "compiles what was parsed"},
@@ -96,7 +100,7 @@ var arrows = []struct{ from, to, reason string }{
 }
 
 // portable packages build on the laptops on which rules are written, and events searched.
-var portable = []string{"policy", "policy/eql", "policy/eql/syntax", "policy/eql/ndjson", "policy/kql", "policy/firstseen", "policy/replay", "policy/policytest", "event", "event/scan", "event/sink", "proxy/http1", "proxy/imds", "cmd/imdsgate"}
+var portable = []string{"policy", "policy/eql", "policy/eql/syntax", "policy/eql/ndjson", "policy/kql", "policy/firstseen", "policy/replay", "policy/policytest", "policy/yamlfile", "event", "event/scan", "event/sink", "proxy/http1", "proxy/imds", "cmd/imdsgate"}
 
 type listed struct {
 	ImportPath string
