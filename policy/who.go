@@ -87,20 +87,8 @@ func (API) of(q *event.Request) API {
 // OneOrMore is a text or a list of texts.
 type OneOrMore []string
 
-// UnmarshalYAML reads either.
-func (o *OneOrMore) UnmarshalYAML(decode func(any) error) error {
-	var list []string
-	if err := decode(&list); err == nil {
-		*o = list
-		return nil
-	}
-	var one string
-	if err := decode(&one); err != nil {
-		return err
-	}
-	*o = OneOrMore{one}
-	return nil
-}
+// OrOne lets one text stand for a list.
+func (*OneOrMore) OrOne() {}
 
 // MarshalYAML writes one as a text.
 func (o OneOrMore) MarshalYAML() (any, error) {

@@ -72,9 +72,9 @@ const (
 
 var evidenceNames = [...]string{Complete: "complete", Incomplete: "incomplete"}
 
-// UnmarshalYAML reads the name of an Evidence.
-func (e *Evidence) UnmarshalYAML(decode func(any) error) error {
-	return named(e, "evidence", evidenceNames[:], decode)
+// UnmarshalText reads the name of an Evidence.
+func (e *Evidence) UnmarshalText(text []byte) error {
+	return named(e, "evidence", evidenceNames[:], text)
 }
 
 // Expect is what a case expects. What is not set may be anything.
@@ -106,9 +106,9 @@ var verdictNames = [...]string{Allow: "allow", Deny: "deny"}
 
 func (v Verdict) String() string { return verdictNames[v] }
 
-// UnmarshalYAML reads the name of a Verdict.
-func (v *Verdict) UnmarshalYAML(decode func(any) error) error {
-	return named(v, "verdict", verdictNames[:], decode)
+// UnmarshalText reads the name of a Verdict.
+func (v *Verdict) UnmarshalText(text []byte) error {
+	return named(v, "verdict", verdictNames[:], text)
 }
 
 // Alert is which rules raise an alert: any, none, or exactly these.

@@ -37,26 +37,21 @@ const (
 	V1
 )
 
-// UnmarshalYAML reads the name of an API.
-func (a *API) UnmarshalYAML(decode func(any) error) error {
-	return named(a, "api", []string{V2: "v2", V1: "v1"}, decode)
+// UnmarshalText reads the name of an API.
+func (a *API) UnmarshalText(text []byte) error {
+	return named(a, "api", []string{V2: "v2", V1: "v1"}, text)
 }
 
 // Endpoint is where a request is sent.
 type Endpoint struct{ netip.AddrPort }
 
-// UnmarshalYAML reads an address, with a port unless that is 80.
-func (e *Endpoint) UnmarshalYAML(decode func(any) error) error {
-	var text string
-	err := decode(&text)
-	if err != nil {
-		return err
-	}
-	if a, err := netip.ParseAddr(text); err == nil {
+// UnmarshalText reads an address, with a port unless that is 80.
+func (e *Endpoint) UnmarshalText(text []byte) (err error) {
+	if a, err := netip.ParseAddr(string(text)); err == nil {
 		e.AddrPort = netip.AddrPortFrom(a, 80)
 		return nil
 	}
-	if e.AddrPort, err = netip.ParseAddrPort(text); err != nil {
+	if e.AddrPort, err = netip.ParseAddrPort(string(text)); err != nil {
 		return fmt.Errorf("endpoint %q is not an address, as 169.254.169.254 or [fd00:ec2::254]:80", text)
 	}
 	return nil
@@ -65,23 +60,12 @@ func (e *Endpoint) UnmarshalYAML(decode func(any) error) error {
 // Requests is one request or several.
 type Requests []Request
 
-// UnmarshalYAML reads one or a list.
-func (r *Requests) UnmarshalYAML(decode func(any) error) error {
-	if kindOf(decode) == list {
-		type plain Requests
-		return decode((*plain)(r))
-	}
-	*r = make(Requests, 1)
-	return decode(&(*r)[0])
-}
+// OrOne lets one request stand for a list.
+func (*Requests) OrOne() {}
 
 // UnmarshalYAML reads a line or a mapping.
 func (r *Request) UnmarshalYAML(decode func(any) error) error {
-	if kindOf(decode) == scalar {
-		line := ""
-		if err := decode(&line); err != nil {
-			return err
-		}
+	if line := ""; decode(&line) == nil {
 		var ok bool
 		if r.Method, r.Path, ok = strings.Cut(line, " "); !ok {
 			r.Method, r.Path = "", line

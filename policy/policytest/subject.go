@@ -25,11 +25,7 @@ func (r Ref) set() bool { return r.Name != "" || r.In != nil }
 
 // UnmarshalYAML reads a name, a path or a Subject.
 func (r *Ref) UnmarshalYAML(decode func(any) error) error {
-	if kindOf(decode) == scalar {
-		var name string
-		if err := decode(&name); err != nil {
-			return err
-		}
+	if name := ""; decode(&name) == nil {
 		if strings.HasPrefix(name, "/") {
 			r.In = &Subject{Executable: &name}
 		} else {
@@ -85,15 +81,8 @@ type Subject struct {
 // Parents are a process and those above, the nearest first.
 type Parents []Ref
 
-// UnmarshalYAML reads one Ref or a list.
-func (p *Parents) UnmarshalYAML(decode func(any) error) error {
-	if kindOf(decode) == list {
-		type plain Parents
-		return decode((*plain)(p))
-	}
-	*p = make(Parents, 1)
-	return decode(&(*p)[0])
-}
+// OrOne lets one Ref stand for a list.
+func (*Parents) OrOne() {}
 
 // systemd is the parent of those who have no other.
 const systemd = "/usr/lib/systemd/systemd"

@@ -6,7 +6,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/goccy/go-yaml/ast"
 	"github.com/imdsgate/imdsgate/policy/yamlfile"
 )
 
@@ -48,12 +47,8 @@ func (f *File) wrong(key, format string, args ...any) error {
 }
 
 // named reads one of an enumeration's names.
-func named[T ~uint8](to *T, what string, names []string, decode decoder) error {
-	var text string
-	if err := decode(&text); err != nil {
-		return err
-	}
-	i := slices.Index(names, text)
+func named[T ~uint8](to *T, what string, names []string, text []byte) error {
+	i := slices.Index(names, string(text))
 	if i < 0 {
 		return fmt.Errorf("unknown %s %q; there are %s", what, text, strings.Join(names, ", "))
 	}
@@ -61,60 +56,22 @@ func named[T ~uint8](to *T, what string, names []string, decode decoder) error {
 	return nil
 }
 
-// decoder reads a value as the YAML library does.
-type decoder = func(any) error
-
 // UnmarshalYAML reads a verdict alone, or a mapping.
 func (e *Expect) UnmarshalYAML(decode func(any) error) error {
-	if kindOf(decode) == scalar {
-		e.Verdict = new(Verdict)
-		return decode(e.Verdict)
+	if decode(new(string)) == nil {
+		return decode(&e.Verdict)
 	}
 	type plain Expect
 	return decode((*plain)(e))
 }
 
-// UnmarshalYAML reads one name or a list.
-func (n *Names) UnmarshalYAML(decode func(any) error) error {
-	if kindOf(decode) == scalar {
-		*n = Names{""}
-		return decode(&(*n)[0])
-	}
-	*n = Names{} // an empty list is none, which is not the same as no list
-	type plain Names
-	return decode((*plain)(n))
-}
+// OrOne lets one name stand for a list.
+func (*Names) OrOne() {}
 
 // UnmarshalYAML reads true, false, or the names of rules.
 func (a *Alert) UnmarshalYAML(decode func(any) error) error {
-	if kindOf(decode) == truth {
-		return decode(&a.Any)
+	if decode(&a.Any) == nil {
+		return nil
 	}
 	return decode(&a.Rules)
-}
-
-// kind is what a value is in YAML.
-type kind uint8
-
-const (
-	other kind = iota
-	scalar
-	truth
-	list
-)
-
-func kindOf(decode decoder) kind {
-	var node ast.Node
-	if decode(&node) != nil {
-		return other
-	}
-	switch node.(type) {
-	case *ast.StringNode, *ast.LiteralNode, *ast.IntegerNode, *ast.FloatNode:
-		return scalar
-	case *ast.BoolNode:
-		return truth
-	case *ast.SequenceNode:
-		return list
-	}
-	return other
 }

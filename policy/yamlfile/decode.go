@@ -40,6 +40,9 @@ func (f *File) Decode(to any) error {
 // think; "" if it does not.
 type Explainer interface{ WhyNot(key string) string }
 
+// OrOne is a list for which one value may stand.
+type OrOne interface{ OrOne() }
+
 type decoder struct {
 	*File
 	anchors map[string]ast.Node
@@ -87,10 +90,6 @@ func (d *decoder) value(node ast.Node, v reflect.Value, parent string) error {
 	switch to := v.Addr().Interface().(type) {
 	case interface{ UnmarshalYAML(func(any) error) error }:
 		return at(to.UnmarshalYAML(func(to any) error {
-			if as, ok := to.(*ast.Node); ok {
-				*as = node
-				return nil
-			}
 			return d.value(node, reflect.ValueOf(to).Elem(), parent)
 		}))
 	case *time.Duration:
@@ -121,13 +120,15 @@ func (d *decoder) value(node ast.Node, v reflect.Value, parent string) error {
 	case reflect.Struct, reflect.Map:
 		return d.mapping(node, v, parent)
 	case reflect.Slice:
-		list, ok := node.(*ast.SequenceNode)
-		if !ok {
+		values := []ast.Node{node}
+		if list, ok := node.(*ast.SequenceNode); ok {
+			values = list.Values
+		} else if _, ok := v.Addr().Interface().(OrOne); !ok {
 			return d.wanted("a list", node)
 		}
 		var errs []error
-		v.Set(reflect.MakeSlice(v.Type(), len(list.Values), len(list.Values)))
-		for i, e := range list.Values {
+		v.Set(reflect.MakeSlice(v.Type(), len(values), len(values)))
+		for i, e := range values {
 			errs = append(errs, d.value(e, v.Index(i), parent))
 		}
 		return errors.Join(errs...)

@@ -40,13 +40,7 @@ func (d *day) UnmarshalText(text []byte) error {
 
 type oneOrMore []string
 
-func (o *oneOrMore) UnmarshalYAML(decode func(any) error) error {
-	if decode((*[]string)(o)) == nil {
-		return nil
-	}
-	*o = make(oneOrMore, 1)
-	return decode(&(*o)[0])
-}
+func (*oneOrMore) OrOne() {}
 
 func read(text string) (d doc, err error) {
 	f, err := Parse("x.yaml", []byte(text))
