@@ -152,34 +152,19 @@ func (c *Config) add(name string, text []byte) error {
 // put sets what a mapping says, below keys of mappings one by one. One that takes in
 // another (<<, or an alias) is set as a whole.
 func put(all, own reflect.Value, node ast.Node) {
+	_, whole := yamlfile.Child(node, "<<")
 	for _, k := range yamlfile.KeysOf(own.Type()) {
 		value, _ := yamlfile.Child(node, k.Name)
-		whole := merges(node)
-		if value == nil && !whole {
+		if value == nil && whole == nil {
 			continue
 		}
 		to, from := all.FieldByIndex(k.Index), own.FieldByIndex(k.Index)
-		if to.Kind() == reflect.Struct && !yamlfile.IsText(to.Type()) && !whole && value.Type() != ast.AliasType {
+		if to.Kind() == reflect.Struct && !yamlfile.IsText(to.Type()) && whole == nil && value.Type() != ast.AliasType {
 			put(to, from, value)
 		} else {
 			to.Set(from)
 		}
 	}
-}
-
-// merges reports whether a mapping takes in another.
-func merges(node ast.Node) bool {
-	switch n := node.(type) {
-	case *ast.AnchorNode:
-		return merges(n.Value)
-	case ast.MapNode:
-		for i := n.MapRange(); i.Next(); {
-			if i.Key().IsMergeKey() {
-				return true
-			}
-		}
-	}
-	return false
 }
 
 // over is a map with what another has in it.

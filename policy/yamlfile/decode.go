@@ -85,7 +85,7 @@ func (d *decoder) value(node ast.Node, v reflect.Value, parent string) error {
 		if errors.As(err, new(*Fault)) || err == nil {
 			return err
 		}
-		return d.At(placeOf(node), err)
+		return d.At(firstToken(node), err)
 	}
 	switch to := v.Addr().Interface().(type) {
 	case interface{ UnmarshalYAML(func(any) error) error }:
@@ -190,7 +190,7 @@ func (d *decoder) mapping(node ast.Node, v reflect.Value, parent string) error {
 		if i.Key().IsMergeKey() {
 			continue
 		}
-		key := keyToken(i.Key())
+		key := i.Key().GetToken()
 		if seen[key.Value] {
 			errs = append(errs, d.At(key, fmt.Errorf("the key %q is there twice", key.Value)))
 		}
@@ -258,22 +258,7 @@ func (d *decoder) wanted(what string, node ast.Node) error {
 	if is == what {
 		is = "a fraction"
 	}
-	return d.At(placeOf(node), fmt.Errorf("%s is wanted here, and not %s", what, is))
-}
-
-// placeOf is where a value is: behind a sign that begins it, at its first key.
-func placeOf(node ast.Node) *token.Token {
-	if _, ok := node.(*ast.SequenceNode); ok {
-		return node.GetToken()
-	}
-	return firstToken(node)
-}
-
-func keyToken(key ast.MapKeyNode) *token.Token {
-	if q, ok := key.(*ast.MappingKeyNode); ok && q.Value != nil {
-		return bare(q.Value).GetToken()
-	}
-	return key.GetToken()
+	return d.At(firstToken(node), fmt.Errorf("%s is wanted here, and not %s", what, is))
 }
 
 // Key is one that a mapping may have.
