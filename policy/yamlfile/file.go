@@ -34,7 +34,8 @@ const (
 	// before it.
 	maxKeys = 2000
 	// maxEmpty is of the empty lines in a row: the library copies a text once for each
-	// that is behind it.
+	// that is behind it. And of the tabs in a line: for each in quotes it looks for the end
+	// of the blanks.
 	maxEmpty = 100
 	// maxValues is of all values, those that an alias stands for each time. A thousand
 	// grants are a tenth of it.
@@ -84,6 +85,9 @@ func Parse(name string, text []byte) (f *File, err error) {
 		if empty > maxEmpty {
 			return nil, f.at(i+1, 1, fmt.Errorf("more than %d empty lines in a row: take some out", maxEmpty))
 		}
+		if strings.Count(line, "\t") > maxEmpty {
+			return nil, f.at(i+1, 1, fmt.Errorf("more than %d tabs in a line: take some out", maxEmpty))
+		}
 	}
 	tokens := lexer.Tokenize(string(text))
 	if fault := f.bounded(tokens); fault != nil {
@@ -127,9 +131,10 @@ func (f *File) bounded(tokens token.Tokens) error {
 		case token.MappingEndType, token.SequenceEndType:
 			brackets, before = max(brackets-1, 0), 0
 		case token.MappingValueType, token.MappingKeyType, token.SequenceEntryType:
-			if before = 0; brackets > 0 {
+			if before++; brackets > 0 { // where only a comma is the end of it
 				break
 			}
+			before = 0
 			at := level{column: t.Position.Column, list: t.Type == token.SequenceEntryType}
 			if t.Type == token.MappingValueType && i > 0 && tokens[i-1].Position.Line == t.Position.Line {
 				at.column = tokens[i-1].Position.Column

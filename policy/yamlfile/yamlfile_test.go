@@ -141,6 +141,8 @@ func hostile() map[string]string {
 		"keys":             keys.String(),
 		"empty lines":      "text: |\n a" + strings.Repeat("\n", 500_000),
 		"lines of blanks":  "text: >\n a" + strings.Repeat("\n \t", 200_000),
+		"tabs":             "text: \"" + strings.Repeat("\t ", 400_000) + "\"\n",
+		"- in brackets":    "list: [" + strings.Repeat("- ", 400_000) + "]\n",
 		"aliases":          bomb("{}", "{below: [%s]}", "*a%d", 300),
 		"aliases of lists": "list: &l [" + strings.Repeat("a,", 100_000) + "a]\nbelow: [" + strings.Repeat("{list: *l },", 50_000) + "]\n",
 		"merges":           bomb("{}", "{<<: [%s]}", "*a%d", 300),
