@@ -40,7 +40,7 @@ func TestPolicyTest(t *testing.T) {
 		code           int
 		stdout, stderr string
 	}{
-		{"beside the configuration", []string{"--config", config}, exitTrouble, "", "d_test.yaml:1:1: unknown field \"case\""},
+		{"beside the configuration", []string{"--config", config}, exitTrouble, "", "d_test.yaml:1:1: unknown key \"case\"; is it cases?"},
 		{"a file", []string{"--config", config, filepath.Join(dir, "a_test.yaml")}, 0, "1 passed, 0 failed, in 1 file\n", ""},
 		{"files once, and a directory", []string{"--config", config, filepath.Join(dir, "a_test.yaml"), filepath.Join(dir, "a_test.yaml"), filepath.Join(dir, "sub")}, 0, "2 passed, 0 failed, in 2 files\n", ""},
 		{"what passes", []string{"--config", config, "-v", filepath.Join(dir, "sub")}, 0, "b_test.yaml:2: granted: GET /latest/user-data\n1 passed", ""},
@@ -54,7 +54,7 @@ func TestPolicyTest(t *testing.T) {
 		{"no such format", []string{"--format", "xml", failing}, exitTrouble, "", "there are human, tap, junit, json"},
 		{"no such file", []string{filepath.Join(dir, "none_test.yaml")}, exitTrouble, "", "none_test.yaml"},
 		{"no cases there", []string{filepath.Dir(elsewhere)}, exitTrouble, "", "no files named *_test.yaml"},
-		{"a wrong file", []string{"--config", config, wrong, failing}, exitTrouble, "", "unknown field"},
+		{"a wrong file", []string{"--config", config, wrong, failing}, exitTrouble, "", "unknown key"},
 	} {
 		var stdout, stderr bytes.Buffer
 		code := run(context.Background(), append([]string{"test"}, c.args...), &stdout, &stderr)
