@@ -56,8 +56,9 @@ for path in ["%s"] * 20 + ["%s", "%s"] + ["%s"] * 3:
 			t.Errorf("%s: %d written and %v counted, of %d", path, whole[path], counted[path], asked)
 		}
 	}
-	// The first is a start of the program, the second the first of its kind.
-	if whole[instanceID] > 4 || whole[role] != 3 || connections != 25 {
+	// The first is a start of the program, the second the first of its kind. On a busy machine
+	// some are of other kinds, such as what was answered before the client was known.
+	if whole[instanceID] > 10 || whole[role] != 3 || connections != 25 {
 		t.Errorf("written: %v, counted: %v, %v connections", whole, counted, connections)
 	}
 }
