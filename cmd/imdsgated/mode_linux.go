@@ -159,20 +159,21 @@ func (d *daemon) setMode(ctx context.Context, q control.Question) (any, error) {
 	d.modes.changing.Lock()
 	defer d.modes.changing.Unlock()
 	before := d.modesNow()
+	back := set.Mode == before.Configured
 	switch {
-	case set.Mode == before.Configured && lasts > 0:
+	case back && lasts > 0:
 		return nil, fmt.Errorf("%w: %s is what the configuration asks for, so that it needs no time to end: leave out --for", control.ErrBadQuestion, set.Mode)
-	case set.Mode == before.Configured && before.Set == nil:
+	case back && before.Set == nil:
 		return before, nil
-	case lasts == 0 && (before.Configured == policy.Enforce || set.Mode == policy.Off): // before is another: see above
+	case !back && lasts == 0 && (before.Configured == policy.Enforce || set.Mode == policy.Off):
 		return nil, fmt.Errorf("%w: %s is the configured mode, and %s protects less: say for how long, as in --for 30m", control.ErrBadQuestion, before.Configured, set.Mode)
 	}
 	set.Configured = before.Configured
 	if lasts > 0 {
 		set.Until = set.Since.Add(lasts)
 	}
-	var next *report.SetMode // nil to go back
-	if set.Mode != before.Configured {
+	var next *report.SetMode
+	if !back {
 		next = set
 	}
 	if err := d.goTo(ctx, set.Mode, next, nil, recorded(by), set.Reason); err != nil {

@@ -125,6 +125,15 @@ func TestModeSet(t *testing.T) {
 		return d.At("imdsgate.mode") == "enforce" && d.At("imdsgate.previous_mode") == "audit"
 	})
 
+	// Back before it is over, as soon as all is well.
+	h.setMode("audit", "--for", "1h")
+	h.asksAs(curl, "200", 0)
+	h.setMode("enforce")
+	h.asksAs(curl, "403", 0)
+	if out, code := h.imdsgate("mode"); code != 0 || !strings.HasPrefix(out, "enforce, since") || strings.Contains(out, "then") {
+		t.Errorf("%d, %s", code, out)
+	}
+
 	// off, through a restart, and back.
 	h.setMode("off", "--for", "8s")
 	if h.redirected() {
@@ -164,6 +173,11 @@ func TestModeSet(t *testing.T) {
 	h.asksAs(curl, "200", 0)
 	if out, code := h.imdsgate("mode", "set", "off", "--reason", "x"); code != 2 || !strings.Contains(out, "audit is the configured mode, and off protects less") {
 		t.Errorf("off without an end: %d, %s", code, out)
+	}
+	h.setMode("off", "--for", "1h")
+	h.setMode("audit")
+	if !h.redirected() {
+		t.Error("back from off before it was over, and there is no redirect")
 	}
 	h.setMode("enforce", "--for", "3s")
 	h.asksAs(curl, "403", 0)
