@@ -104,7 +104,7 @@ func (d *daemon) absent(action, message string, a absence, lasted time.Duration)
 	if a.Why != bySuccess {
 		ev.Kind = event.Integrity
 	}
-	d.spool.Record(ev)
+	d.record(ev)
 }
 
 // afterwards is what the unit runs, as root, when a daemon has ended, whatever ended it.

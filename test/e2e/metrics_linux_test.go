@@ -182,6 +182,23 @@ func TestMetricsUnattributed(t *testing.T) {
 	}
 }
 
+// A time without a daemon is among what the next one has found.
+func TestMetricsAfterDeath(t *testing.T) {
+	t.Parallel()
+	const config = "mode: enforce\nmetrics: {listen: '127.0.0.1:9254'}\n"
+	h := start(t, netlab.Options{}, config)
+	h.Kill()
+	if out, code := h.ended(); code != 0 {
+		t.Fatalf("%d, %s", code, out)
+	}
+	h.startWith(gate.Settings{Config: config, Dir: h.Dir})
+	h.found("requests-held", says("killed KILL"))
+	_, value := h.scrape()
+	if got := value(`imdsgate_integrity_findings_total{action="requests-held"}`); got != 1 {
+		t.Errorf("times without a daemon: %v", got)
+	}
+}
+
 func TestAlertRules(t *testing.T) {
 	promtool(t, "", "check", "rules", alertRules)
 	promtool(t, "", "test", "rules", "../../packaging/prometheus/imdsgate.rules.test.yaml")
