@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -111,8 +112,8 @@ func (d *diagnosis) ofConfig(c config.Config) {
 			d.find("config-writable", failing, err.Error(), "chown root, chmod go-w")
 		}
 	}
-	for _, path := range c.Rules.Paths {
-		for _, err := range ownedByRoot("/", path, "so that he makes the rules") {
+	for _, dir := range c.Rules.Paths {
+		for _, err := range ownedByRoot("/", dir, "so that he makes the rules") {
 			d.find("rules-writable", failing, err.Error(), "chown root, chmod go-w")
 		}
 	}
@@ -229,7 +230,10 @@ func (d *diagnosis) ofAgents(o *options, c config.Config, rules iptables.Config)
 			continue
 		}
 		for _, g := range p.Grants {
-			if i := slices.IndexFunc(g.Executable, func(exe string) bool { _, tool := policy.Tool(exe); return !tool && running[exe] && !granted[exe] }); i >= 0 {
+			if i := slices.IndexFunc(g.Executable, func(exe string) bool {
+				_, tool := policy.Tool(exe)
+				return !tool && !granted[exe] && runs(exe, running)
+			}); i >= 0 {
 				d.find("profile-missing", doubtful, fmt.Sprintf("%s runs (%s) and has no grant; without one, in enforce mode: %s", name, g.Executable[i], p.Without), "profiles: ["+name+"]")
 				break
 			}
@@ -241,10 +245,29 @@ func (d *diagnosis) ofAgents(o *options, c config.Config, rules iptables.Config)
 			break
 		}
 	}
-	if addrs, err := netlink.AddrList(nil, unix.AF_INET); err == nil && slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return a.IP.String() == "169.254.170.23" }) &&
-		!slices.Contains(rules.Endpoints, netip.MustParseAddrPort("169.254.170.23:80")) {
-		d.find("container-endpoint", doubtful, "the EKS Pod Identity agent gives credentials to pods at 169.254.170.23:80, which nobody judges", "redirect.endpoints, docs/relay.md")
+	addrs, err := netlink.AddrList(nil, unix.AF_UNSPEC)
+	if err != nil {
+		d.leave("the EKS Pod Identity agent: " + err.Error())
 	}
+	for _, endpoint := range []string{"169.254.170.23:80", "[fd00:ec2::23]:80"} {
+		e := netip.MustParseAddrPort(endpoint)
+		if slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return a.IP.Equal(e.Addr().AsSlice()) }) && !slices.Contains(rules.Endpoints, e) {
+			d.find("container-endpoint", doubtful, "the EKS Pod Identity agent gives credentials to pods at "+endpoint+", which nobody judges", "redirect.endpoints, docs/relay.md")
+		}
+	}
+}
+
+// runs reports whether a program runs that a grant names, in which a star is one directory.
+func runs(named string, running map[string]bool) bool {
+	if !strings.Contains(named, "*") {
+		return running[named]
+	}
+	for exe := range running {
+		if is, err := path.Match(named, exe); err == nil && is {
+			return true
+		}
+	}
+	return false
 }
 
 // executables are those of all processes that can be looked at.
@@ -256,7 +279,7 @@ func executables() (map[string]bool, error) {
 	all := map[string]bool{}
 	for _, e := range entries {
 		if exe, err := os.Readlink("/proc/" + e.Name() + "/exe"); err == nil {
-			all[exe] = true
+			all[strings.TrimSuffix(exe, " (deleted)")] = true // it was upgraded since
 		}
 	}
 	return all, nil

@@ -3,9 +3,11 @@ package e2e
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -25,9 +27,16 @@ type examined struct {
 // namespaces of all that it sees, and the machine's own is none of the lab's business.
 func (h *host) doctor(args ...string) examined {
 	h.t.Helper()
+	return h.doctorWith(h.Config, "", args...)
+}
+
+// doctorWith runs it with a configuration after a script, in a mount namespace that only
+// the two see.
+func (h *host) doctorWith(config, script string, args ...string) examined {
+	h.t.Helper()
 	var e examined
 	// A process of each container, which it sees.
-	script := `exec "$@"`
+	script += "\n" + `exec "$@"`
 	cmd := exec.Command("unshare", "--fork", "--pid", "--mount-proc", "--kill-child", "--", "sh", "-ec")
 	for _, n := range []*netlab.Namespace{h.Bridged, h.Routed} {
 		if n == nil {
@@ -41,7 +50,7 @@ func (h *host) doctor(args ...string) examined {
 		cmd.ExtraFiles = append(cmd.ExtraFiles, f)
 		script = fmt.Sprintf("nsenter --net=/proc/self/fd/%d -- sleep 60 >/dev/null 2>&1 & sleep 0.3; ", 2+len(cmd.ExtraFiles)) + script
 	}
-	cmd.Args = append(cmd.Args, script, "sh", h.gate.Command, "--config", h.Config, "doctor", "--json")
+	cmd.Args = append(cmd.Args, script, "sh", h.gate.Command, "--config", config, "doctor", "--json")
 	cmd.Args = append(cmd.Args, args...)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
@@ -58,13 +67,16 @@ func (h *host) doctor(args ...string) examined {
 	return e
 }
 
-func (e examined) has(id string) bool {
+func (e examined) has(id string) bool { return e.message(id) != "" }
+
+// message is what the findings of an ID say.
+func (e examined) message(id string) (all string) {
 	for _, f := range e.Findings {
 		if f.ID == id {
-			return true
+			all += f.Message + "\n"
 		}
 	}
-	return false
+	return all
 }
 
 // past are the ways that got past the daemon.
@@ -204,5 +216,60 @@ func TestDoctorWithoutDaemon(t *testing.T) {
 	})
 	if e := h.doctor("--preflight"); !e.has("redirect-lock") || e.code != 1 {
 		t.Errorf("a lock: %d\n%s", e.code, e.text)
+	}
+}
+
+// What can be wrong with a host, a configuration or a daemon, one thing at a time.
+func TestDoctorFinds(t *testing.T) {
+	t.Parallel()
+	h := start(t, netlab.Options{}, "")
+	h.Stop()
+	dir := t.TempDir()
+	profiles, err := filepath.Abs("../../packaging/profiles")
+	if err != nil {
+		t.Fatal(err)
+	}
+	write := func(name, text string, mode os.FileMode) {
+		t.Helper()
+		name = filepath.Join(dir, name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o755), os.WriteFile(name, []byte(text), mode), os.Chmod(name, mode)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("readable.ndjson", "", 0o644)
+	write("rules/x.toml", "", 0o666)
+	in := strings.NewReplacer("DIR", dir, "PROFILES", profiles)
+	find := func(config, script string) examined {
+		write("config.yaml", "mode: audit\n"+in.Replace(config), 0o644)
+		return h.doctorWith(filepath.Join(dir, "config.yaml"), in.Replace(script), "--preflight")
+	}
+	clean := find("profile_paths: [PROFILES]\n", "")
+	const expired = "grants:\n- {name: old, executable: /usr/sbin/cron, user: root, owner: x, reason: x, expires: 2020-01-01}\n"
+	for _, c := range []struct{ id, config, script, says string }{
+		{"config-refused", "grants: [{name: x}]\n", "", "executable"},
+		{"rules-writable", "rules: {paths: [DIR/rules/x.toml], skip_refused: true}\n", "", "x.toml is writable by others"},
+		{"grant-expired", expired, "", "grant old"},
+		{"defend-twice", "events: {layout: defend}\n", "mount -t tmpfs tmpfs /opt; mkdir -p /opt/Elastic/Endpoint", "twice"},
+		{"events-readable", "events: {path: DIR/readable.ndjson}\n", "", "readable.ndjson"},
+		{"spool-space", "events: {path: DIR/rules/events.ndjson}\n", "mount -t tmpfs -o size=1m tmpfs DIR/rules", "1 MB free"},
+		{"spool-read-only", "events: {path: DIR/rules/events.ndjson}\n", "mount -t tmpfs -o ro tmpfs DIR/rules", "read-only"},
+		{"machine-id", "", "[ ! -e /etc/machine-id ] || mount --bind /dev/null /etc/machine-id", "machine-id"},
+		{"hidepid", "", "mount -t proc -o hidepid=2 proc /proc", "hidepid="},
+		{"selinux-denied", "", "mount -t tmpfs tmpfs /sys/fs; mkdir /sys/fs/selinux; echo 1 >/sys/fs/selinux/enforce; mount -t tmpfs tmpfs /var/log; mkdir /var/log/audit\n" +
+			`echo 'type=AVC msg=audit(1.1:1): avc:  denied  { bpf } for pid=1 comm="imdsgated" scontext=x' >/var/log/audit/audit.log`, "{ bpf }"},
+		{"profile-missing", "profile_paths: [PROFILES]\n", "mount -t tmpfs tmpfs /opt; mkdir -p /opt/datadog-agent/bin/agent; cp /bin/sleep /opt/datadog-agent/bin/agent/agent; /opt/datadog-agent/bin/agent/agent 60 >/dev/null 2>&1 & sleep 0.3", "datadog-agent runs"},
+		// By a pattern, and its file is not there any more.
+		{"profile-missing", "profile_paths: [PROFILES]\n", "mount -t tmpfs tmpfs /opt; a=/opt/Elastic/Agent/data/elastic-agent-9.1.0-abc; mkdir -p $a/components; cp /bin/sleep $a/components/agentbeat; $a/components/agentbeat 60 >/dev/null 2>&1 & sleep 0.3; rm $a/components/agentbeat", "elastic-agent runs"},
+		{"container-endpoint", "profile_paths: [PROFILES]\n", "mount -t tmpfs tmpfs /usr/libexec; cp /bin/sleep /usr/libexec/amazon-ecs-init; /usr/libexec/amazon-ecs-init 60 >/dev/null 2>&1 & sleep 0.3", "169.254.170.2:80"},
+		{"container-endpoint", "profile_paths: [PROFILES]\n", "ip -6 addr add fd00:ec2::23/128 dev lo", "[fd00:ec2::23]:80"},
+		{"iptables-missing", "", "mount -t tmpfs tmpfs /usr/sbin", "iptables"},
+	} {
+		e := find(c.config, c.script)
+		if m := e.message(c.id); !strings.Contains(m, c.says) {
+			t.Errorf("after %q, with %q: %s: %q\n%s", c.script, c.config, c.id, m, e.text)
+		}
+		if c.id != "machine-id" && clean.has(c.id) { // the machine that this runs on may have none
+			t.Errorf("%s is always there: %s", c.id, clean.text)
+		}
 	}
 }
