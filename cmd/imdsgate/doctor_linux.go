@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net/http"
 	"net/netip"
 	"os"
 	"path"
@@ -160,6 +161,7 @@ func (d *diagnosis) ofHost() {
 	if text := strings.TrimSpace(string(id)); err != nil || len(text) != 32 || strings.Trim(text, "0") == "" {
 		d.find("machine-id", doubtful, "/etc/machine-id is missing or not one: host.id of events changes with each boot", "systemd-machine-id-setup; an image has an empty one, so that each instance makes its own")
 	}
+	d.ofCapabilities()
 	var now unix.Timex
 	if _, err := unix.Adjtimex(&now); err == nil && now.Status&unix.STA_UNSYNC != 0 {
 		d.find("clock-unsynchronised", doubtful, "nobody keeps the clock: times of events, and ends of grants and decisions, are as wrong as it is", "chrony with 169.254.169.123")
@@ -183,6 +185,36 @@ func (d *diagnosis) ofHost() {
 					break
 				}
 			}
+		}
+	}
+}
+
+// ofCapabilities looks at what the first process may have at all, which is what systemd has
+// to give: in a container some are missing.
+func (d *diagnosis) ofCapabilities() {
+	status, err := os.ReadFile("/proc/1/status")
+	_, text, _ := strings.Cut(string(status), "\nCapBnd:")
+	text, _, _ = strings.Cut(text, "\n")
+	bounding, parseErr := strconv.ParseUint(strings.TrimSpace(text), 16, 64)
+	if err := errors.Join(err, parseErr); err != nil {
+		d.leave("capabilities that systemd can give: " + err.Error())
+		return
+	}
+	for _, c := range []struct {
+		number   int
+		name     string
+		severity severity
+		without  string
+	}{
+		{unix.CAP_NET_ADMIN, "CAP_NET_ADMIN", failing, "the daemon does not start"},
+		{unix.CAP_NET_RAW, "CAP_NET_RAW", failing, "the daemon does not start"},
+		{unix.CAP_SYS_PTRACE, "CAP_SYS_PTRACE", failing, "the daemon does not start"},
+		{unix.CAP_DAC_READ_SEARCH, "CAP_DAC_READ_SEARCH", failing, "the daemon does not start"},
+		{unix.CAP_BPF, "CAP_BPF", doubtful, "attribution stays at level 1"},
+		{unix.CAP_PERFMON, "CAP_PERFMON", doubtful, "attribution stays at level 2"},
+	} {
+		if bounding>>c.number&1 == 0 {
+			d.find("capability-missing", c.severity, "no process here can have "+c.name+" (CapBnd of process 1): "+c.without, "imdsgate belongs on the host, not into a container; SECURITY.md says what each capability is for")
 		}
 	}
 }
@@ -287,6 +319,9 @@ func executables() (map[string]bool, error) {
 
 const (
 	nobody = 65534
+	// maxSkew is what AWS takes no offence at (it allows five minutes) and what is found in
+	// records all the same.
+	maxSkew = time.Minute
 	// maxNamespaces bounds how many other network namespaces are tried from.
 	maxNamespaces = 32
 )
@@ -321,9 +356,10 @@ func (d *diagnosis) attack(ctx context.Context, client *control.Client, rules ip
 			endpoints = append(endpoints, e)
 		}
 	}
+	inside := place{as: "root of a user namespace", from: ordinary.from, uid: ordinary.uid, userns: true}
 	for _, e := range endpoints {
 		device := deviceTo(e.Addr())
-		batches = append(batches, batch{ordinary, ways(e, rules.Mark, device, false, nonce)})
+		batches = append(batches, batch{ordinary, ways(e, rules.Mark, device, false, nonce)}, batch{inside, ways(e, rules.Mark, device, true, nonce)})
 		if root {
 			batches = append(batches, batch{here, ways(e, rules.Mark, device, true, nonce)})
 		}
@@ -377,18 +413,21 @@ func (d *diagnosis) attack(ctx context.Context, client *control.Client, rules ip
 
 // judge makes findings of what came of the attempts.
 func (d *diagnosis) judge(judging bool, each func(func(place, attempt, outcome, bool))) {
-	answered, past := 0, map[string][]string{}
+	answered, past, behind := 0, map[string][]string{}, time.Duration(0)
 	each(func(p place, a attempt, o outcome, seen bool) {
 		t := probed{Way: a.Way, As: p.as, From: p.from, Result: noAnswer, Detail: o.Error}
 		if o.Status != 0 {
 			answered++
 			t.Detail = strconv.Itoa(o.Status)
+			if o.Status != http.StatusForbidden && o.Behind.Abs() > behind.Abs() { // that may be the daemon's, by this clock
+				behind = o.Behind
+			}
 			if t.Result = wasSeen; !seen {
 				t.Result = gotPast
 				key := a.To.Addr().String() + " from " + p.from
 				past[key] = append(past[key], fmt.Sprintf("%s, as %s", strings.TrimPrefix(a.Way, a.To.String()+" "), p.as))
 			}
-			if strings.HasSuffix(a.Way, " plainly") && a.To.Addr().Is4() && p.netns == "" && p.as != "root" {
+			if strings.HasSuffix(a.Way, " plainly") && a.To.Addr().Is4() && p.netns == "" && p.as != "root" && !p.userns {
 				switch o.Status {
 				case 404:
 					d.find("imds-v1", doubtful, "the service answers without a session token: a proxy that can be made to fetch a URL gets credentials (IMDSv1)", "aws ec2 modify-instance-metadata-options --http-tokens required")
@@ -416,6 +455,13 @@ func (d *diagnosis) judge(judging bool, each func(func(place, attempt, outcome, 
 			message, fix = "requests to "+key+" are answered, and no daemon judges them", "start imdsgated"
 		}
 		d.find("got-past", failing, message, fix)
+	}
+	if behind.Abs() > maxSkew {
+		side := "behind"
+		if behind < 0 {
+			side = "ahead of"
+		}
+		d.find("clock-wrong", doubtful, fmt.Sprintf("the clock is %v %s that of the service: times of events, and ends of grants and decisions, are as wrong", behind.Abs().Round(time.Second), side), "chrony with 169.254.169.123")
 	}
 	if answered == 0 {
 		d.find("imds-silent", doubtful, "the metadata service answers nobody: this is no instance, it is off, or something keeps everybody from it", "aws ec2 describe-instances: MetadataOptions.HttpEndpoint; ip route get 169.254.169.254")

@@ -41,6 +41,7 @@ type attempt struct {
 // outcome is what came of it.
 type outcome struct {
 	Status int
+	Behind time.Duration // the clock here, behind that of whoever answered; 0 if he said no time
 	Error  string
 }
 
@@ -48,32 +49,36 @@ type outcome struct {
 const attemptTakes = 2 * time.Second
 
 // make connects as the attempt says, and asks.
-func (a attempt) make() (o outcome) {
-	status, err := a.ask()
+func (a attempt) make() outcome {
+	o, err := a.ask()
 	if err != nil {
-		return outcome{Error: err.Error()}
+		o.Error = err.Error()
 	}
-	return outcome{Status: status}
+	return o
 }
 
-func (a attempt) ask() (status int, err error) {
+func (a attempt) ask() (o outcome, err error) {
 	fd, err := a.connect()
 	if err != nil {
-		return 0, err
+		return o, err
 	}
 	conn := os.NewFile(uintptr(fd), "probe")
 	defer conn.Close()
 	if err := conn.SetDeadline(time.Now().Add(attemptTakes)); err != nil {
-		return 0, err
+		return o, err
 	}
 	if _, err := io.WriteString(conn, a.Request); err != nil {
-		return 0, err
+		return o, err
 	}
 	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
 	if err != nil {
-		return 0, err
+		return o, err
 	}
-	return resp.StatusCode, nil
+	o.Status = resp.StatusCode
+	if date, err := http.ParseTime(resp.Header.Get("Date")); err == nil {
+		o.Behind = time.Until(date)
+	}
+	return o, nil
 }
 
 // connect returns a socket that does not block. Package net would turn a mapped address
@@ -150,6 +155,7 @@ func newAttempt() *cobra.Command {
 type place struct {
 	as, from string
 	uid      int    // -1: as who runs doctor
+	userns   bool   // as root of a user namespace that is made for them
 	netns    string // path; "" is this one
 }
 
@@ -171,11 +177,21 @@ func (p place) try(ctx context.Context, all []attempt) ([]outcome, error) {
 	cmd.Stdin = bytes.NewReader(in)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if p.uid >= 0 {
+	if p.uid >= 0 && !p.userns {
 		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(p.uid), Gid: uint32(p.uid)}
 	}
 	if p.netns == newNamespace {
 		cmd.SysProcAttr.Cloneflags = syscall.CLONE_NEWNET
+	}
+	if p.userns {
+		uid, gid := p.uid, p.uid
+		if uid < 0 {
+			uid, gid = os.Geteuid(), os.Getegid()
+		}
+		cmd.SysProcAttr.Cloneflags = syscall.CLONE_NEWUSER
+		cmd.SysProcAttr.Credential = &syscall.Credential{NoSetGroups: true}
+		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{HostID: uid, Size: 1}}
+		cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{HostID: gid, Size: 1}}
 	}
 	if err := p.within(cmd.Start); err != nil {
 		return nil, fmt.Errorf("try as %s from %s: %w", p.as, p.from, err)

@@ -11,7 +11,9 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/imdsgate/imdsgate/proxy/imds/imdstest"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
 )
 
@@ -121,11 +123,17 @@ func TestDoctor(t *testing.T) {
 				if strings.Contains(p.From, "sleep") && strings.HasSuffix(p.Way, "plainly") && p.Result != "recorded" {
 					t.Errorf("a container: %+v", p)
 				}
+				if p.As == "root of a user namespace" && (strings.HasSuffix(p.Way, "plainly") && p.Result != "recorded" || strings.Contains(p.Way, "mark") && !strings.Contains(p.Detail, "SO_MARK")) {
+					t.Errorf("a user namespace: %+v", p)
+				}
+			}
+			if mode == "audit" && !e.has("imds-v1") || e.has("clock-wrong") {
+				t.Errorf("about the service: %s", e.text)
 			}
 			if !strings.Contains(e.text, "the network namespace of sleep") {
 				t.Error("nothing was tried from containers")
 			}
-			for _, want := range []string{"ordinary user", "root", "mark of the daemon", "bound to eth0", "::ffff:", "2852039166", "0251.0376", "new network namespace", "[fd00:ec2::254]:80", "escape"} {
+			for _, want := range []string{"ordinary user", "root", "mark of the daemon", "bound to eth0", "root of a user namespace", "::ffff:", "2852039166", "0251.0376", "new network namespace", "[fd00:ec2::254]:80", "escape"} {
 				if !strings.Contains(e.text, want) {
 					t.Errorf("nothing was tried with %s", want)
 				}
@@ -262,6 +270,7 @@ func TestDoctorFinds(t *testing.T) {
 		{"profile-missing", "profile_paths: [PROFILES]\n", "mount -t tmpfs tmpfs /opt; a=/opt/Elastic/Agent/data/elastic-agent-9.1.0-abc; mkdir -p $a/components; cp /bin/sleep $a/components/agentbeat; $a/components/agentbeat 60 >/dev/null 2>&1 & sleep 0.3; rm $a/components/agentbeat", "elastic-agent runs"},
 		{"container-endpoint", "profile_paths: [PROFILES]\n", "mount -t tmpfs tmpfs /usr/libexec; cp /bin/sleep /usr/libexec/amazon-ecs-init; /usr/libexec/amazon-ecs-init 60 >/dev/null 2>&1 & sleep 0.3", "169.254.170.2:80"},
 		{"container-endpoint", "profile_paths: [PROFILES]\n", "ip -6 addr add fd00:ec2::23/128 dev lo", "[fd00:ec2::23]:80"},
+		{"capability-missing", "", `set -- setpriv --bounding-set=-bpf "$@"`, "CAP_BPF"},
 		{"iptables-missing", "", "mount -t tmpfs tmpfs /usr/sbin", "iptables"},
 	} {
 		e := find(c.config, c.script)
@@ -271,5 +280,38 @@ func TestDoctorFinds(t *testing.T) {
 		if c.id != "machine-id" && clean.has(c.id) { // the machine that this runs on may have none
 			t.Errorf("%s is always there: %s", c.id, clean.text)
 		}
+	}
+}
+
+// What the daemon knows to be wrong, doctor says; and what the service knows of the clock.
+func TestDoctorAsksOthers(t *testing.T) {
+	t.Parallel()
+	h := prepare(t, netlab.Options{IMDS: &imdstest.Config{Now: func() time.Time { return time.Now().Add(-time.Hour) }}})
+	ln, err := h.Instance.Listen(t.Context(), nil, "tcp", "127.0.0.1:9254")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	rule := filepath.Join(t.TempDir(), "no.toml")
+	if err := os.WriteFile(rule, []byte("[rule]\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	h.start("metrics: {listen: '127.0.0.1:9254'}\nrules: {paths: [" + rule + "], skip_refused: true}\nattribution: {uncovered: report}\n" +
+		"grants:\n- {name: soon, executable: /usr/sbin/cron, user: root, owner: x, reason: x, expires: " + time.Now().AddDate(0, 0, 3).Format(time.DateOnly) + "}\n")
+	e := h.doctor()
+	for id, says := range map[string]string{
+		"mode-audit": "audit", "metrics-not-served": "address already in use", "rules-skipped": "left out", "grant-expiring": "grant soon",
+		"not-covered": "namespaces", "clock-wrong": "the clock is 1h0m", "imds-v1": "",
+	} {
+		if m := e.message(id); m == "" || !strings.Contains(m, says) {
+			t.Errorf("%s: %q\n%s", id, m, e.text)
+		}
+	}
+	if m := e.message("clock-wrong"); !strings.Contains(m, "ahead of that of the service") {
+		t.Error(m)
+	}
+	h.setMode("off", "--for", "5m")
+	if e := h.doctor(); !e.has("mode-off") || !e.has("got-past") || e.code != 1 {
+		t.Errorf("mode off: %d\n%s", e.code, e.text)
 	}
 }
