@@ -41,6 +41,8 @@ as 0755 "$here/images/seal.sh" /usr/lib/imdsgate/seal-image
 put 0644 "$here/config.schema.json" /usr/share/imdsgate
 put 0644 "$here"/apparmor/* /usr/share/imdsgate/apparmor
 put 0644 "$here"/selinux/* /usr/share/imdsgate/selinux
+put 0644 "$here"/grafana/* /usr/share/imdsgate/grafana
+put 0644 "$here"/prometheus/imdsgate.rules.yaml /usr/share/imdsgate/prometheus
 
 install -d -m 0750 "$root/etc/imdsgate" "$root/etc/imdsgate/config.d"
 as 0640 "$here/config.yaml" /etc/imdsgate/config.yaml

@@ -19,7 +19,7 @@ if [ -e "$dest$noted" ]; then
 		rm -f "$dest$file"
 	done <"$dest$noted"
 	rm -f "$dest$noted"
-	for dir in lib/imdsgate/profiles lib/imdsgate share/imdsgate/apparmor share/imdsgate/selinux share/imdsgate share/doc/imdsgate; do
+	for dir in lib/imdsgate/profiles lib/imdsgate share/imdsgate/apparmor share/imdsgate/grafana share/imdsgate/prometheus share/imdsgate/selinux share/imdsgate share/doc/imdsgate; do
 		rmdir "$dest$prefix/$dir" 2>/dev/null || true # unless whoever made the image has put more there
 	done
 elif [ "$how" != purge ]; then

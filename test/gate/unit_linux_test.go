@@ -3,6 +3,7 @@ package gate
 import (
 	"os"
 	"os/exec"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -62,6 +63,24 @@ func TestCapabilitiesAreTheUnits(t *testing.T) {
 	for _, name := range []string{"AmbientCapabilities", "CapabilityBoundingSet"} {
 		if units := setting(t, name); !slices.Equal(ours, units) {
 			t.Errorf("%s of the unit is %v, and the tests give %v", name, units, ours)
+		}
+	}
+	for file, capability := range map[string]string{
+		"../../packaging/apparmor/imdsgated":  `(?m)^  capability (\w+),$`,
+		"../../packaging/selinux/imdsgate.te": `(?m)^allow imdsgated_t self:capability2? \{ (.*) \};$`,
+	} {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var theirs []string
+		for _, m := range regexp.MustCompile(capability).FindAllStringSubmatch(string(text), -1) {
+			for name := range strings.FieldsSeq(m[1]) {
+				theirs = append(theirs, "CAP_"+strings.ToUpper(name))
+			}
+		}
+		if !slices.Equal(slices.Sorted(slices.Values(ours)), slices.Sorted(slices.Values(theirs))) {
+			t.Errorf("%s has %v, and the unit gives %v", file, theirs, ours)
 		}
 	}
 }

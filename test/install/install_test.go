@@ -85,6 +85,7 @@ func installAndUninstall(t *testing.T, dir string) {
 		"/usr/share/bash-completion/completions/imdsgate", "/usr/share/zsh/site-functions/_imdsgate", "/usr/share/fish/vendor_completions.d/imdsgate.fish",
 		"/usr/share/man/man1/imdsgate.1.gz", "/usr/share/man/man1/imdsgate-test.1.gz", "/usr/share/man/man1/imdsgate-profiles-list.1.gz",
 		"/usr/share/man/man5/imdsgate-config.5.gz", "/usr/share/man/man8/imdsgated.8.gz",
+		"/usr/share/imdsgate/grafana/imdsgate.json", "/usr/share/imdsgate/prometheus/imdsgate.rules.yaml",
 	} {
 		if !slices.Contains(installed, want) {
 			t.Errorf("%s is not installed", want)
@@ -96,6 +97,11 @@ func installAndUninstall(t *testing.T, dir string) {
 	// The cases that are installed pass beside the profiles.
 	cases := exec.Command(filepath.Join(dest, "usr/bin/imdsgate"), "test", filepath.Join(dest, "usr/lib/imdsgate/profiles"))
 	if out, err := cases.CombinedOutput(); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+	// Who enables it without a look refuses nobody.
+	dump := exec.Command(filepath.Join(dest, "usr/bin/imdsgate"), "--config", filepath.Join(dest, "etc/imdsgate/config.yaml"), "config", "dump")
+	if out, err := dump.CombinedOutput(); err != nil || !strings.Contains("\n"+string(out), "\nmode: audit\n") {
 		t.Errorf("%v\n%s", err, out)
 	}
 	// What the version before had, and this one has not, goes.
