@@ -10,10 +10,13 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
+	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/proxy/imds/imdstest"
+	"github.com/imdsgate/imdsgate/test/gate"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
 )
 
@@ -313,5 +316,32 @@ func TestDoctorAsksOthers(t *testing.T) {
 	h.setMode("off", "--for", "5m")
 	if e := h.doctor(); !e.has("mode-off") || !e.has("got-past") || e.code != 1 {
 		t.Errorf("mode off: %d\n%s", e.code, e.text)
+	}
+}
+
+// A daemon that has less than is asked for, no way to the service, and then no answer.
+func TestDoctorOfTheWeak(t *testing.T) {
+	t.Parallel()
+	h := prepare(t, netlab.Options{})
+	h.Instance.Do(func() error {
+		return exec.Command("sh", "-ec", "ip route replace unreachable 169.254.169.254; ip -6 route replace unreachable fd00:ec2::254").Run()
+	})
+	h.startWith(gate.Settings{Config: "attribution: {require_level: L3}\n", Lacks: attribution.Level1})
+	var e examined
+	for end := time.Now().Add(20 * time.Second); !e.has("no-route") && time.Now().Before(end); {
+		e = h.doctor()
+	}
+	for id, says := range map[string]string{"no-route": "route", "attribution-level": "requires L3", "not-covered": "no L1", "imds-silent": "answers nobody"} {
+		if m := e.message(id); !strings.Contains(m, says) {
+			t.Errorf("%s: %q\n%s", id, m, e.text)
+		}
+	}
+	if e.has("self-test") {
+		t.Errorf("without a route: %s", e.text)
+	}
+	h.Signal(syscall.SIGSTOP)
+	defer h.Signal(syscall.SIGCONT)
+	if e := h.doctor(); !e.has("daemon-silent") || e.has("daemon-not-running") || e.code != 1 {
+		t.Errorf("%d\n%s", e.code, e.text)
 	}
 }
