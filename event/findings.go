@@ -1,5 +1,10 @@
 package event
 
+import (
+	"maps"
+	"slices"
+)
+
 // findings are what somebody may have done who made an event of the kind Integrity
 // necessary, by State.Action: how grave it is, and the technique where it is one.
 var findings = func() map[string]*Rule {
@@ -37,6 +42,9 @@ var findings = func() map[string]*Rule {
 		"direct-imds-connection":    of("bypass", "Connection older than the redirect", "low"),
 	}
 }()
+
+// Findings are the actions (State.Action) that events of the kind Integrity have, in order.
+func Findings() []string { return slices.Sorted(maps.Keys(findings)) }
 
 // Of MITRE ATT&CK v19, in which Impair Defenses (T1562) has become a tactic.
 const (

@@ -41,6 +41,12 @@ func TestObserve(t *testing.T) {
 	r.Observe(odd)
 	r.Observe(&event.Event{Kind: event.Integrity, State: event.State{Action: "imds-mark-forged"}})
 
+	// An alert on an increase tells of the first only if there was a 0 before.
+	for _, series := range []string{`imdsgate_integrity_findings_total{action="direct-imds-connection"} 0`, `imdsgate_requests_total{api="container",class="credentials",mode="audit",verdict="deny"} 0`} {
+		if !strings.Contains(expose(t, r), series+"\n") {
+			t.Errorf("there is no %s", series)
+		}
+	}
 	var none []string
 	for line := range strings.Lines(expose(t, r)) {
 		if !strings.HasPrefix(line, "#") && !strings.HasSuffix(line, " 0\n") && !strings.Contains(line, "_bucket") && !strings.Contains(line, "_sum") {

@@ -51,8 +51,9 @@ var (
 	upstreamBuckets = []float64{.00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 60}
 )
 
-// NewRequests makes the counters, with a series for each of the classes of requests and
-// of the reasons for which nobody is known, so that none appears only when it counts one.
+// NewRequests makes the counters, with a series for each of the classes of requests, of the
+// reasons for which nobody is known, and of the findings. Prometheus sees no increase in one
+// that appears only when it counts, so that no alert would tell of the first.
 func NewRequests(classes, reasons []string) *Requests {
 	requests := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "imdsgate_requests_total",
 		Help: "Requests to the metadata service. would_deny passed in audit mode, and enforce mode would have denied it."},
@@ -84,12 +85,16 @@ func NewRequests(classes, reasons []string) *Requests {
 			for _, class := range classes {
 				add(class, "v1")
 				add(class, "v2")
+				add(class, "container") // what tasks and pods ask their agents for
 			}
 			add(malformed, "none")
 		}
 	}
 	for _, reason := range reasons {
 		r.failures.WithLabelValues(reason)
+	}
+	for _, action := range event.Findings() {
+		r.findings.WithLabelValues(action)
 	}
 	for kind, name := range map[event.Kind]string{event.Asked: "request", event.Started: "process", event.Lifecycle: "lifecycle", event.Integrity: "integrity"} {
 		r.events[kind] = events.WithLabelValues(name)
@@ -146,7 +151,7 @@ func (r *Requests) asked(ev *event.Event) {
 	}
 	if c := r.requests[s]; c != nil {
 		c.Inc()
-	} else { // what tasks and pods ask their agents for
+	} else {
 		r.vec.WithLabelValues(s.verdict, s.class, s.api, s.mode).Inc()
 	}
 	if took := ev.Decision.Took; took > 0 {

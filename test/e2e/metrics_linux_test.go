@@ -82,6 +82,11 @@ func TestMetrics(t *testing.T) {
 	if got := value(denied); got != 0 {
 		t.Errorf("before any request: %v", got)
 	}
+	for _, action := range []string{"imds-mark-forged", "uncovered-imds-connection", "direct-imds-connection", "bpf-program-detached"} {
+		if got := value(fmt.Sprintf("imdsgate_integrity_findings_total{action=%q}", action)); got != 0 {
+			t.Errorf("%s before there was any: %v", action, got)
+		}
+	}
 	if value(`imdsgate_redirect_healthy{backend="nft",family="IPv4"}`)+value(`imdsgate_redirect_healthy{backend="nft",family="IPv6"}`) != 2 {
 		t.Errorf("the redirect is not healthy:\n%s", before)
 	}
