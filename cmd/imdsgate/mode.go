@@ -75,7 +75,11 @@ daemon is not running, 77 not permitted.`,
 			if err := o.printMode(cmd.OutOrStdout(), m); err != nil || o.json || m.Mode != policy.Enforce {
 				return err
 			}
-			_, err = fmt.Fprintln(cmd.OutOrStdout(), "imdsgate events -f shows who is refused, imdsgate explain --event ID why; imdsgate mode set audit --for 30m --reason TEXT goes back")
+			back := "audit --for 30m"
+			if m.Set != nil {
+				back = m.Configured.String()
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "imdsgate events -f shows who is refused, imdsgate explain --event ID why; imdsgate mode set %s --reason TEXT goes back\n", back)
 			return err
 		},
 	}

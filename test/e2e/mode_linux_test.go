@@ -179,6 +179,12 @@ func TestModeSet(t *testing.T) {
 	if !h.redirected() {
 		t.Error("back from off before it was over, and there is no redirect")
 	}
+	// What it says goes back does, whatever is configured.
+	out, _ := h.imdsgate("mode", "set", "enforce", "--reason", "x")
+	_, back, _ := strings.Cut(out, "; imdsgate mode set ")
+	back, _, _ = strings.Cut(back, " --reason TEXT goes back")
+	h.setMode(strings.Fields(back)...)
+	h.inMode("audit")
 	h.setMode("enforce", "--for", "3s")
 	h.asksAs(curl, "403", 0)
 	h.inMode("audit")
