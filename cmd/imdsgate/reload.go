@@ -19,8 +19,8 @@ func newReload(o *options) *cobra.Command {
 is wrong, none: then the old policy stays in force, and what is wrong is printed with
 file, line and caret. Rules that are as they were go on with what they remember.
 
-It is about the policy. What else has changed in the files is named, and holds from the
-next start on.
+It is about the policy and the mode. What else has changed in the files is named, and
+holds from the next start on.
 
 Exit status: 0 it is in force, 1 it is refused, 2 the daemon gave no answer, 3 it does not
 run, 77 only root may.`,
@@ -64,6 +64,8 @@ func printReload(w io.Writer, r *report.Reload) error {
 		p.line("! %s has changed too, which holds from the next start on", key)
 	}
 	switch {
+	case r.Before.Digest == r.After.Digest && len(r.Changed) > 0: // the mode alone
+		p.line("in force: %d rules, %d grants, %d denies, %s", len(r.After.Rules), len(r.After.Grants), len(r.After.Denies), r.After.Digest)
 	case r.Before.Digest == r.After.Digest:
 		p.line("unchanged: %d rules, %d grants, %d denies, %s", len(r.After.Rules), len(r.After.Grants), len(r.After.Denies), r.After.Digest)
 	default:

@@ -532,6 +532,7 @@ func (d *daemon) reload(ctx context.Context) (report.Reload, error) {
 	d.modes.changing.Lock()
 	defer d.modes.changing.Unlock()
 	old := d.engine.Policy()
+	was := d.modesNow()
 	r := report.Reload{Before: policyReport(old), After: policyReport(old), Changed: []string{}}
 	c, p, err := d.load()
 	if err == nil && p.Mode == policy.Enforce && d.finder.Level() < d.required {
@@ -555,6 +556,13 @@ func (d *daemon) reload(ctx context.Context) (report.Reload, error) {
 	d.loaded = time.Now()
 	d.mu.Unlock()
 	d.tookUp(c, p)
+	if p.Mode != was.Configured {
+		line := fmt.Sprintf("mode %s, was %s", p.Mode, was.Configured)
+		if now := d.modesNow(); now.Set != nil {
+			line += fmt.Sprintf("; it begins when %s is over, which %s has set", now.Mode, now.Set.By)
+		}
+		r.Changed = append(r.Changed, line)
+	}
 	r.After, r.Changed = policyReport(p), append(r.Changed, old.Changes(p)...)
 	r.Restart = d.config.Restart(c)
 	for _, key := range r.Restart {

@@ -89,7 +89,7 @@ type Reload struct {
 	Refused string   `json:"refused,omitempty"`
 	Before  Policy   `json:"before"`
 	After   Policy   `json:"after"`
-	Changed []string `json:"changed"` // one line for each rule, grant and deny that came, went or differs
+	Changed []string `json:"changed"` // one line for each rule, grant and deny that came, went or differs, and for the mode
 	// Restart names what is changed in the files and holds from the next start on.
 	Restart []string `json:"restart,omitempty"`
 }

@@ -168,7 +168,9 @@ func TestModeSet(t *testing.T) {
 	if err := h.Write("mode: audit\n"); err != nil {
 		t.Fatal(err)
 	}
-	h.Signal(syscall.SIGHUP)
+	if out, code := h.imdsgate("reload"); code != 0 || !strings.Contains(out, "mode audit, was enforce\n") || strings.Contains(out, "unchanged") {
+		t.Errorf("%d, %s", code, out)
+	}
 	h.inMode("audit")
 	h.asksAs(curl, "200", 0)
 	if out, code := h.imdsgate("mode", "set", "off", "--reason", "x"); code != 2 || !strings.Contains(out, "audit is the configured mode, and off protects less") {
