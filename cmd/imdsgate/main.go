@@ -90,15 +90,17 @@ type options struct {
 	config string
 	socket string
 	json   bool
+	stderr io.Writer
 }
 
 func newRoot() *cobra.Command {
 	var o options
 	root := &cobra.Command{
-		Use:           "imdsgate",
-		Short:         "See and steer the gate in front of the instance metadata service",
-		SilenceUsage:  true,
-		SilenceErrors: true,
+		Use:              "imdsgate",
+		Short:            "See and steer the gate in front of the instance metadata service",
+		SilenceUsage:     true,
+		SilenceErrors:    true,
+		PersistentPreRun: func(cmd *cobra.Command, _ []string) { o.stderr = cmd.ErrOrStderr() },
 	}
 	flags := root.PersistentFlags()
 	flags.StringVar(&o.config, "config", "", "configuration file (default "+config.DefaultPath+", if it exists)")
@@ -138,14 +140,24 @@ func (o *options) load() (config.Config, error) {
 }
 
 // client talks to the daemon. The configuration is read only for where its
-// socket is.
+// socket is. Where that of the host is wrong, the daemon that runs has an earlier one, and
+// is asked where it listens by default; a file that was named must be right.
 func (o *options) client() (*control.Client, error) {
 	if o.socket != "" {
 		return control.NewClient(o.socket), nil
 	}
 	c, err := o.load()
-	if err != nil {
-		return nil, err
+	switch {
+	case err == nil:
+		return control.NewClient(c.Control.Socket), nil
+	case o.config == "":
+		return o.anyway(), nil
 	}
-	return control.NewClient(c.Control.Socket), nil
+	return nil, err
+}
+
+// anyway talks to a daemon of which the configuration does not say where it is.
+func (o *options) anyway() *control.Client {
+	fmt.Fprintf(o.stderr, "imdsgate: the configuration is wrong, which leaves open where the daemon listens: asking at %s; --socket names another place\n", control.DefaultSocket)
+	return control.NewClient(control.DefaultSocket)
 }

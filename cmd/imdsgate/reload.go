@@ -3,11 +3,9 @@ package main
 import (
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 
 	"github.com/imdsgate/imdsgate/cmd/report"
-	"github.com/imdsgate/imdsgate/control"
 	"github.com/spf13/cobra"
 )
 
@@ -28,8 +26,7 @@ run, 77 only root may.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			client, err := o.client()
 			if errors.Is(err, errConfig) { // which the daemon will say
-				fmt.Fprintf(cmd.ErrOrStderr(), "imdsgate: the configuration is wrong, which leaves open where the daemon listens: asking at %s; --socket names another place\n", control.DefaultSocket)
-				client, err = control.NewClient(control.DefaultSocket), nil
+				client, err = o.anyway(), nil
 			}
 			if err != nil {
 				return err
