@@ -155,7 +155,12 @@ func (p *printer) subject(s report.Subject, ancestors []report.Subject) {
 		p.line("  executable         %s", file(s))
 	}
 	how := map[string]string{"birth": "forked by", "snapshot": "parent at startup", "present": "parent"}[s.Ancestry]
-	if how == "" {
+	switch {
+	case how != "":
+	case s.PID == 0: // made up
+		p.line("  forked by          nobody that is known: --parent names one")
+		how = "then"
+	default:
 		p.line("  forked by          not known: events were lost, or its record had to make room")
 		how = "then"
 	}
@@ -185,6 +190,9 @@ func unit(s report.Subject) string {
 		return printable(s.Unit)
 	case s.UserUnit != "":
 		return printable(s.UserUnit) + ", a name that its user chose"
+	}
+	if s.Cgroup == "" {
+		return "none"
 	}
 	return "none, cgroup " + printable(s.Cgroup)
 }

@@ -31,7 +31,7 @@ func printDiff(w io.Writer, d *replay.Diff, o *replayOptions) error {
 	p.line("\n%-15s %10s %10s %10s %10s %10s", "class", "newly", "newly", "cannot be", "still", "still")
 	p.line("%-15s %10s %10s %10s %10s %10s", "", "refused", "passes", "decided", "refused", "passes")
 	for _, c := range d.Classes {
-		p.line("%-15s %10d %10d %10d %10d %10d", printable(cmp.Or(c.Class, "(malformed)")), c.NewlyBlocked, c.NewlyAllowed, c.Undecidable, c.StillBlocked, c.StillAllowed)
+		p.line("%-15s %10d %10d %10d %10d %10d", printable(className(c.Class)), c.NewlyBlocked, c.NewlyAllowed, c.Undecidable, c.StillBlocked, c.StillAllowed)
 	}
 	if d.Decided > 0 {
 		taken := "and are here, too; --without-decisions judges them by the policy"
@@ -104,7 +104,11 @@ func (p *printer) group(g *replay.Group, hints bool) {
 	p.line("%8d  %s: %s", g.Requests, printable(cmp.Or(g.Class, "malformed")), who)
 	p.line("          on %s (%s), %s to %s", countHosts(g.Hosts), printable(strings.Join(g.HostNames, ", ")), stamp(g.First), stamp(g.Last))
 	if len(g.Examples) > 0 {
-		p.line("          e.g. %s, event %s", printable(strings.Join(g.Paths, ", ")), printable(strings.Join(g.Examples, ", ")))
+		paths := strings.Join(g.Paths, ", ")
+		if paths != "" { // a malformed request has none
+			paths += ", "
+		}
+		p.line("          e.g. %sevent %s", printable(paths), printable(strings.Join(g.Examples, ", ")))
 	}
 	if g.Doubt != "" {
 		p.line("          was: %s", printable(g.Before.String()))

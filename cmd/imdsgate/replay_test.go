@@ -149,6 +149,41 @@ func TestReplay(t *testing.T) {
 }
 
 // What somebody wrote into a path must not do anything to a terminal.
+// What cannot be read has no class and no path, and is named all the same.
+func TestMalformedIsNamed(t *testing.T) {
+	p, err := policy.Compile(policy.Config{}, []string{"credentials"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ev := &event.Event{
+		Host: &event.Host{ID: "h", Name: "worker"}, Time: time.Date(2026, 11, 26, 8, 0, 0, 0, time.UTC), Attribution: event.Attribution{Level: "L2", Complete: true}, Roles: []string{"connector"},
+		Subjects: []*event.Process{{EntityID: "p", PID: 100, Executable: "/usr/bin/app", Name: "app", UserID: "1", UserName: "u", Known: true, HostVerified: true, RootOwned: true, Ancestry: "birth"}},
+		Request:  event.Request{Malformed: "two lengths"},
+	}
+	policy.NewEngine(p).Judge(ev)
+	var lines []byte
+	for _, v := range ev.Views() {
+		v.ID, v.Created = "01KMALFORMED", ev.Time
+		lines = append(v.AppendJSON(lines), '\n')
+	}
+	dir := files(t, map[string]string{"events.ndjson": string(lines), "config.yaml": ""})
+	events, config := filepath.Join(dir, "events.ndjson"), filepath.Join(dir, "config.yaml")
+	for _, c := range []struct {
+		args []string
+		says []string
+	}{
+		{[]string{"replay", "--policy", config, events}, []string{"1  malformed: /usr/bin/app", "e.g. event 01KMALFORMED\n", "\n(malformed) "}},
+		{[]string{"tune", "--config", config, events}, []string{"for       (malformed)\n", "\n   (malformed)     NOT YET (1 requests, "}},
+	} {
+		got, _ := imdsgate(c.args...)
+		for _, says := range c.says {
+			if !strings.Contains(got, says) {
+				t.Errorf("%v: no %q\n%s", c.args, says, got)
+			}
+		}
+	}
+}
+
 func TestReplayTerminal(t *testing.T) {
 	line := strings.Replace(string(recordedBy(t, withGrant)), `"executable":"/usr/bin/python3","group"`, `"executable":"/tmp/\u001b[2J","group"`, 1)
 	line = strings.ReplaceAll(line, "/usr/bin/python3", `/tmp/\u001b[2J`)
@@ -184,7 +219,7 @@ func TestExplain(t *testing.T) {
 		{append(made, "--config", with, "--exit-code"), 1, []string{"DENY"}},
 		{append(made, "--config", with, "--exit-code", "--path", "/latest/meta-data/instance-id"), 0, []string{"ALLOW", "└─ class DECIDES", "(inventory, v2)"}},
 		{append(made, "--config", with, "--path", "/latest/user-data", "--v1"), 0, []string{"(user-data, v1)", "class user-data"}},
-		{[]string{"--exe", "/usr/bin/python3", "--unit", "backup.service", "--config", with}, 0, []string{"ALLOW", "├─ grant DECIDES", `"backup" covers it`}},
+		{[]string{"--exe", "/usr/bin/python3", "--unit", "backup.service", "--config", with}, 0, []string{"ALLOW", "├─ grant DECIDES", `"backup" covers it`, "forked by          nobody that is known: --parent names one"}},
 		{[]string{"--exe", "/usr/bin/python3", "--unit", "backup.service", "--file", "host", "--config", with}, 0, []string{`"backup" misses it by: others than root can change the executable`}},
 		{[]string{"--exe", "/opt/app", "--path", "nonsense", "--config", with}, 0, []string{"├─ malformed DECIDES"}},
 		{[]string{"--exe", "/opt/app", "--file", "mine", "--config", with}, 2, []string{"root, host and other"}},

@@ -186,7 +186,7 @@ func (p *printer) findings(title string, all []tune.Finding) {
 		p.line("")
 		p.text("-  %s", f.Who)
 		p.text("   %-9s %s", "seen", seen(&f.Evidence))
-		p.text("   %-9s %s", "for", strings.Join(slices.Sorted(maps.Keys(f.Classes)), ", "))
+		p.text("   %-9s %s", "for", className(strings.Join(slices.Sorted(maps.Keys(f.Classes)), ", ")))
 		p.text("   %-9s %s", "why", f.Why)
 		if f.Instead != "" {
 			p.text("   %-9s %s", "instead", f.Instead)
@@ -194,6 +194,9 @@ func (p *printer) findings(title string, all []tune.Finding) {
 		p.text("   %-9s %s", "events", strings.Join(f.IDs, ", "))
 	}
 }
+
+// className is the class of a request, which one that cannot be read has not.
+func className(class string) string { return cmp.Or(class, "(malformed)") }
 
 func printReadiness(w io.Writer, r *tune.Report) error {
 	p, a := &printer{w: w}, r.Readiness
@@ -216,7 +219,7 @@ func printReadiness(w io.Writer, r *tune.Report) error {
 		if !c.Safe {
 			verdict = "NOT YET"
 		}
-		p.text("   %-15s %s (%d requests, %d left that would be refused)", c.Class, verdict, c.Requests, c.Left)
+		p.text("   %-15s %s (%d requests, %d left that would be refused)", className(c.Class), verdict, c.Requests, c.Left)
 		for _, why := range c.Keeps {
 			p.line("   %-15s - %s", "", why)
 		}
