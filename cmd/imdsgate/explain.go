@@ -61,7 +61,7 @@ keep the rule from blocking, because the process can bring it about itself, ? is
 known.
 
 Exit status: 0, or with --exit-code 1 if enforce mode refuses the request; 2 if there is
-no answer.`,
+no answer, 78 if the configuration is wrong.`,
 		Example: `  imdsgate explain --pid 4711 --path /latest/user-data
   imdsgate explain --event 01KAT5Z3N8Q2 /var/log/imdsgate
   imdsgate explain --exe /usr/bin/python3 --unit backup.service --parent /usr/lib/systemd/systemd --exit-code`,

@@ -50,7 +50,8 @@ What a decision of an operator has let pass, or stopped, it lets pass or stops a
 with any policy; --without-decisions shows what will be when its time is over.
 
 Bad lines are named and left out. Exit status: 0 nothing would newly be refused, 1
-something would, 2 there is no answer, or not the whole of one.`,
+something would, 2 there is no answer, or not the whole of one, 78 a configuration is
+wrong.`,
 		Example: `  imdsgate replay --policy new.yaml /var/log/imdsgate
   imdsgate replay --actual --since 7d --json fleet/*.ndjson.gz
   imdsgate replay --policy new.yaml --against old.yaml - < events.ndjson`,

@@ -44,7 +44,8 @@ A file may bring the policy by which its cases are judged, under the key policy.
 request is read and classified by what the daemon uses. Verdicts are those of enforce
 mode. docs/testing-policy.md has all keys.
 
-Exit status: 0 all pass, 1 some fail, 2 a file is wrong or could not be read.`,
+Exit status: 0 all pass, 1 some fail, 2 a file is wrong or could not be read, 78 the
+configuration is wrong.`,
 		Example: "  imdsgate test\n  imdsgate test --config config.yaml tests/\n  imdsgate test --format junit tests/ >report.xml",
 		ValidArgsFunction: func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 			return []string{"yaml", "yml"}, cobra.ShellCompDirectiveFilterFileExt

@@ -61,7 +61,7 @@ list of exceptions that Kibana imports (--format elastic): those silence Elastic
 alerts and let nothing through. An existing file is not written over without --force.
 
 Exit status: 0 nothing is left that enforce mode would refuse, 1 something is, 2 trouble:
-the flags, the configuration or a file is wrong, or no request was recorded.`,
+the flags or a file are wrong, or no request was recorded; 78 the configuration is wrong.`,
 		Example: `  imdsgate tune /var/log/imdsgate/
   imdsgate tune --interactive -o /etc/imdsgate/config.d/50-tune.yaml fleet/*.ndjson.gz
   imdsgate tune --batch --max-risk low -o 50-tune.yaml fleet/
