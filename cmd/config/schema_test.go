@@ -6,6 +6,7 @@ import (
 	"flag"
 	"os"
 	"reflect"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -55,6 +56,33 @@ func TestSchemaIsCurrent(t *testing.T) {
 	if err != nil || !bytes.Equal(published, text.Bytes()) {
 		t.Errorf("packaging/config.schema.json is not what the types say: go test ./cmd/config -run Schema -update (%v)", err)
 	}
+}
+
+// packaging/config.yaml, which is the manual too, has a word about every key.
+func TestEveryKeyIsExplained(t *testing.T) {
+	text, err := os.ReadFile("../../packaging/config.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	words := map[string]bool{}
+	for _, word := range regexp.MustCompile(`[a-z_]+`).FindAllString(string(text), -1) {
+		words[word] = true
+	}
+	var walk func(at string, s *jsonschema.Schema)
+	walk = func(at string, s *jsonschema.Schema) {
+		for key, value := range s.Properties {
+			if !words[key] && key != "executable_only" { // docs/policy.md has the keys of grants
+				t.Errorf("%s%s is not in packaging/config.yaml", at, key)
+			}
+			walk(at+key+".", value)
+		}
+		for _, below := range []any{s.AdditionalProperties, s.Items, s.Items2020} {
+			if below, ok := below.(*jsonschema.Schema); ok && below != nil {
+				walk(at, below)
+			}
+		}
+	}
+	walk("", compiledSchema(t))
 }
 
 // The schema and the daemon agree on what is right, as far as a schema can know.

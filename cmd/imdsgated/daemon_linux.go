@@ -558,7 +558,7 @@ func (d *daemon) reload(ctx context.Context) (report.Reload, error) {
 	d.tookUp(c, p)
 	if p.Mode != was.Configured {
 		line := fmt.Sprintf("mode %s, was %s", p.Mode, was.Configured)
-		if now := d.modesNow(); now.Set != nil {
+		if now := d.modesNow(); now.Mode != p.Mode {
 			line += fmt.Sprintf("; it begins when %s is over, which %s has set", now.Mode, now.Set.By)
 		}
 		r.Changed = append(r.Changed, line)
