@@ -67,10 +67,11 @@ func outsider(file string) string {
 // for a directory, such as that of a version: on the host what is there is root's, or the
 // grant does not hold.
 func CheckExecutable(file string) error {
+	first, _, _ := strings.Cut(strings.TrimPrefix(file, "/"), "/")
 	switch {
 	case strings.ContainsAny(path.Base(file), "*?["):
 		return fmt.Errorf("%q has a wildcard in the name of the program: list each, as in [/usr/bin/a, /usr/bin/b]", file)
-	case strings.ContainsAny(file, "?[") || strings.Contains(file, "**") || strings.HasPrefix(file, "/*"):
+	case strings.ContainsAny(file, "?[") || strings.Contains(file, "**") || strings.Contains(first, "*"):
 		return fmt.Errorf("%q: of wildcards there is * for a part of the name of a directory below the first, as in /opt/app-*/bin/app", file)
 	case !path.IsAbs(file) || path.Clean(file) != file || file == "/":
 		return fmt.Errorf("%q is not an absolute, clean path, as the kernel has it: /usr/bin/x", file)

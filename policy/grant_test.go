@@ -215,6 +215,7 @@ func TestRefusedGrants(t *testing.T) {
 		{"not clean", executable("/bin/../tmp/x"), "executable[0]", "clean"},
 		{"a wildcard", executable("/usr/bin/app*"), "executable[0]", "list each"},
 		{"any directory", executable("/*/bin/app"), "executable[0]", "/opt/app-*/bin/app"},
+		{"a part of the first directory", executable("/t*/bin/app"), "executable[0]", "below the first"},
 		{"directories in each other", executable("/opt/**/app"), "executable[0]", "/opt/app-*/bin/app"},
 		{"an interpreter in a directory of some version", who(func(g *Grant) { g.Executable, g.Unit, g.User = OneOrMore{"/opt/py-*/bin/python3"}, "", "app" }), "executable[0]", "whatever it is told"},
 		{"the second of two", who(func(g *Grant) { g.Executable = OneOrMore{"/opt/x", "/tmp/x"} }), "executable[1]", "/tmp"},
