@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -18,10 +19,17 @@ import (
 
 // TestPack reads testdata/rules/NAME.truth for each rule that is built in: lines "yes"
 // and "no" with who asks, and what is not as in asking. They say whether the rule, as it
-// is written, matches the one event. See described for the words.
+// is written, matches the one event. See described for the words. docs/rules.md has them all.
 func TestPack(t *testing.T) {
 	p := compile(t, Config{})
+	documented, err := os.ReadFile("../docs/rules.md")
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, r := range p.Rules() {
+		if name := strings.TrimSuffix(filepath.Base(r.File), ".toml"); !regexp.MustCompile(`(?m)^\|.*\b` + name + `\b`).Match(documented) {
+			t.Errorf("docs/rules.md does not have %s in its table", name)
+		}
 		file := filepath.Join("testdata", "rules", strings.TrimSuffix(filepath.Base(r.File), ".toml")+".truth")
 		data, err := os.ReadFile(file)
 		if err != nil {

@@ -14,7 +14,7 @@ func published(tb testing.TB, n int) fstest.MapFS {
 	tb.Helper()
 	note := "note = \"\"\"## Triage and analysis\n" + strings.Repeat("- Review the process and its parent, and who has started them, \"twice\".\n", 90) + "\"\"\"\n"
 	sources := []string{strings.Replace(firstClient, "severity", note+"severity", 1)}
-	for _, name := range []string{"odd-client", "shell-or-tool", "untrusted-executable", "odd-client-ipv6"} {
+	for _, name := range []string{"odd-client", "shell-or-tool", "untrusted-executable", "odd-client-elsewhere"} {
 		src, err := shipped.ReadFile("rules/" + name + ".toml")
 		if err != nil {
 			tb.Fatal(err)
@@ -187,6 +187,13 @@ func TestCategoryOverride(t *testing.T) {
 	e := NewEngine(compile(t, only(t, src, Config{})))
 	if !alerts(judge(e, asking("/usr/bin/curl", nil)), "first") || alerts(judge(e, asking("/usr/bin/wget", nil)), "first") {
 		t.Error("the category is not tested in the other field")
+	}
+}
+
+// What BenchmarkLoad reads is there and is taken.
+func TestPublished(t *testing.T) {
+	if rules, err := ParseRules(published(t, 10), "rules"); err != nil || len(rules) != 10 {
+		t.Errorf("%d rules, %v", len(rules), err)
 	}
 }
 
