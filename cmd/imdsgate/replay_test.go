@@ -148,7 +148,6 @@ func TestReplay(t *testing.T) {
 	}
 }
 
-// What somebody wrote into a path must not do anything to a terminal.
 // What cannot be read has no class and no path, and is named all the same.
 func TestMalformedIsNamed(t *testing.T) {
 	p, err := policy.Compile(policy.Config{}, []string{"credentials"})
@@ -184,6 +183,7 @@ func TestMalformedIsNamed(t *testing.T) {
 	}
 }
 
+// What somebody wrote into a path must not do anything to a terminal.
 func TestReplayTerminal(t *testing.T) {
 	line := strings.Replace(string(recordedBy(t, withGrant)), `"executable":"/usr/bin/python3","group"`, `"executable":"/tmp/\u001b[2J","group"`, 1)
 	line = strings.ReplaceAll(line, "/usr/bin/python3", `/tmp/\u001b[2J`)
