@@ -302,6 +302,9 @@ func TestDoctorAsksOthers(t *testing.T) {
 	h.start("metrics: {listen: '127.0.0.1:9254'}\nrules: {paths: [" + rule + "], skip_refused: true}\nattribution: {uncovered: report}\n" +
 		"grants:\n- {name: soon, executable: /usr/sbin/cron, user: root, owner: x, reason: x, expires: " + time.Now().AddDate(0, 0, 3).Format(time.DateOnly) + "}\n")
 	e := h.doctor()
+	for end := time.Now().Add(10 * time.Second); !e.has("metrics-not-served") && time.Now().Before(end); e = h.doctor() {
+		time.Sleep(100 * time.Millisecond) // the daemon listens when it is ready for all else
+	}
 	for id, says := range map[string]string{
 		"mode-audit": "audit", "metrics-not-served": "address already in use", "rules-skipped": "left out", "grant-expiring": "grant soon",
 		"not-covered": "namespaces", "clock-wrong": "the clock is 1h0m", "imds-v1": "",
