@@ -439,28 +439,32 @@ func (m *machine) limit(pid int) {
 // An upgrade under load refuses nobody. A purge takes all that is ours, and clients reach
 // the service itself.
 func TestUpgradeAndPurge(t *testing.T) {
-	m := boot(t, settings{config: config("enforce")})
-	old := m.daemon()
-	load := m.load(8*time.Second, "-bind", "-late", late)
-	time.Sleep(time.Second)
-	m.Do("dpkg", "--force-confold", "--install", debian.Package)
-	m.guarded(old)
-	if o := load(); o.Requests < 250 || o.Failed != 0 || o.Taken != 0 {
-		t.Errorf("upgrade: %+v", o)
-	} else {
-		t.Logf("upgrade: %d requests, %d failed, the slowest took %v; %s", o.Requests, o.Failed, o.Slowest.Round(time.Millisecond), m.Event("requests-held").At("message"))
-	}
-	if out := m.Do("imdsgate", "mode"); !strings.Contains(out, "enforce") {
-		t.Errorf("after the upgrade the mode is %s", out)
-	}
-	m.Do("dpkg", "--purge", "imdsgate")
-	if left := m.Do("iptables-save") + m.Do("ip6tables-save"); strings.Contains(left, "IMDSGATE") {
-		t.Errorf("left:\n%s", left)
-	}
-	if left := m.Do("sh", "-c", "find / -xdev -iname '*imdsgate*' -not -path '/proc/*' -not -path '"+debian.Package+"'; ls -d /run/imdsgate 2>&- || true; getent passwd imdsgate || true"); left != "" {
-		t.Errorf("left:\n%s", left)
-	}
-	if o := m.load(0)(); o.Failed != 0 {
-		t.Errorf("after the purge: %+v", o)
+	for mode, window := range map[string]string{"audit": "requests-unguarded", "enforce": "requests-held"} {
+		t.Run(mode, func(t *testing.T) {
+			m := boot(t, settings{config: config(mode)})
+			old := m.daemon()
+			load := m.load(8*time.Second, "-bind", "-late", late)
+			time.Sleep(time.Second)
+			m.Do("dpkg", "--force-confold", "--install", debian.Package)
+			m.guarded(old)
+			if o := load(); o.Requests < 250 || o.Failed != 0 || o.Taken != 0 {
+				t.Errorf("%s: %+v", mode, o)
+			} else {
+				t.Logf("%s: %d requests, %d failed, the slowest took %v; %s", mode, o.Requests, o.Failed, o.Slowest.Round(time.Millisecond), m.Event(window).At("message"))
+			}
+			if out := m.Do("imdsgate", "mode"); !strings.Contains(out, mode) {
+				t.Errorf("after the upgrade the mode is %s", out)
+			}
+			m.Do("dpkg", "--purge", "imdsgate")
+			if left := m.Do("iptables-save") + m.Do("ip6tables-save"); strings.Contains(left, "IMDSGATE") {
+				t.Errorf("left:\n%s", left)
+			}
+			if left := m.Do("sh", "-c", "find / -xdev -iname '*imdsgate*' -not -path '/proc/*' -not -path '"+debian.Package+"'; ls -d /run/imdsgate 2>&- || true; getent passwd imdsgate || true"); left != "" {
+				t.Errorf("left:\n%s", left)
+			}
+			if o := m.load(0)(); o.Failed != 0 {
+				t.Errorf("after the purge: %+v", o)
+			}
+		})
 	}
 }
