@@ -54,15 +54,10 @@ const (
 	// a service that answers in a fraction of a millisecond is not to share its
 	// cores with somebody who writes down each answer at once. A crash of the
 	// daemon loses that much; followers see it that much later.
-	batchFor = 50 * time.Millisecond
-	// batchMost is how many events wait for others. A client on a kept connection makes
-	// seven a millisecond; what has gathered in batchFor then takes longer than a pause may
-	// be, and one request in a thousand waits for 2 ms (measured; with this 0.5 to 1.5). Fewer
-	// wake the writer more often: with 64 the median is a twentieth higher.
-	batchMost  = 160
+	batchFor   = 50 * time.Millisecond
 	bufferSize = 64 << 10
-	// pieceSize is how much is done at once, and breath the pause after it, unless too many
-	// events wait. Where there is one processor requests wait for that long: with 64 KiB that was
+	// pieceSize is how much is done at once, and breath the pause after it, unless somebody
+	// waits. Where there is one processor requests wait for that long: with 64 KiB that was
 	// seen in one of twenty-five. To yield is not enough, after which the runtime looks for
 	// packets only when there is nothing else to run.
 	pieceSize = 8 << 10
@@ -190,7 +185,7 @@ func (f *File) Record(e *event.Event) {
 		f.dropped.Add(1)
 	}
 	switch {
-	case hurry || len(f.queue) > min(batchMost, cap(f.queue)/2):
+	case hurry || len(f.queue) > cap(f.queue)/2:
 		f.wakeUp()
 	case !f.waiting.Swap(true):
 		f.batch.Reset(batchFor)
@@ -261,7 +256,7 @@ func (f *File) loop(w *writer) {
 		for f.render(pieceSize) {
 			f.write(w)
 			f.note(w.flush())
-			if !stopped && len(f.queue) < cap(f.queue)/16 { // more take memory
+			if !stopped && len(f.wake) == 0 && len(f.queue) < cap(f.queue)/16 { // more take memory
 				time.Sleep(breath)
 			}
 		}
