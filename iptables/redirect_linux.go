@@ -507,14 +507,19 @@ func (r *Redirect) apply(ctx context.Context, s *survey) (undo func() error, err
 		return err
 	}
 	for _, want := range s.plan.Families {
-		zoned := s.saved[r.use][want.Family].installed(want.Family).zoned()
+		before := s.saved[r.use][want.Family].installed(want.Family)
 		if err := settle(r.use, want); err != nil {
 			return undo, err
 		}
-		if zoned != want.zoned() {
-			if err := forget(want.Family); err != nil { // connections of the moment are reset
-				s.report.Warnings = append(s.report.Warnings, err.Error())
-			}
+		var err error
+		switch {
+		case before.zoned() != want.zoned():
+			err = forget(want.Family) // connections of the moment are reset
+		case before.redirects() != want.redirects():
+			err = forgetEnded(want.Family)
+		}
+		if err != nil {
+			s.report.Warnings = append(s.report.Warnings, err.Error())
 		}
 	}
 	for t, saved := range s.saved {

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
@@ -219,6 +220,31 @@ func TestForgets(t *testing.T) {
 		d.Conn.(*net.TCPConn).SetLinger(0)
 		d.Close()
 		s.expect("a client with its port", s.ask(s.lab.Instance, client{prepare: from(near.Port)}, imds), "host "+imds.String())
+	})
+}
+
+// TestPortOfTheLastOne has a client go to the service itself, after removal, from the port of one that was redirected and
+// has ended. When there are rules again the tracker must not take it for that one.
+func TestPortOfTheLastOne(t *testing.T) {
+	forBackends(t, func(s *site, b Backend) {
+		imds := endpoint[IPv4]
+		r := s.open(Config{UID: uid, Backend: b})
+		s.daemon(r)
+		s.install(r)
+		d, greeting := s.dial(s.lab.Instance, client{}, imds)
+		s.expect("redirected", greeting, "host "+imds.String())
+		near := d.LocalAddr().(*net.TCPAddr)
+		fmt.Fprintln(d, "bye") // so that it is the daemon's end that waits
+		s.expect("the end of it", d.hear(), "EOF")
+		d.Close()
+		s.eventually("the tracker to see that it has ended", func() bool {
+			return strings.Contains(s.sh("conntrack -L -p tcp 2>/dev/null"), "TIME_WAIT")
+		})
+		s.remove()
+		direct, greeting := s.dial(s.lab.Instance, client{prepare: from(near.Port)}, imds)
+		s.expect("after removal", greeting, "metadata")
+		s.install(r)
+		s.expect("after the next installation", direct.alive(), "alive")
 	})
 }
 

@@ -18,6 +18,11 @@ func (p FamilyPlan) zoned() bool {
 		slices.ContainsFunc(p.Chains, func(c Chain) bool { return c.Table == "raw" && len(c.Rules) > 0 })
 }
 
+// redirects reports whether p leads clients anywhere, for which the kernel tracks connections.
+func (p FamilyPlan) redirects() bool {
+	return slices.ContainsFunc(p.Jumps, func(j Jump) bool { return j.Table == "nat" })
+}
+
 // tryZone asks the kernel for such a rule, in a chain to which nothing leads, and says why it has none.
 func (t *tools) tryZone(ctx context.Context) error {
 	const chain = own + "-ZONE"
@@ -30,18 +35,25 @@ func (t *tools) tryZone(ctx context.Context) error {
 
 // forget deletes what the tracker knows of connections to the metadata service that were not redirected, which are the
 // daemon's, and those that are older than the redirect: their next packet makes the tracker know them again, as what
-// they are now.
+// they are now. And what it still knows of those that have ended: while it does not track, somebody else may get the
+// port of one, and afterwards it would take him for that one, whose packets went elsewhere (measured: the service's
+// answer got another port on its way in, and was reset).
 func forget(f Family) error {
+	// Of one whose next packet comes from the service the tracker then thinks that the service has begun it.
+	return errors.Join(forgetAny(f, direct{}, ended{}), forgetAny(f, reversed{}))
+}
+
+// forgetEnded does that for those alone which have ended.
+func forgetEnded(f Family) error { return forgetAny(f, ended{}) }
+
+func forgetAny(f Family, which ...netlink.CustomConntrackFilter) error {
 	family := netlink.InetFamily(unix.AF_INET)
 	if f == IPv6 {
 		family = unix.AF_INET6
 	}
-	// Of one whose next packet comes from the service the tracker thinks that the service has begun it.
-	for _, which := range []netlink.CustomConntrackFilter{direct{}, reversed{}} {
-		_, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, family, which)
-		if err != nil && !errors.Is(err, syscall.ENOENT) { // one ended meanwhile
-			return fmt.Errorf("have the connection tracker forget the daemon's connections: %w", err)
-		}
+	_, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, family, which...)
+	if err != nil && !errors.Is(err, syscall.ENOENT) { // one ended meanwhile
+		return fmt.Errorf("have the connection tracker forget connections to the metadata service: %w", err)
 	}
 	return nil
 }
@@ -53,9 +65,28 @@ type direct struct{}
 var services = []netip.Prefix{netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("fd00:ec2::/32")}
 
 func (direct) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
+	return toService(flow) && flow.Reverse.SrcIP.Equal(flow.Forward.DstIP)
+}
+
+func toService(flow *netlink.ConntrackFlow) bool {
 	to, ok := netip.AddrFromSlice(flow.Forward.DstIP)
-	return ok && flow.Forward.Protocol == unix.IPPROTO_TCP && flow.Reverse.SrcIP.Equal(flow.Forward.DstIP) &&
+	return ok && flow.Forward.Protocol == unix.IPPROTO_TCP &&
 		slices.ContainsFunc(services, func(p netip.Prefix) bool { return p.Contains(to.Unmap()) })
+}
+
+// ended matches those of which nobody expects a packet any more, wherever they went. The states from
+// TCP_CONNTRACK_LAST_ACK on are of connections that both ends have closed, or one has reset
+// (include/uapi/linux/netfilter/nf_conntrack_tcp.h).
+type ended struct{}
+
+const (
+	lastAck = 6
+	closed  = 8
+)
+
+func (ended) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
+	tcp, ok := flow.ProtoInfo.(*netlink.ProtoInfoTCP)
+	return ok && tcp.State >= lastAck && tcp.State <= closed && toService(flow)
 }
 
 // reversed matches what the tracker takes for connections from those services, which they never make: it was asked to
