@@ -115,6 +115,9 @@ func TestRestart(t *testing.T) {
 		if len(windows) != 2 {
 			t.Errorf("%s: the events of 2 restarts have the lengths %v", mode, windows)
 		}
+		if journal := m.Do("journalctl", "-u", "imdsgated.service", "--no-pager"); strings.Contains(journal, "could not be taken away") {
+			t.Errorf("%s: the daemon was hindered:\n%s", mode, journal)
+		}
 		t.Logf("%s: %d requests, %d failed, the slowest took %v; %s: %v", mode, o.Requests, o.Failed, o.Slowest.Round(time.Millisecond), action, windows)
 	}
 }
