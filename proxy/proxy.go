@@ -98,6 +98,7 @@ type Proxy struct {
 	local, forwarded *slots
 	loop             *loop.Loop   // nil before the first Serve
 	standing         []*loop.Task // end with Shutdown
+	over             bool         // Shutdown waits for nobody any more
 
 	closing atomic.Bool  // set with mu held
 	drained atomic.Int64 // connections that were accepted before end, in nanoseconds of the monotonic clock
@@ -229,12 +230,20 @@ func (p *Proxy) accept(t *loop.Task, from *net.TCPListener, forwarded bool) erro
 		return fmt.Errorf("listen on %v: %w", from.Addr(), err)
 	}
 	defer ln.Close()
-	for {
+	for left := p.options.MaxConns; ; {
 		for p.full(slots, t) && !t.Cancelled() {
 			ln.Pause()
 			t.Wait(time.Time{})
 		}
 		c, peer, err := t.Accept(ln)
+		if err == loop.ErrCancelled && left > 0 && p.engine.Mode() == policy.Audit {
+			// The redirect is gone, and the tracker goes with us: those who were led
+			// here just before have nobody else.
+			left--
+			if c, peer, err = t.AcceptLeft(ln); err == loop.ErrAgain {
+				return nil
+			}
+		}
 		switch {
 		case err == loop.ErrCancelled:
 			return nil
@@ -281,9 +290,11 @@ func (p *Proxy) Open() int {
 	return len(p.local.sessions) + len(p.forwarded.sessions)
 }
 
-// Shutdown stops accepting, lets requests that have come be answered, and
-// closes the rest when ctx is done or after five seconds. It returns when
-// everything has ended.
+// Shutdown stops accepting, lets requests that have come be answered, in audit
+// mode also on connections that wait to be accepted, and closes the rest when
+// ctx is done or after five seconds. It returns when everything has ended. In
+// audit mode nobody should be led here any more, in enforce mode those who wait
+// do so for the next daemon, if the service manager has the port.
 func (p *Proxy) Shutdown(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, drainTimeout)
 	defer cancel()
@@ -341,6 +352,7 @@ func (p *Proxy) end(ctx context.Context, done <-chan struct{}) (cancelled int) {
 		case <-ctx.Done():
 			p.mu.Lock()
 			defer p.mu.Unlock()
+			p.over = p.closing.Load()
 			for s := range p.sessions() {
 				if s.ends() {
 					s.task.Cancel()

@@ -162,7 +162,7 @@ func (h *slots) last() *session {
 func (p *Proxy) admit(s *session, of part) bool {
 	h := s.slots
 	p.lockWithRoom(s, of)
-	if p.closing.Load() {
+	if p.over {
 		p.mu.Unlock()
 		return false
 	}
@@ -233,7 +233,7 @@ func (p *Proxy) lockWithRoom(s *session, of part) {
 	var timer <-chan time.Time // made when there is no room
 	for waits := true; ; {
 		p.mu.Lock()
-		if !waits || p.closing.Load() || len(h.sessions) < h.limit || h.waiting >= maxWaiting {
+		if !waits || p.over || len(h.sessions) < h.limit || h.waiting >= maxWaiting {
 			return
 		}
 		if last := h.last(); last == nil || !last.busy.Load() || last.of.owner != of.owner {

@@ -286,6 +286,28 @@ func TestShutdownAnswers(t *testing.T) {
 	}
 }
 
+// TestShutdownAccepts has a client come while the loop has other things to do, and then
+// the end. In audit mode nobody else would serve him.
+func TestShutdownAccepts(t *testing.T) {
+	r := newRig(t, setting{policy: policy.Config{Mode: policy.Audit}, lab: netlab.Options{IMDS: emulator()}})
+	goOn := r.hold()
+	c := r.dial(false)
+	io.WriteString(c, askA)
+	done := make(chan error)
+	go func() { done <- r.proxy.Shutdown(context.Background()) }()
+	for !r.proxy.closing.Load() {
+		time.Sleep(time.Millisecond)
+	}
+	time.Sleep(10 * time.Millisecond)
+	goOn()
+	if got, end := talk(t, c, "", 5*time.Second); !strings.Contains(got, " 200 OK\r\n") || end != "FIN" {
+		t.Errorf("%q, %s", got, end)
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
 // The service begins to answer a client that sends no more, and stalls. The client is
 // not kept for as long as the service says nothing.
 func TestHalfClosedAndStalled(t *testing.T) {

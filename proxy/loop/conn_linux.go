@@ -295,6 +295,12 @@ func (t *Task) accept(ln *Listener) (*Conn, netip.AddrPort, error) {
 	if t.cancelled.Load() {
 		return nil, netip.AddrPort{}, ErrCancelled
 	}
+	return t.AcceptLeft(ln)
+}
+
+// AcceptLeft returns a connection that has come, or ErrAgain if there is none, also to a
+// task that is cancelled. Other tasks do not run meanwhile.
+func (t *Task) AcceptLeft(ln *Listener) (*Conn, netip.AddrPort, error) {
 	ln.conn.seen = 0 // it is told again
 	var from unix.RawSockaddrAny
 	size := uint32(unsafe.Sizeof(from))
