@@ -18,6 +18,7 @@ import (
 	"github.com/imdsgate/imdsgate/proxy/imds/imdstest"
 	"github.com/imdsgate/imdsgate/test/gate"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
+	"golang.org/x/sys/unix"
 )
 
 // examined is what `imdsgate doctor --json` says.
@@ -275,6 +276,13 @@ func TestDoctorFinds(t *testing.T) {
 		{"container-endpoint", "profile_paths: [PROFILES]\n", "ip -6 addr add fd00:ec2::23/128 dev lo", "[fd00:ec2::23]:80"},
 		{"capability-missing", "", `set -- setpriv --bounding-set=-bpf "$@"`, "CAP_BPF"},
 		{"iptables-missing", "", "mount -t tmpfs tmpfs /usr/sbin", "iptables"},
+		{"rules-unreadable", "", `real=$(readlink -f "$(command -v iptables-nft)"); cp "$real" DIR/real; cat >DIR/half <<'END'
+#!/bin/sh
+case $0 in *save) echo "no rules today" >&2; exit 1;; esac
+exec DIR/real "${0##*/}" "$@"
+END
+chmod 755 DIR/half; mount --bind DIR/half "$real"`, "no rules today"},
+		{"rules-doubtful", "redirect: {endpoints: ['169.254.169.254:80']}\n", "", "[fd00:ec2::254]:80 is not among redirect.endpoints"},
 	} {
 		e := find(c.config, c.script)
 		if m := e.message(c.id); !strings.Contains(m, c.says) {
@@ -319,6 +327,40 @@ func TestDoctorAsksOthers(t *testing.T) {
 	h.setMode("off", "--for", "5m")
 	if e := h.doctor(); !e.has("mode-off") || !e.has("got-past") || e.code != 1 {
 		t.Errorf("mode off: %d\n%s", e.code, e.text)
+	}
+}
+
+// A daemon whose files have suffered: another's mode, and a disk that is full.
+func TestDoctorOfTheSpoiled(t *testing.T) {
+	t.Parallel()
+	h := start(t, netlab.Options{}, "")
+	h.Stop()
+	if err := os.WriteFile(filepath.Join(h.State(), "mode.json"), []byte(`{"mode": "off", "un`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Dir(h.Events)
+	st, err := os.Stat(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, fmt.Sprintf("size=64k,mode=0755,uid=%d", st.Sys().(*syscall.Stat_t).Uid)); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(dir, unix.MNT_DETACH)
+	h.startWith(gate.Settings{Config: "mode: enforce\n", Dir: h.Dir})
+	var e examined
+	for range 20 {
+		if e = h.doctor(); e.has("events-missing") {
+			break
+		}
+	}
+	for id, says := range map[string]string{"mode-wrong": "which mode was set before is not known", "events-missing": "events are missing since the daemon started"} {
+		if m := e.message(id); !strings.Contains(m, says) {
+			t.Errorf("%s: %q\n%s", id, m, e.text)
+		}
+	}
+	if e.has("mode-off") || e.code != 1 {
+		t.Errorf("%d\n%s", e.code, e.text)
 	}
 }
 
