@@ -58,12 +58,15 @@ restarts. The first time it begins with the oldest.`,
 	flags.StringVar(&e.since, "since", "", "not those before")
 	flags.StringVar(&e.until, "until", "", "not those after")
 	completes(cmd, "verdict", "allow", "deny", "would-deny")
-	var classes []string
-	for _, class := range imds.Classes() {
-		classes = append(classes, class.String())
-	}
-	completes(cmd, "class", classes...)
+	completes(cmd, "class", classes()...)
 	return cmd
+}
+
+func classes() (all []string) {
+	for _, class := range imds.Classes() {
+		all = append(all, class.String())
+	}
+	return all
 }
 
 // eventsOptions are the flags of imdsgate events.
@@ -206,6 +209,9 @@ func (f filter) compile(now time.Time) (func(line []byte) (bool, error), error) 
 	case "", "allow", "deny", "would-deny":
 	default:
 		return nil, fmt.Errorf("--verdict %s: there are allow, deny and would-deny", f.verdict)
+	}
+	if f.class != "" && !slices.Contains(classes(), f.class) {
+		return nil, fmt.Errorf("--class %s: there are %s", f.class, strings.Join(classes(), ", "))
 	}
 	since, err := moment("--since", f.since, now)
 	if err != nil {

@@ -104,13 +104,14 @@ func TestEventsFilter(t *testing.T) {
 	}
 	for args, want := range map[string]string{
 		"--verdict no":     "would-deny",
+		"--class secrets":  "credentials",
 		"--since tomorrow": "how long ago",
 	} {
 		if _, stderr, code := eventsRun("", append(strings.Fields(args), path)...); code == 0 || !strings.Contains(stderr, want) {
 			t.Errorf("%s: exit %d, %s", args, code, stderr)
 		}
 	}
-	if _, stderr, code := eventsRun("", "--class", "x", writeFile(t, "bad", "no event\n")); code == 0 || !strings.Contains(stderr, "no event") {
+	if _, stderr, code := eventsRun("", "--class", "token", writeFile(t, "bad", "no event\n")); code == 0 || !strings.Contains(stderr, "no event") {
 		t.Errorf("exit %d, %s", code, stderr)
 	}
 }

@@ -88,7 +88,7 @@ func (p *printer) step(s policy.StepFinding, last, all bool) {
 	p.line("%s %-14s %s: %s%s", branch, name, printable(s.Looked), printable(s.Found), reached)
 	for _, of := range s.Of {
 		if len(s.Of) > 1 {
-			p.line("%s   %s (pid %d)", trunk, printable(of.Executable), of.PID)
+			p.line("%s   %s", trunk, withPID(printable(of.Executable), of.PID))
 		}
 		for _, name := range of.Denies {
 			p.line("%s   deny %q is about it", trunk, name)
@@ -144,7 +144,7 @@ func (p *printer) rules(trunk string, rules []policy.RuleFinding, all bool) {
 
 // subject prints one process and where it comes from.
 func (p *printer) subject(s report.Subject, ancestors []report.Subject) {
-	p.line("%s (pid %d), user %s", program(s), s.PID, printable(s.User))
+	p.line("%s, user %s", withPID(program(s), int64(s.PID)), printable(s.User))
 	p.line("  command line       %s", printable(s.CommandLine))
 	if !s.Ended {
 		p.line("  working directory  %s", printable(s.WorkingDir))
@@ -165,12 +165,20 @@ func (p *printer) subject(s report.Subject, ancestors []report.Subject) {
 		how = "then"
 	}
 	for _, a := range ancestors {
-		p.line("  %-18s %s (pid %d)", how, program(a), a.PID)
+		p.line("  %-18s %s", how, withPID(program(a), int64(a.PID)))
 		how = "then"
 	}
 	if s.ParentNow != nil {
 		p.line("  %-18s %s (pid %d)", "parent now", program(*s.ParentNow), s.ParentNow.PID)
 	}
+}
+
+// withPID names a process, or a program that was only named (--exe, --parent).
+func withPID(program string, pid int64) string {
+	if pid == 0 {
+		return program
+	}
+	return fmt.Sprintf("%s (pid %d)", program, pid)
 }
 
 func program(s report.Subject) string {
