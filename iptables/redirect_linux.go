@@ -629,7 +629,10 @@ func Release(ctx context.Context) error {
 		for _, f := range Families {
 			have, err := t.save(ctx, f)
 			if err == nil {
-				_, err = t.settle(ctx, have.installed(f).withoutTable("nat"), have)
+				var changed bool
+				if changed, err = t.settle(ctx, have.installed(f).withoutTable("nat"), have); changed {
+					err = errors.Join(err, forgetEnded(f))
+				}
 			}
 			if f == IPv4 || has == awake {
 				errs = append(errs, err)

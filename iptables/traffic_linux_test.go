@@ -248,6 +248,32 @@ func TestPortOfTheLastOne(t *testing.T) {
 	})
 }
 
+// TestReleaseWithAnOldPort has a client go to the service itself, when the redirect is gone and the daemon still serves,
+// from the port of a connection of the daemon's that has ended. The tracker must not give it another port, which it would
+// lose with the last rules.
+func TestReleaseWithAnOldPort(t *testing.T) {
+	forBackends(t, func(s *site, b Backend) {
+		imds := endpoint[IPv4]
+		r := s.open(Config{UID: uid, Backend: b})
+		s.daemon(r)
+		s.install(r)
+		d, greeting := s.dial(s.lab.Instance, client{uid: uid, mark: defaultMark}, imds)
+		s.expect("the daemon", greeting, "metadata")
+		near := d.LocalAddr().(*net.TCPAddr)
+		fmt.Fprintln(d, "bye")
+		s.expect("the end of it", d.hear(), "EOF")
+		d.Close()
+		s.eventually("the tracker to see that it has ended", func() bool {
+			return strings.Contains(s.sh("conntrack -L -p tcp 2>/dev/null"), "TIME_WAIT")
+		})
+		s.do(func() error { return Release(t.Context()) })
+		direct, greeting := s.dial(s.lab.Instance, client{prepare: from(near.Port)}, imds)
+		s.expect("after release", greeting, "metadata")
+		s.remove()
+		s.expect("after removal", direct.alive(), "alive")
+	})
+}
+
 // TestZoneIsTried shows that the kernel says when it has no such rules, and that trying leaves nothing.
 func TestZoneIsTried(t *testing.T) {
 	forBackends(t, func(s *site, b Backend) {
