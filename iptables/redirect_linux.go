@@ -72,6 +72,7 @@ type Report struct {
 	Warnings  []string // each a sentence for the operator
 
 	Changed     bool         // Install only: something had to be written
+	Lost        []Lost       // Install only: connections that are to be aborted, or their owners wait in vain
 	Differences []Difference // Status only: how the host differs from what Install would make of it
 }
 
@@ -514,7 +515,9 @@ func (r *Redirect) apply(ctx context.Context, s *survey) (undo func() error, err
 		var err error
 		switch {
 		case before.zoned() != want.zoned():
-			err = forget(want.Family) // connections of the moment are reset
+			var lost []Lost
+			lost, err = forget(want.Family) // connections of the moment are reset
+			s.report.Lost = append(s.report.Lost, lost...)
 		case before.redirects() != want.redirects():
 			err = forgetEnded(want.Family)
 		}
@@ -661,7 +664,8 @@ func Remove(ctx context.Context) (removed bool, err error) {
 		for _, f := range Families {
 			changed, err := t.settle(ctx, FamilyPlan{Family: f}, nil)
 			if changed {
-				err = errors.Join(err, forget(f))
+				_, forgot := forget(f)
+				err = errors.Join(err, forgot)
 			}
 			removed = removed || changed
 			if f == IPv4 || has == awake {

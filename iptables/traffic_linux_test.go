@@ -215,7 +215,7 @@ func TestForgets(t *testing.T) {
 			return err
 		})
 		s.sh(fmt.Sprintf("conntrack -I -p tcp -s %s -d %s --sport 80 --dport %d --state ESTABLISHED -t 100", imds.Addr(), near.IP, near.Port))
-		s.do(func() error { return forget(IPv4) })
+		s.do(func() error { _, err := forget(IPv4); return err })
 		s.expect("the daemon's connection", d.alive(), "alive")
 		d.Conn.(*net.TCPConn).SetLinger(0)
 		d.Close()
@@ -271,6 +271,30 @@ func TestReleaseWithAnOldPort(t *testing.T) {
 		s.expect("after release", greeting, "metadata")
 		s.remove()
 		s.expect("after removal", direct.alive(), "alive")
+	})
+}
+
+// TestLost has the daemon make a connection without its zone, from the port of an earlier one. With the zone it loses the
+// other port that the tracker has given it.
+func TestLost(t *testing.T) {
+	forBackends(t, func(s *site, b Backend) {
+		imds, as := endpoint[IPv4], client{uid: uid, mark: defaultMark}
+		r := s.open(Config{UID: uid, Backend: b})
+		s.daemon(r)
+		s.install(r)
+		d, _ := s.dial(s.lab.Instance, as, imds)
+		near := d.LocalAddr().(*net.TCPAddr).AddrPort()
+		fmt.Fprintln(d, "bye")
+		s.expect("the end of it", d.hear(), "EOF")
+		d.Close()
+		s.sh("iptables-" + b.String() + " -t raw -F OUTPUT")
+		as.prepare = from(int(near.Port()))
+		_, greeting := s.dial(s.lab.Instance, as, imds)
+		s.expect("without its zone", greeting, "metadata")
+		other, _ := s.dial(s.lab.Instance, client{uid: uid, mark: defaultMark}, imds)
+		report := s.install(r)
+		s.expect("what is lost", fmt.Sprint(report.Lost), fmt.Sprint([]Lost{{near, imds}}))
+		s.expect("another one, meanwhile", other.alive(), "alive")
 	})
 }
 

@@ -38,10 +38,17 @@ func (t *tools) tryZone(ctx context.Context) error {
 // they are now. And what it still knows of those that have ended: while it does not track, somebody else may get the
 // port of one, and afterwards it would take him for that one, whose packets went elsewhere (measured: the service's
 // answer got another port on its way in, and was reset).
-func forget(f Family) error {
+func forget(f Family) ([]Lost, error) {
+	var lost []Lost
 	// Of one whose next packet comes from the service the tracker then thinks that the service has begun it.
-	return errors.Join(forgetAny(f, direct{}, ended{}), forgetAny(f, reversed{}))
+	err := errors.Join(forgetAny(f, ended{}, direct{&lost}), forgetAny(f, reversed{}))
+	return lost, err
 }
+
+// Lost is a connection of this host's to which the tracker had given another local port, since the same one in the other
+// zone had the same answers, and which has its own again. The other end does not know that: it answers with a reset, or,
+// if it still waits for the last packets of an earlier connection with this port, not at all.
+type Lost struct{ Local, Remote netip.AddrPort }
 
 // forgetEnded does that for those alone which have ended.
 func forgetEnded(f Family) error { return forgetAny(f, ended{}) }
@@ -59,13 +66,23 @@ func forgetAny(f Family, which ...netlink.CustomConntrackFilter) error {
 }
 
 // direct matches connections to link-local services, and to those that AWS has in IPv6, which go where they were meant
-// to. Others than the daemon's lose nothing by it.
-type direct struct{}
+// to. Others than the daemon's lose nothing by it, but for those that it adds to lost.
+type direct struct{ lost *[]Lost }
 
 var services = []netip.Prefix{netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("fd00:ec2::/32")}
 
-func (direct) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
-	return toService(flow) && flow.Reverse.SrcIP.Equal(flow.Forward.DstIP)
+func (d direct) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
+	if !toService(flow) || !flow.Reverse.SrcIP.Equal(flow.Forward.DstIP) {
+		return false
+	}
+	if d.lost != nil && flow.Reverse.DstIP.Equal(flow.Forward.SrcIP) && flow.Reverse.DstPort != flow.Forward.SrcPort {
+		local, _ := netip.AddrFromSlice(flow.Forward.SrcIP)
+		remote, _ := netip.AddrFromSlice(flow.Forward.DstIP)
+		*d.lost = append(*d.lost, Lost{
+			netip.AddrPortFrom(local.Unmap(), flow.Forward.SrcPort), netip.AddrPortFrom(remote.Unmap(), flow.Forward.DstPort),
+		})
+	}
+	return true
 }
 
 func toService(flow *netlink.ConntrackFlow) bool {

@@ -319,8 +319,13 @@ func (d *daemon) settle(older []diag.Socket) error {
 
 // settleAgain is settle after a repair: for connections that were made meanwhile, and for
 // those that the tracker has lost with the rules. Their clients would wait for an answer
-// that was sent and cannot come.
-func (d *daemon) settleAgain() error {
+// that was sent and cannot come. Of our own connections those are aborted which have lost
+// their port; the proxy asks again, or has the client do so.
+func (d *daemon) settleAgain(lost []iptables.Lost) error {
+	for _, l := range lost {
+		err := d.finder.Abort(diag.Socket{Tuple: diag.Tuple{Local: l.Local, Remote: l.Remote}})
+		d.log.Info().Stringer("local", l.Local).Err(err).Msg("a connection that has lost its port with the rules was aborted")
+	}
 	found, err := d.finder.Direct(d.rules.Endpoints, ports(d.rules), d.rules.UID)
 	d.direct(found, "was made while the rules were not there, or was cut off when they went")
 	return err

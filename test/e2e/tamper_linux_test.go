@@ -4,6 +4,8 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -270,5 +272,48 @@ func TestFilesChanged(t *testing.T) {
 	activated, err := h.Await("the reload", func(d gate.Document) bool { return d.At("event.action") == "policy-activated" })
 	if err != nil || activated.At("imdsgate.policy.digest") != s.Policy.Digest {
 		t.Errorf("%v, %v", activated, err)
+	}
+}
+
+// Somebody flushes table raw, and a client comes before it is repaired. The connection to
+// the service that is made for it may get another port from the tracker and then lose it,
+// all the more where there are few: the client has its answer all the same.
+func TestRawFlushed(t *testing.T) {
+	t.Parallel()
+	h := start(t, netlab.Options{}, "mode: enforce\n")
+	h.logged("serving")
+	h.output("sysctl", "-q", "-w", "net.ipv4.ip_local_port_range=40000 40063")
+	const lost = "a connection that has lost its port"
+	for round := 0; strings.Count(h.Log(), lost) < 3; round++ {
+		if round == 30 {
+			t.Fatalf("in %d rounds not even three connections have lost their ports", round)
+		}
+		for range 10 {
+			h.curl(client{}, "/latest/meta-data/instance-id")
+		}
+		h.output("iptables", "-t", "raw", "-F", "OUTPUT")
+		var open []net.Conn
+		for range 4 {
+			c, err := h.dial("169.254.169.254:80")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			open = append(open, c)
+		}
+		for end := time.Now().Add(5 * time.Second); !strings.Contains(h.output("iptables-save", "-t", "raw"), "-A OUTPUT"); time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatal("not repaired")
+			}
+		}
+		time.Sleep(100 * time.Millisecond)
+		for _, c := range open {
+			c.SetDeadline(time.Now().Add(3 * time.Second))
+			fmt.Fprintf(c, "GET /latest/meta-data/instance-id HTTP/1.1\r\nHost: 169.254.169.254\r\nConnection: close\r\n\r\n")
+			b, err := io.ReadAll(c)
+			if err != nil || !strings.HasPrefix(string(b), "HTTP/1.1 ") {
+				t.Errorf("round %d: %v, %q", round, err, b)
+			}
+		}
 	}
 }
