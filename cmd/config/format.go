@@ -64,7 +64,7 @@ func comments(text []byte) (all []string) {
 }
 
 func format(name string, text []byte) (out []byte, err error) {
-	text = bytes.ReplaceAll(text, []byte("\r\n"), []byte("\n"))
+	text = yamlfile.Newlines(text)
 	s, err := yamlfile.Parse(name, text)
 	if err != nil {
 		return nil, err

@@ -83,6 +83,7 @@ log: {level: info}
 			"grants:\n  # its name\n  - name: a\n    executable: /opt/a\n    user: x\n    owner: o\n    reason: r\n"},
 		{"lines of text", "grants:\n- name: a\n  executable: /opt/a\n  user: x\n  owner: o\n  reason: |\n      one\n\n        two\n", "grants:\n  - name: a\n    executable: /opt/a\n    user: x\n    owner: o\n    reason: |\n      one\n\n        two\n"},
 		{"carriage returns", "mode: audit\r\n# x\r\nposture: strict\r\n", "mode: audit\n# x\nposture: strict\n"},
+		{"carriage returns alone", "mode: audit\r\r# x\rposture: strict\r", "mode: audit\n\n# x\nposture: strict\n"},
 	} {
 		got, err := Format("c.yaml", []byte(c.src))
 		if err != nil || string(got) != c.want {
@@ -124,6 +125,7 @@ func FuzzFormat(f *testing.F) {
 	f.Add([]byte("grants:\n- reason: |\n    x\n  name: a # b\n  # c\n"))
 	f.Add([]byte("rules: {paths: [a, 'b', \"c\"]}\n#\nlog:\n  level: >\n   x\n"))
 	f.Add([]byte("- - a: b\n  -\n ? c\n : d\n"))
+	f.Add([]byte("\r\r#"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if len(b) > 4096 {
 			return

@@ -64,6 +64,12 @@ func Read(path string) ([]byte, error) {
 // ReadFrom is Read of what is open already.
 func ReadFrom(r io.Reader) ([]byte, error) { return io.ReadAll(io.LimitReader(r, MaxSize+1)) }
 
+// Newlines has every line end with a newline. A carriage return alone ends one, too (YAML
+// 1.2, section 5.4).
+func Newlines(text []byte) []byte {
+	return bytes.ReplaceAll(bytes.ReplaceAll(text, []byte("\r\n"), []byte("\n")), []byte("\r"), []byte("\n"))
+}
+
 // Parse takes a file apart, whatever it says; name is for errors.
 func Parse(name string, text []byte) (f *File, err error) {
 	f = &File{Name: name, Text: text}
@@ -75,7 +81,7 @@ func Parse(name string, text []byte) (f *File, err error) {
 			f, err = nil, f.whole(fmt.Errorf("not understood as YAML: a tag (!) or anchor (&) where none belongs? (%v)", p))
 		}
 	}()
-	text = bytes.ReplaceAll(bytes.ReplaceAll(text, []byte("\r\n"), []byte("\n")), []byte("\r"), []byte("\n"))
+	text = Newlines(text)
 	f.lines = strings.Split(string(text), "\n")
 	empty := 0
 	for i, line := range f.lines {
