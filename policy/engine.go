@@ -539,17 +539,15 @@ func (m *memory) sweep(now time.Time) {
 }
 
 // imageOf names a process in one image. The command line can be long and is the
-// process's own choice, so that its digest is kept instead.
+// process's own choice, so that a digest is kept instead.
 func imageOf(p *event.Process) imageID {
 	text := make([]byte, 0, 512) // not allocated, if that is enough
+	text = append(append(text, p.EntityID...), 0)
 	text = append(append(append(text, p.Executable...), 0), p.CommandLine...)
-	return imageID{p.EntityID, sha256.Sum256(text)}
+	return sha256.Sum256(text)
 }
 
-type imageID struct {
-	entity string
-	image  [sha256.Size]byte
-}
+type imageID [sha256.Size]byte
 
 // told is the last policy whose rules know that a process has started, or -1.
 func (m *memory) told(image imageID) int {
