@@ -634,7 +634,7 @@ func Release(ctx context.Context) error {
 			if err == nil {
 				var changed bool
 				if changed, err = t.settle(ctx, have.installed(f).withoutTable("nat"), have); changed {
-					err = errors.Join(err, forgetEnded(f))
+					err = errors.Join(err, unlessMissing(forgetEnded(f)))
 				}
 			}
 			if f == IPv4 || has == awake {
@@ -665,7 +665,7 @@ func Remove(ctx context.Context) (removed bool, err error) {
 			changed, err := t.settle(ctx, FamilyPlan{Family: f}, nil)
 			if changed {
 				_, forgot := forget(f)
-				err = errors.Join(err, forgot)
+				err = errors.Join(err, unlessMissing(forgot))
 			}
 			removed = removed || changed
 			if f == IPv4 || has == awake {

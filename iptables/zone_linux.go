@@ -65,6 +65,15 @@ func forgetAny(f Family, which ...netlink.CustomConntrackFilter) error {
 	return nil
 }
 
+// unlessMissing is for who takes the redirect away: that must not fail because the kernel has no nf_conntrack_netlink
+// (nfnetlink_rcv_msg in net/netfilter/nfnetlink.c), of which Install warns.
+func unlessMissing(err error) error {
+	if errors.Is(err, syscall.EINVAL) {
+		return nil
+	}
+	return err
+}
+
 // direct matches connections to link-local services, and to those that AWS has in IPv6, which go where they were meant
 // to. Others than the daemon's lose nothing by it, but for those that it adds to lost.
 type direct struct{ lost *[]Lost }
