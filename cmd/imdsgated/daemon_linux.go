@@ -111,6 +111,9 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	rules.SocketActivated = len(inherited) > 0
 	d.rules = rules
 
+	hangup := make(chan os.Signal, 1) // from now on it waits, instead of ending us
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
 	d.started = make(chan struct{})
 	d.engine = policy.NewEngine(p)
 	d.tookUp(c, p)
@@ -192,7 +195,7 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	background.Go(func() { d.keepTime(ctx) })
 	background.Go(func() { d.checkAttribution(ctx) })
 	background.Go(func() { d.keepHealth(ctx) })
-	background.Go(func() { d.reloadOnHangup(ctx) })
+	background.Go(func() { d.reloadOnHangup(ctx, hangup) })
 	background.Go(func() { d.watchFiles(ctx) })
 	if c.Events.Journal {
 		background.Go(func() { d.passToJournal(ctx, filepath.Join(filepath.Dir(c.FirstSeen.Path), "journal-cursor")) })
@@ -502,10 +505,7 @@ func (d *daemon) forwardable(client, endpoint netip.AddrPort) error {
 }
 
 // reloadOnHangup reads the configuration again on SIGHUP.
-func (d *daemon) reloadOnHangup(ctx context.Context) {
-	hangup := make(chan os.Signal, 1)
-	signal.Notify(hangup, syscall.SIGHUP)
-	defer signal.Stop(hangup)
+func (d *daemon) reloadOnHangup(ctx context.Context, hangup <-chan os.Signal) {
 	for {
 		select {
 		case <-ctx.Done():
