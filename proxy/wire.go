@@ -229,10 +229,12 @@ func (s *session) lost(have int, err error) bool {
 }
 
 // stale reports once for each request whether it failed because the service had ended
-// an old connection already, as it may at any moment (RFC 9112 section 9.3.1). The
+// an old connection already, as it may at any moment (RFC 9112 section 9.3.1), or because
+// we have aborted it ourselves, which had lost its port (iptables.Lost). The
 // client would try again, and so do we: a second time would be more than it does.
 func (s *session) stale(err error) bool {
-	if !s.old() || s.resent || !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+	ended := s.old() && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE))
+	if s.resent || !ended && !errors.Is(err, syscall.ECONNABORTED) {
 		return false
 	}
 	s.resent = true

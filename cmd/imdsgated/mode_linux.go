@@ -323,8 +323,12 @@ func (d *daemon) settle(older []diag.Socket) error {
 // their port; the proxy asks again, or has the client do so.
 func (d *daemon) settleAgain(lost []iptables.Lost) error {
 	for _, l := range lost {
-		err := d.finder.Abort(diag.Socket{Tuple: diag.Tuple{Local: l.Local, Remote: l.Remote}})
-		d.log.Info().Stringer("local", l.Local).Err(err).Msg("a connection that has lost its port with the rules was aborted")
+		err := d.finder.AbortTuple(diag.Tuple{Local: l.Local, Remote: l.Remote})
+		if err != nil { // mostly it has ended meanwhile
+			d.log.Debug().Err(err).Msg("a connection that has lost its port with the rules was not aborted")
+			continue
+		}
+		d.log.Info().Stringer("local", l.Local).Msg("a connection that has lost its port with the rules was aborted")
 	}
 	found, err := d.finder.Direct(d.rules.Endpoints, ports(d.rules), d.rules.UID)
 	d.direct(found, "was made while the rules were not there, or was cut off when they went")

@@ -58,7 +58,7 @@ func (d *daemon) drifted(drift iptables.Drift) {
 
 // looked takes up how the redirect is now.
 func (d *daemon) looked(drift iptables.Drift) {
-	if drift.Repaired > 0 {
+	if drift.Repaired > 0 || len(drift.Report.Lost) > 0 {
 		if err := d.settleAgain(drift.Report.Lost); err != nil {
 			d.log.Error().Err(err).Msg("connections that do not come here are not known")
 		}

@@ -283,7 +283,7 @@ func TestRawFlushed(t *testing.T) {
 	h := start(t, netlab.Options{}, "mode: enforce\n")
 	h.logged("serving")
 	h.output("sysctl", "-q", "-w", "net.ipv4.ip_local_port_range=40000 40063")
-	const lost = "a connection that has lost its port"
+	const lost = "a connection that has lost its port with the rules was aborted"
 	for round := 0; strings.Count(h.Log(), lost) < 3; round++ {
 		if round == 30 {
 			t.Fatalf("in %d rounds not even three connections have lost their ports", round)
@@ -301,7 +301,7 @@ func TestRawFlushed(t *testing.T) {
 			defer c.Close()
 			open = append(open, c)
 		}
-		for end := time.Now().Add(5 * time.Second); !strings.Contains(h.output("iptables-save", "-t", "raw"), "-A OUTPUT"); time.Sleep(10 * time.Millisecond) {
+		for end := time.Now().Add(10 * time.Second); !strings.Contains(h.output("iptables-save", "-t", "raw"), "-A OUTPUT"); time.Sleep(10 * time.Millisecond) {
 			if time.Now().After(end) {
 				t.Fatal("not repaired")
 			}
