@@ -223,6 +223,21 @@ func TestForgets(t *testing.T) {
 	})
 }
 
+// over makes a connection to the service that the other end closes first, and returns its port once the tracker has seen
+// that it has ended.
+func (s *site) over(as client, want string) (port int) {
+	s.Helper()
+	d, greeting := s.dial(s.lab.Instance, as, endpoint[IPv4])
+	s.expect("the one before", greeting, want)
+	fmt.Fprintln(d, "bye")
+	s.expect("the end of it", d.hear(), "EOF")
+	d.Close()
+	s.eventually("the tracker to see that it has ended", func() bool {
+		return strings.Contains(s.sh("conntrack -L -p tcp 2>/dev/null"), "TIME_WAIT")
+	})
+	return d.LocalAddr().(*net.TCPAddr).Port
+}
+
 // TestPortOfTheLastOne has a client go to the service itself, after removal, from the port of one that was redirected and
 // has ended. When there are rules again the tracker must not take it for that one.
 func TestPortOfTheLastOne(t *testing.T) {
@@ -231,17 +246,9 @@ func TestPortOfTheLastOne(t *testing.T) {
 		r := s.open(Config{UID: uid, Backend: b})
 		s.daemon(r)
 		s.install(r)
-		d, greeting := s.dial(s.lab.Instance, client{}, imds)
-		s.expect("redirected", greeting, "host "+imds.String())
-		near := d.LocalAddr().(*net.TCPAddr)
-		fmt.Fprintln(d, "bye") // so that it is the daemon's end that waits
-		s.expect("the end of it", d.hear(), "EOF")
-		d.Close()
-		s.eventually("the tracker to see that it has ended", func() bool {
-			return strings.Contains(s.sh("conntrack -L -p tcp 2>/dev/null"), "TIME_WAIT")
-		})
+		old := s.over(client{}, "host "+imds.String())
 		s.remove()
-		direct, greeting := s.dial(s.lab.Instance, client{prepare: from(near.Port)}, imds)
+		direct, greeting := s.dial(s.lab.Instance, client{prepare: from(old)}, imds)
 		s.expect("after removal", greeting, "metadata")
 		s.install(r)
 		s.expect("after the next installation", direct.alive(), "alive")
@@ -257,17 +264,9 @@ func TestReleaseWithAnOldPort(t *testing.T) {
 		r := s.open(Config{UID: uid, Backend: b})
 		s.daemon(r)
 		s.install(r)
-		d, greeting := s.dial(s.lab.Instance, client{uid: uid, mark: defaultMark}, imds)
-		s.expect("the daemon", greeting, "metadata")
-		near := d.LocalAddr().(*net.TCPAddr)
-		fmt.Fprintln(d, "bye")
-		s.expect("the end of it", d.hear(), "EOF")
-		d.Close()
-		s.eventually("the tracker to see that it has ended", func() bool {
-			return strings.Contains(s.sh("conntrack -L -p tcp 2>/dev/null"), "TIME_WAIT")
-		})
+		old := s.over(client{uid: uid, mark: defaultMark}, "metadata")
 		s.do(func() error { return Release(t.Context()) })
-		direct, greeting := s.dial(s.lab.Instance, client{prepare: from(near.Port)}, imds)
+		direct, greeting := s.dial(s.lab.Instance, client{prepare: from(old)}, imds)
 		s.expect("after release", greeting, "metadata")
 		s.remove()
 		s.expect("after removal", direct.alive(), "alive")
@@ -282,18 +281,13 @@ func TestLost(t *testing.T) {
 		r := s.open(Config{UID: uid, Backend: b})
 		s.daemon(r)
 		s.install(r)
-		d, _ := s.dial(s.lab.Instance, as, imds)
-		near := d.LocalAddr().(*net.TCPAddr).AddrPort()
-		fmt.Fprintln(d, "bye")
-		s.expect("the end of it", d.hear(), "EOF")
-		d.Close()
+		as.prepare = from(s.over(as, "metadata"))
 		s.sh("iptables-" + b.String() + " -t raw -F OUTPUT")
-		as.prepare = from(int(near.Port()))
-		_, greeting := s.dial(s.lab.Instance, as, imds)
+		d, greeting := s.dial(s.lab.Instance, as, imds)
 		s.expect("without its zone", greeting, "metadata")
 		other, _ := s.dial(s.lab.Instance, client{uid: uid, mark: defaultMark}, imds)
 		report := s.install(r)
-		s.expect("what is lost", fmt.Sprint(report.Lost), fmt.Sprint([]Lost{{near, imds}}))
+		s.expect("what is lost", fmt.Sprint(report.Lost), fmt.Sprint([]Lost{{d.LocalAddr().(*net.TCPAddr).AddrPort(), imds}}))
 		s.expect("another one, meanwhile", other.alive(), "alive")
 	})
 }
