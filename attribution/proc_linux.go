@@ -76,7 +76,7 @@ const maxPins = 256
 type pin struct {
 	pid      int
 	dir      int
-	statFile int // open, since it is what is read again and again
+	statFile int // of the first thread; open, since it is what is read again and again
 	start    uint64
 
 	// guarded by host.mu
@@ -165,7 +165,9 @@ func (h *host) pin(pid int) (*pin, stat, error) {
 		return nil, stat{}, fmt.Errorf("open the directory of process %d: %w", pid, err)
 	}
 	p = &pin{pid: pid, dir: dir, refs: 1}
-	p.statFile, err = unix.Openat(dir, "stat", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	// The stat of all threads together takes longer the more there are (do_task_stat in
+	// fs/proc/array.c).
+	p.statFile, err = unix.Openat(dir, filepath.Join("task", strconv.Itoa(pid), "stat"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		unix.Close(dir)
 		return nil, stat{}, p.error("stat", err)
