@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/imdsgate/imdsgate/attribution/diag"
 	"github.com/imdsgate/imdsgate/policy"
 	"github.com/imdsgate/imdsgate/proxy/imds/imdstest"
 	"github.com/imdsgate/imdsgate/proxy/loop"
@@ -154,6 +155,44 @@ func TestUpstreamEndsWhileAsked(t *testing.T) {
 				t.Errorf("%q, %s, and the service saw %s", got, end, s.saw())
 			}
 			r.recorded(2)
+		})
+	}
+}
+
+// A connection of ours that is aborted because it has lost its port is replaced: a client
+// that has asked on it is answered, as one that has not.
+func TestAborted(t *testing.T) {
+	for name, asked := range map[string]bool{"asked": true, "not yet": false} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, setting{lab: netlab.Options{NoIMDS: true}})
+			aborted := make(chan error, 1)
+			s := serve(t, r, func(n int, c *net.TCPConn, ask func() error) {
+				if n == 1 {
+					if asked && ask() != nil {
+						return
+					}
+					aborted <- r.proxy.finder.AbortTuple(diag.Tuple{Local: c.RemoteAddr().(*net.TCPAddr).AddrPort(), Remote: c.LocalAddr().(*net.TCPAddr).AddrPort()})
+				}
+				if ask() == nil {
+					io.WriteString(c, kept)
+				}
+			})
+			conn := r.dial(false)
+			saw := "2 GET /latest/meta-data/ami-id"
+			if asked {
+				io.WriteString(conn, askA)
+				saw = "1 GET /latest/meta-data/ami-id, " + saw
+			}
+			if err := <-aborted; err != nil {
+				t.Fatal(err)
+			}
+			if !asked {
+				io.WriteString(conn, askA)
+			}
+			if got, end := talk(t, conn, "", 5*time.Second); got != kept || end != "FIN" || s.saw() != saw {
+				t.Errorf("%q, %s, and the service saw %s", got, end, s.saw())
+			}
+			r.recorded(1)
 		})
 	}
 }

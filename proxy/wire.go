@@ -73,6 +73,7 @@ func (s *session) read() (*http1.Request, error) {
 					over = s.unasked()
 				}
 				switch {
+				case s.up == nil:
 				case over == nil:
 					wait[1], waits = s.fromUp(loop.In), 2
 				case s.count == 0:
@@ -107,9 +108,12 @@ const askedIn = 250 * time.Millisecond
 var errReset = errors.New("the service has reset the connection")
 
 // unasked looks whether the service has ended the connection, or says something that
-// nobody asked for.
+// nobody asked for. One that we have aborted ourselves is replaced when somebody asks.
 func (s *session) unasked() error {
 	switch st := s.up.Look(); {
+	case s.up.Aborted():
+		s.hangUp()
+		s.up = nil
 	case st == loop.Broken:
 		return errReset
 	case st == loop.Ended, st == loop.Ready && s.count > 0:
@@ -194,7 +198,7 @@ func (s *session) redial() error {
 			return nil
 		}
 		// One that is refused, or that speaks first, is the client's to see.
-		if st := s.up.Look(); st == loop.Quiet || st != loop.Ended && !s.old() {
+		if st := s.up.Look(); st == loop.Quiet || st != loop.Ended && !s.old() && !s.up.Aborted() {
 			return nil
 		}
 	}

@@ -320,8 +320,7 @@ func (d *daemon) settle(older []diag.Socket) error {
 // settleAgain is settle after a repair: for connections that were made meanwhile, and for
 // those that the tracker has lost with the rules. Their clients would wait for an answer
 // that was sent and cannot come. Of our own connections those are aborted which have lost
-// their port: who has asked on one is told so by its end, unless the proxy can ask again,
-// and who has not is served by another.
+// their port: the proxy asks again on another, unless an answer has begun.
 func (d *daemon) settleAgain(lost []iptables.Lost) error {
 	for _, l := range lost {
 		err := d.finder.AbortTuple(diag.Tuple{Local: l.Local, Remote: l.Remote})

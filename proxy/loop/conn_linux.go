@@ -38,6 +38,7 @@ type Conn struct {
 	place  int32  // by which epoll knows it; negative if it does not
 	seen   Events // and not dealt with
 	gone   bool
+	ended  bool  // by this side, as Aborted says
 	unread bool  // something has come that was not read
 	task   *Task // that waits for it
 	want   Events
@@ -116,7 +117,7 @@ func (c *Conn) Read(b []byte) (int, error) {
 			c.unread = false
 			return 0, ErrAgain
 		case errno != 0:
-			c.gone = true
+			c.failed(errno)
 			return 0, errno
 		case n == 0 && len(b) > 0:
 			c.gone = true
@@ -145,7 +146,7 @@ func (c *Conn) Write(b []byte) (int, error) {
 			c.seen &^= Out
 			return done, ErrAgain
 		case errno != 0:
-			c.gone = true
+			c.failed(errno)
 			return done, errno
 		default:
 			done += int(n)
@@ -187,6 +188,16 @@ func (c *Conn) Reset() {
 		c.Close()
 	}
 }
+
+// failed notes what the kernel tells only once.
+func (c *Conn) failed(errno unix.Errno) {
+	c.gone = true
+	c.ended = c.ended || errno == unix.ECONNABORTED
+}
+
+// Aborted reports whether somebody on this side has ended the connection, with
+// SOCK_DESTROY (sock_diag(7)), as far as a read, a write or Look has found out.
+func (c *Conn) Aborted() bool { return c.ended }
 
 // Gone reports whether the other side has ended the connection, or its half of it,
 // as far as a wait, a read or a write has found out.
@@ -234,6 +245,7 @@ func (c *Conn) Look() State {
 	case errno == unix.EAGAIN || errno == unix.EINTR:
 		return Quiet
 	case errno != 0:
+		c.failed(errno)
 		return Broken
 	case n > 0:
 		return Ready
