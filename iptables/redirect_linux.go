@@ -516,7 +516,7 @@ func (r *Redirect) apply(ctx context.Context, s *survey) (undo func() error, err
 		switch {
 		case before.zoned() != want.zoned():
 			var lost []Lost
-			lost, err = forget(want.Family) // connections of the moment are reset
+			lost, err = forget(want.Family, true) // connections of the moment are reset
 			s.report.Lost = append(s.report.Lost, lost...)
 		case before.redirects() != want.redirects():
 			err = forgetEnded(want.Family)
@@ -664,7 +664,7 @@ func Remove(ctx context.Context) (removed bool, err error) {
 		for _, f := range Families {
 			changed, err := t.settle(ctx, FamilyPlan{Family: f}, nil)
 			if changed {
-				forget(f) // likewise
+				forget(f, false) // likewise
 			}
 			removed = removed || changed
 			if f == IPv4 || has == awake {

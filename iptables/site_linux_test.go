@@ -53,7 +53,7 @@ var endpoint = [...]netip.AddrPort{
 }
 
 // A site is an instance with the metadata service behind it, and two containers. The service says "metadata" to
-// who connects and then echoes, until it hears "bye" or "reset"; the listeners of a daemon, once they are there, say "host" or "forwarded" and the
+// who connects and then echoes, "later" a second after it, until it hears "bye" or "reset"; the listeners of a daemon, once they are there, say "host" or "forwarded" and the
 // original destination.
 type site struct {
 	*testing.T
@@ -187,6 +187,9 @@ func (s *site) serve(ns *netlab.Namespace, at netip.AddrPort, name string) {
 				fmt.Fprintln(conn, greeting)
 				lines := bufio.NewScanner(conn)
 				for lines.Scan() && lines.Text() != "bye" && lines.Text() != "reset" {
+					if lines.Text() == "later" {
+						time.Sleep(time.Second)
+					}
 					fmt.Fprintln(conn, lines.Text())
 				}
 				if lines.Text() == "reset" {

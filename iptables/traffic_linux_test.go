@@ -215,7 +215,7 @@ func TestForgets(t *testing.T) {
 			return err
 		})
 		s.sh(fmt.Sprintf("conntrack -I -p tcp -s %s -d %s --sport 80 --dport %d --state ESTABLISHED -t 100", imds.Addr(), near.IP, near.Port))
-		s.do(func() error { _, err := forget(IPv4); return err })
+		s.do(func() error { _, err := forget(IPv4, true); return err })
 		s.expect("the daemon's connection", d.alive(), "alive")
 		d.Conn.(*net.TCPConn).SetLinger(0)
 		d.Close()
@@ -270,6 +270,23 @@ func TestReleaseWithAnOldPort(t *testing.T) {
 		s.expect("after release", greeting, "metadata")
 		s.remove()
 		s.expect("after removal", direct.alive(), "alive")
+	})
+}
+
+// TestRemoveUnderMasquerade removes the rules while an answer is under way to a container that went to the service itself
+// after the release.
+func TestRemoveUnderMasquerade(t *testing.T) {
+	forBackends(t, func(s *site, b Backend) {
+		s.sh("iptables-" + b.String() + " -t nat -A POSTROUTING -s 172.17.0.0/16 -d 169.254.169.254 -j MASQUERADE")
+		r := s.open(Config{UID: uid, Backend: b})
+		s.daemon(r)
+		s.install(r)
+		s.do(func() error { return Release(t.Context()) })
+		d, greeting := s.dial(s.lab.Bridged, client{}, endpoint[IPv4])
+		s.expect("after release", greeting, "metadata")
+		fmt.Fprintln(d, "later")
+		s.remove()
+		s.expect("its answer", d.hear(), "later")
 	})
 }
 

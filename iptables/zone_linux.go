@@ -38,10 +38,12 @@ func (t *tools) tryZone(ctx context.Context) error {
 // they are now. And what it still knows of those that have ended: while it does not track, somebody else may get the
 // port of one, and afterwards it would take him for that one, whose packets went elsewhere (measured: the service's
 // answer got another port on its way in, and was reset).
-func forget(f Family) ([]Lost, error) {
+//
+// Those of containers whose address is masqueraded lose an answer that is under way; without masked they are left alone.
+func forget(f Family, masked bool) ([]Lost, error) {
 	var lost []Lost
 	// Of one whose next packet comes from the service the tracker then thinks that the service has begun it.
-	err := errors.Join(forgetAny(f, ended{}, direct{&lost}), forgetAny(f, reversed{}))
+	err := errors.Join(forgetAny(f, ended{}, direct{&lost, masked}), forgetAny(f, reversed{}))
 	return lost, err
 }
 
@@ -66,9 +68,11 @@ func forgetAny(f Family, which ...netlink.CustomConntrackFilter) error {
 }
 
 // direct matches connections to link-local services, and to those that AWS has in IPv6, which go where they were meant
-// to. Who is no daemon loses nothing by it but an answer that is under way to a container whose address is masqueraded;
-// of this host's those lose something that it adds to lost.
-type direct struct{ lost *[]Lost }
+// to. Of this host's own, those lose something that it adds to lost.
+type direct struct {
+	lost   *[]Lost // may be nil
+	masked bool    // also those that the service sees under another address
+}
 
 var services = []netip.Prefix{netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("fd00:ec2::/32")}
 
@@ -76,7 +80,10 @@ func (d direct) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
 	if !toService(flow) || !flow.Reverse.SrcIP.Equal(flow.Forward.DstIP) {
 		return false
 	}
-	if d.lost != nil && flow.Reverse.DstIP.Equal(flow.Forward.SrcIP) && flow.Reverse.DstPort != flow.Forward.SrcPort {
+	if !flow.Reverse.DstIP.Equal(flow.Forward.SrcIP) {
+		return d.masked
+	}
+	if d.lost != nil && flow.Reverse.DstPort != flow.Forward.SrcPort {
 		local, _ := netip.AddrFromSlice(flow.Forward.SrcIP)
 		remote, _ := netip.AddrFromSlice(flow.Forward.DstIP)
 		*d.lost = append(*d.lost, Lost{
