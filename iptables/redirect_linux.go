@@ -541,11 +541,20 @@ func (r *Redirect) apply(ctx context.Context, s *survey) (undo func() error, err
 func (r *Redirect) Verify(ctx context.Context) ([]Difference, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	s, err := r.survey(ctx)
+	s, err := r.surveyed(ctx)
 	if err != nil {
 		return nil, err
 	}
 	return r.differences(s)
+}
+
+// surveyed is a survey for who has installed nothing.
+func (r *Redirect) surveyed(ctx context.Context) (s *survey, err error) {
+	err = r.unlessDormant(func() (err error) {
+		s, err = r.survey(ctx)
+		return err
+	})
+	return s, err
 }
 
 func (r *Redirect) differences(s *survey) ([]Difference, error) {
@@ -573,7 +582,7 @@ func (r *Redirect) differences(s *survey) ([]Difference, error) {
 func (r *Redirect) Status(ctx context.Context) (Report, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	s, err := r.survey(ctx)
+	s, err := r.surveyed(ctx)
 	if err != nil {
 		return Report{}, err
 	}

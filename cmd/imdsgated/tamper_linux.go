@@ -28,7 +28,7 @@ func (d *daemon) watch(ctx context.Context) {
 // drifted records what the redirect was found to be.
 func (d *daemon) drifted(drift iptables.Drift) {
 	for _, difference := range drift.Found {
-		d.log.Warn().Str("difference", difference.String()).Int("repaired", drift.Repaired).Msg("the redirect was changed")
+		d.log.Warn().Err(drift.Err).Str("difference", difference.String()).Int("repaired", drift.Repaired).Msg("the redirect was changed")
 	}
 	by, who := d.culprits.of(drift.By)
 	if len(drift.Found) > 0 {

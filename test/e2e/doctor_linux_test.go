@@ -9,12 +9,14 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/imdsgate/imdsgate/attribution"
+	"github.com/imdsgate/imdsgate/cmd/report"
 	"github.com/imdsgate/imdsgate/proxy/imds/imdstest"
 	"github.com/imdsgate/imdsgate/test/gate"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
@@ -255,6 +257,13 @@ func TestDoctorFinds(t *testing.T) {
 		write("config.yaml", "mode: audit\n"+in.Replace(config), 0o644)
 		return h.doctorWith(filepath.Join(dir, "config.yaml"), in.Replace(script), "--preflight")
 	}
+	for range 5 {
+		ln, err := h.Instance.Listen(t.Context(), nil, "tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close()
+	}
 	clean := find("profile_paths: [PROFILES]\n", "")
 	const expired = "grants:\n- {name: old, executable: /usr/sbin/cron, user: root, owner: x, reason: x, expires: 2020-01-01}\n"
 	for _, c := range []struct{ id, config, script, says string }{
@@ -276,13 +285,10 @@ func TestDoctorFinds(t *testing.T) {
 		{"container-endpoint", "profile_paths: [PROFILES]\n", "ip -6 addr add fd00:ec2::23/128 dev lo", "[fd00:ec2::23]:80"},
 		{"capability-missing", "", `set -- setpriv --bounding-set=-bpf "$@"`, "CAP_BPF"},
 		{"iptables-missing", "", "mount -t tmpfs tmpfs /usr/sbin", "iptables"},
-		{"rules-unreadable", "", `real=$(readlink -f "$(command -v iptables-nft)"); cp "$real" DIR/real; cat >DIR/half <<'END'
-#!/bin/sh
-case $0 in *save) echo "no rules today" >&2; exit 1;; esac
-exec DIR/real "${0##*/}" "$@"
-END
-chmod 755 DIR/half; mount --bind DIR/half "$real"`, "no rules today"},
+		{"rules-unreadable", "", refuse("DIR", "*save"), "no rules today"},
 		{"rules-doubtful", "redirect: {endpoints: ['169.254.169.254:80']}\n", "", "[fd00:ec2::254]:80 is not among redirect.endpoints"},
+		{"conntrack-full", "", "echo 8 >DIR/eight; mount --bind DIR/eight /proc/sys/net/netfilter/nf_conntrack_max", "connection tracking has room for 8"},
+		{"family-skipped", "", "for f in /proc/sys/net/ipv6/conf/*/disable_ipv6; do echo 1 >$f; done\n" + refuse("DIR", "*ip6*"), "IPv6: IPv6 is off on every interface"}, // and stays so
 	} {
 		e := find(c.config, c.script)
 		if m := e.message(c.id); !strings.Contains(m, c.says) {
@@ -292,6 +298,20 @@ chmod 755 DIR/half; mount --bind DIR/half "$real"`, "no rules today"},
 			t.Errorf("%s is always there: %s", c.id, clean.text)
 		}
 	}
+	var clock unix.Timex
+	if _, err := unix.Adjtimex(&clock); err != nil || clean.has("clock-unsynchronised") != (clock.Status&unix.STA_UNSYNC != 0) {
+		t.Errorf("the clock's status is %#x, %v\n%s", clock.Status, err, clean.text)
+	}
+}
+
+// refuse puts a script into the place of iptables, under all of its names, that fails for some of them.
+func refuse(dir, names string) string {
+	return strings.NewReplacer("AT", dir, "NAMES", names).Replace(`real=$(readlink -f "$(command -v iptables-nft)"); cp "$real" AT/real; cat >AT/half <<'END'
+#!/bin/sh
+case $0 in NAMES) echo "no rules today" >&2; exit 1;; esac
+exec AT/real "${0##*/}" "$@"
+END
+chmod 755 AT/half; mount --bind AT/half "$real"`)
 }
 
 // What the daemon knows to be wrong, doctor says; and what the service knows of the clock.
@@ -361,6 +381,36 @@ func TestDoctorOfTheSpoiled(t *testing.T) {
 	}
 	if e.has("mode-off") || e.code != 1 {
 		t.Errorf("%d\n%s", e.code, e.text)
+	}
+}
+
+// A daemon that somebody's rule keeps clients from, and then one who cannot write rules any more.
+func TestDoctorOfTheObstructed(t *testing.T) {
+	t.Parallel()
+	h := prepare(t, netlab.Options{})
+	h.output("iptables", "-t", "raw", "-I", "OUTPUT", "-d", "169.254.169.254", "-j", "NOTRACK")
+	h.start("redirect: {backend: nft}\n")
+	finds := func(id, says string, known func(report.Status) bool) {
+		t.Helper()
+		for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+			if s, err := h.Status(); err == nil && known(s) {
+				break
+			}
+		}
+		if e := h.doctor(); !strings.Contains(e.message(id), says) || e.code != 1 {
+			t.Errorf("%s: %q\n%s", id, e.message(id), e.text)
+		}
+	}
+	finds("self-test", "did not come to the daemon", func(s report.Status) bool { return s.SelfTest.Error != "" })
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	h.output("nsenter", "-t", strconv.Itoa(h.PID()), "-m", "--", "sh", "-ec", refuse(dir, "*restore*"))
+	h.output("iptables-nft", "-t", "nat", "-F", "OUTPUT")
+	finds("redirect-failed", "no rules today", func(s report.Status) bool { return s.Redirect.Error != "" })
+	if !strings.Contains(h.Log(), `"repaired":0`) || !strings.Contains(h.Log(), "no rules today") {
+		t.Errorf("the log: %s", h.Log())
 	}
 }
 
