@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -153,27 +154,46 @@ func TestDetachedPrograms(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	links, n := new(link.Iterator), 0
-	defer links.Close()
-	for links.Next() {
-		l, err := links.Link.Info()
-		if err != nil || l.Type != link.CgroupType || l.Cgroup() == nil || l.Cgroup().CgroupId != info.Sys().(*syscall.Stat_t).Ino {
-			continue
+	detach := func() {
+		t.Helper()
+		links, n := new(link.Iterator), 0
+		defer links.Close()
+		for links.Next() {
+			l, err := links.Link.Info()
+			if err != nil || l.Type != link.CgroupType || l.Cgroup() == nil || l.Cgroup().CgroupId != info.Sys().(*syscall.Stat_t).Ino {
+				continue
+			}
+			if err := links.Link.Detach(); err != nil {
+				t.Fatal(err)
+			}
+			n++
 		}
-		if err := links.Link.Detach(); err != nil {
-			t.Fatal(err)
+		if n == 0 {
+			t.Fatal("there are no links")
 		}
-		n++
 	}
-	if n == 0 {
-		t.Fatal("there are no links")
-	}
+	detach()
 	began := time.Now()
 	h.curl(client{uid: ordinaryUser}, role) // who has no witness, so that it is looked at once
 	d := h.found("bpf-program-detached", says("cgroup/connect4"))
 	t.Logf("after %v: %v", time.Since(began).Round(time.Millisecond), d.At("message"))
 	if s, err := h.Status(); err != nil || s.Attribution.Broken != "" {
 		t.Errorf("%+v, %v", s.Attribution, err)
+	}
+
+	// The daemon itself is moved to where they do not see it, so that it cannot know whether they see others.
+	err = os.WriteFile(h.Cgroup.Path()+"/../cgroup.procs", []byte(strconv.Itoa(h.PID())), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	detach()
+	h.curl(client{uid: ordinaryUser}, role)
+	h.found("attribution-broken", says("no longer tells"))
+	if e := h.doctor(); !strings.Contains(e.message("attribution-broken"), "connect4") || e.code != 1 {
+		t.Errorf("%d\n%s", e.code, e.text)
+	}
+	if out, code := h.imdsgate("status"); code != 1 || !strings.HasPrefix(out, "NOT protected") {
+		t.Errorf("%d\n%s", code, out)
 	}
 }
 
