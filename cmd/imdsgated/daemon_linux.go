@@ -115,6 +115,7 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	signal.Notify(hangup, syscall.SIGHUP)
 	defer signal.Stop(hangup)
 	d.started = make(chan struct{})
+	d.health.due = make(chan struct{}, 1)
 	d.engine = policy.NewEngine(p)
 	d.tookUp(c, p)
 	d.recallDecisions(c.State.Dir)

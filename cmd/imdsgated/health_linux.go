@@ -27,6 +27,8 @@ const (
 
 // health is what the self-tests have found.
 type health struct {
+	due chan struct{} // the mode has changed, and what was found before says nothing
+
 	mu      sync.Mutex // guards the following
 	passed  time.Time  // the last time that each way to the daemon worked; zero before the first
 	noRoute string     // why nothing can be said yet, or any more
@@ -46,6 +48,9 @@ func (d *daemon) keepHealth(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-next.C:
+		case <-d.health.due:
+			d.modes.changing.Lock() // whoever changes it has it still
+			d.modes.changing.Unlock()
 		}
 		err := d.selfTest(ctx)
 		if ctx.Err() != nil || errors.Is(err, net.ErrClosed) { // it drains

@@ -211,6 +211,10 @@ func (d *daemon) goTo(ctx context.Context, to policy.Mode, set *report.SetMode, 
 	}
 	if from != to {
 		m.since = time.Now()
+		select {
+		case d.health.due <- struct{}{}:
+		default:
+		}
 	}
 	d.keepMode()
 	m.mu.Unlock()
