@@ -142,6 +142,7 @@ func TestUsage(t *testing.T) {
 		"--rounds -1":           "--rounds: want 1 to 1000",
 		"--n 0":                 "--n: want 1 to 10000",
 		"--n x":                 `invalid value "x" for flag -n: parse error`,
+		"--think 1s":            "--think: want 0 to 10ms",
 		"quick":                 `unexpected argument "quick": see --help`,
 		"--quicker":             "flag provided but not defined: -quicker",
 		"--json a.json --procs": "flag needs an argument: -procs",

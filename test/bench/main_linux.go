@@ -27,7 +27,6 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -48,6 +47,8 @@ haproxy and nginx are left out if they are not installed. The machine should hav
   --quick       5 rounds of 100, in about a minute, unless --rounds or --n say otherwise
   --procs N     run beside N sleeping processes, at most 10000, each with 20 descriptors. They are younger than the
                 client and in its cgroup, so that nothing tells where to look for the client first
+  --think D     have the service wait for so long before each answer, as in 300us; it answers at once otherwise, which
+                hides nothing of what a proxy does meanwhile
   --json FILE   also write everything that was measured to FILE
   -h, --help    show this help
 
@@ -57,6 +58,7 @@ it: one run on a busy machine proves little.
 
 type options struct {
 	rounds, n, procs int
+	think            time.Duration
 	json             string
 }
 
@@ -84,11 +86,7 @@ func run(args []string) error {
 	}
 	switch role {
 	case "upstream": // as startUpstream asks for
-		n, err := strconv.Atoi(strings.Join(args, " "))
-		if err != nil {
-			return err
-		}
-		return serveUpstream(n, os.Stdin)
+		return serveUpstream(args, os.Stdin)
 	case "sleepers": // as startSleepers does
 		return sleep(os.Stdin)
 	case "asker": // as startAsker does
@@ -140,6 +138,7 @@ func parse(args []string) (options, error) {
 	flags.IntVar(&o.rounds, "rounds", 0, "")
 	flags.IntVar(&o.n, "n", 0, "")
 	flags.IntVar(&o.procs, "procs", 0, "")
+	flags.DurationVar(&o.think, "think", 0, "")
 	flags.StringVar(&o.json, "json", "", "")
 	if err := flags.Parse(args); err != nil {
 		return o, err
@@ -165,6 +164,8 @@ func parse(args []string) (options, error) {
 		return o, errors.New("--n: want 1 to 10000")
 	case o.procs < 0 || o.procs > 10000:
 		return o, errors.New("--procs: want 0 to 10000")
+	case o.think < 0 || o.think > 10*time.Millisecond:
+		return o, errors.New("--think: want 0 to 10ms")
 	}
 	return o, nil
 }

@@ -48,7 +48,7 @@ func measure(ctx context.Context, o options, progress io.Writer) (_ *report, err
 	debug.SetGCPercent(-1)
 	runtime.GOMAXPROCS(crowd + 2)
 
-	rep := &report{Rounds: o.rounds, N: o.n}
+	rep := &report{Rounds: o.rounds, N: o.n, Think: o.think}
 	if rep.Machine, err = describe(o.procs); err != nil {
 		return nil, err
 	}

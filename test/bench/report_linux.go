@@ -16,6 +16,7 @@ type report struct {
 	Notes      []string
 	Rounds     int
 	N          int // turns of a block with one client
+	Think      time.Duration
 	Blocks     int
 	Busy       int // blocks that began on a busy machine
 	Modes      []result
@@ -187,6 +188,9 @@ func (r *report) markdown(w io.Writer) {
 	}
 	fmt.Fprintf(w, ".\n%d rounds of %d, with %d clients of %d; %d of %d blocks began while the machine was busy.\n",
 		r.Rounds, r.N, crowd, max(1, crowdTurns*r.N/crowd)*crowd, r.Busy, r.Blocks)
+	if r.Think > 0 {
+		fmt.Fprintf(w, "The service waits for %v before each answer.\n", r.Think)
+	}
 	fmt.Fprintln(w, "p50, added p50 and CPU are medians of the rounds, and × haproxy after them the medians of the rounds' ratios; p90, p99 and p99.9 are of all turns.")
 	for _, g := range r.Gates {
 		fmt.Fprintf(w, "%s: attribution at level %s, %d rules, %d requests, %d events written, %d dropped, %d searches of the host, the last in %.1f ms.\n",

@@ -101,7 +101,7 @@ func newRig(o options) (_ *rig, err error) {
 		}
 		listeners = append(listeners, ln)
 	}
-	if r.upstream, err = startUpstream(listeners); err != nil {
+	if r.upstream, err = startUpstream(listeners, o.think); err != nil {
 		return nil, err
 	}
 	for _, t := range r.targets {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -10,6 +11,7 @@ import (
 	"os/signal"
 	"strconv"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -23,9 +25,9 @@ type upstream struct {
 	answers  *bufio.Scanner
 }
 
-// startUpstream gives the child the listeners, which are closed here.
-func startUpstream(listeners []net.Listener) (*upstream, error) {
-	u := &upstream{cmd: exec.Command("/proc/self/exe", "upstream", strconv.Itoa(len(listeners)))}
+// startUpstream gives the child the listeners, which are closed here. It thinks for so long before each answer.
+func startUpstream(listeners []net.Listener, think time.Duration) (*upstream, error) {
+	u := &upstream{cmd: exec.Command("/proc/self/exe", "upstream", strconv.Itoa(len(listeners)), think.String())}
 	for _, ln := range listeners {
 		defer ln.Close()
 		f, err := ln.(*net.TCPListener).File()
@@ -67,9 +69,20 @@ func (u *upstream) close() error {
 	return u.cmd.Wait()
 }
 
-// serveUpstream is the child, with n listeners. It ends with its standard input.
-func serveUpstream(n int, commands io.Reader) error {
+// serveUpstream is the child, with the arguments that startUpstream gives it. It ends with its standard input.
+func serveUpstream(args []string, commands io.Reader) error {
 	signal.Ignore(unix.SIGINT) // of a terminal, which is for the parent
+	if len(args) != 2 {
+		return errors.New("upstream: want the number of listeners, and the time to think")
+	}
+	n, err := strconv.Atoi(args[0])
+	if err != nil {
+		return err
+	}
+	think, err := time.ParseDuration(args[1])
+	if err != nil {
+		return err
+	}
 	var listeners []net.Listener
 	for i := range n {
 		ln, err := net.FileListener(os.NewFile(uintptr(3+i), "listener"))
@@ -78,7 +91,8 @@ func serveUpstream(n int, commands io.Reader) error {
 		}
 		listeners = append(listeners, ln)
 	}
-	s := imdstest.Serve(imdstest.Config{NoTranscript: true, HopLimit: 64, Persistence: imdstest.AlwaysClose}, listeners...)
+	s := imdstest.Serve(imdstest.Config{NoTranscript: true, HopLimit: 64, Persistence: imdstest.AlwaysClose,
+		Fault: func(*imdstest.Request) imdstest.Fault { return imdstest.Fault{Delay: think} }}, listeners...)
 	for lines := bufio.NewScanner(commands); lines.Scan(); {
 		p, err := strconv.Atoi(lines.Text())
 		if err != nil {
