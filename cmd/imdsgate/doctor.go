@@ -175,6 +175,12 @@ func (d *diagnosis) ofStatus(ctx context.Context, client *control.Client) (s rep
 	for _, x := range s.Redirect.Locks {
 		d.find("redirect-lock", failing, x, "what the message says")
 	}
+	for _, x := range s.Redirect.Evasions {
+		d.find("redirect-evaded", failing, x, "what the message says")
+	}
+	if x := s.Redirect.Contested; x != "" {
+		d.find("redirect-contested", failing, x, "have the other program leave our rules alone: imdsgate events | grep redirect-contested names it, if nftables can tell")
+	}
 	if s.Mode != "off" {
 		for _, gap := range gaps(s) {
 			d.find("not-covered", doubtful, gap, "SECURITY.md says what each level and posture leaves open")

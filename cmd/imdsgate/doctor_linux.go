@@ -84,6 +84,9 @@ func (d *diagnosis) ofRules(ctx context.Context, rules iptables.Config, running 
 		for _, l := range found.Locks {
 			d.find("redirect-lock", failing, l.String(), "what the message says")
 		}
+		for _, e := range found.Evasions {
+			d.find("redirect-evaded", failing, e.String(), "what the message says")
+		}
 	}
 	for _, w := range found.Warnings {
 		d.find("rules-doubtful", doubtful, w, "read the rule: can it concern packets to the metadata service, or to the daemon's ports?")

@@ -11,6 +11,7 @@ import (
 	"os/signal"
 	"os/user"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -60,7 +61,7 @@ type daemon struct {
 	files     files
 	proxy     *proxy.Proxy
 	health    health
-	guards    bool // since start; guarded by modes.changing
+	guards    bool // there has been a redirect of ours; guarded by modes.changing
 
 	mu         sync.Mutex      // guards the following
 	failure    string          // why the redirect is not installed
@@ -347,7 +348,7 @@ func ownCgroup() string {
 // they are served.
 func (d *daemon) listen(ctx context.Context, rules iptables.Config, inherited []net.Listener) ([]net.Listener, error) {
 	if len(inherited) > 0 {
-		return inherited, nil
+		return inherited, held(ports(rules), inherited)
 	}
 	if err := d.redirect.EnsureLink(); err != nil {
 		return nil, err
@@ -367,6 +368,26 @@ func (d *daemon) listen(ctx context.Context, rules iptables.Config, inherited []
 		listeners = append(listeners, ln)
 	}
 	return listeners, nil
+}
+
+var errPorts = errors.New("systemd holds other ports")
+
+// held refuses what systemd holds for us if it is not where the redirect leads. A host without IPv6 may have none of
+// its ports.
+func held(want []netip.AddrPort, inherited []net.Listener) error {
+	var have []netip.AddrPort
+	for _, ln := range inherited {
+		if a, ok := ln.Addr().(*net.TCPAddr); ok {
+			have = append(have, netip.AddrPortFrom(a.AddrPort().Addr().Unmap(), a.AddrPort().Port()))
+		}
+	}
+	is6 := func(a netip.AddrPort) bool { return a.Addr().Is6() }
+	for _, a := range want {
+		if !slices.Contains(have, a) && (!is6(a) || slices.ContainsFunc(have, is6)) {
+			return fmt.Errorf("%w: the redirect leads to %v, and imdsgated.socket holds %v: give imdsgated.socket the ports and addresses of redirect: in the configuration (systemctl edit imdsgated.socket: an empty ListenStream=, then one for each), or take them out there", errPorts, a, have)
+		}
+	}
+	return nil
 }
 
 func closeAll(listeners []net.Listener) {
@@ -445,10 +466,7 @@ func (d *daemon) install(ctx context.Context, enforce bool) error {
 	if err != nil {
 		d.failure = err.Error()
 	} else {
-		d.taken = map[bool]bool{}
-		for _, f := range report.Families {
-			d.taken[f.Family == iptables.IPv4] = f.Skipped == "" && f.Hooks.Host
-		}
+		d.took(report)
 	}
 	d.mu.Unlock()
 	if err != nil {
@@ -464,6 +482,14 @@ func (d *daemon) install(ctx context.Context, enforce bool) error {
 		d.state("redirect-installed", "change", "the redirect is installed with "+report.Backend.String(), nil)
 	}
 	return nil
+}
+
+// took remembers which of this host's clients are led here. It is called with d.mu held.
+func (d *daemon) took(report iptables.Report) {
+	d.taken = map[bool]bool{}
+	for _, f := range report.Families {
+		d.taken[f.Family == iptables.IPv4] = f.Skipped == "" && f.Hooks.Host
+	}
 }
 
 // release leads no more connections here in audit mode, where nothing of ours may

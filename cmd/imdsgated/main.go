@@ -106,7 +106,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if err := d.run(ctx, c, p); err != nil {
 		d.log.Error().Err(err).Msg("stopped")
 		switch {
-		case errors.Is(err, errLevel):
+		case errors.Is(err, errLevel), errors.Is(err, errPorts):
 			return exitConfig
 		case errors.Is(err, fs.ErrPermission):
 			return exitNoPerm

@@ -3,6 +3,7 @@ package main
 import (
 	"net"
 	"runtime"
+	"slices"
 
 	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/cmd/config"
@@ -174,7 +175,7 @@ func (s *state) Collect(to chan<- prometheus.Metric) {
 	count(s.repairs, reattached, "bpf")
 	for _, f := range report.Families {
 		if f.Skipped == "" {
-			gauge(s.healthy, one(mode != policy.Off && !failed && whole(f)), f.Family.String(), report.Backend.String())
+			gauge(s.healthy, one(mode != policy.Off && !failed && whole(f, report.Evasions)), f.Family.String(), report.Backend.String())
 		}
 	}
 	if n, err := allowanceExceeded("ena", "linklocal_allowance_exceeded"); err == nil && n != nil {
@@ -232,4 +233,6 @@ func (s *state) Collect(to chan<- prometheus.Metric) {
 }
 
 // whole reports whether everything that a family has leads here.
-func whole(f iptables.FamilyReport) bool { return f.Hooks.Host && f.Hooks.Forwarded }
+func whole(f iptables.FamilyReport, evasions []iptables.Evasion) bool {
+	return f.Hooks.Host && f.Hooks.Forwarded && !slices.ContainsFunc(evasions, func(e iptables.Evasion) bool { return e.Family == f.Family })
+}

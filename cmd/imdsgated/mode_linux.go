@@ -276,6 +276,7 @@ func (d *daemon) switchTo(ctx context.Context, to policy.Mode, p *policy.Policy)
 		return err
 	}
 	commit()
+	d.guards = true
 	if d.modes.watching == nil {
 		d.beginWatch()
 	}

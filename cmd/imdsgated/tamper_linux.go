@@ -16,14 +16,27 @@ import (
 	"github.com/imdsgate/imdsgate/iptables"
 )
 
-// watch keeps the redirect as it should be.
+// watch keeps the redirect as it should be. If it cannot be watched it is tried again.
 func (d *daemon) watch(ctx context.Context) {
-	err := d.redirect.Watch(ctx, 0, iptables.Observer{Wrote: d.culprits.wrote, Looked: d.looked, Tell: d.drifted})
-	if err != nil && ctx.Err() == nil {
+	for ctx.Err() == nil {
+		err := d.redirect.Watch(ctx, 0, iptables.Observer{Wrote: d.culprits.wrote, Looked: d.looked, Tell: d.drifted})
+		if err == nil || ctx.Err() != nil {
+			return
+		}
 		d.log.Error().Err(err).Msg("the redirect is not watched any more")
 		d.integrity("redirect-not-watched", "the redirect is not watched any more", err)
+		d.mu.Lock()
+		d.failure = "the redirect is not watched: " + err.Error() // until it is looked at again
+		d.mu.Unlock()
+		select {
+		case <-ctx.Done():
+		case <-time.After(watchAgain):
+		}
 	}
 }
+
+// watchAgain is how long nobody repairs the redirect after it could not be watched.
+const watchAgain = time.Minute
 
 // drifted records what the redirect was found to be.
 func (d *daemon) drifted(drift iptables.Drift) {
@@ -70,8 +83,11 @@ func (d *daemon) looked(drift iptables.Drift) {
 		d.redirected(true)
 	}
 	d.failure, d.found = "", drift.Report
-	if drift.Err != nil {
+	switch {
+	case drift.Err != nil:
 		d.failure = drift.Err.Error()
+	case len(drift.Report.Families) > 0:
+		d.took(drift.Report)
 	}
 }
 

@@ -1,11 +1,12 @@
 #!/bin/sh
-# tree.sh DIR: makes DIR/root, a small Debian 12 that boots, unless it is there already.
+# tree.sh DIR [SUITE]: makes DIR/root, a small Debian that boots, unless it is there already.
 # It is not changed by the tests: each machine has a layer of its own above it.
 set -eu
 dir=$1
+suite=${2:-bookworm}
 packages=systemd,systemd-sysv,dbus,iptables,iproute2,curl,python3,procps
 # What the tree was made of, so that a change here makes it anew.
-recipe="bookworm minbase $packages"
+recipe="$suite minbase $packages"
 
 if [ "$(cat "$dir/recipe" 2>/dev/null)" = "$recipe" ]; then
 	exit 0
@@ -18,7 +19,7 @@ mkdir -p "$dir"
 rm -rf --one-file-system "$dir/root" "$dir/new" "$dir/recipe"
 # Without its own namespace a run that is killed would leave /proc mounted in the tree.
 unshare --mount --propagation=private -- \
-	debootstrap --variant=minbase --include="$packages" bookworm "$dir/new" >"$dir/debootstrap.log" 2>&1 || {
+	debootstrap --variant=minbase --include="$packages" "$suite" "$dir/new" >"$dir/debootstrap.log" 2>&1 || {
 	tail -20 "$dir/debootstrap.log" >&2
 	exit 1
 }

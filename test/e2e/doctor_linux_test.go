@@ -165,6 +165,7 @@ func TestDoctorFindsHoles(t *testing.T) {
 	}{
 		{"a rule is deleted", "redirect: {backend: legacy}\n", "iptables-legacy -t nat -F OUTPUT", []string{"redirect-changed"}, "", ""}, // and repaired before it is tried
 		{"IPv6 is left out", "redirect: {endpoints: ['169.254.169.254:80']}\n", "", []string{"got-past"}, "[fd00:ec2::254]:80 plainly", "169.254.169.254:80 plainly"},
+		{"a rule keeps one user's packets from the connection tracker", "", "iptables -t raw -I OUTPUT -d 169.254.169.254 -m owner --uid-owner 4322 -j NOTRACK", []string{"redirect-evaded"}, "", "169.254.169.254:80 plainly"},
 		{"a rule keeps packets from the connection tracker", "", "iptables -t raw -I OUTPUT -d 169.254.169.254 -j NOTRACK", []string{"got-past"}, "169.254.169.254:80 plainly", "[fd00:ec2::254]:80 plainly"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

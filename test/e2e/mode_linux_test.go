@@ -204,6 +204,16 @@ func TestModeSet(t *testing.T) {
 	}
 }
 
+// A daemon that has started in mode off and guards since tells of the time after its end.
+func TestAbsenceAfterOff(t *testing.T) {
+	t.Parallel()
+	h := start(t, netlab.Options{}, "mode: off\n")
+	h.setMode("audit")
+	h.Stop()
+	h.startWith(gate.Settings{Config: "mode: audit\n", Dir: h.Dir})
+	h.told("requests-unguarded", says("the redirect was removed"))
+}
+
 // Without the evidence that is required for it there is no enforce mode, however it is
 // asked for.
 func TestModeRequiresLevel(t *testing.T) {

@@ -135,6 +135,32 @@ func TestContested(t *testing.T) {
 	t.Logf("%d repairs", s.Redirect.Repairs)
 }
 
+// Somebody's rule keeps this host's clients from us, and goes: they come here from then on, and the way is tested.
+func TestHookTakenLater(t *testing.T) {
+	t.Parallel()
+	h := prepare(t, netlab.Options{})
+	rule := []string{"OUTPUT", "-d", "169.254.169.254", "-j", "REJECT"}
+	h.output("iptables", append([]string{"-A"}, rule...)...)
+	h.start("redirect: {endpoints: ['169.254.169.254:80']}\n")
+	until := func(what string, ok func(report.Status) bool) {
+		t.Helper()
+		for end := time.Now().Add(45 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+			s, err := h.Status()
+			if err == nil && ok(s) {
+				return
+			}
+			if time.Now().After(end) {
+				t.Fatalf("not %s: %+v, %+v, %v", what, s.Redirect, s.SelfTest, err)
+			}
+		}
+	}
+	until("locked", func(s report.Status) bool { return len(s.Redirect.Locks) > 0 && s.SelfTest.NoRoute != "" })
+	h.output("iptables", append([]string{"-D"}, rule...)...)
+	until("tested", func(s report.Status) bool {
+		return len(s.Redirect.Locks) == 0 && s.SelfTest.NoRoute == "" && s.SelfTest.Passed != nil
+	})
+}
+
 // The programs in the kernel are detached, and attached again.
 func TestDetachedPrograms(t *testing.T) {
 	t.Parallel()
