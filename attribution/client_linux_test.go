@@ -14,6 +14,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 	"unsafe"
 
 	"github.com/imdsgate/imdsgate/test/lab/labtest"
@@ -163,6 +164,30 @@ func act(how string, args []string) error {
 			return err
 		}
 		unix.Close(fd)
+		return connected()
+	case "locked": // keeps its address space locked, with a page that it waits for and a thread that wants to change it
+		if _, err := dialRaw(address); err != nil {
+			return err
+		}
+		file, err := os.Open(args[1])
+		if err != nil {
+			return err
+		}
+		if _, err := file.Stat(); err != nil { // the kernel asks how long it is
+			return err
+		}
+		page, err := unix.Mmap(int(file.Fd()), 0, os.Getpagesize(), unix.PROT_READ, unix.MAP_SHARED)
+		if err != nil {
+			return err
+		}
+		memory, err := os.Open("/proc/self/mem")
+		if err != nil {
+			return err
+		}
+		fmt.Println("connected")
+		go unix.Pread(int(memory.Fd()), make([]byte, 8), int64(uintptr(unsafe.Pointer(&page[0]))))
+		time.Sleep(100 * time.Millisecond)
+		unix.RawSyscall6(unix.SYS_MMAP, 0, uintptr(os.Getpagesize()), unix.PROT_READ, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS, ^uintptr(0), 0)
 		return connected()
 	case "lie": // everything that a process may write about itself
 		if _, err := dialRaw(address); err != nil {

@@ -40,6 +40,7 @@ type Lookup struct {
 	changes    int  // of who is a subject, or in which image
 	unseen     bool // nobody sees who writes on the socket
 	closed     bool
+	searched   bool // Search was called
 }
 
 // subject is one process to judge.
@@ -72,10 +73,17 @@ type past struct {
 	proc *Process
 }
 
-// Find asks the kernel for the client's socket, and for who connected it, before it
-// returns, which takes microseconds, and begins the search for its holders. Call
-// it right after accept, and Close the Lookup when the connection ends.
+// Find is Ask and Search.
 func (f *Finder) Find(c Conn) *Lookup {
+	l := f.Ask(c)
+	l.Search()
+	return l
+}
+
+// Ask asks the kernel for the client's socket, and for who connected it, which takes
+// microseconds. Call it right after accept, and Close the Lookup when the connection
+// ends.
+func (f *Finder) Ask(c Conn) *Lookup {
 	l := &Lookup{f: f, conn: c, first: make(chan struct{}), level: min(f.Level(), Level1)}
 	begin := time.Now()
 	l.witnessed()
@@ -83,16 +91,27 @@ func (f *Finder) Find(c Conn) *Lookup {
 		l.uid, l.group, l.found = l.socket.UID, l.socket.CgroupID, true
 		l.identified()
 	}
+	l.took = time.Since(begin)
+	return l
+}
+
+// Search begins to look for who holds the socket: soon, since the client may leave. It
+// reads processes, who can make that take some 100 milliseconds (procwatch.Cmdlines), so
+// that one of whom there are too many is turned away before. It is called once, before
+// the Lookup is shared.
+func (l *Lookup) Search() {
+	l.searched = true
 	if l.reason != Attributed {
 		close(l.first)
-		return l
+		return
 	}
+	begin := time.Now().Add(-l.took)
 	// A client that was seen to connect, or that asked before, is found by one
 	// link; everything else takes longer, and must not hold up the request.
 	if l.connected() || l.guess() {
 		l.took = time.Since(begin)
 		close(l.first)
-		return l
+		return
 	}
 	go func() {
 		defer close(l.first)
@@ -101,7 +120,6 @@ func (f *Finder) Find(c Conn) *Lookup {
 		l.hint()
 		l.took = time.Since(begin)
 	}()
-	return l
 }
 
 // UID is the user who created the client's socket, as the kernel told Find. It is
@@ -190,6 +208,10 @@ func (l *Lookup) still(t diag.Tuple) bool {
 
 // Close releases what the Lookup holds. It may be called twice.
 func (l *Lookup) Close() {
+	if !l.searched {
+		l.searched = true
+		close(l.first)
+	}
 	<-l.first
 	l.mu.Lock()
 	defer l.mu.Unlock()

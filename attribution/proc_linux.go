@@ -54,6 +54,7 @@ type host struct {
 	table   *procwatch.Watcher // nil below level 1
 	witness Witness            // nil below level 2
 
+	cmdlines procwatch.Cmdlines
 	owned    recent[bool]   // by path of an executable: only root can put another file there
 	cgrouped recent[Cgroup] // by content of /proc/PID/cgroup
 
@@ -403,7 +404,7 @@ func (h *host) readImage(p *pin, st stat) (*Process, error) {
 		Thread: st.comm, Session: st.sess, Group: st.pgrp, TTY: st.tty != 0,
 	}
 	check := func(file string, err error) error {
-		if denied(err) {
+		if denied(err) || err == procwatch.ErrLocked {
 			proc.Denied = true
 			return nil
 		}
@@ -460,10 +461,10 @@ func (h *host) readImage(p *pin, st stat) (*Process, error) {
 	}
 
 	buf := make([]byte, usualCmdline)
-	b, err := readAt(dir, prefix+"cmdline", buf)
+	b, err := h.cmdlines.Read(p.pid, dir, prefix+"cmdline", buf)
 	if err == nil && len(b) == len(buf) {
 		long := make([]byte, maxCmdline)
-		b, err = readAt(dir, prefix+"cmdline", long)
+		b, err = h.cmdlines.Read(p.pid, dir, prefix+"cmdline", long)
 	}
 	if err := check("cmdline", err); err != nil {
 		return nil, err

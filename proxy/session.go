@@ -165,7 +165,7 @@ func (s *session) known() bool {
 // enter finds out whose the connection is, and whether there is room for it. It is
 // called away from the loop.
 func (s *session) enter() bool {
-	s.lookup = s.p.finder.Find(attribution.Conn{Client: s.conn.Source, Endpoint: s.conn.Destination, Forwarded: s.forwarded, Arrived: true})
+	s.lookup = s.p.finder.Ask(attribution.Conn{Client: s.conn.Source, Endpoint: s.conn.Destination, Forwarded: s.forwarded, Arrived: true})
 	if s.forwarded {
 		if err := s.forwardable(); err != nil {
 			s.p.stats.NotForwardable.Add(1)
@@ -181,7 +181,11 @@ func (s *session) enter() bool {
 		s.reset = true
 		return false
 	}
-	return s.p.admit(s, s.ownedBy())
+	if !s.p.admit(s, s.ownedBy()) {
+		return false
+	}
+	s.lookup.Search()
+	return true
 }
 
 // close ends both connections. An answer that is cut off must not look like a whole

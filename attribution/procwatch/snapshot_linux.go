@@ -18,9 +18,10 @@ const maxCmdline = 4 << 10
 
 // reader reads processes from /proc. It is not safe for concurrent use.
 type reader struct {
-	proc string
-	buf  [maxCmdline]byte
-	path []byte
+	proc     string
+	cmdlines *Cmdlines
+	buf      [maxCmdline]byte
+	path     []byte
 }
 
 // open pins a process: when it has ended, everything read through its directory
@@ -46,7 +47,7 @@ func (r *reader) file(dir int, name string) ([]byte, error) {
 
 // content reads what an image is. The executable comes first, because the process
 // may be about to end.
-func (r *reader) content(dir int) (content, bool) {
+func (r *reader) content(pid int32, dir int) (content, bool) {
 	var c content
 	var f File
 	n, err := unix.Readlinkat(dir, "exe", r.buf[:])
@@ -69,8 +70,11 @@ func (r *reader) content(dir int) (content, bool) {
 		return content{}, false
 	}
 	c.uid, c.gid = st.Uid, st.Gid // effective, for a directory (task_dump_owner in fs/proc/base.c)
-	b, err := r.file(dir, "cmdline")
-	if err != nil && !c.denied {
+	b, err := r.cmdlines.Read(int(pid), dir, "cmdline", r.buf[:])
+	switch {
+	case err == ErrLocked:
+		c.denied = true
+	case err != nil && !c.denied:
 		return content{}, false
 	}
 	c.cmdline, c.cut = string(b), len(b) == len(r.buf)
@@ -151,7 +155,7 @@ func (r *reader) record(pid int32) (record, bool) {
 	}
 	rec := record{pid: pid, ppid: st.ppid, ticks: st.ticks, kernel: st.kernel, began: began}
 	if !st.kernel {
-		rec.content, rec.readable = r.content(dir)
+		rec.content, rec.readable = r.content(pid, dir)
 	}
 	rec.ended = monotonic()
 	rec.dead = !st.running()

@@ -124,7 +124,7 @@ func Open(o Options) (*Watcher, error) {
 	w := &Watcher{
 		o: o, since: now, buffer: c.buffer, wake: wake, ready: ready, conn: c, empty: now, rebuilt: now, filled: now, tokens: float64(o.Reads),
 		stop: make(chan struct{}), events: make([]event, 0, batch),
-		reader: reader{proc: o.Proc},
+		reader: reader{proc: o.Proc, cmdlines: new(Cmdlines)},
 	}
 	asker := &reader{proc: o.Proc}
 	w.table = newTable(o.Max, asker.alive)
@@ -483,7 +483,7 @@ func (w *Watcher) readSome(todo []pending) {
 		if err != nil {
 			continue
 		}
-		got[i].content, got[i].ok = w.reader.content(dir)
+		got[i].content, got[i].ok = w.reader.content(p.e.pid, dir)
 		if st, err := w.reader.stat(dir); err == nil {
 			got[i].ticks = st.ticks
 		}

@@ -1,0 +1,160 @@
+package attribution
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"testing"
+	"time"
+
+	"github.com/imdsgate/imdsgate/test/lab/labtest"
+	"golang.org/x/sys/unix"
+)
+
+// unanswered mounts a file of an ordinary user's whose content never comes (fuse(4), include/uapi/linux/fuse.h), until
+// the function is called.
+func unanswered(t *testing.T) (path string, giveUp func()) {
+	t.Helper()
+	labtest.RequireRoot(t)
+	dev, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		missing := "needs FUSE: " + err.Error()
+		if os.Getenv("CI") != "" {
+			t.Fatal(missing)
+		}
+		t.Skip(missing)
+	}
+	dir, err := os.MkdirTemp("", "imdsgate-attribution")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	path = filepath.Join(dir, "file")
+	if err := errors.Join(os.Chmod(dir, 0o755), os.WriteFile(path, nil, 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	options := fmt.Sprintf("fd=%d,rootmode=100644,user_id=%d,group_id=%d", dev, ordinaryUser, ordinaryUser)
+	if err := unix.Mount("fuse", path, "fuse", unix.MS_NOSUID|unix.MS_NODEV, options); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(path, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	server := os.NewFile(uintptr(dev), "fuse")
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		serveUnanswered(server)
+	}()
+	giveUp = func() { server.Close() }
+	t.Cleanup(func() { // before it is unmounted, or else that waits for an answer
+		giveUp()
+		<-served
+	})
+	return path, giveUp
+}
+
+// serveUnanswered answers everything but reads, until it is closed.
+func serveUnanswered(server *os.File) {
+	const (
+		forget, getattr, open, read, initialize, interrupt = 2, 3, 14, 15, 26, 36
+		inHeader, outHeader                                = 40, 16
+	)
+	in := make([]byte, 1<<20)
+	for {
+		n, err := server.Read(in)
+		if err != nil || n < inHeader {
+			return
+		}
+		var body []byte
+		errno := int32(0)
+		switch binary.NativeEndian.Uint32(in[4:]) {
+		case forget, interrupt, read:
+			continue
+		case initialize:
+			body = make([]byte, 64)
+			binary.NativeEndian.PutUint32(body, 7)
+			binary.NativeEndian.PutUint32(body[4:], 31)
+			binary.NativeEndian.PutUint32(body[20:], 4096) // max_write
+		case getattr:
+			body = make([]byte, 16+88)
+			attr := body[16:]
+			binary.NativeEndian.PutUint64(attr, 1)
+			binary.NativeEndian.PutUint64(attr[8:], 1<<20)
+			binary.NativeEndian.PutUint32(attr[60:], unix.S_IFREG|0o644)
+			binary.NativeEndian.PutUint32(attr[64:], 1)
+			binary.NativeEndian.PutUint32(attr[68:], ordinaryUser)
+		case open:
+			body = make([]byte, 16)
+		default:
+			errno = -int32(unix.ENOSYS)
+		}
+		out := make([]byte, outHeader, outHeader+len(body))
+		binary.NativeEndian.PutUint32(out, uint32(outHeader+len(body)))
+		binary.NativeEndian.PutUint32(out[4:], uint32(errno))
+		copy(out[8:], in[8:16]) // unique
+		if _, err := server.Write(append(out, body...)); err != nil && !errors.Is(err, unix.ENOENT) {
+			return
+		}
+	}
+}
+
+// A client can keep others from its memory, where its arguments are, for as long as it likes. It is known all the same,
+// and nobody waits for it: not who asks for it, nor a daemon that starts.
+func TestLockedMemory(t *testing.T) {
+	path, giveUp := unanswered(t)
+	f := newFinder(t)
+	ln := listen(t, "127.0.0.1:0")
+	c := start(t, exec.Command(install(t, "client"), ln.Addr().String(), path), "locked")
+	conn := accept(t, ln)
+	c.line(t)
+	read := make(chan error, 1)
+	time.Sleep(200 * time.Millisecond)
+	go func() {
+		_, err := os.ReadFile("/proc/" + strconv.Itoa(c.Process.Pid) + "/cmdline")
+		read <- err
+	}()
+	select {
+	case err := <-read:
+		t.Fatalf("its memory is not locked: %v", err)
+	case <-time.After(300 * time.Millisecond):
+	}
+
+	for _, most := range []time.Duration{2 * time.Second, 90 * time.Millisecond} { // once a read is late none is begun
+		begin := time.Now()
+		l := find(t, f, conn)
+		o := l.Owner(within(t))
+		if took := time.Since(begin); took > most {
+			t.Errorf("found after %v", took)
+		}
+		if len(o.Subjects) != 1 || o.Subjects[0].PID != c.Process.Pid || !o.Subjects[0].Denied || o.Subjects[0].Executable.Path == "" || len(o.Subjects[0].Args) != 0 {
+			t.Errorf("%s, %+v", o.Reason, o.Subjects)
+		}
+	}
+	begin := time.Now()
+	again, err := New(Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := again.Close(); err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(begin); took > 2*time.Second {
+		t.Errorf("begun after %v", took)
+	}
+
+	giveUp()
+	if err := <-read; err != nil {
+		t.Error(err)
+	}
+	waitFor(t, func() bool {
+		o := find(t, f, conn).Owner(within(t))
+		return len(o.Subjects) == 1 && !o.Subjects[0].Denied && len(o.Subjects[0].Args) == 3
+	})
+}
