@@ -66,6 +66,7 @@ func TestAnswers(t *testing.T) {
 		// Nobody asked for these, and a client that took one for an answer could be
 		// made to believe anything.
 		{"surplus", "GET", at(0, "HTTP/1.1 200 OK\r\n"+hello+"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"), imdstest.FIN, "200 200", "FIN", "HTTP/1.1 200 OK\r\n" + hello},
+		{"surplus, later", "GET", at(soon, "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhel", "loHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"), imdstest.Answered, "200 200 404", "FIN", "HTTP/1.1 200 OK\r\n" + hello},
 		{"another protocol", "GET", at(0, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\nevil"), imdstest.FIN, "101", "FIN", "nothing"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
