@@ -516,7 +516,7 @@ func (r *Redirect) apply(ctx context.Context, s *survey) (undo func() error, err
 		switch {
 		case before.zoned() != want.zoned():
 			var lost []Lost
-			lost, err = forget(want.Family, true) // connections of the moment are reset
+			lost, err = forget(want.Family, r.config.Enforce) // connections of the moment are reset
 			s.report.Lost = append(s.report.Lost, lost...)
 		case before.redirects() != want.redirects():
 			err = forgetEnded(want.Family)

@@ -273,20 +273,26 @@ func TestReleaseWithAnOldPort(t *testing.T) {
 	})
 }
 
-// TestRemoveUnderMasquerade removes the rules while an answer is under way to a container that went to the service itself
-// after the release.
-func TestRemoveUnderMasquerade(t *testing.T) {
+// TestUnderMasquerade has the rules go, and come in audit mode, while an answer is under way to a container that went to
+// the service itself.
+func TestUnderMasquerade(t *testing.T) {
 	forBackends(t, func(s *site, b Backend) {
 		s.sh("iptables-" + b.String() + " -t nat -A POSTROUTING -s 172.17.0.0/16 -d 169.254.169.254 -j MASQUERADE")
 		r := s.open(Config{UID: uid, Backend: b})
 		s.daemon(r)
+		asks := func() *dialogue {
+			d, greeting := s.dial(s.lab.Bridged, client{}, endpoint[IPv4])
+			s.expect("a container", greeting, "metadata")
+			fmt.Fprintln(d, "later")
+			return d
+		}
+		d := asks()
 		s.install(r)
+		s.expect("its answer after the installation", d.hear(), "later")
 		s.do(func() error { return Release(t.Context()) })
-		d, greeting := s.dial(s.lab.Bridged, client{}, endpoint[IPv4])
-		s.expect("after release", greeting, "metadata")
-		fmt.Fprintln(d, "later")
+		d = asks()
 		s.remove()
-		s.expect("its answer", d.hear(), "later")
+		s.expect("its answer after the removal", d.hear(), "later")
 	})
 }
 
