@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -31,15 +32,20 @@ import (
 // diagnose looks at everything that can be known on a host.
 func (o *options) diagnose(ctx context.Context, d *diagnosis, preflight bool) error {
 	c, err := o.load()
-	if err != nil {
-		return err
+	client := control.NewClient(cmp.Or(o.socket, c.Control.Socket))
+	if err == nil {
+		_, err = c.Policy()
+	} else {
+		// The host can be looked at all the same, all the more if the daemon does not start.
+		var without error
+		if c, without = config.LoadFiles(); without != nil {
+			return errors.Join(err, without)
+		}
+		client = control.NewClient(cmp.Or(o.socket, c.Control.Socket))
+		d.leave("what the configuration asks for: defaults were taken, since it is refused")
 	}
-	if _, err := c.Policy(); err != nil {
+	if err != nil {
 		d.find("config-refused", failing, err.Error(), "imdsgate check")
-	}
-	client, err := o.client()
-	if err != nil {
-		return err
 	}
 	s, running := report.Status{}, false
 	if !preflight {
@@ -177,17 +183,28 @@ func (d *diagnosis) ofHost() {
 		}
 	}
 	if on, err := os.ReadFile("/sys/fs/selinux/enforce"); err == nil && strings.TrimSpace(string(on)) == "1" {
-		log, err := tail("/var/log/audit/audit.log", 4<<20)
-		switch {
-		case err != nil:
-			d.leave("what SELinux has denied: /var/log/audit/audit.log cannot be read")
-		default:
-			for line := range strings.Lines(string(log)) {
-				if strings.Contains(line, "avc:  denied") && strings.Contains(line, `comm="imdsgated"`) {
-					d.find("selinux-denied", failing, strings.TrimSpace(line), "ausearch -c imdsgated | audit2allow, and tell the project")
-					break
-				}
-			}
+		d.ofSELinux()
+	}
+}
+
+// ofSELinux looks for what was denied to the daemon since the boot. A permissive domain is
+// denied nothing, as the module of the package has it.
+func (d *diagnosis) ofSELinux() {
+	log, err := tail("/var/log/audit/audit.log", 4<<20)
+	if err != nil {
+		d.leave("what SELinux has denied: /var/log/audit/audit.log cannot be read")
+		return
+	}
+	var up unix.Timespec
+	unix.ClockGettime(unix.CLOCK_BOOTTIME, &up)
+	boot := time.Now().Add(-time.Duration(up.Nano())).Unix()
+	for line := range strings.Lines(string(log)) {
+		_, stamp, _ := strings.Cut(line, "msg=audit(")
+		stamp, _, _ = strings.Cut(stamp, ".")
+		at, err := strconv.ParseInt(stamp, 10, 64)
+		if err == nil && at >= boot && strings.Contains(line, "avc:  denied") && strings.Contains(line, `comm="imdsgated"`) && !strings.Contains(line, "permissive=1") {
+			d.find("selinux-denied", failing, strings.TrimSpace(line), "ausearch -c imdsgated | audit2allow, and tell the project")
+			return
 		}
 	}
 }

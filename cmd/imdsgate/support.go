@@ -127,6 +127,11 @@ func (o *options) support(ctx context.Context, last int) (all []part) {
 	if err == nil {
 		d.ofStatus(ctx, client)
 	}
+	for i := range d.Findings {
+		if f := &d.Findings[i]; f.ID == "config-refused" { // the message shows the lines that are wrong
+			f.Message = leftOut
+		}
+	}
 	text, encodeErr = json.MarshalIndent(d, "", "  ")
 	add("doctor.json", "doctor, without its tries", text, errors.Join(err, encodeErr))
 
@@ -169,8 +174,13 @@ func (o *options) lastEvents(ctx context.Context, client *control.Client, last i
 			return nil // nothing of a line that cannot be read is kept
 		}
 		if e, ok := doc["event"].(map[string]any); ok {
-			if action, _ := e["action"].(string); strings.HasPrefix(action, "mode-") || strings.HasPrefix(action, "decision-") {
+			action, _ := e["action"].(string)
+			reason, _ := e["reason"].(string)
+			switch decided, _, found := strings.Cut(reason, ": "); {
+			case strings.HasPrefix(action, "mode-") || strings.HasPrefix(action, "decision-"):
 				delete(e, "reason") // in an operator's own words
+			case found && (strings.HasPrefix(reason, "denied by ") || strings.HasPrefix(reason, "allowed by ")):
+				e["reason"] = decided + ": " + leftOut // with those of a decision or of the policy behind it
 			}
 		}
 		withoutTyped(doc)

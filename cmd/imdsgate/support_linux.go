@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -38,7 +39,7 @@ func hostParts(ctx context.Context) (all []part) {
 	text, err := output(ctx, "nft", "list", "chains")
 	all = append(all, part{"nft-chains.txt", "tables and hooks of nft, without rules", whyNot(text, err)})
 	text, err = output(ctx, "journalctl", "--unit=imdsgated.service", "--unit=imdsgated.socket", "--lines=500", "--no-pager", "--output=short-iso")
-	return append(all, part{"journal.txt", "what the journal has of our units", whyNot(text, err)})
+	return append(all, part{"journal.txt", "what the journal has of our units", whyNot(withoutReasons(text), err)})
 }
 
 // ours are the lines of iptables-save that decide about what comes to us.
@@ -54,6 +55,13 @@ func ours(save []byte) []byte {
 		}
 	}
 	return b.Bytes()
+}
+
+// typedReason is that of a change of the mode, in the daemon's log.
+var typedReason = regexp.MustCompile(`"reason":"(?:[^"\\]|\\.)*"`)
+
+func withoutReasons(log []byte) []byte {
+	return typedReason.ReplaceAll(log, []byte(`"reason":"`+leftOut+`"`))
 }
 
 // whyNot adds why something could not be had.

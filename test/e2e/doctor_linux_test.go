@@ -269,6 +269,7 @@ func TestDoctorFinds(t *testing.T) {
 	const expired = "grants:\n- {name: old, executable: /usr/sbin/cron, user: root, owner: x, reason: x, expires: 2020-01-01}\n"
 	for _, c := range []struct{ id, config, script, says string }{
 		{"config-refused", "grants: [{name: x}]\n", "", "executable"},
+		{"config-refused", "mod: audit\n", "", "mod: audit"},
 		{"rules-writable", "rules: {paths: [DIR/rules/x.toml], skip_refused: true}\n", "", "x.toml is writable by others"},
 		{"grant-expired", expired, "", "grant old"},
 		{"defend-twice", "events: {layout: defend}\n", "mount -t tmpfs tmpfs /opt; mkdir -p /opt/Elastic/Endpoint", "twice"},
@@ -278,7 +279,9 @@ func TestDoctorFinds(t *testing.T) {
 		{"machine-id", "", "[ ! -e /etc/machine-id ] || mount --bind /dev/null /etc/machine-id", "machine-id"},
 		{"hidepid", "", "mount -t proc -o hidepid=2 proc /proc", "hidepid="},
 		{"selinux-denied", "", "mount -t tmpfs tmpfs /sys/fs; mkdir /sys/fs/selinux; echo 1 >/sys/fs/selinux/enforce; mount -t tmpfs tmpfs /var/log; mkdir /var/log/audit\n" +
-			`echo 'type=AVC msg=audit(1.1:1): avc:  denied  { bpf } for pid=1 comm="imdsgated" scontext=x' >/var/log/audit/audit.log`, "{ bpf }"},
+			`{ echo 'type=AVC msg=audit(1.1:1): avc:  denied  { old } for pid=1 comm="imdsgated" scontext=x permissive=0'
+			echo "type=AVC msg=audit($(date +%s).1:1): avc:  denied  { let } for pid=1 comm=\"imdsgated\" scontext=x permissive=1"
+			echo "type=AVC msg=audit($(date +%s).1:1): avc:  denied  { bpf } for pid=1 comm=\"imdsgated\" scontext=x permissive=0"; } >/var/log/audit/audit.log`, "{ bpf }"},
 		{"profile-missing", "profile_paths: [PROFILES]\n", "mount -t tmpfs tmpfs /opt; mkdir -p /opt/datadog-agent/bin/agent; cp /bin/sleep /opt/datadog-agent/bin/agent/agent; /opt/datadog-agent/bin/agent/agent 60 >/dev/null 2>&1 & sleep 0.3", "datadog-agent runs"},
 		// By a pattern, and its file is not there any more.
 		{"profile-missing", "profile_paths: [PROFILES]\n", "mount -t tmpfs tmpfs /opt; a=/opt/Elastic/Agent/data/elastic-agent-9.1.0-abc; mkdir -p $a/components; cp /bin/sleep $a/components/agentbeat; $a/components/agentbeat 60 >/dev/null 2>&1 & sleep 0.3; rm $a/components/agentbeat", "elastic-agent runs"},

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/imdsgate/imdsgate/test/gate"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
 )
 
@@ -28,9 +29,17 @@ func TestSupport(t *testing.T) {
 	h.curl(ordinary, instanceID+"?password="+planted, "--data-urlencode", "x="+planted, "-G")
 	h.run(client{uid: ordinaryUser, args: []string{"sh", "-c", "AWS_SECRET_ACCESS_KEY=" + secretKey + " curl -s -m 3 -o /dev/null " + service + "/latest/user-data # " + planted}})
 	h.decided("/latest/user-data", "curl")
+	h.curl(client{uid: 4999}, role) // whom the policy denies
 	h.setMode("audit", "--for", "5m")
 	if out, code := h.imdsgate("decisions", "add", "deny", "--user", "4998", "--for", "1h", "--reason", planted); code != 0 {
 		t.Fatal(out)
+	}
+	h.curl(client{uid: 4998}, role) // and an operator
+	for action, by := range map[string]string{"imds-request-denied": `denied by "ci": `, "imds-request-would-deny": "denied by decision "} {
+		h.told(action, func(d gate.Document) bool {
+			reason, _ := d.At("event.reason").(string)
+			return strings.HasPrefix(reason, by) && strings.HasSuffix(reason, planted)
+		})
 	}
 
 	file := filepath.Join(t.TempDir(), "support.tar.gz")
@@ -77,7 +86,7 @@ func TestSupport(t *testing.T) {
 	}
 	for name, has := range map[string]string{
 		"status.json": `"mode": "audit"`, "doctor.json": `"findings"`, "config.yaml": "name: ci", "version.txt": "imdsgate test",
-		"iptables-nft.txt": "IMDSGATE-OUTPUT", "ip6tables-nft.txt": "fd00:ec2::254", "events.ndjson": role, "journal.txt": "", "nft-chains.txt": "hook output",
+		"iptables-nft.txt": "IMDSGATE-OUTPUT", "ip6tables-nft.txt": "fd00:ec2::254", "events.ndjson": `denied by \"ci\": [left out]`, "journal.txt": "", "nft-chains.txt": "hook output",
 	} {
 		if text, ok := parts[name]; !ok || !strings.Contains(text, has) {
 			t.Errorf("%s has no %q:\n%.2000s", name, has, text)
