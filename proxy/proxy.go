@@ -68,7 +68,8 @@ type Options struct {
 	Forwardable func(client, endpoint netip.AddrPort) error
 	// Record takes each finished event.
 	Record func(*event.Event)
-	Host   *event.Host
+	// Host is of each event.
+	Host func() *event.Host
 }
 
 // Timeouts. None is shorter than the shortest of a real client's, which is

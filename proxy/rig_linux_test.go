@@ -32,6 +32,8 @@ func TestMain(m *testing.M) { labtest.Main(m) }
 
 const testMark = 0x7fff0815
 
+var testHost = &event.Host{ID: "host"}
+
 // rig is a Proxy in this process, with the real service's stand-in behind it
 // and a real redirect before it.
 type rig struct {
@@ -79,7 +81,7 @@ func newRig(t testing.TB, s setting) *rig {
 	}
 	r.engine = policy.NewEngine(p)
 	r.proxy = New(Options{
-		Endpoints: imds.Endpoints, Mark: testMark, MaxConns: s.conns, Rate: s.rate, DialAhead: s.ahead, Host: &event.Host{ID: "host"},
+		Endpoints: imds.Endpoints, Mark: testMark, MaxConns: s.conns, Rate: s.rate, DialAhead: s.ahead, Host: func() *event.Host { return testHost },
 		Forwardable: func(_, _ netip.AddrPort) error { return nil },
 		Record: func(ev *event.Event) {
 			r.mu.Lock()

@@ -324,7 +324,7 @@ func (s *session) refuse(why string) {
 
 // event begins a record. The first of a connection is from when it was accepted.
 func (s *session) event() *event.Event {
-	ev := &event.Event{Host: s.p.options.Host, Time: s.accepted, Connection: s.conn}
+	ev := &event.Event{Host: s.p.options.Host(), Time: s.accepted, Connection: s.conn}
 	ev.Decision.Mode = s.p.engine.Mode().String()
 	if ev.Connection.First = !s.told; s.told {
 		ev.Time = time.Now()

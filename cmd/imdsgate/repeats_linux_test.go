@@ -20,7 +20,7 @@ import (
 func written(t *testing.T, aggregate sink.Window) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "events.ndjson")
-	f, err := sink.Open(sink.Options{Path: path, Aggregate: aggregate}, &event.Host{ID: "h"})
+	f, err := sink.Open(sink.Options{Path: path, Aggregate: aggregate}, func() *event.Host { return &event.Host{ID: "h"} })
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -98,7 +98,7 @@ func (d *daemon) absent(action, message string, a absence, lasted time.Duration)
 		message += fmt.Sprintf(", and %d times in all", a.Ends)
 	}
 	d.log.Warn().Dur("lasted", lasted).Str("why", a.Why).Msg(message)
-	ev := &event.Event{Kind: event.Lifecycle, Host: d.host, Time: time.Now(), Duration: lasted, State: event.State{
+	ev := &event.Event{Kind: event.Lifecycle, Host: d.host.Load(), Time: time.Now(), Duration: lasted, State: event.State{
 		Action: action, Type: "info", Message: message, Mode: d.engine.Mode().String(), Level: d.levelNow(),
 	}}
 	if a.Why != bySuccess {

@@ -221,7 +221,7 @@ func (d *daemon) explain(_ context.Context, q control.Question) (any, error) {
 		path = report.CredentialsPath
 	}
 	ask := report.Ask(q.Args.Get("method"), path, q.Args.Get("v1") != "true")
-	ev := report.Asking(d.host, proxy.Process(found), ask)
+	ev := report.Asking(d.host.Load(), proxy.Process(found), ask)
 	ev.Time, ev.Connection.Accepted, ev.Attribution.Level = time.Now(), time.Now(), d.finder.Level().String()
 	e := report.Explain(d.engine, ev)
 	e.Verdicts = report.Classes(d.engine, ev)

@@ -130,7 +130,7 @@ func (d *daemon) sighted(s witness.Sighting) {
 // their business, and cost no more than that question.
 func (d *daemon) executed(p *attribution.Process, whole func() (*attribution.Process, bool)) {
 	d.culprits.executed(p)
-	ev := &event.Event{Kind: event.Started, Host: d.host, Time: p.Executed, Subjects: []*event.Process{proxy.Process(p)}}
+	ev := &event.Event{Kind: event.Started, Host: d.host.Load(), Time: p.Executed, Subjects: []*event.Process{proxy.Process(p)}}
 	if !d.engine.Concerns(ev) {
 		return
 	}

@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -44,7 +45,7 @@ type daemon struct {
 
 	config    config.Config // at the start
 	since     time.Time
-	host      *event.Host
+	host      atomic.Pointer[event.Host] // as it is called now
 	spool     *sink.File
 	finder    *attribution.Finder
 	witness   *witness.Witness // nil below level 2
@@ -94,14 +95,13 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	if err := checkCapabilities(len(inherited) > 0); err != nil {
 		return err
 	}
-	if d.host, err = describeHost(version); err != nil {
+	if err := d.nameHost(c.Events.Layout); err != nil {
 		return err
 	}
-	d.host.Layout = c.Events.Layout
 	if err := os.MkdirAll(filepath.Dir(c.Events.Path), 0o750); err != nil {
 		return fmt.Errorf("make the directory of the event file: %w", readOnly(err))
 	}
-	if d.spool, err = sink.Open(c.Events, d.host); err != nil {
+	if d.spool, err = sink.Open(c.Events, d.host.Load); err != nil {
 		return readOnly(err)
 	}
 	defer func() { err = errors.Join(err, d.spool.Close()) }()
@@ -144,7 +144,7 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	defer d.redirect.Close()
 
 	d.proxy = proxy.New(proxy.Options{
-		Endpoints: rules.Endpoints, Mark: rules.Mark, MaxConns: c.Limits.Connections, Host: d.host,
+		Endpoints: rules.Endpoints, Mark: rules.Mark, MaxConns: c.Limits.Connections, Host: d.host.Load,
 		Rate: int(c.Limits.RequestsPerSecond), Burst: int(c.Limits.Burst), DialAhead: int(c.Upstream.DialAhead),
 		Forwardable: d.forwardable, Record: d.record,
 	}, d.finder, d.engine)
@@ -635,5 +635,5 @@ func (d *daemon) change(s event.State, failure error) {
 	if failure != nil {
 		s.Failed, s.Reason = true, strings.TrimPrefix(s.Reason+"; "+failure.Error(), "; ")
 	}
-	d.record(&event.Event{Kind: event.Lifecycle, Host: d.host, Time: time.Now(), State: s})
+	d.record(&event.Event{Kind: event.Lifecycle, Host: d.host.Load(), Time: time.Now(), State: s})
 }

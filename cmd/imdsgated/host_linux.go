@@ -14,6 +14,32 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// nameHost has events say which host they are of.
+func (d *daemon) nameHost(layout event.Layout) error {
+	h, err := describeHost(version)
+	if err != nil {
+		return err
+	}
+	h.Layout = layout
+	d.host.Store(h)
+	return nil
+}
+
+// followName does so again when the host is called something else: we are there before
+// cloud-init has named the instance, and an image has the name of where it was made.
+func (d *daemon) followName() {
+	was := d.host.Load()
+	name, err := os.Hostname()
+	if err != nil || name == was.Name {
+		return
+	}
+	if err := d.nameHost(was.Layout); err != nil {
+		d.log.Warn().Err(err).Msg("the host has another name, and events have that of before")
+		return
+	}
+	d.log.Info().Str("was", was.Name).Str("name", name).Msg("the host has another name")
+}
+
 // describeHost reads what every event says of this machine.
 func describeHost(version string) (*event.Host, error) {
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")

@@ -83,12 +83,13 @@ func recalling(t *testing.T, dir string, configured policy.Mode) *daemon {
 	if err != nil {
 		t.Fatal(err)
 	}
-	spool, err := sink.Open(sink.Options{Path: filepath.Join(t.TempDir(), "events")}, new(event.Host))
+	d := &daemon{log: zerolog.Nop(), engine: policy.NewEngine(p), since: time.Now()}
+	d.host.Store(&event.Host{ID: "host"})
+	d.spool, err = sink.Open(sink.Options{Path: filepath.Join(t.TempDir(), "events")}, d.host.Load)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { spool.Close() })
-	d := &daemon{log: zerolog.Nop(), host: &event.Host{ID: "host"}, spool: spool, engine: policy.NewEngine(p), since: time.Now()}
+	t.Cleanup(func() { d.spool.Close() })
 	d.recallDecisions(dir)
 	d.recallMode(dir)
 	return d

@@ -410,7 +410,8 @@ func (d *daemon) endWatch() {
 	}
 }
 
-// keepTime ends decisions and modes whose time is over, and tries again what has failed.
+// keepTime ends decisions and modes whose time is over, tries again what has failed, and
+// looks what the host is called.
 func (d *daemon) keepTime(ctx context.Context) {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
@@ -422,6 +423,7 @@ func (d *daemon) keepTime(ctx context.Context) {
 		case <-tick.C:
 		}
 		now := time.Now()
+		d.followName()
 		again := now.After(retry)
 		d.decisions.mu.Lock()
 		d.sweepDecisions(now)

@@ -212,7 +212,7 @@ func (d *daemon) noticed(action string, s event.State, failure error) *event.Eve
 	if failure != nil {
 		s.Failed, s.Reason = true, failure.Error()
 	}
-	return &event.Event{Kind: event.Integrity, Host: d.host, Time: time.Now(), State: s}
+	return &event.Event{Kind: event.Integrity, Host: d.host.Load(), Time: time.Now(), State: s}
 }
 
 // integrity records that what protects the service is not as it should be.

@@ -16,7 +16,7 @@ import (
 // TestMain is the program that TestCrash kills.
 func TestMain(m *testing.M) {
 	if path := os.Getenv("IMDSGATE_TEST_SPOOL"); path != "" {
-		f, err := Open(crashing(path), testHost)
+		f, err := Open(crashing(path), here)
 		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)

@@ -84,9 +84,9 @@ type File struct {
 	repeats  repeats
 	told     gaps
 
-	host    *event.Host // of events of its own
-	later   *time.Timer // wakes for what need not be done at once
-	ends    *time.Timer // wakes when a window of repeats ends
+	host    func() *event.Host // of events of its own
+	later   *time.Timer        // wakes for what need not be done at once
+	ends    *time.Timer        // wakes when a window of repeats ends
 	dropped atomic.Uint64
 	counts
 	err atomic.Pointer[error]
@@ -143,10 +143,10 @@ func (f *Fsync) UnmarshalText(text []byte) error {
 }
 
 // Open opens or makes the file, for its owner to write and its group to read.
-// It never follows a link. The sequence numbers of its documents go on from
+// It never follows a link. Events of its own are of the host at their time. The sequence numbers of its documents go on from
 // those of an earlier run in the same boot. What a crash has left of a line is taken
 // away.
-func Open(o Options, host *event.Host) (*File, error) {
+func Open(o Options, host func() *event.Host) (*File, error) {
 	o.MaxSize = cmp.Or(o.MaxSize, 100<<20)
 	o.Keep = cmp.Or(o.Keep, 4)
 	o.Queue = cmp.Or(o.Queue, 4096)
@@ -306,7 +306,7 @@ func (f *File) tellGaps(w *writer, atOnce bool) {
 			continue
 		}
 		told++
-		f.add(&event.Event{Kind: event.Lifecycle, Host: f.host, Time: now.at, State: event.State{
+		f.add(&event.Event{Kind: event.Lifecycle, Host: f.host(), Time: now.at, State: event.State{
 			Action: "events-suppressed", Type: "info", Message: fmt.Sprintf("%d events are missing: %s", m.n, m.reason),
 			Reason: m.reason, Failed: true, Suppressed: int64(m.n),
 		}})

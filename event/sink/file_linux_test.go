@@ -23,11 +23,11 @@ func started(n int) *event.Event {
 		State: event.State{Action: "daemon-started", Type: "info", Message: fmt.Sprint("number ", n)}}
 }
 
-var testHost = &event.Host{ID: "host"}
+func here() *event.Host { return &event.Host{ID: "host"} }
 
 func open(t *testing.T, o Options) *File {
 	t.Helper()
-	f, err := Open(o, testHost)
+	f, err := Open(o, here)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -165,7 +165,7 @@ func TestRefusesLink(t *testing.T) {
 	if err := os.Symlink(victim, path); err != nil {
 		t.Fatal(err)
 	}
-	if f, err := Open(Options{Path: path}, &event.Host{}); err == nil {
+	if f, err := Open(Options{Path: path}, here); err == nil {
 		f.Close()
 		t.Error("wrote through a symbolic link")
 	}
@@ -173,7 +173,7 @@ func TestRefusesLink(t *testing.T) {
 	if err := unix.Mkfifo(fifo, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if f, err := Open(Options{Path: fifo}, &event.Host{}); err == nil {
+	if f, err := Open(Options{Path: fifo}, here); err == nil {
 		f.Close()
 		t.Error("wrote into a pipe")
 	}
@@ -391,7 +391,7 @@ func TestTail(t *testing.T) {
 
 // BenchmarkRecord includes the writing: it waits for what was recorded.
 func BenchmarkRecord(b *testing.B) {
-	f, err := Open(Options{Path: filepath.Join(b.TempDir(), "events.ndjson")}, &event.Host{})
+	f, err := Open(Options{Path: filepath.Join(b.TempDir(), "events.ndjson")}, here)
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -52,6 +52,12 @@ func TestFirstBoot(t *testing.T) {
 			t.Errorf("%s: a thief got %s", mode, got)
 		}
 		t.Logf("%s", m.Do("imdsgate", "status"))
+		m.Do("hostname", "named-by-cloud-init") // which has done so after the daemon was there
+		m.Await("an event with the host's name", func() bool {
+			m.Curl("nobody", role)
+			all := m.Documents()
+			return all[len(all)-1].At("host.name") == "named-by-cloud-init"
+		})
 	}
 }
 

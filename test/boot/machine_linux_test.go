@@ -5,6 +5,7 @@ package boot
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -26,7 +27,7 @@ import (
 
 // image is what all machines begin with: the product, and workloads.
 var image = debian.Image{
-	Tree:   "../../bin/boot",
+	Tree:   cmp.Or(os.Getenv("IMDSGATE_BOOT_TREE"), "../../bin/boot"),
 	Target: "test-boot",
 	Files: map[string]string{
 		"/etc/systemd/system/cloud-init-local.service": cloudInit,
