@@ -97,9 +97,12 @@ func (f *Finder) Ask(c Conn) *Lookup {
 
 // Search begins to look for who holds the socket: soon, since the client may leave. It
 // reads processes, who can make that take some 100 milliseconds (procwatch.Cmdlines), so
-// that one of whom there are too many is turned away before. It is called once, before
-// the Lookup is shared.
+// that one of whom there are too many is turned away before. It is called before the
+// Lookup is shared, and does nothing the second time.
 func (l *Lookup) Search() {
+	if l.searched {
+		return
+	}
 	l.searched = true
 	if l.reason != Attributed {
 		close(l.first)
@@ -377,6 +380,9 @@ func (l *Lookup) owner(result *scanResult, without Reason) Owner {
 		o.Subjects, o.Roles = append(o.Subjects, proc), append(o.Roles, s.role)
 		if l.level >= Level1 && proc.Ancestry == Unknown && l.missing == Attributed {
 			l.missing = EvidenceLost // a rule about its parent could not be asked
+		}
+		if proc.Denied && l.missing == Attributed {
+			l.missing = AccessDenied // nor one about its arguments
 		}
 	}
 	for _, p := range l.earlier {

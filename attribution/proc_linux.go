@@ -466,6 +466,11 @@ func (h *host) readImage(p *pin, st stat) (*Process, error) {
 		long := make([]byte, maxCmdline)
 		b, err = h.cmdlines.Read(p.pid, dir, prefix+"cmdline", long)
 	}
+	if err == procwatch.ErrLocked {
+		if then, ok := h.argsThen(p, proc); ok { // or else they are denied, and somebody's evidence is missing
+			b, err = then, nil
+		}
+	}
 	if err := check("cmdline", err); err != nil {
 		return nil, err
 	}
@@ -494,6 +499,22 @@ func (h *host) readImage(p *pin, st stat) (*Process, error) {
 	}
 	proc.Cgroup = h.cgrouped.get(string(b), func() Cgroup { return h.cgroups.of(b) })
 	return proc, nil
+}
+
+// argsThen are the arguments as they were read when the process began to run its program.
+func (h *host) argsThen(p *pin, proc *Process) ([]byte, bool) {
+	if h.table == nil {
+		return nil, false
+	}
+	rec, ok := h.table.Process(p.pid, p.start)
+	if !ok {
+		return nil, false
+	}
+	now := &rec.Images[len(rec.Images)-1]
+	if !now.Read || now.Denied || now.Cmdline == "" || now.Device != proc.Executable.Device || now.Inode != proc.Executable.Inode {
+		return nil, false
+	}
+	return []byte(now.Cmdline), true
 }
 
 // keepArgs parses a command line and accounts for its memory, or cuts it.

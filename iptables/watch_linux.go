@@ -49,8 +49,7 @@ type Observer struct {
 	// Wrote is told at once of each who changes rules of nftables, from a goroutine of its own: most of them live for
 	// some milliseconds only. It may be nil.
 	Wrote func(Writer)
-	// Looked is told of each drift, and of the first look that does not fail after one that has, from the goroutine of
-	// Watch. It may be nil.
+	// Looked is told of each look, from the goroutine of Watch. It may be nil.
 	Looked func(Drift)
 	// Tell is for people: as often as tellEvery allows, several drifts in one, from the goroutine of Watch.
 	Tell func(Drift)
@@ -97,7 +96,7 @@ func (r *Redirect) Watch(ctx context.Context, interval time.Duration, o Observer
 	timer := time.NewTicker(interval)
 	defer timer.Stop()
 	telling := rate.NewLimiter(rate.Every(tellEvery), tellAtOnce)
-	right, failed := time.Now(), false
+	right := time.Now()
 	var pace pace
 	var untold *Drift
 	defer func() {
@@ -111,10 +110,9 @@ func (r *Redirect) Watch(ctx context.Context, interval time.Duration, o Observer
 		if ctx.Err() != nil {
 			return nil
 		}
-		if (drifted || failed) && o.Looked != nil {
+		if o.Looked != nil {
 			o.Looked(d)
 		}
-		failed = d.Err != nil
 		if drifted {
 			untold = d.after(untold)
 		}

@@ -511,11 +511,10 @@ func (s *session) complete(ev *event.Event, how search, then func()) bool {
 func (s *session) hint(ev *event.Event, within time.Duration, how search) (enough bool) {
 	ctx, cancel := context.WithTimeout(context.Background(), within)
 	defer cancel()
-	if s.lookup == nil {
-		if !s.enter() { // there was room, so that it is the end
-			s.task.Cancel()
-		}
+	if s.lookup == nil && !s.enter() { // there was room, so that it is the end
+		s.task.Cancel()
 	}
+	s.lookup.Search() // for the record of one who was turned away
 	var owner attribution.Owner
 	if how != likely {
 		owner, enough = s.lookup.Accounted(ctx)

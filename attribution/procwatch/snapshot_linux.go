@@ -71,13 +71,10 @@ func (r *reader) content(pid int32, dir int) (content, bool) {
 	}
 	c.uid, c.gid = st.Uid, st.Gid // effective, for a directory (task_dump_owner in fs/proc/base.c)
 	b, err := r.cmdlines.Read(int(pid), dir, "cmdline", r.buf[:])
-	switch {
-	case err == ErrLocked:
-		c.denied = true
-	case err != nil && !c.denied:
+	if err != nil && err != ErrLocked && !c.denied {
 		return content{}, false
 	}
-	c.cmdline, c.cut = string(b), len(b) == len(r.buf)
+	c.cmdline, c.cut = string(b), len(b) == len(r.buf) || err == ErrLocked
 	return c, true
 }
 

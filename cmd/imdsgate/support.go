@@ -177,8 +177,8 @@ func (o *options) lastEvents(ctx context.Context, client *control.Client, last i
 			action, _ := e["action"].(string)
 			reason, _ := e["reason"].(string)
 			switch decided, _, found := strings.Cut(reason, ": "); {
-			case strings.HasPrefix(action, "mode-") || strings.HasPrefix(action, "decision-"):
-				delete(e, "reason") // in an operator's own words
+			case strings.HasPrefix(action, "mode-"), strings.HasPrefix(action, "decision-"), action == "policy-rejected":
+				delete(e, "reason") // in an operator's own words, or with lines of the configuration
 			case found && (strings.HasPrefix(reason, "denied by ") || strings.HasPrefix(reason, "allowed by ")):
 				e["reason"] = decided + ": " + leftOut // with those of a decision or of the policy behind it
 			}

@@ -39,7 +39,7 @@ func hostParts(ctx context.Context) (all []part) {
 	text, err := output(ctx, "nft", "list", "chains")
 	all = append(all, part{"nft-chains.txt", "tables and hooks of nft, without rules", whyNot(text, err)})
 	text, err = output(ctx, "journalctl", "--unit=imdsgated.service", "--unit=imdsgated.socket", "--lines=500", "--no-pager", "--output=short-iso")
-	return append(all, part{"journal.txt", "what the journal has of our units", whyNot(withoutReasons(text), err)})
+	return append(all, part{"journal.txt", "what the journal has of our units", whyNot(withoutTypedText(text), err)})
 }
 
 // ours are the lines of iptables-save that decide about what comes to us.
@@ -57,11 +57,31 @@ func ours(save []byte) []byte {
 	return b.Bytes()
 }
 
-// typedReason is that of a change of the mode, in the daemon's log.
-var typedReason = regexp.MustCompile(`"reason":"(?:[^"\\]|\\.)*"`)
+// typedText is what the daemon's log quotes of people: why they have changed the mode, and lines of
+// a configuration that is refused.
+var typedText = regexp.MustCompile(`"(reason|error)":"(?:[^"\\]|\\.)*"`)
 
-func withoutReasons(log []byte) []byte {
-	return typedReason.ReplaceAll(log, []byte(`"reason":"`+leftOut+`"`))
+// withoutTypedText leaves that out of a journal, and what follows when the daemon or imdsgate
+// reload says, not in JSON, that a configuration is refused.
+func withoutTypedText(journal []byte) []byte {
+	var b bytes.Buffer
+	var refused []byte // who says so
+	for line := range bytes.Lines(journal) {
+		head, message, _ := bytes.Cut(line, []byte("]: "))
+		_, who, _ := bytes.Cut(head, []byte(" imdsgate"))
+		isJSON := bytes.HasPrefix(message, []byte("{"))
+		switch {
+		case !isJSON && len(who) > 0 && bytes.Equal(who, refused):
+			fmt.Fprintf(&b, "%s]: %s\n", head, leftOut)
+			continue
+		case !isJSON && len(who) > 0 && bytes.Contains(message, []byte("refused")):
+			refused = who
+		case isJSON && (bytes.Contains(message, []byte(`"reason":`)) || bytes.Contains(message, []byte(" refused"))):
+			line = typedText.ReplaceAll(line, []byte(`"$1":"`+leftOut+`"`))
+		}
+		b.Write(line)
+	}
+	return b.Bytes()
 }
 
 // whyNot adds why something could not be had.

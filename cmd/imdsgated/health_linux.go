@@ -23,6 +23,8 @@ const (
 	// testFirst is how often it is tried until it has worked once: at boot there is no
 	// route yet.
 	testFirst = time.Second
+	// dueIn is how soon it is tried after a change of the mode, of which something may be left to do.
+	dueIn = 20 * time.Millisecond
 )
 
 // health is what the self-tests have found.
@@ -33,6 +35,14 @@ type health struct {
 	passed  time.Time  // the last time that each way to the daemon worked; zero before the first
 	noRoute string     // why nothing can be said yet, or any more
 	failure error      // why clients are not served as they should be
+}
+
+// again has the test done soon.
+func (h *health) again() {
+	select {
+	case h.due <- struct{}{}:
+	default:
+	}
 }
 
 // keepHealth tests what clients need, and tells systemd that the daemon lives as long as
@@ -49,8 +59,8 @@ func (d *daemon) keepHealth(ctx context.Context) {
 			return
 		case <-next.C:
 		case <-d.health.due:
-			d.modes.changing.Lock() // whoever changes it has it still
-			d.modes.changing.Unlock()
+			next.Reset(dueIn)
+			continue
 		}
 		err := d.selfTest(ctx)
 		if ctx.Err() != nil || errors.Is(err, net.ErrClosed) { // it drains
@@ -72,12 +82,12 @@ func (d *daemon) keepHealth(ctx context.Context) {
 
 // selfTest tests each way that the redirect takes, once, and tells what has changed.
 func (d *daemon) selfTest(ctx context.Context) error {
-	// A change of the mode takes the redirect away, or makes it anew.
-	var ways []netip.AddrPort
-	if d.modes.changing.TryLock() {
-		defer d.modes.changing.Unlock()
-		ways = d.tested()
+	if !d.modes.changing.TryLock() { // a change of the mode takes the redirect away, or makes it anew
+		d.health.again()
+		return d.proxy.Turns(ctx)
 	}
+	defer d.modes.changing.Unlock()
+	ways := d.tested()
 	var failed, unreachable error
 	passed := 0
 	for _, endpoint := range ways {

@@ -211,10 +211,7 @@ func (d *daemon) goTo(ctx context.Context, to policy.Mode, set *report.SetMode, 
 	}
 	if from != to {
 		m.since = time.Now()
-		select {
-		case d.health.due <- struct{}{}:
-		default:
-		}
+		d.health.again()
 	}
 	d.keepMode()
 	m.mu.Unlock()

@@ -1,0 +1,123 @@
+package procwatch
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// locked makes the directory of a process whose command line nobody can read before the function is called. It is a pipe
+// here; TestLockedMemory of package attribution has a real one.
+func locked(t *testing.T, pid, uid int) (dir int, unlock func()) {
+	t.Helper()
+	dir = directoryOf(t, uid)
+	path := fmt.Sprintf("/proc/self/fd/%d/cmdline", dir)
+	if err := unix.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	pipe, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { pipe.Close() })
+	return dir, func() { fmt.Fprint(pipe, "x\x00") }
+}
+
+func directoryOf(t *testing.T, uid int) (dir int) {
+	t.Helper()
+	path := t.TempDir()
+	err := os.WriteFile(filepath.Join(path, "status"), fmt.Appendf(nil, "Name:\tx\nState:\tS\nUid:\t%d\t0\t0\t0\n", uid), 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err = unix.Open(path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(dir) })
+	return dir
+}
+
+// Who has many processes whose memory is locked keeps a few of our threads, and nobody else from being read.
+func TestCmdlines(t *testing.T) {
+	var c Cmdlines
+	var unlock []func()
+	var reads sync.WaitGroup
+	for pid := range 40 {
+		dir, f := locked(t, pid, 1000)
+		unlock = append(unlock, f)
+		reads.Go(func() {
+			if b, err := c.Read(pid, dir, "cmdline", make([]byte, 64)); err != ErrLocked {
+				t.Errorf("process %d: %q, %v", pid, b, err)
+			}
+		})
+	}
+	honest := directoryOf(t, 1001)
+	if err := os.WriteFile(fmt.Sprintf("/proc/self/fd/%d/cmdline", honest), []byte("curl\x00-s\x00"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	read := func(when string) {
+		t.Helper()
+		if b, err := c.Read(1234, honest, "cmdline", make([]byte, 64)); string(b) != "curl\x00-s\x00" || err != nil {
+			t.Errorf("%s: %q, %v", when, b, err)
+		}
+	}
+	read("while they are waited for")
+	reads.Wait()
+	read("while they are late")
+	c.mu.Lock()
+	late := len(c.reading)
+	if late == 0 || late > maxAtOnce {
+		t.Errorf("%d reads go on", late)
+	}
+	if w := c.waited[1000]; w == nil || *w < cmdlineIn || c.waited[1001] != nil {
+		t.Errorf("waited for the one %v, for the other %v", w, c.waited[1001])
+	}
+	c.mu.Unlock()
+	dir, f := locked(t, 50, 1000)
+	unlock = append(unlock, f)
+	if r, before, _ := c.tryBegin(50, dir); r != nil || before != nil {
+		t.Error("one more is begun")
+	}
+	for _, f := range unlock {
+		f()
+	}
+	ended := func() bool {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return len(c.reading) == 0
+	}
+	for end := time.Now().Add(5 * time.Second); !ended(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d reads go on", len(c.reading))
+		}
+	}
+	read("afterwards")
+}
+
+// Who lets himself be read shortly before it is too late is waited for, but not for ever.
+func TestCmdlinesHeldUp(t *testing.T) {
+	var c Cmdlines
+	dir, unlock := locked(t, 1, 1000)
+	time.AfterFunc(3*slow, unlock)
+	if b, err := c.Read(1, dir, "cmdline", make([]byte, 64)); string(b) != "x\x00" || err != nil {
+		t.Errorf("%q, %v", b, err)
+	}
+	if w := c.waited[1000]; w == nil || *w < slow {
+		t.Fatalf("waited for %v", w)
+	}
+	c.charge(1000, maxWaited)
+	r, _, patience := c.tryBegin(1, dir)
+	if r == nil || patience != shortly {
+		t.Errorf("%v, %v", r, patience)
+	}
+	other := directoryOf(t, 1001)
+	if r, _, patience := c.tryBegin(2, other); r == nil || patience != cmdlineIn {
+		t.Errorf("another: %v, %v", r, patience)
+	}
+}
