@@ -340,7 +340,9 @@ func flat(t *testing.T, samples []sample) {
 	// The rules remember the last 16,384 programs that were executed (policy.maxRemembered), of which some are executed
 	// each second here: an hour is long enough to fill that.
 	begin := n / 5
-	if full := slices.IndexFunc(samples, func(s sample) bool { return s.status.Attribution.History != nil && s.status.Attribution.History.Execs > 17<<10 }); full > begin && full < n/2+n/10 {
+	if full := slices.IndexFunc(samples, func(s sample) bool {
+		return s.status.Attribution.History != nil && s.status.Attribution.History.Execs > 17<<10
+	}); full > begin && full < n/2+n/10 {
 		begin = full
 	}
 	for _, of := range []struct {
