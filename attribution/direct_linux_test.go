@@ -48,16 +48,16 @@ func testDirect(t *testing.T, endpoint netip.AddrPort) {
 		})
 		return c
 	}
-	direct := func(uid uint32) (ports []uint16) {
+	direct := func(uid uint32) (ports []uint16, making int) {
 		t.Helper()
-		found, err := f.Direct([]netip.AddrPort{endpoint}, []netip.AddrPort{listener}, uid)
+		found, still, err := f.Direct([]netip.AddrPort{endpoint}, []netip.AddrPort{listener}, uid)
 		if err != nil {
 			t.Fatal(err)
 		}
 		for _, s := range found {
 			ports = append(ports, s.Local.Port())
 		}
-		return ports
+		return ports, len(still)
 	}
 	const nobody = 65534
 
@@ -105,11 +105,11 @@ func testDirect(t *testing.T, endpoint netip.AddrPort) {
 		}
 	}
 
-	if got := direct(nobody); len(got) != 1 || got[0] != older {
-		t.Errorf("direct: local ports %v, want %d", got, older)
+	if got, making := direct(nobody); len(got) != 1 || got[0] != older || making != 1 {
+		t.Errorf("direct: local ports %v, want %d; %d are being made", got, older, making)
 	}
-	if got := direct(uint32(os.Geteuid())); len(got) != 0 {
-		t.Errorf("ours: local ports %v", got)
+	if got, making := direct(uint32(os.Geteuid())); len(got) != 0 || making != 0 {
+		t.Errorf("ours: local ports %v; %d are being made", got, making)
 	}
 }
 

@@ -286,37 +286,48 @@ func (f *Finder) Stats() Stats {
 // our listeners, which are given; it may still wait there to be accepted, or be
 // closed already. What belongs to our own user uid is left out, since the proxy
 // may be at work, and so is a connection that no process holds: nobody can read
-// an answer from it. One that is not made yet cannot be told.
-func (f *Finder) Direct(endpoints, listeners []netip.AddrPort, uid uint32) ([]diag.Socket, error) {
+// an answer from it.
+//
+// Of one that is being made it cannot be told, and those are listed apart. It may wait for
+// room in the backlog of a listener, which does not know it yet; or its SYN was sent
+// before there were rules, and then it is direct if the answer comes before the SYN is
+// sent again. It is being made, too, while a listener has its SYN and no more.
+func (f *Finder) Direct(endpoints, listeners []netip.AddrPort, uid uint32) (direct, making []diag.Socket, err error) {
 	all, err := f.diag.Connected(endpoints)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	var direct []diag.Socket
 	for _, s := range all {
-		// One that is being made may wait for room in the backlog, where it is not yet; its
-		// next packet meets the rules.
-		if s.Inode == 0 || s.UID == uid || s.State == diag.SynSent {
+		if s.Inode == 0 || s.UID == uid {
 			continue
 		}
-		redirected := false
+		if s.State == diag.SynSent {
+			making = append(making, s)
+			continue
+		}
+		redirected, half := false, false
 		for _, l := range listeners {
 			if l.Addr().Is4() != s.Local.Addr().Is4() {
 				continue
 			}
-			_, err := f.diag.Find(diag.Tuple{Local: l, Remote: s.Local}, 0)
+			other, err := f.diag.Find(diag.Tuple{Local: l, Remote: s.Local}, 0)
 			switch {
+			case err == nil && other.State == diag.SynRecv:
+				half = true
 			case err == nil, errors.Is(err, diag.ErrGone):
 				redirected = true
 			case !errors.Is(err, diag.ErrNotFound) && !errors.Is(err, diag.ErrMismatch):
-				return nil, err
+				return nil, nil, err
 			}
 		}
-		if !redirected {
+		switch {
+		case half:
+			making = append(making, s)
+		case !redirected:
 			direct = append(direct, s)
 		}
 	}
-	return direct, nil
+	return direct, making, nil
 }
 
 // Abort resets one connection that Direct listed.

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -295,7 +297,7 @@ func (d *daemon) switchTo(ctx context.Context, to policy.Mode, p *policy.Policy)
 // that do not come here, being older.
 func (d *daemon) bring(ctx context.Context, mode policy.Mode) ([]diag.Socket, error) {
 	// Before, because the guard of enforce mode resets some of them at once.
-	older, err := d.finder.Direct(d.rules.Endpoints, ports(d.rules), d.rules.UID)
+	older, _, err := d.finder.Direct(d.rules.Endpoints, ports(d.rules), d.rules.UID)
 	if err != nil {
 		return nil, err
 	}
@@ -305,7 +307,8 @@ func (d *daemon) bring(ctx context.Context, mode policy.Mode) ([]diag.Socket, er
 // settle deals with connections that are older than the redirect, and with those that
 // were made while it was installed.
 func (d *daemon) settle(older []diag.Socket) error {
-	newer, err := d.finder.Direct(d.rules.Endpoints, ports(d.rules), d.rules.UID)
+	newer, making, err := d.finder.Direct(d.rules.Endpoints, ports(d.rules), d.rules.UID)
+	d.awaitMade(making)
 	known := make(map[uint64]bool)
 	for _, s := range older {
 		known[s.Cookie] = true
@@ -332,9 +335,48 @@ func (d *daemon) settleAgain(lost []iptables.Lost) error {
 		}
 		d.log.Info().Stringer("local", l.Local).Msg("a connection that has lost its port with the rules was aborted")
 	}
-	found, err := d.finder.Direct(d.rules.Endpoints, ports(d.rules), d.rules.UID)
+	found, making, err := d.finder.Direct(d.rules.Endpoints, ports(d.rules), d.rules.UID)
+	d.awaitMade(making)
 	d.direct(found, "was made while the rules were not there, or was cut off when they went")
 	return err
+}
+
+// awaitMade has keepTime look again at connections that are being made. The kernel gives
+// one up after two minutes (tcp_syn_retries of ip-sysctl.rst).
+func (d *daemon) awaitMade(making []diag.Socket) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, s := range making {
+		d.making[s.Cookie] = true
+	}
+}
+
+// settleMade is settle for connections that were being made then, and are made now.
+func (d *daemon) settleMade() error {
+	d.mu.Lock()
+	awaited := maps.Clone(d.making)
+	d.mu.Unlock()
+	if len(awaited) == 0 {
+		return nil
+	}
+	found, making, err := d.finder.Direct(d.rules.Endpoints, ports(d.rules), d.rules.UID)
+	if err != nil {
+		return err
+	}
+	for _, s := range making {
+		delete(awaited, s.Cookie)
+	}
+	d.mu.Lock()
+	for cookie := range awaited {
+		delete(d.making, cookie)
+	}
+	d.mu.Unlock()
+	if d.engine.Mode() == policy.Off {
+		return nil
+	}
+	found = slices.DeleteFunc(found, func(s diag.Socket) bool { return !awaited[s.Cookie] })
+	d.direct(found, "had begun before the rules were there and does not pass through them")
+	return nil
 }
 
 // direct tells of connections that do not come here, and aborts them in enforce mode.
@@ -408,7 +450,7 @@ func (d *daemon) endWatch() {
 }
 
 // keepTime ends decisions and modes whose time is over, tries again what has failed, and
-// looks what the host is called.
+// looks what the host is called and what has become of connections.
 func (d *daemon) keepTime(ctx context.Context) {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
@@ -421,6 +463,9 @@ func (d *daemon) keepTime(ctx context.Context) {
 		}
 		now := time.Now()
 		d.followName()
+		if err := d.settleMade(); err != nil {
+			d.log.Error().Err(err).Msg("connections that do not come here are not known")
+		}
 		again := now.After(retry)
 		d.decisions.mu.Lock()
 		d.sweepDecisions(now)

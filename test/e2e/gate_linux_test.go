@@ -5,9 +5,11 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -443,6 +445,84 @@ func TestOlderConnections(t *testing.T) {
 			t.Error(err)
 		}
 		conn.Close()
+	}
+}
+
+// A connection whose SYN was sent before there were rules, and which the service answers
+// when the daemon has looked at what is older, is recorded just the same.
+func TestConnectionsOfBefore(t *testing.T) {
+	t.Parallel()
+	for try := 0; try < 3; try++ { // after a second the client sends its SYN again, to us
+		h := prepare(t, netlab.Options{})
+		warm, err := h.dial("169.254.169.254:80") // so that the client knows the way
+		if err != nil {
+			t.Fatal(err)
+		}
+		warm.Close()
+		h.deaf(true)
+		type made struct {
+			net.Conn
+			error
+		}
+		client := make(chan made, 1)
+		go func() {
+			conn, err := h.dial("169.254.169.254:80")
+			client <- made{conn, err}
+		}()
+		for end := time.Now().Add(5 * time.Second); h.output("ss", "-Htn", "state", "syn-sent") == ""; time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatal("nobody connects")
+			}
+		}
+		h.start("mode: audit\n")
+		h.deaf(false)
+		conn := <-client
+		if conn.error != nil {
+			t.Log(conn.error)
+			continue
+		}
+		defer conn.Close()
+		local, direct := conn.LocalAddr().String(), false
+		for end := time.Now().Add(time.Second); !direct && time.Now().Before(end); time.Sleep(time.Millisecond) {
+			direct = slices.ContainsFunc(h.IMDS.Transcript().Connections, func(c imdstest.Connection) bool { return c.Remote.String() == local })
+		}
+		if !direct {
+			t.Log("the daemon took too long to start")
+			continue
+		}
+		if _, err := h.Await("the connection of before", func(d gate.Document) bool { return d.At("event.action") == "direct-imds-connection" }); err != nil {
+			t.Error(err)
+		}
+		return
+	}
+	t.Fatal("no connection went past the redirect, and so the test has shown nothing")
+}
+
+// deaf has the service's answers wait, or lets them go, by not telling it who the
+// instance is (arp_ignore of ip-sysctl.rst).
+func (h *host) deaf(is bool) {
+	h.t.Helper()
+	ignore := "0"
+	if is {
+		ignore = "8"
+	}
+	if err := h.Instance.Do(func() error {
+		return os.WriteFile("/proc/sys/net/ipv4/conf/all/arp_ignore", []byte(ignore), 0)
+	}); err != nil {
+		h.t.Fatal(err)
+	}
+	if !is {
+		return
+	}
+	if err := h.Metadata.Do(func() error {
+		for name, value := range map[string]string{"mcast_solicit": "1000", "retrans_time_ms": "10"} {
+			if err := os.WriteFile("/proc/sys/net/ipv4/neigh/ec2/"+name, []byte(value), 0); err != nil {
+				return err
+			}
+		}
+		return exec.Command("ip", "neigh", "flush", "dev", "ec2").Run()
+	}); err != nil {
+		h.t.Fatal(err)
 	}
 }
 
