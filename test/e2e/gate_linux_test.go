@@ -541,7 +541,7 @@ func TestConnectionsDuringStart(t *testing.T) {
 				t.Error(err)
 				return
 			}
-			defer conn.Close()
+			t.Cleanup(func() { conn.Close() }) // not before the daemon could see it
 			local[conn.LocalAddr().String()] = true
 			time.Sleep(time.Millisecond)
 		}
