@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"slices"
@@ -369,6 +370,16 @@ func (f *Finder) Process(pid int) (*Process, error) {
 	defer f.host.unpin(p)
 	proc, _, err := f.host.read(p, st)
 	return proc, err
+}
+
+// Acted reads the process that did something, as the kernel has told. It fails with
+// [fs.ErrNotExist] if that has ended, also where another has its pid.
+func (f *Finder) Acted(a Actor) (*Process, error) {
+	p, err := f.Process(a.PID)
+	if err == nil && a.Start != 0 && p.StartTicks != ticks(a.Start) {
+		return nil, fmt.Errorf("read process %d: another has its pid: %w", a.PID, fs.ErrNotExist)
+	}
+	return p, err
 }
 
 func (f *Finder) recentHolders() []holder {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 
@@ -108,21 +109,23 @@ func (d *daemon) redirected(is bool) {
 
 // sighted records what the kernel saw that should not be.
 func (d *daemon) sighted(s witness.Sighting) {
-	name := s.Connector.Comm // it may have ended by now
-	if exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", s.Connector.PID)); err == nil {
-		name = exe
+	c := s.Connector
+	by := event.Actor{PID: int64(c.PID), Name: c.Comm, UserID: strconv.FormatUint(uint64(c.UID), 10)}
+	who := fmt.Sprintf("%s (pid %d, uid %d)", c.Comm, c.PID, c.UID)
+	if p, err := d.finder.Acted(c.Actor); err == nil { // or else it has ended
+		by, who = named(p)
 	}
-	who := fmt.Sprintf("%s (pid %d, uid %d)", name, s.Connector.PID, s.Connector.UID)
 	became := "it was not refused"
 	if s.Refused {
 		became = "it was refused"
 	}
 	switch s.Kind {
 	case witness.Marked:
-		d.integrity("imds-mark-forged", fmt.Sprintf("%s connected to %v with the mark of the daemon; %s", who, s.Connector.Tuple.Remote, became), nil)
+		d.finding("imds-mark-forged", event.State{Actor: by,
+			Message: fmt.Sprintf("%s connected to %v with the mark of the daemon; %s", who, c.Tuple.Remote, became)}, nil)
 	case witness.Uncovered:
-		d.integrity("uncovered-imds-connection", fmt.Sprintf("%s connected to %v from a network namespace whose traffic does not pass through here; %s",
-			who, s.Connector.Tuple.Remote, became), nil)
+		d.finding("uncovered-imds-connection", event.State{Actor: by,
+			Message: fmt.Sprintf("%s connected to %v from a network namespace whose traffic does not pass through here; %s", who, c.Tuple.Remote, became)}, nil)
 	}
 }
 

@@ -54,6 +54,7 @@ type daemon struct {
 	engine    *policy.Engine
 	decisions decisions
 	modes     modes
+	bypass    bypass
 	started   chan struct{} // closed when the redirect is there
 	terms     *firstseen.Store
 	counted   *metrics.Requests // nil if nobody can read it
@@ -68,7 +69,6 @@ type daemon struct {
 	failure    string          // why the redirect is not installed
 	taken      map[bool]bool   // whether clients of this host come here, by whether it is IPv4
 	found      iptables.Report // of the redirect, when it was last written
-	making     map[uint64]bool // connections, by their cookies, that may turn out not to come here
 	repairs    uint64
 	reattached uint64    // BPF programs
 	loaded     time.Time // the policy in force
@@ -118,7 +118,6 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	defer signal.Stop(hangup)
 	d.started = make(chan struct{})
 	d.health.due = make(chan struct{}, 1)
-	d.making = make(map[uint64]bool)
 	d.engine = policy.NewEngine(p)
 	d.tookUp(c, p)
 	d.recallDecisions(c.State.Dir)

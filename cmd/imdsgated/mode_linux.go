@@ -8,10 +8,12 @@ import (
 	"maps"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
 
+	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/attribution/diag"
 	"github.com/imdsgate/imdsgate/cmd/report"
 	"github.com/imdsgate/imdsgate/control"
@@ -304,22 +306,19 @@ func (d *daemon) bring(ctx context.Context, mode policy.Mode) ([]diag.Socket, er
 	return older, d.install(ctx, mode == policy.Enforce)
 }
 
+// bypass is what is known of connections that do not come here.
+type bypass struct {
+	mu     sync.Mutex      // held by who looks for them
+	told   map[uint64]bool // of which there was an event, by their cookies
+	making map[uint64]bool // that may turn out to be some
+}
+
 // settle deals with connections that are older than the redirect, and with those that
 // were made while it was installed.
 func (d *daemon) settle(older []diag.Socket) error {
-	newer, making, err := d.finder.Direct(d.rules.Endpoints, ports(d.rules), d.rules.UID)
-	d.awaitMade(making)
-	known := make(map[uint64]bool)
-	for _, s := range older {
-		known[s.Cookie] = true
-	}
-	for _, s := range newer {
-		if !known[s.Cookie] {
-			older = append(older, s)
-		}
-	}
-	d.direct(older, "is older than the redirect and does not pass through it")
-	return err
+	d.bypass.mu.Lock()
+	defer d.bypass.mu.Unlock()
+	return d.direct(older, "is older than the redirect and does not pass through it")
 }
 
 // settleAgain is settle after a repair: for connections that were made meanwhile, and for
@@ -335,64 +334,77 @@ func (d *daemon) settleAgain(lost []iptables.Lost) error {
 		}
 		d.log.Info().Stringer("local", l.Local).Msg("a connection that has lost its port with the rules was aborted")
 	}
-	found, making, err := d.finder.Direct(d.rules.Endpoints, ports(d.rules), d.rules.UID)
-	d.awaitMade(making)
-	d.direct(found, "was made while the rules were not there, or was cut off when they went")
+	d.bypass.mu.Lock()
+	defer d.bypass.mu.Unlock()
+	return d.direct(nil, "was made while the rules were not there, or was cut off when they went")
+}
+
+// settleMade is settle for connections that were being made then. The kernel gives one up
+// after two minutes (tcp_syn_retries of ip-sysctl.rst).
+func (d *daemon) settleMade() error {
+	b := &d.bypass
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if d.engine.Mode() == policy.Off {
+		b.making = nil
+	}
+	if len(b.making) == 0 {
+		return nil
+	}
+	before := b.making
+	err := d.direct(nil, "had begun before the rules were there and does not pass through them")
+	maps.DeleteFunc(b.making, func(cookie uint64, _ bool) bool { return !before[cookie] })
 	return err
 }
 
-// awaitMade has keepTime look again at connections that are being made. The kernel gives
-// one up after two minutes (tcp_syn_retries of ip-sysctl.rst).
-func (d *daemon) awaitMade(making []diag.Socket) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for _, s := range making {
-		d.making[s.Cookie] = true
-	}
-}
-
-// settleMade is settle for connections that were being made then, and are made now.
-func (d *daemon) settleMade() error {
-	d.mu.Lock()
-	awaited := maps.Clone(d.making)
-	d.mu.Unlock()
-	if len(awaited) == 0 {
-		return nil
-	}
+// direct looks for connections that do not come here, tells once of each, and in enforce
+// mode aborts them. It is called with bypass.mu held.
+func (d *daemon) direct(older []diag.Socket, why string) error {
 	found, making, err := d.finder.Direct(d.rules.Endpoints, ports(d.rules), d.rules.UID)
-	if err != nil {
-		return err
+	b := &d.bypass
+	if err == nil {
+		b.making = make(map[uint64]bool)
 	}
 	for _, s := range making {
-		delete(awaited, s.Cookie)
+		b.making[s.Cookie] = true
 	}
-	d.mu.Lock()
-	for cookie := range awaited {
-		delete(d.making, cookie)
+	told := make(map[uint64]bool)
+	ctx, cancel := context.WithTimeout(context.Background(), nameWithin)
+	defer cancel()
+	for _, s := range slices.Concat(older, found) {
+		if !told[s.Cookie] && (!b.told[s.Cookie] || d.engine.Mode() == policy.Enforce) {
+			d.tellDirect(ctx, s, why)
+		}
+		told[s.Cookie] = true
 	}
-	d.mu.Unlock()
-	if d.engine.Mode() == policy.Off {
-		return nil
+	if err == nil {
+		b.told = told
 	}
-	found = slices.DeleteFunc(found, func(s diag.Socket) bool { return !awaited[s.Cookie] })
-	d.direct(found, "had begun before the rules were there and does not pass through them")
-	return nil
+	return err
 }
 
-// direct tells of connections that do not come here, and aborts them in enforce mode.
-func (d *daemon) direct(all []diag.Socket, why string) {
-	for _, s := range all {
-		message := fmt.Sprintf("a connection to %v %s", s.Remote, why)
-		if d.engine.Mode() == policy.Enforce {
-			err := d.finder.Abort(s)
-			if err == nil {
-				message += "; it was aborted"
-			}
-			d.integrity("direct-imds-connection", message, err)
-			continue
+// nameWithin is how long a look at connections may take to find out who has them.
+const nameWithin = 500 * time.Millisecond
+
+// tellDirect tells of one connection that does not come here. Who has it is looked up as
+// long as there is time for that.
+func (d *daemon) tellDirect(ctx context.Context, s diag.Socket, why string) {
+	by, who := event.Actor{UserID: strconv.FormatUint(uint64(s.UID), 10)}, fmt.Sprintf("a process of uid %d", s.UID)
+	if ctx.Err() == nil {
+		l := d.finder.Find(attribution.Conn{Client: s.Local, Endpoint: s.Remote})
+		if o := l.Complete(ctx, true); o.Attributed() {
+			by, who = named(o.Subjects[0])
 		}
-		d.integrity("direct-imds-connection", message, nil)
+		l.Close()
 	}
+	message := fmt.Sprintf("a connection of %s to %v %s", who, s.Remote, why)
+	var err error
+	if d.engine.Mode() == policy.Enforce {
+		if err = d.finder.Abort(s); err == nil {
+			message += "; it was aborted"
+		}
+	}
+	d.finding("direct-imds-connection", event.State{Actor: by, Message: message}, err)
 }
 
 // leave takes the redirect away, and harms no connection that is here: those end when

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -162,24 +163,12 @@ func (c *culprits) of(writers []iptables.Writer) (first event.Actor, inWords str
 	defer c.mu.Unlock()
 	var names []string
 	for _, w := range writers {
-		a := event.Actor{PID: int64(w.PID), Name: w.Name}
-		name := w.String()
+		a, name := event.Actor{PID: int64(w.PID), Name: w.Name}, w.String()
 		for _, p := range slices.Concat(c.began, c.read) { // the later and better known last
 			if is(p, w) {
-				a.Executable, a.CommandLine = p.Executable.Path, strings.Join(p.Args, " ")
-				if p.UID[1] != attribution.NoID {
-					a.UserID, a.UserName = strconv.FormatUint(uint64(p.UID[1]), 10), p.UserName
-				}
-				if p.Parent != nil {
-					a.Parent = p.Parent.Executable.Path
-				}
+				a, name = named(p)
+				a.Name = w.Name
 			}
-		}
-		if a.Executable != "" {
-			name = fmt.Sprintf("%s (pid %d, uid %s)", a.Executable, w.PID, a.UserID)
-		}
-		if a.Parent != "" {
-			name += " of " + a.Parent
 		}
 		if names = append(names, name); len(names) == 1 {
 			first = a
@@ -189,6 +178,22 @@ func (c *culprits) of(writers []iptables.Writer) (first event.Actor, inWords str
 		return first, ""
 	}
 	return first, "; changed by " + strings.Join(names, ", ")
+}
+
+// named is a process as findings have it, for the record and in words.
+func named(p *attribution.Process) (a event.Actor, inWords string) {
+	a = event.Actor{PID: int64(p.PID), Name: p.Thread, Executable: p.Executable.Path, CommandLine: strings.Join(event.RedactArgs(p.Args), " ")}
+	inWords = fmt.Sprintf("%s (pid %d", cmp.Or(a.Executable, a.Name), p.PID)
+	if p.UID[1] != attribution.NoID {
+		a.UserID, a.UserName = strconv.FormatUint(uint64(p.UID[1]), 10), p.UserName
+		inWords += ", uid " + a.UserID
+	}
+	inWords += ")"
+	if p.Parent != nil && p.Parent.Executable.Path != "" {
+		a.Parent = p.Parent.Executable.Path
+		inWords += " of " + a.Parent
+	}
+	return a, inWords
 }
 
 // contest is what `imdsgate status` says of somebody who does not give in.

@@ -419,6 +419,10 @@ func TestStopped(t *testing.T) {
 // and in enforce mode ended.
 func TestOlderConnections(t *testing.T) {
 	t.Parallel()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, mode := range []string{"audit", "enforce"} {
 		h := prepare(t, netlab.Options{IMDS: &imdstest.Config{Persistence: imdstest.AlwaysKeep}})
 		conn, err := h.dial("169.254.169.254:80")
@@ -441,10 +445,47 @@ func TestOlderConnections(t *testing.T) {
 		if err := ask(); (err == nil) != (mode == "audit") {
 			t.Errorf("%s: %v", mode, err)
 		}
-		if _, err := h.Await("an older connection", func(d gate.Document) bool { return d.At("event.action") == "direct-imds-connection" }); err != nil {
-			t.Error(err)
+		d, err := h.Await("an older connection", func(d gate.Document) bool { return d.At("event.action") == "direct-imds-connection" })
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := d.At("imdsgate.actor.executable"); got != self || d.At("imdsgate.actor.pid") != float64(os.Getpid()) {
+			t.Errorf("%s: who has it is %v, pid %v", mode, got, d.At("imdsgate.actor.pid"))
+		}
+		if mode == "audit" {
+			h.toldOnce(ask)
 		}
 		conn.Close()
+	}
+}
+
+// toldOnce shows that a repair is no reason to tell again of a connection that does not
+// come here, and that it does not outlive the change to enforce mode.
+func (h *host) toldOnce(ask func() error) {
+	h.t.Helper()
+	h.output("iptables", "-t", "raw", "-F") // in nat it would lose its port
+	h.told("redirect-rule-changed", nil)
+	if err := ask(); err != nil {
+		h.t.Error(err)
+	}
+	h.setMode("enforce", "--reason", "test")
+	if err := ask(); err == nil {
+		h.t.Error("it outlives the change to enforce mode")
+	}
+	aborted := func(d gate.Document) bool { return strings.HasSuffix(d.At("message").(string), "it was aborted") }
+	h.told("direct-imds-connection", aborted)
+	docs, err := h.Documents()
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	told := 0
+	for _, d := range docs {
+		if d.At("event.action") == "direct-imds-connection" && !aborted(d) {
+			told++
+		}
+	}
+	if told != 1 {
+		h.t.Errorf("it is told %d times", told)
 	}
 }
 

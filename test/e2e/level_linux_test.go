@@ -239,7 +239,7 @@ func TestUncoveredNamespace(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if d.At("event.kind") != "alert" || !strings.Contains(d.At("message").(string), "attacker") {
+		if d.At("event.kind") != "alert" || !strings.Contains(d.At("message").(string), "attacker") || d.At("imdsgate.actor.pid") == nil {
 			t.Errorf("%v", d)
 		}
 		if out := ask(); strings.Contains(out, "operation not permitted") != c.second {
