@@ -4,6 +4,7 @@ package config
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"reflect"
 	"slices"
@@ -109,7 +110,7 @@ type Control struct {
 type Limits struct {
 	// Connections are served at once, a quarter of them for forwarded clients.
 	// When there is no room, who has the most loses one of his.
-	Connections int `yaml:"connections"`
+	Connections uint16 `yaml:"connections"`
 	// RequestsPerSecond bounds those of one caller, after Burst at once: a user, a
 	// cgroup of root's, an address of another network namespace. 0 sets no bounds.
 	RequestsPerSecond uint16 `yaml:"requests_per_second"`
@@ -168,13 +169,18 @@ func (c Config) Restart(other Config) (keys []string) {
 	return keys
 }
 
-// Policy compiles the part that judges. What is wrong with it is shown where it is
-// written.
+// Policy compiles the part that judges, and looks whether the redirect can be as it is
+// wanted. What is wrong is shown where it is written.
 func (c Config) Policy() (*policy.Policy, error) {
 	var classes []string
 	for _, class := range imds.Classes() {
 		classes = append(classes, class.String())
 	}
 	p, err := policy.Compile(c.Config, classes)
+	redirect := c.Redirect
+	redirect.UID = 1 // which the daemon has from who starts it
+	if wrong := redirect.Validate(); wrong != nil {
+		p, err = nil, errors.Join(append(Errors(err), &policy.KeyError{Key: "redirect", Err: wrong})...)
+	}
 	return p, c.layers.locate(err)
 }

@@ -98,7 +98,7 @@ func schemaOf(t reflect.Type, at string) schema {
 	case reflect.Uint16:
 		return schema{"type": "integer", "minimum": 0, "maximum": 1<<16 - 1}
 	case reflect.Int, reflect.Int64:
-		return schema{"type": "integer"}
+		return schema{"type": "integer", "minimum": 0}
 	case reflect.Slice:
 		list := schema{"type": "array", "items": schemaOf(t.Elem(), at+"[]")}
 		if t == reflect.TypeFor[policy.OneOrMore]() {

@@ -124,11 +124,6 @@ func (o *options) check(root string, files []string) *checkResult {
 	r.Files = append(r.Files, c.Files()...)
 	p, err := c.Policy()
 	r.add("error", config.Errors(err)...)
-	redirect := c.Redirect
-	redirect.UID = 1 // which the daemon has from who starts it
-	if err := redirect.Validate(); err != nil {
-		r.add("error", fmt.Errorf("redirect: %w", err))
-	}
 	var wrong, odd []error
 	for i := range c.Grants {
 		w, o := hostFiles(root, fmt.Sprintf("grants[%d]", i), &c.Grants[i])

@@ -161,7 +161,7 @@ func TestCheckAll(t *testing.T) {
 		t.Fatal(err)
 	}
 	out, code := imdsgate("check", "--root", root, file)
-	for _, want := range []string{"redirect: ", "c.yaml:2:17: error: read rules: open /nonexistent", "c.yaml:4:42: error: \"app\" is not the whole name", "c.yaml:4:25: error: /opt/open is writable"} {
+	for _, want := range []string{"c.yaml:1:1: error: host_port and forwarded_port are both 80", "c.yaml:2:17: error: read rules: open /nonexistent", "c.yaml:4:42: error: \"app\" is not the whole name", "c.yaml:4:25: error: /opt/open is writable"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("does not say %q:\n%s", want, out)
 		}

@@ -145,7 +145,7 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	defer d.redirect.Close()
 
 	d.proxy = proxy.New(proxy.Options{
-		Endpoints: rules.Endpoints, Mark: rules.Mark, MaxConns: c.Limits.Connections, Host: d.host.Load,
+		Endpoints: rules.Endpoints, Mark: rules.Mark, MaxConns: int(c.Limits.Connections), Host: d.host.Load,
 		Rate: int(c.Limits.RequestsPerSecond), Burst: int(c.Limits.Burst), DialAhead: int(c.Upstream.DialAhead),
 		Forwardable: d.forwardable, Record: d.record,
 	}, d.finder, d.engine)

@@ -39,7 +39,7 @@ type Options struct {
 	// Queue is how many events may wait for the disk: 4096. A lower number
 	// drops events when the disk stalls for a moment; each place costs a few
 	// kilobytes while it is taken.
-	Queue int `yaml:"queue"`
+	Queue uint16 `yaml:"queue"`
 	// Aggregate is for how long requests that are like one that was written are counted,
 	// to be told by one document then: 0, each is written.
 	Aggregate Window `yaml:"aggregate"`

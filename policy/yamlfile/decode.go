@@ -97,6 +97,9 @@ func (d *decoder) value(node ast.Node, v reflect.Value, parent string) error {
 		if err == nil {
 			*to, err = time.ParseDuration(text)
 		}
+		if err == nil && *to < 0 {
+			err = fmt.Errorf("%v is negative", *to)
+		}
 		return at(err)
 	case encoding.TextUnmarshaler:
 		text, err := d.text(node)
@@ -146,7 +149,7 @@ func (d *decoder) number(node ast.Node, v reflect.Value) error {
 		return d.wanted("a number", node)
 	}
 	v.Set(number.Convert(v.Type()))
-	if fmt.Sprint(v.Interface()) != fmt.Sprint(n.Value) {
+	if fmt.Sprint(v.Interface()) != fmt.Sprint(n.Value) || v.CanInt() && v.Int() < 0 { // nothing is counted in less than none
 		return d.At(n.Token, fmt.Errorf("%v is too large or too small", n.Value))
 	}
 	return nil

@@ -721,7 +721,9 @@ func TestStartRefused(t *testing.T) {
 		{"a grant by executable alone", "grants: [{name: x, executable: /bin/x, owner: o, reason: r}]\n", nil, 78, []string{"LD_PRELOAD"}},
 		{"a rule that does not parse", "rules: {paths: [" + broken + "]}\n", nil, 78, []string{broken + ":7:", "^"}},
 		{"no such rules", "rules: {paths: [/nonexistent]}\n", nil, 78, []string{"/nonexistent"}},
-		{"ports that anybody may take", "redirect: {host_port: 2254}\n", nil, 1, []string{"1024"}},
+		{"ports that anybody may take", "redirect: {host_port: 2254}\n", nil, 78, []string{"config.yaml:10:1: ", "1024"}},
+		{"a negative number", "limits: {connections: -1}\n", nil, 78, []string{"config.yaml:10:23: ", "too small"}},
+		{"more than there can be", "limits: {connections: 100000}\n", nil, 78, []string{"config.yaml:10:23: ", "too large"}},
 		{"unknown flag", "", []string{"--mood", "x"}, 2, []string{"mood"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
