@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"net/url"
 	"slices"
 	"strconv"
@@ -29,8 +28,8 @@ daemon, or those of FILEs in which it wrote them, - being standard input. --json
 prints them as they are written, one ECS document to a line, also those that tell of
 nothing but the start of a program or a connection, which its requests tell of, too.
 
-With a filter all events are looked at, unless --lines says how many of the past;
-several filters must all hold. --since and --until take a time as in RFC 3339, or how
+With a filter all events are looked at, those of rotated files, too, unless --lines
+says how many of the past; several filters must all hold. --since and --until take a time as in RFC 3339, or how
 long ago (90m).
 
 --cursor FILE begins behind the last event that was shown with this FILE, and writes
@@ -41,7 +40,7 @@ restarts. The first time it begins with the oldest.`,
   imdsgate events --json --cursor /var/lib/shipper/imdsgate.cursor | shipper`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if !cmd.Flags().Changed("lines") && e.filter != (filter{}) {
-				e.lines = math.MaxInt32
+				e.lines = sink.All
 			}
 			return e.run(cmd, o, args)
 		},
@@ -100,8 +99,12 @@ func (e *eventsOptions) run(cmd *cobra.Command, o *options, args []string) error
 		if err != nil {
 			return err
 		}
+		last := strconv.Itoa(e.lines)
+		if e.lines == sink.All {
+			last = "all"
+		}
 		return client.Stream(cmd.Context(), "events", url.Values{
-			"last": {strconv.Itoa(e.lines)}, "follow": {strconv.FormatBool(e.follow)},
+			"last": {last}, "follow": {strconv.FormatBool(e.follow)},
 		}, show)
 	case e.follow && len(args) > 1:
 		return errors.New("--follow goes on with one FILE alone, and through its rotations")
@@ -110,7 +113,7 @@ func (e *eventsOptions) run(cmd *cobra.Command, o *options, args []string) error
 		if name == "-" {
 			err = eachLine(cmd.InOrStdin(), show)
 		} else {
-			err = sink.Tail(cmd.Context(), name, e.lines, e.follow, show)
+			err = sink.TailFile(cmd.Context(), name, e.lines, e.follow, show)
 		}
 		if err != nil {
 			return err

@@ -166,7 +166,11 @@ func (d *daemon) redirectStatus(ctx context.Context) report.Redirect {
 
 func (d *daemon) events(ctx context.Context, q control.Question, line func([]byte) error) error {
 	last := 20
-	if v := q.Args.Get("last"); v != "" {
+	switch v := q.Args.Get("last"); v {
+	case "":
+	case "all":
+		last = sink.All
+	default:
 		n, err := strconv.Atoi(v)
 		if err != nil || n < 0 {
 			return fmt.Errorf("%w: %q is not a number of events", control.ErrBadQuestion, v)

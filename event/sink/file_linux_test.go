@@ -384,6 +384,23 @@ func TestTail(t *testing.T) {
 	if _, err := os.Stat(path + ".1"); err != nil {
 		t.Error("there was no rotation to follow")
 	}
+	// The past goes through rotations, too, and no file is read twice that is named.
+	for _, c := range []struct {
+		tail        func(context.Context, string, int, bool, func([]byte) error) error
+		last, first int
+	}{{Tail, All, 0}, {Tail, n + 5, 0}, {Tail, n, 0}, {Tail, n - 1, 1}, {Tail, 20, n - 20}, {Tail, 0, n}, {TailFile, 1, n - 1}} {
+		last = nil
+		if err := c.tail(context.Background(), path, c.last, false, collect); err != nil {
+			t.Fatal(err)
+		}
+		if len(last) != n-c.first || len(last) > 0 && last[0] != fmt.Sprint("number ", c.first) {
+			t.Errorf("the last %d are %d: %q", c.last, len(last), last)
+		}
+	}
+	last = nil
+	if err := TailFile(context.Background(), path, All, false, collect); err != nil || len(last) == 0 || len(last) == n {
+		t.Errorf("%v: the present file has %d", err, len(last))
+	}
 	if err := Tail(context.Background(), filepath.Join(t.TempDir(), "none"), 1, false, collect); err == nil {
 		t.Error("no error for a file that is not there")
 	}

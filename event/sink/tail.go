@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"time"
 )
@@ -15,24 +16,27 @@ const (
 	lookAgain = 100 * time.Millisecond
 )
 
+// All is how many lines there are.
+const All = math.MaxInt
+
 // Tail calls fn with each line of the spool at path, without its newline: the
-// last ones that are there, and with follow those to come, through rotations,
-// until ctx is done or fn returns an error. A line that is not finished yet is
-// waited for.
+// last ones that are there, in rotated files, too, and with follow those to come,
+// through rotations, until ctx is done or fn returns an error. A line that is not
+// finished yet is waited for.
 func Tail(ctx context.Context, path string, last int, follow bool, fn func(line []byte) error) error {
-	file, err := os.Open(path)
-	if err != nil {
-		return fmt.Errorf("read events: %w", err)
-	}
-	offset, err := lastLines(file, last)
-	if err != nil {
-		file.Close()
-		return fmt.Errorf("read events: %w", err)
-	}
+	return tail(ctx, path, last, All, follow, fn)
+}
+
+// TailFile is Tail without what was rotated before.
+func TailFile(ctx context.Context, path string, last int, follow bool, fn func(line []byte) error) error {
+	return tail(ctx, path, last, 1, follow, fn)
+}
+
+func tail(ctx context.Context, path string, last, files int, follow bool, fn func(line []byte) error) error {
 	r := &reader{path: path}
 	defer r.Close()
-	if err := r.begin(file, offset); err != nil {
-		return err
+	if err := r.beginLast(last, files); err != nil {
+		return fmt.Errorf("read events: %w", err)
 	}
 	for {
 		line, err := r.Next()
@@ -94,11 +98,55 @@ func rotated(file *os.File, path string) (next *os.File, gone bool, err error) {
 	return nil, false, nil
 }
 
-// lastLines is the offset of the beginning of the last n whole lines.
-func lastLines(file *os.File, n int) (int64, error) {
+// beginLast begins with the last n lines, in so many files at most.
+func (r *reader) beginLast(n, files int) error {
+	var from *os.File
+	var offset int64
+	for i := 0; i < files && (n > 0 || from == nil); i++ {
+		file, err := os.Open(rotatedName(r.path, i))
+		if err != nil && from != nil {
+			break // that was the oldest
+		}
+		if err != nil {
+			return err
+		}
+		if same(file, from) { // it was rotated meanwhile
+			file.Close()
+			continue
+		}
+		if from != nil {
+			from.Close()
+		}
+		from = file
+		at, found, err := lastLines(file, n)
+		if err != nil {
+			file.Close()
+			return err
+		}
+		offset = at
+		n -= found
+	}
+	return r.begin(from, offset)
+}
+
+func same(a, b *os.File) bool {
+	if b == nil {
+		return false
+	}
+	x, errA := a.Stat()
+	y, errB := b.Stat()
+	return errA == nil && errB == nil && os.SameFile(x, y)
+}
+
+// lastLines is the offset of the beginning of the last n whole lines, and how many there
+// are.
+func lastLines(file *os.File, n int) (offset int64, found int, err error) {
+	if n == All {
+		return 0, 0, nil
+	}
 	end, err := file.Seek(0, io.SeekEnd)
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	const block = 64 << 10
 	buf := make([]byte, block)
@@ -107,16 +155,16 @@ func lastLines(file *os.File, n int) (int64, error) {
 		size := min(block, at)
 		at -= size
 		if _, err := file.ReadAt(buf[:size], at); err != nil {
-			return 0, err
+			return 0, 0, err
 		}
 		for i := int(size) - 1; i >= 0; i-- {
 			if buf[i] != '\n' {
 				continue
 			}
 			if newlines++; newlines == max(n, 0) {
-				return at + int64(i) + 1, nil
+				return at + int64(i) + 1, newlines, nil
 			}
 		}
 	}
-	return 0, nil
+	return 0, newlines + 1, nil
 }
