@@ -98,6 +98,10 @@ type Conntrack struct {
 	Max     int  // entries it can hold; 0 if it is not loaded yet
 }
 
+// Crowded reports whether there is less room than the sockets may come to need. Half is
+// for the entries that outlive them: TIME_WAIT for two minutes, idle UDP for three.
+func (c Conntrack) Crowded() bool { return c.Max > 0 && c.Sockets > c.Max/2 }
+
 // Open finds the tools of this host and decides which back end to use. It changes nothing.
 func Open(ctx context.Context, c Config) (*Redirect, error) {
 	if err := c.Validate(); err != nil {
@@ -713,9 +717,9 @@ func (r *Redirect) portsAreSafe(report *Report) error {
 }
 
 // trackerHasRoom refuses to be the one who switches the connection tracker on for more sockets than it can hold with
-// ease. Half is for the entries that outlive their sockets: TIME_WAIT for two minutes, idle UDP for three.
+// ease.
 func (r *Redirect) trackerHasRoom(c Conntrack) error {
-	if !c.First || c.Max == 0 || c.Sockets <= c.Max/2 || r.config.OverrideConntrack {
+	if !c.First || !c.Crowded() || r.config.OverrideConntrack {
 		return nil
 	}
 	return fmt.Errorf("the redirect would be the first to use connection tracking here, for all of the host's traffic: "+

@@ -5,12 +5,14 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"slices"
 	"strings"
 
 	"github.com/imdsgate/imdsgate/cmd/report"
 	"github.com/imdsgate/imdsgate/control"
+	"github.com/imdsgate/imdsgate/policy"
 	"github.com/spf13/cobra"
 )
 
@@ -82,8 +84,7 @@ another user, what that user can.
 With --preflight it says whether imdsgate would work on this host, before it is
 installed or started.
 
-Exit status: 0 no errors, 1 errors, 2 it could not look, 78 the configuration
-is wrong.`,
+Exit status: 0 no errors, 1 errors, 2 it could not look.`,
 		Example: "  sudo imdsgate doctor\n  imdsgate doctor --json | jq '.findings[] | select(.severity == \"error\")'",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -159,7 +160,11 @@ func (d *diagnosis) ofStatus(ctx context.Context, client *control.Client) (s rep
 	}
 	switch s.Mode {
 	case "off":
-		d.find("mode-off", failing, "the mode is off: the redirect is removed, and requests go to the service unseen", "imdsgate mode set enforce --reason TEXT, or mode: in the configuration")
+		fix := "mode: audit, or enforce, in the configuration, and imdsgate reload"
+		if s.Modes.Configured != policy.Off {
+			fix = fmt.Sprintf("imdsgate mode set %s --reason TEXT: so it is configured", s.Modes.Configured)
+		}
+		d.find("mode-off", failing, "the mode is off: the redirect is removed, and requests go to the service unseen", fix)
 	case "audit":
 		d.find("mode-audit", notable, "the mode is audit: everything passes, and what enforce mode would refuse is recorded", "when imdsgate tune finds nothing unexplained: mode: enforce")
 	}
@@ -170,7 +175,7 @@ func (d *diagnosis) ofStatus(ctx context.Context, client *control.Client) (s rep
 		d.find("redirect-failed", failing, s.Redirect.Error, "imdsgate redirect verify")
 	}
 	for _, x := range s.Redirect.Differences {
-		d.find("redirect-changed", failing, x, "the daemon repairs it within 15 seconds; if it does not, another program writes the rules again: imdsgate events | grep redirect")
+		d.find("redirect-changed", failing, x, "the daemon repairs it within 15 seconds; if it does not, another program writes the rules again: imdsgate events --rule integrity.redirect")
 	}
 	for _, x := range s.Redirect.Locks {
 		d.find("redirect-lock", failing, x, "what the message says")
@@ -179,7 +184,7 @@ func (d *diagnosis) ofStatus(ctx context.Context, client *control.Client) (s rep
 		d.find("redirect-evaded", failing, x, "what the message says")
 	}
 	if x := s.Redirect.Contested; x != "" {
-		d.find("redirect-contested", failing, x, "have the other program leave our rules alone: imdsgate events | grep redirect-contested names it, if nftables can tell")
+		d.find("redirect-contested", failing, x, "have the other program leave our rules alone: imdsgate events --rule integrity.redirect names it, if nftables can tell")
 	}
 	if s.Mode != "off" {
 		for _, gap := range gaps(s) {

@@ -32,7 +32,6 @@ import (
 // diagnose looks at everything that can be known on a host.
 func (o *options) diagnose(ctx context.Context, d *diagnosis, preflight bool) error {
 	c, err := o.load()
-	client := control.NewClient(cmp.Or(o.socket, c.Control.Socket))
 	if err == nil {
 		_, err = c.Policy()
 	} else {
@@ -41,12 +40,15 @@ func (o *options) diagnose(ctx context.Context, d *diagnosis, preflight bool) er
 		if c, without = config.LoadFiles(); without != nil {
 			return errors.Join(err, without)
 		}
-		client = control.NewClient(cmp.Or(o.socket, c.Control.Socket))
-		d.leave("what the configuration asks for: defaults were taken, since it is refused")
+		d.leave("what the configuration asks for: defaults were taken, since it cannot be read")
 	}
-	if err != nil {
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		d.leave("what the daemon was told: " + err.Error() + "; ask as root, or as a member of the group imdsgate")
+	case err != nil:
 		d.find("config-refused", failing, err.Error(), "imdsgate check")
 	}
+	client := control.NewClient(cmp.Or(o.socket, c.Control.Socket))
 	s, running := report.Status{}, false
 	if !preflight {
 		s, running = d.ofStatus(ctx, client)
@@ -56,10 +58,13 @@ func (o *options) diagnose(ctx context.Context, d *diagnosis, preflight bool) er
 	d.ofConfig(c)
 	d.ofHost()
 	d.ofAgents(o, c, rules)
-	if preflight {
+	switch {
+	case preflight:
 		d.leave("ways past the daemon: with --preflight none is expected")
-	} else {
-		d.attack(ctx, client, rules, s.Mode == "audit" || s.Mode == "enforce")
+	case s.Mode == "off":
+		d.leave("ways past the daemon: its mode is off, and every request goes there")
+	default:
+		d.attack(ctx, client, rules, running)
 	}
 	d.leave("the hop limit of the instance: it takes the EC2 API (aws ec2 describe-instances --query '…MetadataOptions')")
 	d.leave("whether other machines have the same machine-id: it takes the others")
@@ -75,6 +80,9 @@ func (d *diagnosis) ofRules(ctx context.Context, rules iptables.Config, running 
 		return
 	}
 	rules.UID = 1 // of nobody: it makes no difference to what others' rules do
+	if rules.Validate() != nil { // which the finding about the configuration says
+		rules = iptables.Config{UID: 1}.WithDefaults()
+	}
 	r, err := iptables.Open(ctx, rules)
 	if err != nil {
 		d.find("iptables-missing", failing, err.Error(), "apt-get install iptables, or dnf install iptables-nft")
@@ -106,8 +114,12 @@ func (d *diagnosis) ofRules(ctx context.Context, rules iptables.Config, running 
 			d.find("family-skipped", notable, fmt.Sprintf("%s: %s", f.Family, f.Skipped), "")
 		}
 	}
-	if t := found.Conntrack; t.Max > 0 && t.Sockets > t.Max/2 {
-		d.find("conntrack-full", failing, fmt.Sprintf("%d sockets are open, and connection tracking has room for %d", t.Sockets, t.Max), "sysctl net.netfilter.nf_conntrack_max")
+	if t := found.Conntrack; t.Crowded() {
+		s, fix := doubtful, fmt.Sprintf("net.netfilter.nf_conntrack_max = %d or more: when there is no room, the kernel drops new connections of the whole host", 2*t.Sockets)
+		if t.First && !running && !rules.OverrideConntrack {
+			s, fix = failing, fix+"; the daemon does not start a tracker that has no room, or set redirect.override_conntrack: true"
+		}
+		d.find("conntrack-full", s, fmt.Sprintf("%d sockets are open, and connection tracking has room for %d", t.Sockets, t.Max), fix)
 	}
 }
 

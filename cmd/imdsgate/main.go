@@ -151,13 +151,17 @@ func (o *options) client() (*control.Client, error) {
 	case err == nil:
 		return control.NewClient(c.Control.Socket), nil
 	case o.config == "":
-		return o.anyway(), nil
+		return o.anyway(err), nil
 	}
 	return nil, err
 }
 
 // anyway talks to a daemon of which the configuration does not say where it is.
-func (o *options) anyway() *control.Client {
-	fmt.Fprintf(o.stderr, "imdsgate: the configuration is wrong, which leaves open where the daemon listens: asking at %s; --socket names another place\n", control.DefaultSocket)
+func (o *options) anyway(err error) *control.Client {
+	why := "is wrong"
+	if errors.Is(err, fs.ErrPermission) {
+		why = "cannot be read as this user"
+	}
+	fmt.Fprintf(o.stderr, "imdsgate: the configuration %s, which leaves open where the daemon listens: asking at %s; --socket names another place\n", why, control.DefaultSocket)
 	return control.NewClient(control.DefaultSocket)
 }

@@ -26,7 +26,7 @@ run, 77 only root may.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			client, err := o.client()
 			if errors.Is(err, errConfig) { // which the daemon will say
-				client, err = o.anyway(), nil
+				client, err = o.anyway(err), nil
 			}
 			if err != nil {
 				return err
