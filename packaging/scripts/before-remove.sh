@@ -10,12 +10,14 @@ remove | 0) ;;
 esac
 command -v systemctl >/dev/null 2>&1 || exit 0
 
-systemctl --no-reload disable imdsgated.service imdsgated.socket >/dev/null 2>&1 || true
 # In a chroot the rules and the units that run are those of another system.
-[ -d /run/systemd/system ] && ! systemd-detect-virt --quiet --chroot || exit 0
-systemctl stop imdsgated.service imdsgated.socket || true
-# In enforce mode the redirect outlives the daemon.
-if ! imdsgate redirect remove; then
-	echo "imdsgate: the redirect is still there, and nothing would answer behind it: see above, then remove the package again" >&2
-	exit 1
+if [ -d /run/systemd/system ] && ! systemd-detect-virt --quiet --chroot; then
+	systemctl stop imdsgated.service imdsgated.socket || true
+	# In enforce mode the redirect outlives the daemon.
+	if ! imdsgate redirect remove; then
+		echo "imdsgate: the redirect is still there, and nothing would answer behind it: see above, then remove the package again" >&2
+		exit 1
+	fi
 fi
+# Not before: where the package stays because of the redirect, the next boot has its daemon.
+systemctl --no-reload disable imdsgated.service imdsgated.socket >/dev/null 2>&1 || true

@@ -1,0 +1,68 @@
+package install
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"github.com/imdsgate/imdsgate/test/lab/labtest"
+)
+
+// commands are those that scripts ask of a host. They note what they were asked in /asked;
+// systemd-detect-virt finds a chroot if there is /chroot, and no redirect is removed if there
+// is /stuck. The imdsgate that reads the configuration is the real one.
+var commands = map[string]string{
+	"systemctl":           `echo "systemctl $*" >>/asked`,
+	"systemd-detect-virt": `test -e /chroot`,
+	"imdsgate": `case $1 in config) exec /built/imdsgate "$@" ;; esac
+		echo "imdsgate $*" >>/asked
+		test ! -e /stuck`,
+}
+
+// TestScripts runs what stops and cleans in a root of its own, which lies over that of this
+// host and goes with the mount namespace. systemd runs there, as far as scripts can see.
+func TestScripts(t *testing.T) {
+	labtest.RequireRoot(t)
+	dir := tree(t)
+	for name, text := range commands {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte("#!/bin/sh\n"+text+"\n"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const root = `
+		at=$(mktemp -d)
+		mount -t tmpfs tmpfs "$at"
+		trap 'umount -l "$at"; rmdir "$at"' EXIT
+		mkdir "$at/upper" "$at/work" "$at/root"
+		mount -t overlay -o "lowerdir=/,upperdir=$at/upper,workdir=$at/work" overlay "$at/root"
+		mkdir "$at/root/source" "$at/root/built" "$at/root/commands"
+		cp -R packaging/. "$at/root/source"
+		cp bin/imdsgate "$at/root/built"
+		cp systemctl systemd-detect-virt imdsgate "$at/root/commands"
+		chroot "$at/root" /usr/bin/env "PATH=/commands:$PATH" sh -euc "
+			mkdir -p /run/systemd/system /run/imdsgate /var/log/imdsgate /var/lib/imdsgate
+			: >/asked
+			$1"`
+	for _, c := range []struct{ name, script, says string }{
+		{"what is removed is disabled at the end", `
+			sh /source/scripts/before-remove.sh remove
+			sed 's/ imdsgated.*//' /asked`, "systemctl stop\nimdsgate redirect remove\nsystemctl --no-reload disable\n"},
+		{"what is not removed stays enabled", `
+			touch /stuck
+			sh /source/scripts/before-remove.sh remove 2>/dev/null || cat /asked`, "systemctl stop imdsgated.service imdsgated.socket\nimdsgate redirect remove\n"},
+		{"in a chroot nothing is stopped", `
+			touch /chroot
+			sh /source/scripts/before-remove.sh remove
+			sed 's/ imdsgated.*//' /asked`, "systemctl --no-reload disable\n"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			cmd := exec.Command("unshare", "--mount", "--net", "sh", "-euc", root, "sh", c.script)
+			cmd.Dir = dir
+			out, err := cmd.CombinedOutput()
+			if err != nil || string(out) != c.says {
+				t.Errorf("%v\n%s", err, out)
+			}
+		})
+	}
+}
