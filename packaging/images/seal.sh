@@ -8,11 +8,13 @@ if [ "$(id -u)" != 0 ]; then
 	echo "seal-image: needs root" >&2
 	exit 77
 fi
+# In a chroot what runs, and /run where it is mounted there, are another system's.
 if [ -d /run/systemd/system ] && ! systemd-detect-virt --quiet --chroot; then
 	systemctl stop imdsgated.service imdsgated.socket
 	imdsgate redirect remove
+	rm -rf /run/imdsgate
 fi
-rm -rf /var/log/imdsgate /var/lib/imdsgate /run/imdsgate
+rm -rf /var/log/imdsgate /var/lib/imdsgate
 
 # Empty, and not away: then systemd makes a new one, and does not apply presets as it does at
 # the first boot of all, machine-id(5).

@@ -7,7 +7,6 @@ case $1 in
 remove | purge | 0) ;;
 *) exit 0 ;;
 esac
-rm -rf /run/imdsgate
 rm -f /etc/systemd/system-preset/10-imdsgate.preset # of seal-image
 if [ "$1" = purge ]; then
 	rm -rf /etc/imdsgate /var/lib/imdsgate /var/log/imdsgate
@@ -15,7 +14,9 @@ if [ "$1" = purge ]; then
 		userdel imdsgate # and its group
 	fi
 fi
-if [ -d /run/systemd/system ]; then
+# In a chroot what runs, and /run where it is mounted there, are another system's.
+if [ -d /run/systemd/system ] && ! systemd-detect-virt --quiet --chroot; then
+	rm -rf /run/imdsgate
 	systemctl daemon-reload || true
 	systemctl reset-failed imdsgated.service imdsgated.socket imdsgated-failed.service 2>/dev/null || true
 fi

@@ -55,6 +55,17 @@ func TestScripts(t *testing.T) {
 			touch /chroot
 			sh /source/scripts/before-remove.sh remove
 			sed 's/ imdsgated.*//' /asked`, "systemctl --no-reload disable\n"},
+		{"a removal", `
+			sh /source/scripts/after-remove.sh remove
+			ls -d /run/imdsgate /var/lib/imdsgate 2>/dev/null || true`, "/var/lib/imdsgate\n"},
+		{"/run of another system after a removal", `
+			touch /chroot
+			sh /source/scripts/after-remove.sh remove
+			ls -d /run/imdsgate; cat /asked`, "/run/imdsgate\n"},
+		{"/run of another system, in an image", `
+			touch /chroot
+			sh /source/images/seal.sh
+			ls -d /run/imdsgate /var/log/imdsgate /var/lib/imdsgate 2>/dev/null || cat /asked`, "/run/imdsgate\nsystemctl --quiet is-enabled imdsgated.service\n"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			cmd := exec.Command("unshare", "--mount", "--net", "sh", "-euc", root, "sh", c.script)
