@@ -8,6 +8,23 @@ if [ "$(id -u)" != 0 ]; then
 	echo "seal-image: needs root" >&2
 	exit 77
 fi
+# What is recorded and kept may be elsewhere. A path that is not plain is not guessed at.
+config=$(imdsgate config dump)
+of() { # of SECTION KEY
+	printf '%s\n' "$config" | sed -n "/^$1:/,/^[^ ]/s/^  $2: //p"
+}
+events=$(of events path)
+seen=$(of first_seen path)
+state=$(of state dir)
+for path in "$events" "$seen" "$state"; do
+	case $path in
+	/*) ;;
+	*)
+		echo "seal-image: events.path ($events), first_seen.path ($seen) or state.dir ($state) is not an absolute path without special characters; what is there would stay in the image" >&2
+		exit 78
+		;;
+	esac
+done
 # In a chroot what runs, and /run where it is mounted there, are another system's.
 if [ -d /run/systemd/system ] && ! systemd-detect-virt --quiet --chroot; then
 	systemctl stop imdsgated.service imdsgated.socket
@@ -15,6 +32,10 @@ if [ -d /run/systemd/system ] && ! systemd-detect-virt --quiet --chroot; then
 	rm -rf /run/imdsgate
 fi
 rm -rf /var/log/imdsgate /var/lib/imdsgate
+# Elsewhere the directory may have more than ours: these files, rotated or put aside, too.
+for file in "$events" "$seen" "${seen%/*}/journal-cursor" "$state/decisions.json" "$state/mode.json"; do
+	rm -f "$file" "$file".*
+done
 
 # Empty, and not away: then systemd makes a new one, and does not apply presets as it does at
 # the first boot of all, machine-id(5).

@@ -41,7 +41,8 @@ func TestScripts(t *testing.T) {
 		cp bin/imdsgate "$at/root/built"
 		cp systemctl systemd-detect-virt imdsgate "$at/root/commands"
 		chroot "$at/root" /usr/bin/env "PATH=/commands:$PATH" sh -euc "
-			mkdir -p /run/systemd/system /run/imdsgate /var/log/imdsgate /var/lib/imdsgate
+			rm -rf /etc/imdsgate /usr/lib/imdsgate
+			mkdir -p /run/systemd/system /run/imdsgate /var/log/imdsgate /var/lib/imdsgate /etc/imdsgate
 			: >/asked
 			$1"`
 	for _, c := range []struct{ name, script, says string }{
@@ -66,6 +67,23 @@ func TestScripts(t *testing.T) {
 			touch /chroot
 			sh /source/images/seal.sh
 			ls -d /run/imdsgate /var/log/imdsgate /var/lib/imdsgate 2>/dev/null || cat /asked`, "/run/imdsgate\nsystemctl --quiet is-enabled imdsgated.service\n"},
+		{"an image of a host that records elsewhere", `
+			mkdir -p '/data/the log' /data/state
+			echo 'events: {path: /data/the log/events.ndjson}' >/etc/imdsgate/config.yaml
+			echo 'first_seen: {path: /data/seen.db}' >>/etc/imdsgate/config.yaml
+			echo 'state: {dir: /data/state}' >>/etc/imdsgate/config.yaml
+			touch '/data/the log/events.ndjson' '/data/the log/events.ndjson.1' /data/seen.db /data/seen.db.damaged /data/journal-cursor
+			touch /data/state/decisions.json /data/state/mode.json /data/others '/data/the log/others.ndjson'
+			sh /source/images/seal.sh
+			find /data -type f | sort`, "/data/others\n/data/the log/others.ndjson\n"},
+		{"an image of a host that records who knows where", `
+			echo 'events: {path: events.ndjson}' >/etc/imdsgate/config.yaml
+			sh /source/images/seal.sh || ls -d /var/lib/imdsgate; cat /asked`,
+			"seal-image: events.path (events.ndjson), first_seen.path (/var/lib/imdsgate/first-seen.db) or state.dir (/var/lib/imdsgate) " +
+				"is not an absolute path without special characters; what is there would stay in the image\n/var/lib/imdsgate\n"},
+		{"an image with a configuration that is wrong", `
+			echo 'mode: none' >/etc/imdsgate/config.yaml
+			sh /source/images/seal.sh 2>/dev/null || echo $?; cat /asked`, "78\n"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			cmd := exec.Command("unshare", "--mount", "--net", "sh", "-euc", root, "sh", c.script)
