@@ -30,13 +30,18 @@ if [ -z "$dest" ]; then
 		echo "there is no iptables here, which brings the traffic to the daemon: apt-get install iptables, or dnf install iptables-nft" >&2
 		exit 1
 	fi
-	for package in "dpkg-query --show" "rpm --query"; do
-		# shellcheck disable=SC2086 # two words
-		if $package imdsgate >/dev/null 2>&1; then
-			echo "the package imdsgate is installed here ($package imdsgate): remove it first, two of them would be in each other's way" >&2
-			exit 1
-		fi
-	done
+	by=
+	# dpkg also knows a package of which only the configuration is left.
+	# shellcheck disable=SC2016 # dpkg's variable
+	if dpkg-query --show --showformat='${db:Status-Status}\n' imdsgate 2>/dev/null | grep -qvxE 'config-files|not-installed'; then
+		by="dpkg-query --show"
+	elif rpm --query imdsgate >/dev/null 2>&1; then
+		by="rpm --query"
+	fi
+	if [ -n "$by" ]; then
+		echo "the package imdsgate is installed here ($by imdsgate): remove it first, two of them would be in each other's way" >&2
+		exit 1
+	fi
 	"$here/scripts/before-install.sh"
 fi
 
@@ -45,10 +50,10 @@ installs=1
 (cd "$tree" && find . -type f | sed 's|^\./||' | sort) | while read -r file; do
 	case $file in
 	etc/*) # The operator's, from the first time on.
-		if [ ! -e "$dest/$file" ]; then
-			install -d -m 0750 "$dest/etc/imdsgate" "$dest/etc/imdsgate/config.d"
-			install -m 0640 "$tree/$file" "$dest/$file"
-		fi
+		for dir in "$dest/etc/imdsgate" "$dest/etc/imdsgate/config.d"; do # dpkg removes an empty one
+			[ -d "$dir" ] || install -d -m 0750 "$dir"
+		done
+		[ -e "$dest/$file" ] || install -m 0640 "$tree/$file" "$dest/$file"
 		continue
 		;;
 	esac

@@ -143,10 +143,13 @@ func TestTarball(t *testing.T) {
 func TestTarballBesidePackage(t *testing.T) {
 	s := open(t)
 	s.run("dpkg --install " + only(t, ".deb"))
-	out, err := s.try("mkdir /tmp/t; tar --extract --gzip --strip-components=1 --directory /tmp/t --file /packages/*-linux-$(dpkg --print-architecture).tar.gz; /tmp/t/install.sh")
-	if err == nil || !strings.Contains(out, "the package imdsgate is installed here") {
+	s.run("mkdir /tmp/t; tar --extract --gzip --strip-components=1 --directory /tmp/t --file /packages/*-linux-$(dpkg --print-architecture).tar.gz")
+	if out, err := s.try("/tmp/t/install.sh"); err == nil || !strings.Contains(out, "the package imdsgate is installed here") {
 		t.Errorf("%v: %s", err, out)
 	}
+	// Of a package that was removed, and not purged, the configuration alone is there.
+	s.run("dpkg --remove imdsgate; /tmp/t/install.sh")
+	installed(t, s)
 }
 
 func TestLint(t *testing.T) {

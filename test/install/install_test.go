@@ -115,12 +115,16 @@ func installAndUninstall(t *testing.T, dir string) {
 	}
 	// The operator's configuration does not.
 	config := filepath.Join(dest, "etc/imdsgate/config.yaml")
-	if err := os.WriteFile(config, []byte("mode: enforce\n"), 0o640); err != nil {
+	dropIns := filepath.Join(dest, "etc/imdsgate/config.d") // which dpkg takes away, if it is empty
+	if err := errors.Join(os.WriteFile(config, []byte("mode: enforce\n"), 0o640), os.Remove(dropIns)); err != nil {
 		t.Fatal(err)
 	}
 	script(t, dir, "install.sh", dest)
 	if b, err := os.ReadFile(config); err != nil || string(b) != "mode: enforce\n" {
 		t.Errorf("the configuration: %q, %v", b, err)
+	}
+	if info, err := os.Stat(dropIns); err != nil || info.Mode().Perm() != 0o750 {
+		t.Errorf("%s: %v", dropIns, err)
 	}
 	if again := files(t, dest); !slices.Equal(again, installed) {
 		t.Errorf("a second time there are %d files, and not %d", len(again), len(installed))
