@@ -79,7 +79,7 @@ func (d *diagnosis) ofRules(ctx context.Context, rules iptables.Config, running 
 		d.leave("rules of iptables and nft: only root can read them")
 		return
 	}
-	rules.UID = 1 // of nobody: it makes no difference to what others' rules do
+	rules.UID = 1                // of nobody: it makes no difference to what others' rules do
 	if rules.Validate() != nil { // which the finding about the configuration says
 		rules = iptables.Config{UID: 1}.WithDefaults()
 	}
