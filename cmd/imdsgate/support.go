@@ -48,7 +48,8 @@ Exit status: 0 the archive is written, 2 it is not.`,
 			}
 			f, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 			if err != nil {
-				return fmt.Errorf("write the archive: %w", err)
+				// Not %w: being root or of the group, as exit 77 advises, is not what is missing.
+				return fmt.Errorf("write the archive: %v; --output names another place", err)
 			}
 			all := o.support(cmd.Context(), last)
 			if err := errors.Join(writeArchive(f, all), f.Close()); err != nil {

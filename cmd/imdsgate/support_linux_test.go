@@ -1,6 +1,17 @@
 package main
 
-import "testing"
+import (
+	"strings"
+	"testing"
+)
+
+// What is missing is a place for the archive, and not the permission to ask.
+func TestSupportElsewhere(t *testing.T) {
+	out, code := imdsgate("support", "--output", "/sys/support.tar.gz") // where not even root can make a file
+	if code != exitTrouble || !strings.Contains(out, "--output names another place") || strings.Contains(out, "hint") {
+		t.Errorf("%d, %s", code, out)
+	}
+}
 
 // What people have typed is in the log of the daemon: why they have changed the mode, and what they had in a
 // configuration that is refused.
