@@ -294,7 +294,7 @@ func (o *tuneOptions) write(text []byte, stdout io.Writer) error {
 	}
 	defer os.Remove(f.Name())
 	_, err = f.Write(text)
-	err = errors.Join(err, f.Chmod(0o640), f.Sync(), f.Close())
+	err = errors.Join(err, takeGroup(f), f.Chmod(0o640), f.Sync(), f.Close())
 	if err == nil && o.force {
 		err = os.Rename(f.Name(), o.output)
 	} else if err == nil {

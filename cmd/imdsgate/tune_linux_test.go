@@ -5,11 +5,13 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -18,6 +20,7 @@ import (
 	"github.com/imdsgate/imdsgate/cmd/config"
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/test/lab/labtest"
 )
 
 // recordedWeek writes events of two programs that enforce mode would refuse, seven days
@@ -202,6 +205,30 @@ func TestTuneBatch(t *testing.T) {
 	text, err := os.ReadFile(elastic)
 	if err != nil || bytes.Count(text, []byte("\n")) != 4 || !bytes.Contains(text, []byte(`"expire_time":"2027-02-06T23:59:59.000Z"`)) {
 		t.Errorf("%v: %s", err, text)
+	}
+}
+
+// TestTuneGroup: the group that may read the configuration may read what is added to it.
+func TestTuneGroup(t *testing.T) {
+	labtest.RequireRoot(t)
+	dir, config := recordedWeek(t)
+	dropIns := filepath.Join(dir, "config.d")
+	const group = 4711
+	if err := errors.Join(os.Mkdir(dropIns, 0o750), os.Chown(dropIns, 0, group)); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(dropIns, "50-tune.yaml")
+	for _, args := range [][]string{{"--batch"}, {"--batch", "--force"}} {
+		if _, errs, code := tuned(append(args, "--config", config, "-o", file, filepath.Join(dir, "events.ndjson"))...); code != 0 {
+			t.Fatalf("%v: %d, %s", args, code, errs)
+		}
+		info, err := os.Stat(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if owner := info.Sys().(*syscall.Stat_t); owner.Uid != 0 || owner.Gid != group || info.Mode() != 0o640 {
+			t.Errorf("%v: %v %d:%d", args, info.Mode(), owner.Uid, owner.Gid)
+		}
 	}
 }
 
