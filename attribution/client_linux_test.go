@@ -189,6 +189,15 @@ func act(how string, args []string) error {
 		time.Sleep(100 * time.Millisecond)
 		unix.RawSyscall6(unix.SYS_MMAP, 0, uintptr(os.Getpagesize()), unix.PROT_READ, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS, ^uintptr(0), 0)
 		return connected()
+	case "closing": // becomes another program, and closes a file meanwhile that does not let it
+		if _, err := dialRaw(address); err != nil {
+			return err
+		}
+		if _, err := os.Open(args[1]); err != nil {
+			return err
+		}
+		fmt.Println("connected")
+		return unix.Exec("/bin/true", []string{"true"}, nil)
 	case "lie": // everything that a process may write about itself
 		if _, err := dialRaw(address); err != nil {
 			return err

@@ -389,7 +389,7 @@ func TestSearchWithoutDescriptors(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := newSearch(f.host, 1)
-	s.process(os.Getppid())
+	s.process(os.Getppid(), false)
 	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
 		t.Fatal(err)
 	}
@@ -412,7 +412,7 @@ time.sleep(30)
 	c.line(t)
 	s := newSearch(f.host, 1)
 	s.budget = hintBudget
-	if s.process(c.Process.Pid) || s.seen < hintBudget || s.seen > 2*hintBudget {
+	if s.process(c.Process.Pid, false) || s.seen < hintBudget || s.seen > 2*hintBudget {
 		t.Errorf("%d of 10000 descriptors looked at", s.seen)
 	}
 }

@@ -295,11 +295,15 @@ func (h *host) executed(p *pin, proc *Process) {
 // layered reports whether the executable is on a file system that shows other
 // numbers to stat(2) than the kernel has for the file.
 func (h *host) layered(p *pin) bool {
-	var st unix.Statfs_t
-	fd, err := unix.Openat(p.dir, "exe", unix.O_PATH|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return false
-	}
-	defer unix.Close(fd)
-	return unix.Fstatfs(fd, &st) == nil && st.Type == unix.OVERLAYFS_SUPER_MAGIC
+	is := false
+	locked := h.lockable.Do(p.pid, func() {
+		var st unix.Statfs_t
+		fd, err := unix.Openat(p.dir, "exe", unix.O_PATH|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return
+		}
+		defer unix.Close(fd)
+		is = unix.Fstatfs(fd, &st) == nil && st.Type == unix.OVERLAYFS_SUPER_MAGIC
+	})
+	return locked == nil && is
 }

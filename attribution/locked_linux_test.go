@@ -60,11 +60,11 @@ func unanswered(t *testing.T) (path string, giveUp func()) {
 	return path, giveUp
 }
 
-// serveUnanswered answers everything but reads, until it is closed.
+// serveUnanswered answers everything but reads and closes, until it is closed itself.
 func serveUnanswered(server *os.File) {
 	const (
-		forget, getattr, open, read, initialize, interrupt = 2, 3, 14, 15, 26, 36
-		inHeader, outHeader                                = 40, 16
+		forget, getattr, open, read, flush, initialize, interrupt = 2, 3, 14, 15, 25, 26, 36
+		inHeader, outHeader                                       = 40, 16
 	)
 	in := make([]byte, 1<<20)
 	for {
@@ -75,7 +75,7 @@ func serveUnanswered(server *os.File) {
 		var body []byte
 		errno := int32(0)
 		switch binary.NativeEndian.Uint32(in[4:]) {
-		case forget, interrupt, read:
+		case forget, interrupt, read, flush:
 			continue
 		case initialize:
 			body = make([]byte, 64)
@@ -112,6 +112,7 @@ func TestLockedMemory(t *testing.T) {
 	f := newFinder(t)
 	ln := listen(t, "127.0.0.1:0")
 	c := start(t, exec.Command(install(t, "client"), ln.Addr().String(), path), "locked")
+	defer giveUp() // or else the client cannot end
 	conn := accept(t, ln)
 	c.line(t)
 	read := make(chan error, 1)
@@ -157,4 +158,61 @@ func TestLockedMemory(t *testing.T) {
 		o := find(t, f, conn).Owner(within(t))
 		return len(o.Subjects) == 1 && !o.Subjects[0].Denied && len(o.Subjects[0].Args) == 3
 	})
+}
+
+// A client can keep others from asking in which system call it is, too: with an execve that closes a file whose owner
+// does not let it (do_close_on_exec in fs/file.c, under exec_update_lock).
+func TestLockedCall(t *testing.T) {
+	path, giveUp := unanswered(t)
+	f := newFinder(t)
+	ln := listen(t, "127.0.0.1:0")
+	c := start(t, exec.Command(install(t, "client"), ln.Addr().String(), path), "closing")
+	defer giveUp() // or else the client cannot end
+	conn := accept(t, ln)
+	c.line(t)
+	time.Sleep(200 * time.Millisecond)
+	read := make(chan error, 1)
+	go func() {
+		_, err := os.ReadFile("/proc/" + strconv.Itoa(c.Process.Pid) + "/syscall")
+		read <- err
+	}()
+	select {
+	case err := <-read:
+		t.Fatalf("it can be asked: %v", err)
+	case <-time.After(300 * time.Millisecond):
+	}
+
+	soon := func(what string, ask func()) {
+		t.Helper()
+		begin := time.Now()
+		ask()
+		if took := time.Since(begin); took > 2*time.Second {
+			t.Errorf("%s took %v", what, took)
+		}
+	}
+	// The search of the host is what lower levels have.
+	soon("a search", func() {
+		inode := find(t, f, conn).socket.Inode
+		s := newSearch(f.host, inode, inode+1)
+		s.all()
+		if found := s.wanted[inode]; len(found) != 1 || found[0].pid != c.Process.Pid || s.reason != Attributed {
+			t.Errorf("%+v, %v, %v", found, s.reason, s.err)
+		}
+	})
+	soon("a start", func() {
+		again, err := New(Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := again.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	soon("a client", func() {
+		if o := find(t, f, conn).Complete(within(t), true); o.Complete || o.Reason != AccessDenied {
+			t.Errorf("%s, %+v", o.Reason, o.Subjects)
+		}
+	})
+	giveUp()
+	<-read
 }

@@ -96,7 +96,7 @@ func (f *Finder) Ask(c Conn) *Lookup {
 }
 
 // Search begins to look for who holds the socket: soon, since the client may leave. It
-// reads processes, who can make that take some 100 milliseconds (procwatch.Cmdlines), so
+// reads processes, who can make that take some 100 milliseconds (procwatch.Lockable), so
 // that one of whom there are too many is turned away before. It is called before the
 // Lookup is shared, and does nothing the second time.
 func (l *Lookup) Search() {
@@ -439,7 +439,7 @@ func (l *Lookup) hint() {
 	s := newSearch(l.f.host, inode)
 	s.first, s.budget = true, hintBudget
 	for _, pid := range members {
-		if !s.process(pid) {
+		if !s.process(pid, false) {
 			break
 		}
 	}
@@ -453,7 +453,7 @@ func (l *Lookup) hint() {
 		return
 	}
 	for _, pid := range pids {
-		if !s.process(pid) {
+		if !s.process(pid, false) {
 			break
 		}
 	}
@@ -484,6 +484,10 @@ func (l *Lookup) merge(ctx context.Context, found []holder, via string) Reason {
 		read := err == nil && l.add(&subject{holder: f, pin: p}, st)
 		if err == nil && !read {
 			l.f.host.unpin(p)
+		}
+		if denied(err) {
+			missing = AccessDenied
+			continue
 		}
 		if !read {
 			if !l.worker(f.pid) {
@@ -542,7 +546,10 @@ func (l *Lookup) add(s *subject, st stat) bool {
 	var err error
 	s.proc, s.image, err = l.f.host.read(s.pin, st)
 	if err != nil {
-		if !gone(err) && !errors.Is(err, errExecRace) {
+		switch {
+		case denied(err):
+			l.reason, l.err = AccessDenied, err
+		case !gone(err) && !errors.Is(err, errExecRace):
 			l.reason, l.err = Failed, err
 		}
 		return false
@@ -589,6 +596,10 @@ func (l *Lookup) check() {
 			continue
 		}
 		st, err := l.f.host.stat(s.pin)
+		if denied(err) { // it holds the socket for all that is known, and may be another program soon
+			l.reason, l.err = AccessDenied, err
+			return
+		}
 		if err != nil {
 			s.lost = true
 			l.changes++
@@ -599,6 +610,10 @@ func (l *Lookup) check() {
 			continue
 		}
 		proc, image, err := l.f.host.read(s.pin, st)
+		if denied(err) {
+			l.reason, l.err = AccessDenied, err
+			return
+		}
 		if err != nil {
 			s.lost = true
 			l.changes++
@@ -616,19 +631,21 @@ func (l *Lookup) check() {
 	l.written()
 }
 
-// holds reports whether a descriptor still refers to the socket.
+// holds reports whether a descriptor still refers to the socket, or the process does not
+// let that be asked.
 func (f *Finder) holds(p *pin, h holder, inode uint32) bool {
 	path := "fd/" + strconv.Itoa(h.fd)
 	if h.tid != h.pid {
 		path = "task/" + strconv.Itoa(h.tid) + "/" + path
 	}
-	var buf, want [64]byte
-	n, err := unix.Readlinkat(p.dir, path, buf[:])
-	if err != nil {
-		return false
-	}
-	text := append(strconv.AppendUint(append(want[:0], "socket:["...), uint64(inode), 10), ']')
-	return bytes.Equal(buf[:n], text)
+	is := false
+	locked := f.host.lockable.Do(p.pid, func() {
+		var buf, want [64]byte
+		n, err := unix.Readlinkat(p.dir, path, buf[:])
+		text := append(strconv.AppendUint(append(want[:0], "socket:["...), uint64(inode), 10), ']')
+		is = err == nil && bytes.Equal(buf[:n], text)
+	})
+	return locked != nil || is
 }
 
 // probe looks for the socket in the whole table of a process that held one
@@ -636,7 +653,7 @@ func (f *Finder) holds(p *pin, h holder, inode uint32) bool {
 func (f *Finder) probe(r holder, inode uint32) (holder, bool) {
 	s := newSearch(f.host, inode)
 	s.first, s.budget = true, hintBudget/4
-	s.process(r.pid)
+	s.process(r.pid, false)
 	if found := s.wanted[inode]; len(found) > 0 {
 		return found[0], true
 	}

@@ -63,7 +63,7 @@ func (n *namespaces) conn(h *host, pid int) (*diag.Conn, bool) {
 	if n.closed {
 		return nil, false
 	}
-	ns, err := unix.Open(filepath.Join(h.proc, strconv.Itoa(pid), "ns/net"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	ns, err := h.openNet(pid)
 	if err != nil {
 		return nil, false
 	}
@@ -87,6 +87,25 @@ func (n *namespaces) conn(h *host, pid int) (*diag.Conn, bool) {
 	}
 	n.conns[st.Ino] = &netnsConn{c, time.Now()}
 	return c, true
+}
+
+// openNet opens the network namespace of a process.
+func (h *host) openNet(pid int) (int, error) {
+	opened := make(chan int, 1) // what comes late is closed
+	var err error
+	if locked := h.lockable.Do(pid, func() {
+		ns, failed := unix.Open(filepath.Join(h.proc, strconv.Itoa(pid), "ns/net"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err = failed; err == nil {
+			opened <- ns
+		}
+	}); locked != nil {
+		go func() { unix.Close(<-opened) }()
+		return -1, locked
+	}
+	if err != nil {
+		return -1, err
+	}
+	return <-opened, nil
 }
 
 // forget closes the sockets that are idle, and so many others that at most keep are
@@ -127,8 +146,12 @@ func (n *namespaces) others(h *host, age time.Duration) (map[string]int, error) 
 	}
 	n.pids = map[string]int{}
 	for _, pid := range pids {
-		link, err := linkAt(unix.AT_FDCWD, filepath.Join(h.proc, strconv.Itoa(pid), "ns/net"))
-		if err == nil && link != h.net {
+		var link string
+		var err error
+		locked := h.lockable.Do(pid, func() {
+			link, err = linkAt(unix.AT_FDCWD, filepath.Join(h.proc, strconv.Itoa(pid), "ns/net"))
+		})
+		if locked == nil && err == nil && link != h.net {
 			n.pids[link] = pid
 		}
 	}

@@ -54,7 +54,7 @@ type host struct {
 	table   *procwatch.Watcher // nil below level 1
 	witness Witness            // nil below level 2
 
-	cmdlines procwatch.Cmdlines
+	lockable procwatch.Lockable
 	owned    recent[bool]   // by path of an executable: only root can put another file there
 	cgrouped recent[Cgroup] // by content of /proc/PID/cgroup
 
@@ -91,6 +91,7 @@ type pin struct {
 
 func newHost(proc string) (*host, error) {
 	h := &host{proc: proc, self: os.Getpid(), pins: map[int]*pin{}}
+	h.lockable.Proc = proc
 	b, err := os.ReadFile(filepath.Join(proc, "sys/kernel/random/boot_id"))
 	if err != nil {
 		return nil, fmt.Errorf("name this boot: %w", err)
@@ -242,13 +243,18 @@ func (h *host) evict() {
 var bufs = sync.Pool{New: func() any { b := make([]byte, 4096); return &b }}
 
 func (h *host) stat(p *pin) (stat, error) {
-	bp := bufs.Get().(*[]byte)
-	defer bufs.Put(bp)
-	n, err := unix.Pread(p.statFile, *bp, 0)
-	if err != nil {
-		return stat{}, p.error("stat", err)
+	var st stat
+	var err error
+	if locked := h.lockable.Do(p.pid, func() {
+		bp := bufs.Get().(*[]byte)
+		defer bufs.Put(bp)
+		n, failed := unix.Pread(p.statFile, *bp, 0)
+		if err = failed; err == nil {
+			st, err = parseStat((*bp)[:n])
+		}
+	}); locked != nil {
+		return stat{}, p.error("stat", locked)
 	}
-	st, err := parseStat((*bp)[:n])
 	if err != nil {
 		return stat{}, p.error("stat", err)
 	}
@@ -357,7 +363,8 @@ func (h *host) identify(p *pin, i *image) {
 		i.mark, _ = h.table.Mark(p.pid, p.start)
 	}
 	var file unix.Stat_t
-	if unix.Fstatat(p.dir, "exe", &file, 0) == nil {
+	var err error
+	if h.lockable.Do(p.pid, func() { err = unix.Fstatat(p.dir, "exe", &file, 0) }) == nil && err == nil {
 		i.device, i.inode = file.Dev, file.Ino
 	}
 }
@@ -404,7 +411,7 @@ func (h *host) readImage(p *pin, st stat) (*Process, error) {
 		Thread: st.comm, Session: st.sess, Group: st.pgrp, TTY: st.tty != 0,
 	}
 	check := func(file string, err error) error {
-		if denied(err) || err == procwatch.ErrLocked {
+		if denied(err) {
 			proc.Denied = true
 			return nil
 		}
@@ -414,16 +421,11 @@ func (h *host) readImage(p *pin, st stat) (*Process, error) {
 		return nil
 	}
 
-	dir, prefix := p.dir, ""
-	link, err := linkAt(dir, "exe")
-	if gone(err) && st.threads > 1 {
-		// The leader has ended and the other threads run on: only they still
-		// have the executable (task/TID of proc_pid_task(5)).
-		if tid := h.otherThread(p); tid != 0 {
-			prefix = "task/" + strconv.Itoa(tid) + "/"
-			link, err = linkAt(dir, prefix+"exe")
-		}
+	links, err := h.links(p, st.threads)
+	if err != nil { // everything else is about what is not known, or not locked either
+		return nil, p.error("exe", err)
 	}
+	dir, prefix, link, err := p.dir, links.prefix, links.exe, links.exeErr
 	switch {
 	case errors.Is(err, fs.ErrNotExist) && st.flags&pfKthread != 0:
 	case errors.Is(err, fs.ErrNotExist): // a zombie, or about to be one: nobody to judge
@@ -433,8 +435,8 @@ func (h *host) readImage(p *pin, st stat) (*Process, error) {
 			return nil, err
 		}
 	default:
-		var file unix.Stat_t
-		if err := unix.Fstatat(dir, prefix+"exe", &file, 0); err != nil {
+		file := &links.file
+		if err := links.fileErr; err != nil {
 			if err := check("exe", err); err != nil {
 				return nil, err
 			}
@@ -445,11 +447,10 @@ func (h *host) readImage(p *pin, st stat) (*Process, error) {
 		proc.Executable.Device, proc.Executable.Inode = file.Dev, file.Ino
 		proc.Executable.UID, proc.Executable.GID, proc.Executable.Mode = file.Uid, file.Gid, file.Mode&0o7777
 	}
-	namespace, err := linkAt(dir, prefix+"ns/user")
-	if err := check("ns/user", err); err != nil {
+	if err := check("ns/user", links.userErr); err != nil {
 		return nil, err
 	}
-	proc.HostUser = err == nil && namespace == h.user
+	proc.HostUser = links.userErr == nil && links.user == h.user
 	if exe := &proc.Executable; exe.Path != "" {
 		proc.Name = filepath.Base(exe.Path)
 		if h.executed(p, proc); proc.Swapped {
@@ -461,10 +462,10 @@ func (h *host) readImage(p *pin, st stat) (*Process, error) {
 	}
 
 	buf := make([]byte, usualCmdline)
-	b, err := h.cmdlines.Read(p.pid, dir, prefix+"cmdline", buf)
+	b, err := h.lockable.Read(p.pid, dir, prefix+"cmdline", buf)
 	if err == nil && len(b) == len(buf) {
 		long := make([]byte, maxCmdline)
-		b, err = h.cmdlines.Read(p.pid, dir, prefix+"cmdline", long)
+		b, err = h.lockable.Read(p.pid, dir, prefix+"cmdline", long)
 	}
 	if err == procwatch.ErrLocked {
 		if then, ok := h.argsThen(p, proc); ok { // or else they are denied, and somebody's evidence is missing
@@ -476,8 +477,8 @@ func (h *host) readImage(p *pin, st stat) (*Process, error) {
 	}
 	proc.Args = h.keepArgs(b)
 
-	proc.WorkingDir, err = linkAt(dir, prefix+"cwd")
-	if err := check("cwd", err); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	proc.WorkingDir = links.cwd
+	if err := check("cwd", links.cwdErr); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
 
@@ -499,6 +500,36 @@ func (h *host) readImage(p *pin, st stat) (*Process, error) {
 	}
 	proc.Cgroup = h.cgrouped.get(string(b), func() Cgroup { return h.cgroups.of(b) })
 	return proc, nil
+}
+
+// links are those of a process.
+type links struct {
+	prefix                           string // of the thread that has them, if its first has ended
+	exe, user, cwd                   string
+	file                             unix.Stat_t // exe
+	exeErr, fileErr, userErr, cwdErr error
+}
+
+// links reads them all at once. The error is procwatch.ErrLocked.
+func (h *host) links(p *pin, threads int) (*links, error) {
+	l := new(links)
+	err := h.lockable.Do(p.pid, func() {
+		l.exe, l.exeErr = linkAt(p.dir, "exe")
+		if gone(l.exeErr) && threads > 1 {
+			// The leader has ended and the other threads run on: only they still
+			// have the executable (task/TID of proc_pid_task(5)).
+			if tid := h.otherThread(p); tid != 0 {
+				l.prefix = "task/" + strconv.Itoa(tid) + "/"
+				l.exe, l.exeErr = linkAt(p.dir, l.prefix+"exe")
+			}
+		}
+		if l.exeErr == nil {
+			l.fileErr = unix.Fstatat(p.dir, l.prefix+"exe", &l.file, 0)
+		}
+		l.user, l.userErr = linkAt(p.dir, l.prefix+"ns/user")
+		l.cwd, l.cwdErr = linkAt(p.dir, l.prefix+"cwd")
+	})
+	return l, err
 }
 
 // argsThen are the arguments as they were read when the process began to run its program.

@@ -10,9 +10,11 @@ import (
 	"maps"
 	"slices"
 	"strconv"
+	"sync/atomic"
 	"time"
 	"unsafe"
 
+	"github.com/imdsgate/imdsgate/attribution/procwatch"
 	"golang.org/x/sys/unix"
 )
 
@@ -46,6 +48,11 @@ type search struct {
 	err        error  // with reason Failed
 	closed     int    // the last process that could not be read
 	largest    Table
+
+	found bool // something, since the last look
+
+	part *search      // goes through one process, which may not let that end
+	far  atomic.Int64 // how far it is
 
 	path    []byte // of the process or thread, below h.proc
 	dirents []byte
@@ -117,7 +124,7 @@ func (s *search) all() {
 			}
 			searched[pid], found = struct{}{}, true
 			before := s.seen
-			if !s.process(pid) || !s.threads(pid) {
+			if !s.process(pid, true) {
 				return
 			}
 			if n := s.seen - before; n > s.largest.Descriptors {
@@ -167,9 +174,73 @@ func (s *search) byKernel(w Witness) bool {
 // kernelTakes is far more than going through millions of descriptors does.
 const kernelTakes = 5 * time.Second
 
-// process searches the table of a process's leader. It reports whether the
-// search goes on.
-func (s *search) process(pid int) bool {
+// process searches the table of a process's leader, and those of its threads if they are
+// wanted. It reports whether the search goes on.
+func (s *search) process(pid int, threads bool) bool {
+	if s.spent() {
+		return false
+	}
+	if s.part == nil {
+		s.part = newSearch(s.h, slices.Collect(maps.Keys(s.wanted))...)
+	}
+	part := s.part
+	part.first, part.seen, part.closed = s.first, 0, s.closed
+	if s.budget > 0 {
+		part.budget = s.budget - s.seen
+	}
+	on := false
+	if s.h.lockable.DoWhile(pid, &part.far, func() { on = part.leader(pid) && (!threads || part.threads(pid)) }) != nil {
+		s.part = nil // it may go on
+		s.locked(pid)
+		return true
+	}
+	s.seen, s.closed = s.seen+part.seen, part.closed
+	s.unreadable = append(s.unreadable, part.unreadable...)
+	if part.reason != Attributed && s.reason != Failed {
+		s.reason, s.err = part.reason, part.err
+	}
+	part.unreadable, part.reason, part.err = nil, Attributed, nil
+	if part.found {
+		part.found = false
+		for inode, holders := range part.wanted {
+			s.wanted[inode] = append(s.wanted[inode], holders...)
+			part.wanted[inode] = nil
+		}
+	}
+	return on
+}
+
+// locked searches a process that does not let its descriptors be read. What fdinfo says of
+// them is not locked (proc_pid_fdinfo(5); ino is there since Linux 5.14).
+func (s *search) locked(pid int) {
+	path := s.h.proc + "/" + strconv.Itoa(pid) + "/fdinfo"
+	fds, err := numbersIn(path, s.dirents)
+	if err != nil {
+		s.missed(pid, err)
+		return
+	}
+	bp := bufs.Get().(*[]byte)
+	defer bufs.Put(bp)
+	for _, fd := range fds {
+		b, err := readAt(unix.AT_FDCWD, path+"/"+strconv.Itoa(fd), *bp)
+		if err != nil {
+			continue // it was closed
+		}
+		_, line, ok := bytes.Cut(b, []byte("\nino:\t"))
+		text, _, _ := bytes.Cut(line, []byte("\n"))
+		inode, err := strconv.ParseUint(string(text), 10, 32)
+		if !ok || err != nil {
+			s.missed(pid, procwatch.ErrLocked)
+			return
+		}
+		if holders, ok := s.wanted[uint32(inode)]; ok {
+			s.wanted[uint32(inode)] = append(holders, holder{pid: pid, tid: pid, fd: fd})
+		}
+	}
+}
+
+// leader searches the table of a process's leader.
+func (s *search) leader(pid int) bool {
 	s.path = strconv.AppendInt(s.path[:0], int64(pid), 10)
 	return s.table(holder{pid: pid, tid: pid})
 }
@@ -243,6 +314,7 @@ func (s *search) table(who holder) bool {
 		if s.spent() {
 			return false
 		}
+		s.far.Add(1)
 		n, err := unix.ReadDirent(fd, s.dirents)
 		if err != nil {
 			s.missed(who.pid, err)
@@ -277,7 +349,7 @@ func (s *search) table(who holder) bool {
 			}
 			who.fd, _ = strconv.Atoi(string(bytes.TrimSuffix(name, []byte{0})))
 			if len(holders) == 0 || holders[len(holders)-1].pid != who.pid {
-				s.wanted[inode] = append(holders, who)
+				s.wanted[inode], s.found = append(holders, who), true
 			}
 			if s.first {
 				return false

@@ -122,6 +122,10 @@ func (l *Lookup) act(s *subject, a Actor) bool {
 	if err == nil {
 		l.f.host.unpin(p)
 	}
+	if denied(err) { // it has not ended, and may be another program soon
+		l.missing = AccessDenied
+		return false
+	}
 	l.ended(s.role, a)
 	return false
 }
@@ -296,7 +300,7 @@ func (l *Lookup) nobodyElse(ctx context.Context) bool {
 		if !ok || h.Descriptors == 0 {
 			return false
 		}
-		if extra := h.References - h.Descriptors; extra < 0 || extra > 0 && extra > inCalls(s.pin, h.FD, extra, c.TID) {
+		if extra := h.References - h.Descriptors; extra < 0 || extra > 0 && extra > l.f.host.inCalls(s.pin, h.FD, extra, c.TID) {
 			return false
 		}
 	}
@@ -403,7 +407,16 @@ func (f *Finder) holding(ctx context.Context, c Connector, inode uint32) (Holdin
 // reference to the descriptor: one that was given it, or one that waits for many. Which
 // those many are is not asked: a reference that somebody else hides at that moment is
 // one that only his writing shows, as it would be with a descriptor. It stops at enough:
-// each thread takes 4 µs, and the one that connected is mostly the one that waits.
+// each thread takes 4 µs, and the one that connected is mostly the one that waits. Of a
+// process that does not let it be asked there is none.
+func (h *host) inCalls(p *pin, fd, enough, connector int) int {
+	count := 0
+	if h.lockable.Do(p.pid, func() { count = inCalls(p, fd, enough, connector) }) != nil {
+		return 0
+	}
+	return count
+}
+
 func inCalls(p *pin, fd, enough, connector int) int {
 	count := 0
 	if inCall(p.dir, "task/"+strconv.Itoa(connector), fd) {

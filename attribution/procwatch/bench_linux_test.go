@@ -63,7 +63,7 @@ func BenchmarkMark(b *testing.B) {
 
 // One image as the reader reads it: directory, exe, its inode, cmdline, stat.
 func BenchmarkRead(b *testing.B) {
-	r := reader{proc: "/proc", cmdlines: new(Cmdlines)}
+	r := reader{proc: "/proc", lockable: new(Lockable)}
 	b.ReportAllocs()
 	for b.Loop() {
 		if _, ok := r.record(int32(os.Getpid())); !ok {

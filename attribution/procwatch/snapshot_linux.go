@@ -3,6 +3,7 @@ package procwatch
 import (
 	"bytes"
 	"errors"
+	"io/fs"
 	"strconv"
 	"strings"
 	"time"
@@ -19,7 +20,7 @@ const maxCmdline = 4 << 10
 // reader reads processes from /proc. It is not safe for concurrent use.
 type reader struct {
 	proc     string
-	cmdlines *Cmdlines
+	lockable *Lockable
 	buf      [maxCmdline]byte
 	path     []byte
 }
@@ -31,35 +32,12 @@ func (r *reader) open(pid int32) (int, error) {
 	return unix.Open(string(r.path), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 }
 
-// file reads the beginning of a file of a process.
-func (r *reader) file(dir int, name string) ([]byte, error) {
-	fd, err := unix.Openat(dir, name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer unix.Close(fd)
-	n, err := unix.Read(fd, r.buf[:])
-	if err != nil {
-		return nil, err
-	}
-	return r.buf[:n], nil
-}
-
 // content reads what an image is. The executable comes first, because the process
 // may be about to end.
 func (r *reader) content(pid int32, dir int) (content, bool) {
 	var c content
-	var f File
-	n, err := unix.Readlinkat(dir, "exe", r.buf[:])
-	switch {
-	case err == nil:
-		f.Path = string(r.buf[:n])
-		var st unix.Stat_t
-		if err = unix.Fstatat(dir, "exe", &st, 0); err == nil {
-			f.Device, f.Inode, f.Links = uint64(st.Dev), st.Ino, uint32(st.Nlink)
-		}
-	}
-	if errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) {
+	f, err := r.executable(pid, dir)
+	if errors.Is(err, fs.ErrPermission) {
 		c.denied = true
 	} else if err != nil {
 		return content{}, false
@@ -70,12 +48,34 @@ func (r *reader) content(pid int32, dir int) (content, bool) {
 		return content{}, false
 	}
 	c.uid, c.gid = st.Uid, st.Gid // effective, for a directory (task_dump_owner in fs/proc/base.c)
-	b, err := r.cmdlines.Read(int(pid), dir, "cmdline", r.buf[:])
+	b, err := r.lockable.Read(int(pid), dir, "cmdline", r.buf[:])
 	if err != nil && err != ErrLocked && !c.denied {
 		return content{}, false
 	}
 	c.cmdline, c.cut = string(b), len(b) == len(r.buf) || err == ErrLocked
 	return c, true
+}
+
+// executable is the file that a process runs.
+func (r *reader) executable(pid int32, dir int) (File, error) {
+	var f File
+	var err error
+	if locked := r.lockable.Do(int(pid), func() {
+		b := hold(maxCmdline)
+		defer release(b)
+		n, failed := unix.Readlinkat(dir, "exe", *b)
+		if err = failed; err != nil {
+			return
+		}
+		f.Path = string((*b)[:n])
+		var st unix.Stat_t
+		if err = unix.Fstatat(dir, "exe", &st, 0); err == nil {
+			f.Device, f.Inode, f.Links = uint64(st.Dev), st.Ino, uint32(st.Nlink)
+		}
+	}); locked != nil {
+		return File{}, locked
+	}
+	return f, err
 }
 
 // stat is what we use of /proc/PID/stat (proc_pid_stat(5)).
@@ -92,8 +92,8 @@ func (s stat) running() bool { return s.state != 'Z' && s.state != 'X' || s.thre
 
 const pfKthread = 0x00200000 // PF_KTHREAD, include/linux/sched.h
 
-func (r *reader) stat(dir int) (stat, error) {
-	b, err := r.file(dir, "stat")
+func (r *reader) stat(pid int32, dir int) (stat, error) {
+	b, err := r.lockable.Read(int(pid), dir, "stat", r.buf[:])
 	if err != nil {
 		return stat{}, err
 	}
@@ -146,7 +146,7 @@ func (r *reader) record(pid int32) (record, bool) {
 		return record{}, false
 	}
 	defer unix.Close(dir)
-	st, err := r.stat(dir)
+	st, err := r.stat(pid, dir)
 	if err != nil {
 		return record{}, false
 	}
@@ -166,7 +166,7 @@ func (r *reader) alive(pid int) (uint64, bool) {
 		return 0, false
 	}
 	defer unix.Close(dir)
-	st, err := r.stat(dir)
+	st, err := r.stat(int32(pid), dir)
 	return st.ticks, err == nil && st.running()
 }
 

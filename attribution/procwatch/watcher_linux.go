@@ -124,9 +124,9 @@ func Open(o Options) (*Watcher, error) {
 	w := &Watcher{
 		o: o, since: now, buffer: c.buffer, wake: wake, ready: ready, conn: c, empty: now, rebuilt: now, filled: now, tokens: float64(o.Reads),
 		stop: make(chan struct{}), events: make([]event, 0, batch),
-		reader: reader{proc: o.Proc, cmdlines: new(Cmdlines)},
+		reader: reader{proc: o.Proc, lockable: &Lockable{Proc: o.Proc}},
 	}
-	asker := &reader{proc: o.Proc}
+	asker := &reader{proc: o.Proc, lockable: w.reader.lockable}
 	w.table = newTable(o.Max, asker.alive)
 	w.table.joined, w.table.offset = now, clock(unix.CLOCK_BOOTTIME)-now
 	if err := w.snapshot(); err != nil {
@@ -484,7 +484,7 @@ func (w *Watcher) readSome(todo []pending) {
 			continue
 		}
 		got[i].content, got[i].ok = w.reader.content(p.e.pid, dir)
-		if st, err := w.reader.stat(dir); err == nil {
+		if st, err := w.reader.stat(p.e.pid, dir); err == nil {
 			got[i].ticks = st.ticks
 		}
 		got[i].at = monotonic()
@@ -549,7 +549,7 @@ func (w *Watcher) Process(pid int, startTicks uint64) (Process, bool) {
 	w.mu.Unlock()
 	if p.Exited {
 		// Unless it has other threads, of whose end no event tells us.
-		r := reader{proc: w.o.Proc}
+		r := reader{proc: w.o.Proc, lockable: w.reader.lockable}
 		if ticks, ok := r.alive(pid); ok && (ticks == startTicks || startTicks == 0 && ticks == p.Start) {
 			p.Exited, p.ExitedAt = false, 0
 		}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"testing"
 	"time"
@@ -11,45 +12,59 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// processes is a directory in which tests have processes, in place of /proc.
+type processes struct {
+	*testing.T
+	Lockable
+}
+
+func newProcesses(t *testing.T) *processes {
+	return &processes{t, Lockable{Proc: t.TempDir()}}
+}
+
 // locked makes the directory of a process whose command line nobody can read before the function is called. It is a pipe
 // here; TestLockedMemory of package attribution has a real one.
-func locked(t *testing.T, pid, uid int) (dir int, unlock func()) {
-	t.Helper()
-	dir = directoryOf(t, uid)
-	path := fmt.Sprintf("/proc/self/fd/%d/cmdline", dir)
+func (p *processes) locked(pid, uid int) (dir int, unlock func()) {
+	p.Helper()
+	dir = p.of(pid, uid)
+	path := filepath.Join(p.Proc, strconv.Itoa(pid), "cmdline")
 	if err := unix.Mkfifo(path, 0o600); err != nil {
-		t.Fatal(err)
+		p.Fatal(err)
 	}
 	pipe, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
-		t.Fatal(err)
+		p.Fatal(err)
 	}
-	t.Cleanup(func() { pipe.Close() })
+	p.Cleanup(func() { pipe.Close() })
 	return dir, func() { fmt.Fprint(pipe, "x\x00") }
 }
 
-func directoryOf(t *testing.T, uid int) (dir int) {
-	t.Helper()
-	path := t.TempDir()
-	err := os.WriteFile(filepath.Join(path, "status"), fmt.Appendf(nil, "Name:\tx\nState:\tS\nUid:\t%d\t0\t0\t0\n", uid), 0o600)
+// of makes the directory of a process.
+func (p *processes) of(pid, uid int) (dir int) {
+	p.Helper()
+	path := filepath.Join(p.Proc, strconv.Itoa(pid))
+	err := os.Mkdir(path, 0o700)
+	if err == nil {
+		err = os.WriteFile(filepath.Join(path, "status"), fmt.Appendf(nil, "Name:\tx\nState:\tS\nUid:\t%d\t0\t0\t0\n", uid), 0o600)
+	}
 	if err != nil {
-		t.Fatal(err)
+		p.Fatal(err)
 	}
 	dir, err = unix.Open(path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		t.Fatal(err)
+		p.Fatal(err)
 	}
-	t.Cleanup(func() { unix.Close(dir) })
+	p.Cleanup(func() { unix.Close(dir) })
 	return dir
 }
 
 // Who has many processes whose memory is locked keeps a few of our threads, and nobody else from being read.
-func TestCmdlines(t *testing.T) {
-	var c Cmdlines
+func TestLockable(t *testing.T) {
+	c := newProcesses(t)
 	var unlock []func()
 	var reads sync.WaitGroup
 	for pid := range 40 {
-		dir, f := locked(t, pid, 1000)
+		dir, f := c.locked(pid, 1000)
 		unlock = append(unlock, f)
 		reads.Go(func() {
 			if b, err := c.Read(pid, dir, "cmdline", make([]byte, 64)); err != ErrLocked {
@@ -57,7 +72,7 @@ func TestCmdlines(t *testing.T) {
 			}
 		})
 	}
-	honest := directoryOf(t, 1001)
+	honest := c.of(1234, 1001)
 	if err := os.WriteFile(fmt.Sprintf("/proc/self/fd/%d/cmdline", honest), []byte("curl\x00-s\x00"), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -71,17 +86,17 @@ func TestCmdlines(t *testing.T) {
 	reads.Wait()
 	read("while they are late")
 	c.mu.Lock()
-	late := len(c.reading)
+	late := len(c.asking)
 	if late == 0 || late > maxAtOnce {
 		t.Errorf("%d reads go on", late)
 	}
-	if w := c.waited[1000]; w == nil || *w < cmdlineIn || c.waited[1001] != nil {
+	if w := c.waited[1000]; w == nil || *w < readIn || c.waited[1001] != nil {
 		t.Errorf("waited for the one %v, for the other %v", w, c.waited[1001])
 	}
 	c.mu.Unlock()
-	dir, f := locked(t, 50, 1000)
+	_, f := c.locked(50, 1000)
 	unlock = append(unlock, f)
-	if r, before, _ := c.tryBegin(50, dir); r != nil || before != nil {
+	if r, before, _ := c.tryBegin(about{50, true}); r != nil || before != nil {
 		t.Error("one more is begun")
 	}
 	for _, f := range unlock {
@@ -90,20 +105,20 @@ func TestCmdlines(t *testing.T) {
 	ended := func() bool {
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		return len(c.reading) == 0
+		return len(c.asking) == 0
 	}
 	for end := time.Now().Add(5 * time.Second); !ended(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("%d reads go on", len(c.reading))
+			t.Fatalf("%d reads go on", len(c.asking))
 		}
 	}
 	read("afterwards")
 }
 
 // Who lets himself be read shortly before it is too late is waited for, but not for ever.
-func TestCmdlinesHeldUp(t *testing.T) {
-	var c Cmdlines
-	dir, unlock := locked(t, 1, 1000)
+func TestLockableHeldUp(t *testing.T) {
+	c := newProcesses(t)
+	dir, unlock := c.locked(1, 1000)
 	time.AfterFunc(3*slow, unlock)
 	if b, err := c.Read(1, dir, "cmdline", make([]byte, 64)); string(b) != "x\x00" || err != nil {
 		t.Errorf("%q, %v", b, err)
@@ -112,12 +127,12 @@ func TestCmdlinesHeldUp(t *testing.T) {
 		t.Fatalf("waited for %v", w)
 	}
 	c.charge(1000, maxWaited)
-	r, _, patience := c.tryBegin(1, dir)
+	r, _, patience := c.tryBegin(about{1, true})
 	if r == nil || patience != shortly {
 		t.Errorf("%v, %v", r, patience)
 	}
-	other := directoryOf(t, 1001)
-	if r, _, patience := c.tryBegin(2, other); r == nil || patience != cmdlineIn {
+	c.of(2, 1001)
+	if r, _, patience := c.tryBegin(about{2, true}); r == nil || patience != readIn {
 		t.Errorf("another: %v, %v", r, patience)
 	}
 }
