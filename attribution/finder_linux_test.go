@@ -789,3 +789,32 @@ func TestTurns(t *testing.T) {
 		}
 	}
 }
+
+// Many processes that have connections at once do not have us keep their directories open for ever.
+func TestPinsOfAPeak(t *testing.T) {
+	f := newFinder(t)
+	var pins []*pin
+	for range maxPins + 20 {
+		cmd := exec.Command("sleep", "60")
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			cmd.Process.Kill()
+			cmd.Wait()
+		})
+		p, _, err := f.host.pin(cmd.Process.Pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pins = append(pins, p)
+	}
+	for _, p := range pins {
+		f.host.unpin(p)
+	}
+	f.host.mu.Lock()
+	defer f.host.mu.Unlock()
+	if n := len(f.host.pins); n > maxPins {
+		t.Errorf("%d are open", n)
+	}
+}

@@ -201,8 +201,12 @@ func (h *host) unpin(p *pin) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	p.refs--
-	if p.refs == 0 && h.pins[p.pid] != p {
+	switch {
+	case p.refs > 0:
+	case h.pins[p.pid] != p:
 		p.close()
+	case len(h.pins) > maxPins: // since as many were in use once
+		h.forget(p)
 	}
 }
 
