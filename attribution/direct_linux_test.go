@@ -2,6 +2,7 @@ package attribution
 
 import (
 	"context"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -61,6 +62,13 @@ func testDirect(t *testing.T, endpoint netip.AddrPort) {
 	}
 	const nobody = 65534
 
+	over := dial() // of which the client keeps its half
+	if _, err := over.Write([]byte("GET / HTTP/1.0\r\n\r\n")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(io.Discard, over); err != nil {
+		t.Fatal(err)
+	}
 	older := dial().LocalAddr().(*net.TCPAddr).AddrPort().Port()
 	if err := l.Instance.Do(func() error { return os.WriteFile("/proc/sys/net/core/somaxconn", []byte("1"), 0) }); err != nil {
 		t.Fatal(err)

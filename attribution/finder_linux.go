@@ -286,8 +286,9 @@ func (f *Finder) Stats() Stats {
 // remote end just the same, but the other half of its connection is at one of
 // our listeners, which are given; it may still wait there to be accepted, or be
 // closed already. What belongs to our own user uid is left out, since the proxy
-// may be at work, and so is a connection that no process holds: nobody can read
-// an answer from it.
+// may be at work, and so is a connection that no process holds, or of which the other
+// end has closed: nobody can get an answer by it, and of a redirected one our half may be
+// gone.
 //
 // Of one that is being made it cannot be told, and those are listed apart. It may wait for
 // room in the backlog of a listener, which does not know it yet; or its SYN was sent
@@ -299,7 +300,7 @@ func (f *Finder) Direct(endpoints, listeners []netip.AddrPort, uid uint32) (dire
 		return nil, nil, err
 	}
 	for _, s := range all {
-		if s.Inode == 0 || s.UID == uid {
+		if s.Inode == 0 || s.UID == uid || slices.Contains([]diag.State{diag.CloseWait, diag.LastAck, diag.Closing}, s.State) {
 			continue
 		}
 		if s.State == diag.SynSent {
