@@ -153,7 +153,7 @@ func (h *host) former(pid int, start uint64, i *procwatch.Image) *Process {
 		proc.Start, proc.EntityID = h.wall(start), entityID(h.bootID, pid, start)
 	}
 	if e, ok := h.seen(pid, i); ok {
-		proc.became(e)
+		h.became(proc, e)
 		proc.UID[1], proc.GID[1] = NoID, NoID
 		return proc
 	}
@@ -163,7 +163,7 @@ func (h *host) former(pid int, start uint64, i *procwatch.Image) *Process {
 	}
 	proc.Executable = exeFile(i.Path, uint64(i.Links))
 	proc.Executable.Device, proc.Executable.Inode = i.Device, i.Inode
-	proc.Executable.Unproven = !proc.Executable.Deleted && sameFile(&proc.Executable)
+	proc.Executable.Unproven = !proc.Executable.Deleted && h.sameFile(pid, &proc.Executable)
 	proc.Name = filepath.Base(proc.Executable.Path)
 	proc.Args = h.keepArgs([]byte(i.Cmdline))
 	proc.UID[1], proc.GID[1] = i.UID, i.GID
@@ -172,10 +172,10 @@ func (h *host) former(pid int, start uint64, i *procwatch.Image) *Process {
 }
 
 // became names the program that the kernel was seen to execute.
-func (p *Process) became(e Execution) {
+func (h *host) became(p *Process, e Execution) {
 	p.Executable = exeFile(e.Name, uint64(e.Links))
 	p.Executable.Device, p.Executable.Inode = e.Device, e.Inode
-	p.Executable.Unproven = !p.Executable.Deleted && sameFile(&p.Executable)
+	p.Executable.Unproven = !p.Executable.Deleted && h.sameFile(p.PID, &p.Executable)
 	p.Name = filepath.Base(e.Name)
 }
 

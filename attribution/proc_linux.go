@@ -460,7 +460,7 @@ func (h *host) readImage(p *pin, st stat) (*Process, error) {
 		if h.executed(p, proc); proc.Swapped {
 			exe.HostVerified = false
 		} else {
-			exe.HostVerified = proc.HostUser && !exe.Deleted && sameFile(exe)
+			exe.HostVerified = proc.HostUser && !exe.Deleted && h.sameFile(p.pid, exe)
 		}
 		exe.RootOwned = exe.HostVerified && h.owned.get(exe.Path, func() bool { return ChangedByRoot(exe.Path) == nil })
 	}
@@ -589,9 +589,15 @@ func (h *host) otherThread(p *pin) int {
 	return 0
 }
 
-func sameFile(exe *File) bool {
-	var st unix.Stat_t
-	return unix.Stat(exe.Path, &st) == nil && st.Dev == exe.Device && st.Ino == exe.Inode
+// sameFile reports whether the path of a process's program leads to it. It may lead
+// through a file system of the user's, which does not answer.
+func (h *host) sameFile(pid int, exe *File) bool {
+	path, device, inode, is := exe.Path, exe.Device, exe.Inode, false
+	locked := h.lockable.Do(pid, func() {
+		var st unix.Stat_t
+		is = unix.Stat(path, &st) == nil && st.Dev == device && st.Ino == inode
+	})
+	return locked == nil && is
 }
 
 // ChangedByRoot returns nil if only root can put another file at this path, and

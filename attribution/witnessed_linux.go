@@ -157,7 +157,7 @@ func (l *Lookup) ended(role Role, a Actor) {
 		p := h.former(rec.PID, rec.Start, &rec.Images[i])
 		if rec.Execs == 0 && h.witness != nil {
 			if e, err := h.witness.Former(a.PID); err == nil && e.At == 0 && e.ExecID == a.ExecID && e.Inode != p.Executable.Inode {
-				p.became(e) // its parent did not fork it
+				h.became(p, e) // its parent did not fork it
 				p.Args = nil
 			}
 		}
