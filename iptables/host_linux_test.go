@@ -442,16 +442,18 @@ func TestConntrack(t *testing.T) {
 	for _, c := range []struct {
 		is       Conntrack
 		override bool
+		tracking bool
 		refused  bool
 	}{
 		{is: full, refused: true},
 		{is: full, override: true},
+		{is: full, tracking: true},
 		{is: Conntrack{Sockets: 200_000, Max: 262_144}},
 		{is: Conntrack{First: true, Sockets: 131_072, Max: 262_144}},
 		{is: Conntrack{First: true, Sockets: 200_000}},
 	} {
 		r := &Redirect{config: Config{OverrideConntrack: c.override}}
-		err := r.trackerHasRoom(c.is)
+		err := r.trackerHasRoom(&survey{tracking: c.tracking, report: Report{Conntrack: c.is}})
 		if (err != nil) != c.refused {
 			t.Errorf("%+v: %v", c.is, err)
 		}
@@ -473,6 +475,34 @@ func TestConntrack(t *testing.T) {
 	s.load(BackendNFT, IPv4, "*filter\n-A INPUT -m conntrack --ctstate ESTABLISHED -j ACCEPT\nCOMMIT\n")
 	if s.install(r).Conntrack.First {
 		s.Error("with a rule that needs it: first")
+	}
+}
+
+// TestConntrackCrowdedLater has the tracker grow full after our rules have switched it on: what is installed may be
+// written anew and in another mode. Without them it is refused.
+func TestConntrackCrowdedLater(t *testing.T) {
+	s := newHost(t)
+	r := s.open(Config{UID: uid, Enforce: true})
+	s.install(r)
+	small := filepath.Join(t.TempDir(), "max")
+	if err := os.WriteFile(small, []byte("2\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		ln, err := s.lab.Instance.Listen(t.Context(), nil, "tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close()
+	}
+	install := func() string {
+		return s.sh(fmt.Sprintf("unshare -m sh -ec 'mount --bind %s %snf_conntrack_max; exec env %s=installer %s' || true", small, trackerSysctls, role, os.Args[0]))
+	}
+	s.expect("with rules of ours", install(), "")
+	s.remove()
+	s.sh("conntrack -F 2>/dev/null")
+	if out := install(); !strings.Contains(out, "half of which should be free") {
+		s.Errorf("without: %q", out)
 	}
 }
 

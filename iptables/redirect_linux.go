@@ -156,12 +156,13 @@ func (r *Redirect) choose(ctx context.Context) (*tools, error) {
 
 // A survey is a host as it was read.
 type survey struct {
-	saved   map[*tools]map[Family]*ruleset
-	devices map[string][]string // see native.devices
-	locks   map[Lock]time.Time  // since when they are there
-	waiting bool                // for one to last
-	plan    Plan
-	report  Report
+	saved    map[*tools]map[Family]*ruleset
+	devices  map[string][]string // see native.devices
+	locks    map[Lock]time.Time  // since when they are there
+	waiting  bool                // for one to last
+	tracking bool                // by rules of ours that are there
+	plan     Plan
+	report   Report
 }
 
 func (r *Redirect) survey(ctx context.Context) (*survey, error) {
@@ -241,7 +242,7 @@ func (r *Redirect) read(ctx context.Context, families []Family, s *survey) (fore
 	warn := func(format string, args ...any) {
 		s.report.Warnings = append(s.report.Warnings, fmt.Sprintf(format, args...))
 	}
-	foreign, installed := make(rules), false
+	foreign = make(rules)
 	s.saved = make(map[*tools]map[Family]*ruleset)
 	for _, t := range r.all {
 		s.saved[t] = make(map[Family]*ruleset)
@@ -257,7 +258,7 @@ func (r *Redirect) read(ctx context.Context, families []Family, s *survey) (fore
 			s.saved[t][f] = have
 			foreign[f] = append(foreign[f], have.judged(t.store())...)
 			tracked = tracked || have.tracks()
-			installed = installed || !have.installed(f).empty()
+			s.tracking = s.tracking || !have.installed(f).empty()
 			if t != r.use && have.foreign() && !slices.Contains(s.report.Others, t.backend) {
 				s.report.Others = append(s.report.Others, t.backend)
 			}
@@ -276,7 +277,7 @@ func (r *Redirect) read(ctx context.Context, families []Family, s *survey) (fore
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, false, fmt.Errorf("is there connection tracking: %w", err)
 	}
-	return foreign, tracked || native.tracks || !installed && count > 0, nil
+	return foreign, tracked || native.tracks || !s.tracking && count > 0, nil
 }
 
 // hooks decides what to take in one family, and says why not in the report.
@@ -421,7 +422,7 @@ func (r *Redirect) install(ctx context.Context) (Report, error) {
 	if err := r.portsAreSafe(&s.report); err != nil {
 		return s.report, err
 	}
-	if err := r.trackerHasRoom(s.report.Conntrack); err != nil {
+	if err := r.trackerHasRoom(s); err != nil {
 		return s.report, err
 	}
 	undo, err := r.apply(ctx, s)
@@ -440,7 +441,7 @@ func (r *Redirect) install(ctx context.Context) (Report, error) {
 	}
 	if s.report.Conntrack.Max == 0 { // it is loaded only now
 		if err = s.report.Conntrack.read(); err == nil {
-			err = r.trackerHasRoom(s.report.Conntrack)
+			err = r.trackerHasRoom(s)
 		}
 		if err != nil {
 			return s.report, errors.Join(err, undo())
@@ -717,9 +718,10 @@ func (r *Redirect) portsAreSafe(report *Report) error {
 }
 
 // trackerHasRoom refuses to be the one who switches the connection tracker on for more sockets than it can hold with
-// ease.
-func (r *Redirect) trackerHasRoom(c Conntrack) error {
-	if !c.First || !c.Crowded() || r.config.OverrideConntrack {
+// ease. Where our rules have it on already that helps nobody: the mode could not be changed, nor the daemon restarted.
+func (r *Redirect) trackerHasRoom(s *survey) error {
+	c := s.report.Conntrack
+	if !c.First || !c.Crowded() || s.tracking || r.config.OverrideConntrack {
 		return nil
 	}
 	return fmt.Errorf("the redirect would be the first to use connection tracking here, for all of the host's traffic: "+
