@@ -414,7 +414,15 @@ func (r *Redirect) InstallFor(ctx context.Context, enforce bool) (report Report,
 	return report, err
 }
 
-func (r *Redirect) install(ctx context.Context) (Report, error) {
+func (r *Redirect) install(ctx context.Context) (_ Report, err error) {
+	// What kept the rules from having a zone may be over, as a lock that was held.
+	was := r.noZone
+	r.noZone = nil
+	defer func() {
+		if err != nil {
+			r.noZone = was
+		}
+	}()
 	s, err := r.survey(ctx)
 	if err != nil {
 		return Report{}, err

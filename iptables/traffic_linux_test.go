@@ -6,6 +6,8 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -321,6 +323,29 @@ func TestZoneIsTried(t *testing.T) {
 		r := s.open(Config{UID: uid, Backend: b})
 		s.do(func() error { return r.use.tryZone(t.Context()) })
 		s.expect("what is left", s.rules(b), "")
+	})
+}
+
+// TestZoneAgain has the rule of the zone refused once: the next install has it.
+func TestZoneAgain(t *testing.T) {
+	forBackends(t, func(s *site, b Backend) {
+		r := s.open(Config{UID: uid, Backend: b})
+		restore := &r.use.byFamily[IPv4].restore
+		real, broken := *restore, filepath.Join(t.TempDir(), "restore")
+		if err := os.WriteFile(broken, fmt.Appendf(nil, "#!/bin/sh\nin=$(cat)\ncase $in in *--zone*) exit 4;; esac\nprintf '%%s\\n' \"$in\" | exec %s \"$@\"\n", real), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		*restore = broken
+		zoneless := func() bool {
+			return strings.Contains(strings.Join(s.install(r).Warnings, "\n"), "does not keep the daemon's connections apart")
+		}
+		if !zoneless() {
+			s.Error("the rule is refused, and it does not say so")
+		}
+		*restore = real
+		if zoneless() || !strings.Contains(s.rules(b), "--zone") {
+			s.Errorf("the rule is not tried again:\n%s", s.rules(b))
+		}
 	})
 }
 
