@@ -414,6 +414,14 @@ func (r *Redirect) InstallFor(ctx context.Context, enforce bool) (report Report,
 	return report, err
 }
 
+// Want has Watch keep the guard of enforce mode, or that of audit mode, from its next look on. It is for who has left a
+// mode, and could not write its rules again.
+func (r *Redirect) Want(enforce bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.config.Enforce = enforce
+}
+
 func (r *Redirect) install(ctx context.Context) (_ Report, err error) {
 	// What kept the rules from having a zone may be over, as a lock that was held.
 	was := r.noZone

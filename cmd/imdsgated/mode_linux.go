@@ -413,6 +413,7 @@ func (d *daemon) leave(ctx context.Context, from policy.Mode, commit func()) (er
 	d.endWatch() // or else it would be put back
 	defer func() {
 		if err != nil {
+			d.redirect.Want(from == policy.Enforce) // also if it cannot be written now
 			if undone := d.install(ctx, from == policy.Enforce); undone != nil {
 				err = errors.Join(err, undone)
 			}

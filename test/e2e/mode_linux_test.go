@@ -205,6 +205,42 @@ func TestModeSet(t *testing.T) {
 	}
 }
 
+// A way to off that fails half-way, and cannot be gone back, leaves enforce mode without its guard only for as long as
+// nothing can be written.
+func TestOffFails(t *testing.T) {
+	t.Parallel()
+	h := prepare(t, netlab.Options{})
+	dir := t.TempDir()
+	for _, name := range []string{"iptables", "iptables-save", "ip6tables", "ip6tables-save", "ip6tables-restore"} {
+		if err := os.Symlink("/usr/sbin/"+name, filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	broken := filepath.Join(dir, "broken")
+	restore := "#!/bin/sh\n[ -e " + broken + " ] && ! iptables-save | grep -q -e '-A IMDSGATE-OUTPUT -p tcp -j REJECT' && echo no rules today >&2 && exit 1\n" +
+		"exec /usr/sbin/iptables-restore \"$@\"\n"
+	if err := os.WriteFile(filepath.Join(dir, "iptables-restore"), []byte(restore), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	h.startWith(gate.Settings{Config: "mode: enforce\n", Env: []string{"PATH=" + dir + ":/usr/sbin:/usr/bin:/sbin:/bin"}})
+	if err := os.WriteFile(broken, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	out, code := h.imdsgate("mode", "set", "off", "--for", "1h", "--reason", "x")
+	if code == 0 || !strings.Contains(out, "the mode stays enforce") || !strings.Contains(out, "no rules today") || h.guarded() {
+		t.Fatalf("%d, %s\n%s", code, out, h.output("iptables-save"))
+	}
+	if err := os.Remove(broken); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(20 * time.Second); !h.guarded(); time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("in enforce mode there is no guard:\n%s", h.output("iptables-save"))
+		}
+	}
+	h.asksAs("/usr/bin/curl", "403", 10*time.Second)
+}
+
 // A daemon that has started in mode off and guards since tells of the time after its end.
 func TestAbsenceAfterOff(t *testing.T) {
 	t.Parallel()
