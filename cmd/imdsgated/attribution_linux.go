@@ -56,6 +56,7 @@ func (d *daemon) openAttribution(c config.Attribution, rules iptables.Config, co
 	if d.finder, err = attribution.New(o); err != nil {
 		return nil, errors.Join(fmt.Errorf("attribution cannot start: %w", err), closeWitness())
 	}
+	d.actors.Store(d.finder)
 	d.culprits.process = d.finder.Process
 	d.mu.Lock()
 	d.level = d.finder.Level().String()
@@ -107,13 +108,16 @@ func (d *daemon) redirected(is bool) {
 	}
 }
 
-// sighted records what the kernel saw that should not be.
+// sighted records what the kernel saw that should not be. The witness may tell of it
+// before there is a finder, which reads all processes first.
 func (d *daemon) sighted(s witness.Sighting) {
 	c := s.Connector
 	by := event.Actor{PID: int64(c.PID), Name: c.Comm, UserID: strconv.FormatUint(uint64(c.UID), 10)}
 	who := fmt.Sprintf("%s (pid %d, uid %d)", c.Comm, c.PID, c.UID)
-	if p, err := d.finder.Acted(c.Actor); err == nil { // or else it has ended
-		by, who = named(p)
+	if finder := d.actors.Load(); finder != nil {
+		if p, err := finder.Acted(c.Actor); err == nil { // or else it has ended
+			by, who = named(p)
+		}
 	}
 	became := "it was not refused"
 	if s.Refused {

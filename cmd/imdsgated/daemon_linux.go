@@ -48,7 +48,8 @@ type daemon struct {
 	host      atomic.Pointer[event.Host] // as it is called now
 	spool     *sink.File
 	finder    *attribution.Finder
-	witness   *witness.Witness // nil below level 2
+	actors    atomic.Pointer[attribution.Finder] // the same, for sighted
+	witness   *witness.Witness                   // nil below level 2
 	required  attribution.Level
 	rules     iptables.Config
 	engine    *policy.Engine
