@@ -340,8 +340,13 @@ func (d *daemon) settleAgain(lost []iptables.Lost) error {
 }
 
 // settleMade is settle for connections that were being made then. The kernel gives one up
-// after two minutes (tcp_syn_retries of ip-sysctl.rst).
+// after two minutes (tcp_syn_retries of ip-sysctl.rst). While the mode changes it does
+// nothing: on the way from enforce to off every connection is direct, and is to be.
 func (d *daemon) settleMade() error {
+	if !d.modes.changing.TryLock() {
+		return nil
+	}
+	defer d.modes.changing.Unlock()
 	b := &d.bypass
 	b.mu.Lock()
 	defer b.mu.Unlock()
