@@ -374,22 +374,33 @@ func (d *daemon) direct(older []diag.Socket, why string) error {
 		b.making[s.Cookie] = true
 	}
 	told := make(map[uint64]bool)
-	ctx, cancel := context.WithTimeout(context.Background(), nameWithin)
-	defer cancel()
+	var all []diag.Socket
 	for _, s := range slices.Concat(older, found) {
 		if !told[s.Cookie] && (!b.told[s.Cookie] || d.engine.Mode() == policy.Enforce) {
-			d.tellDirect(ctx, s, why)
+			all = append(all, s)
 		}
 		told[s.Cookie] = true
 	}
+	one := min(len(all), maxDirect)
+	ctx, cancel := context.WithTimeout(context.Background(), nameWithin)
+	defer cancel()
+	for _, s := range all[:one] {
+		d.tellDirect(ctx, s, why)
+	}
+	d.tellRest(all[one:], why)
 	if err == nil {
 		b.told = told
 	}
 	return err
 }
 
-// nameWithin is how long a look at connections may take to find out who has them.
-const nameWithin = 500 * time.Millisecond
+const (
+	// nameWithin is how long a look at connections may take to find out who has them.
+	nameWithin = 500 * time.Millisecond
+	// maxDirect is of how many connections one look tells one by one. Any user can have
+	// thousands, and a finding for each would drive others' events out of the file.
+	maxDirect = 32
+)
 
 // tellDirect tells of one connection that does not come here. Who has it is looked up as
 // long as there is time for that.
@@ -410,6 +421,27 @@ func (d *daemon) tellDirect(ctx context.Context, s diag.Socket, why string) {
 		}
 	}
 	d.finding("direct-imds-connection", event.State{Actor: by, Message: message}, err)
+}
+
+// tellRest is tellDirect for what is too many to be told one by one.
+func (d *daemon) tellRest(rest []diag.Socket, why string) {
+	if len(rest) == 0 {
+		return
+	}
+	message := fmt.Sprintf("connections to the service that are not told one by one: %d, each of which %s", len(rest), why)
+	var err error
+	if d.engine.Mode() == policy.Enforce {
+		aborted := 0
+		for _, s := range rest {
+			if failed := d.finder.Abort(s); failed != nil {
+				err = failed
+			} else {
+				aborted++
+			}
+		}
+		message += fmt.Sprintf("; aborted: %d", aborted)
+	}
+	d.finding("direct-imds-connection", event.State{Message: message}, err)
 }
 
 // leave takes the redirect away, and harms no connection that is here: those end when

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -456,6 +457,49 @@ func TestOlderConnections(t *testing.T) {
 			h.toldOnce(ask)
 		}
 		conn.Close()
+	}
+}
+
+// Of many at once there is an event each only for some, and one for the others, which do not outlive enforce mode
+// either.
+func TestManyOlderConnections(t *testing.T) {
+	t.Parallel()
+	h := prepare(t, netlab.Options{IMDS: &imdstest.Config{Persistence: imdstest.AlwaysKeep}})
+	var conns []net.Conn
+	for range 40 {
+		conn, err := h.dial("169.254.169.254:80")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		conns = append(conns, conn)
+	}
+	told := func(mode, rest string) {
+		t.Helper()
+		h.told("direct-imds-connection", says(rest))
+		docs, err := h.Documents()
+		if err != nil {
+			t.Fatal(err)
+		}
+		n := 0
+		for _, d := range docs {
+			if d.At("event.action") == "direct-imds-connection" && d.At("imdsgate.mode") == mode {
+				n++
+			}
+		}
+		if n != 33 {
+			t.Errorf("%d events, want 33", n)
+		}
+	}
+	h.start("mode: audit\n")
+	told("audit", "one by one: 8, each of which is older than the redirect and does not pass through it")
+	h.setMode("enforce")
+	told("enforce", "one by one: 8, each of which is older than the redirect and does not pass through it; aborted: 8")
+	for _, conn := range conns {
+		conn.SetDeadline(time.Now().Add(5 * time.Second))
+		if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNABORTED) {
+			t.Errorf("in enforce mode: %v", err)
+		}
 	}
 }
 
