@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"net/http"
@@ -88,6 +89,8 @@ func (c *Client) send(ctx context.Context, method, route string, args url.Values
 		return nil, fmt.Errorf("%w: nothing listens on %s", ErrNotRunning, c.socket)
 	case errors.Is(err, fs.ErrPermission):
 		return nil, fmt.Errorf("connect to %s: %w; members of its group may ask", c.socket, fs.ErrPermission)
+	case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
+		return nil, fmt.Errorf("the daemon at %s gave no answer: it ends, or too many ask at a time", c.socket)
 	case err != nil:
 		return nil, fmt.Errorf("ask the daemon at %s: %w", c.socket, err)
 	}

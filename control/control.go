@@ -34,6 +34,9 @@ type Peer struct {
 	GID uint32
 }
 
+// mayChange is for root and for the user of the daemon.
+func (p Peer) mayChange() bool { return p.UID == 0 || p.UID == uint32(os.Geteuid()) }
+
 // Question is one call of an operator.
 type Question struct {
 	Peer Peer
@@ -99,16 +102,13 @@ func Serve(ln net.Listener, routes map[string]Route) *Server {
 	s := &Server{ln: ln, done: make(chan error, 1), http: &http.Server{
 		Handler:           mux,
 		ReadHeaderTimeout: 5 * time.Second,
+		IdleTimeout:       30 * time.Second,
 		MaxHeaderBytes:    64 << 10,
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			peer, err := peerOf(c)
-			if err != nil {
-				c.Close()
-			}
-			return context.WithValue(ctx, peerKey{}, peer)
+			return context.WithValue(ctx, peerKey{}, c.(*conn).peer)
 		},
 	}}
-	go func() { s.done <- s.http.Serve(ln) }()
+	go func() { s.done <- s.http.Serve(&listener{ln, make(chan struct{}, maxLooking)}) }()
 	return s
 }
 
@@ -125,7 +125,7 @@ type peerKey struct{}
 
 func (r Route) serve(w http.ResponseWriter, req *http.Request) {
 	peer := req.Context().Value(peerKey{}).(Peer)
-	if r.Change && (peer.UID != 0 && peer.UID != uint32(os.Geteuid())) {
+	if r.Change && !peer.mayChange() {
 		fail(w, http.StatusForbidden, fmt.Errorf("uid %d may look but not change; ask as root", peer.UID))
 		return
 	}

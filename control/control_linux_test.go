@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"net/url"
 	"os"
 	"os/exec"
@@ -175,5 +176,82 @@ func TestPeers(t *testing.T) {
 	}
 	if got := ask(0, 0, "POST", "change"); !strings.Contains(got, "changed") {
 		t.Errorf("root: %q", got)
+	}
+}
+
+// Members of the group who keep connections take no more than their share, keep nobody
+// out who may change something, and have it again when they have left.
+func TestTooManyLook(t *testing.T) {
+	labtest.RequireRoot(t)
+	const group = 4321
+	socket := serve(t, group)
+	for dir := filepath.Dir(socket); dir != "/tmp" && dir != "/"; dir = filepath.Dir(dir) {
+		os.Chmod(dir, 0o755)
+	}
+	member := func(fn func()) {
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			runtime.LockOSThread() // and it ends with us
+			for _, call := range [][2]uintptr{{syscall.SYS_SETRESGID, group}, {syscall.SYS_SETRESUID, 4000}} {
+				if _, _, errno := syscall.RawSyscall(call[0], ^uintptr(0), call[1], ^uintptr(0)); errno != 0 {
+					t.Error(errno)
+				}
+			}
+			fn()
+		}()
+		<-done
+	}
+	var kept []net.Conn
+	member(func() {
+		for range 3 * maxLooking {
+			c, err := net.Dial("unix", socket)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			kept = append(kept, c)
+		}
+	})
+	open := 0
+	for _, c := range kept { // long before it is closed for saying nothing
+		c.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
+		if _, err := c.Read(make([]byte, 1)); errors.Is(err, os.ErrDeadlineExceeded) {
+			open++
+		}
+	}
+	if open != maxLooking {
+		t.Errorf("%d connections are kept, want %d", open, maxLooking)
+	}
+	var answer any
+	if err := NewClient(socket).Post(t.Context(), "change", nil, &answer); err != nil {
+		t.Errorf("root: %v", err)
+	}
+	as := func() (err error) {
+		member(func() {
+			c, dialErr := net.Dial("unix", socket)
+			if err = dialErr; err != nil {
+				return
+			}
+			defer c.Close()
+			fmt.Fprint(c, "GET /v1/echo HTTP/1.1\r\nHost: imdsgate\r\n\r\n")
+			_, err = c.Read(make([]byte, 1))
+		})
+		return err
+	}
+	if err := as(); err == nil {
+		t.Error("one more is answered")
+	}
+	for _, c := range kept {
+		c.Close()
+	}
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		err := as()
+		if err == nil {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("all have left, and nobody is answered: %v", err)
+		}
 	}
 }
