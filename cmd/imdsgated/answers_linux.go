@@ -53,17 +53,15 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 
 		SequencesEvicted: d.engine.Evicted(),
 	}
-	if d.proxy != nil {
-		n := d.proxy.Stats()
-		s.Requests = report.Requests{
-			Open: d.proxy.Open(), Connections: n.Connections.Load(), Requests: n.Requests.Load(), Denied: n.Denied.Load(),
-			WouldDeny: n.WouldDeny.Load(), Malformed: n.Malformed.Load(), NotRedirected: n.NotRedirected.Load(),
-			NotForwardable: n.NotForwardable.Load(), UpstreamFailed: n.UpstreamFailed.Load(),
-			Evicted: n.Evicted.Load(), Throttled: n.Throttled.Load(), Looped: n.Looped.Load(),
-			DialledAhead: d.proxy.Ahead().Made.Load(), DialledUnused: d.proxy.Ahead().Unused.Load(),
-		}
-		s.Requests.Tokens, s.Requests.Forgotten = d.proxy.Tokens()
+	n := d.proxy.Stats()
+	s.Requests = report.Requests{
+		Open: d.proxy.Open(), Connections: n.Connections.Load(), Requests: n.Requests.Load(), Denied: n.Denied.Load(),
+		WouldDeny: n.WouldDeny.Load(), Malformed: n.Malformed.Load(), NotRedirected: n.NotRedirected.Load(),
+		NotForwardable: n.NotForwardable.Load(), UpstreamFailed: n.UpstreamFailed.Load(),
+		Evicted: n.Evicted.Load(), Throttled: n.Throttled.Load(), Looped: n.Looped.Load(),
+		DialledAhead: d.proxy.Ahead().Made.Load(), DialledUnused: d.proxy.Ahead().Unused.Load(),
 	}
+	s.Requests.Tokens, s.Requests.Forgotten = d.proxy.Tokens()
 	s.Metrics.Listen = d.config.Metrics.Listen.String()
 	d.mu.Lock()
 	s.Metrics.Error = d.unserved
@@ -72,9 +70,7 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 	if s.Requests.LinkLocalExceeded, err = allowanceExceeded("ena", "linklocal_allowance_exceeded"); err != nil {
 		d.log.Warn().Err(err).Msg("packets that the network interfaces dropped are not known")
 	}
-	if d.redirect != nil {
-		s.Redirect = d.redirectStatus(ctx)
-	}
+	s.Redirect = d.redirectStatus(ctx)
 	s.SelfTest = d.healthNow()
 	s.Process.UID, s.Process.Goroutines = os.Geteuid(), runtime.NumGoroutine()
 	if self, err := procfs.Self(); err == nil {
@@ -183,9 +179,6 @@ func (d *daemon) events(ctx context.Context, q control.Question, line func([]byt
 // credentials tells which keys were handed out, or to whom the one that is named was.
 func (d *daemon) credentials(_ context.Context, q control.Question) (any, error) {
 	c := report.Credentials{Since: d.since, Issued: []report.Issuance{}}
-	if d.proxy == nil {
-		return c, nil
-	}
 	lines, forgotten := d.proxy.Issued(q.Args.Get("key"))
 	c.Forgotten = forgotten
 	for _, l := range lines {
@@ -242,10 +235,8 @@ func (d *daemon) whois(ctx context.Context, q control.Question) (any, error) {
 		return nil, fmt.Errorf("%w: %q is not an address with a port", control.ErrBadQuestion, q.Args.Get("client"))
 	}
 	client = netip.AddrPortFrom(client.Addr().Unmap(), client.Port())
-	if d.proxy != nil {
-		if asker, ours := d.proxy.For(client); ours {
-			return nil, fmt.Errorf("%w: %v is our own connection to the service, for the client %v: ask for that", control.ErrBadQuestion, client, asker)
-		}
+	if asker, ours := d.proxy.For(client); ours {
+		return nil, fmt.Errorf("%w: %v is our own connection to the service, for the client %v: ask for that", control.ErrBadQuestion, client, asker)
 	}
 	ctx, cancel := context.WithTimeout(ctx, whoisTakes)
 	defer cancel()

@@ -136,8 +136,7 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	if err != nil {
 		return err
 	}
-	answering := control.Serve(listening, d.routes())
-	defer func() { err = errors.Join(err, answering.Close()) }()
+	defer listening.Close() // if nobody is answered there; until then they wait
 
 	rules.Enforce = d.engine.Mode() == policy.Enforce
 	if d.redirect, err = iptables.Open(ctx, rules); err != nil {
@@ -150,6 +149,8 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 		Rate: int(c.Limits.RequestsPerSecond), Burst: int(c.Limits.Burst), DialAhead: int(c.Upstream.DialAhead),
 		Forwardable: d.forwardable, Record: d.record,
 	}, d.finder, d.engine)
+	answering := control.Serve(listening, d.routes())
+	defer func() { err = errors.Join(err, answering.Close()) }()
 	told := ctx // to end
 	ctx, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
