@@ -111,7 +111,7 @@ func (d *daemon) redirectStatus(ctx context.Context) report.Redirect {
 	d.mu.Lock()
 	r := report.Redirect{Error: d.failure, Repairs: d.repairs}
 	d.mu.Unlock()
-	found, err := d.redirect.Status(ctx)
+	found, err := d.readings.read(ctx, d.redirect.Status)
 	if err != nil {
 		r.Error = err.Error()
 		return r

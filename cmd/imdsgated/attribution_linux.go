@@ -101,8 +101,10 @@ func (d *daemon) tooLow() error {
 	return err
 }
 
-// redirected tells the witness whether what connects to the service comes here.
+// redirected tells the witness whether what connects to the service comes here. What was
+// read of the rules before is no longer so.
 func (d *daemon) redirected(is bool) {
+	d.readings.forget()
 	if d.witness != nil {
 		d.witness.SetRedirected(is)
 	}

@@ -60,6 +60,7 @@ type daemon struct {
 	terms     *firstseen.Store
 	counted   *metrics.Requests // nil if nobody can read it
 	redirect  *iptables.Redirect
+	readings  readings
 	culprits  culprits
 	files     files
 	proxy     *proxy.Proxy
@@ -149,6 +150,8 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 		Rate: int(c.Limits.RequestsPerSecond), Burst: int(c.Limits.Burst), DialAhead: int(c.Upstream.DialAhead),
 		Forwardable: d.forwardable, Record: d.record,
 	}, d.finder, d.engine)
+	endReadings := d.readings.begin()
+	defer endReadings()
 	answering := control.Serve(listening, d.routes())
 	defer func() { err = errors.Join(err, answering.Close()) }()
 	told := ctx // to end
