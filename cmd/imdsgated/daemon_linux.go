@@ -247,10 +247,15 @@ func (d *daemon) keptTerms(err error) {
 // passToJournal is a reader of the event file, which knows after a restart where it was.
 func (d *daemon) passToJournal(ctx context.Context, state string) {
 	err := sink.Journal(ctx, d.spool.Path(), state, func(err error) {
-		if err != nil {
+		switch {
+		case errors.Is(err, sink.ErrMissed):
+			d.log.Error().Err(err).Msg("journald does not have all events")
+		case errors.Is(err, sink.ErrNotCommitted):
+			d.log.Warn().Err(err).Msg("journald has events, and would have some twice")
+		case err != nil:
 			d.log.Warn().Err(err).Msg("journald takes no events, which wait in the event file")
-		} else {
-			d.log.Info().Msg("journald takes events again")
+		default:
+			d.log.Info().Msg("events are passed on to journald again as they should be")
 		}
 	})
 	if err != nil {

@@ -13,11 +13,18 @@ import (
 	"github.com/coreos/go-systemd/v22/journal"
 )
 
+// What Journal says to failed, besides that journald takes nothing.
+var (
+	ErrNotCommitted = errors.New("it is not written down what has been passed on, which would come again after a restart")
+	ErrMissed       = errors.New("events were removed before they were passed on")
+)
+
 // Journal passes on to journald what somebody should see: alerts, requests that were
 // denied or would have been, and what the daemon says of itself. It reads the spool at
 // path with a cursor in the file state, until ctx is done; what journald does not take
-// it tries again, and says so to failed, once, and nil once it works again. It returns
-// an error when the spool or the cursor cannot be read.
+// it tries again, and says so to failed, once, and nil once it works again. So it does
+// with a cursor that cannot be written, and with nothing to follow it says ErrMissed. It
+// returns an error when the spool or the cursor cannot be read.
 func Journal(ctx context.Context, path, state string, failed func(error)) error {
 	c, err := OpenCursor(path, state)
 	if err != nil {
@@ -32,16 +39,24 @@ func Journal(ctx context.Context, path, state string, failed func(error)) error 
 			return true
 		}
 	}
-	broken := false
-	var taken, committed time.Time // when a line was, and when that was written down
+	broken, uncommitted, missed := false, false, false
+	var taken, tried time.Time // when a line was, and when that was to be written down
 	for ctx.Err() == nil {
-		if taken.After(committed) && time.Since(committed) > notMoreOften {
-			if err := c.Commit(); err != nil {
-				return err
+		if (taken.After(tried) || uncommitted) && time.Since(tried) > notMoreOften {
+			err := c.Commit()
+			tried = time.Now()
+			if (err != nil) != uncommitted {
+				if uncommitted = err != nil; uncommitted {
+					err = fmt.Errorf("%w: %w", ErrNotCommitted, err)
+				}
+				failed(err)
 			}
-			committed = time.Now()
 		}
 		line, err := c.Next()
+		if c.Missed() && !missed {
+			missed = true
+			failed(ErrMissed)
+		}
 		if errors.Is(err, io.EOF) {
 			wait(lookAgain)
 			continue
@@ -61,7 +76,9 @@ func Journal(ctx context.Context, path, state string, failed func(error)) error 
 			err := journal.Send(e.message(), e.priority(), e.fields())
 			if (err != nil) != broken {
 				broken = err != nil
-				failed(err)
+				if broken || !uncommitted {
+					failed(err)
+				}
 			}
 			if err == nil {
 				break

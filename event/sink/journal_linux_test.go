@@ -2,6 +2,7 @@ package sink
 
 import (
 	"context"
+	"errors"
 	"net"
 	"os"
 	"os/exec"
@@ -64,7 +65,14 @@ func TestJournal(t *testing.T) {
 	}
 
 	dir := t.TempDir()
-	path, state := filepath.Join(dir, "events.ndjson"), filepath.Join(dir, "cursor")
+	path, state := filepath.Join(dir, "events.ndjson"), filepath.Join(dir, "state", "cursor")
+	place := func() {
+		t.Helper()
+		if err := os.Mkdir(filepath.Dir(state), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	place()
 	f := open(t, Options{Path: path})
 	defer f.Close()
 	failures := make(chan error, 10)
@@ -105,19 +113,57 @@ func TestJournal(t *testing.T) {
 
 	journald.Close()
 	f.Record(started(3))
-	select {
-	case err := <-failures:
-		if err == nil {
-			t.Error("nobody listens, and that is no failure")
+	says := func() error {
+		t.Helper()
+		select {
+		case err := <-failures:
+			return err
+		case <-time.After(5 * time.Second):
+			t.Fatal("it says nothing")
+			return nil
 		}
-	case <-time.After(5 * time.Second):
-		t.Fatal("nobody listens, and it does not say so")
+	}
+	if says() == nil {
+		t.Error("nobody listens, and that is no failure")
 	}
 	journald = listen()
 	defer journald.Close()
 	entry("MESSAGE=number 3")
-	if err := <-failures; err != nil {
+	if err := says(); err != nil {
+		t.Error(err)
+	}
+
+	// Nobody can write down where it is: it goes on.
+	if err := os.RemoveAll(filepath.Dir(state)); err != nil {
+		t.Fatal(err)
+	}
+	f.Record(started(4))
+	entry("MESSAGE=number 4")
+	if err := says(); !errors.Is(err, ErrNotCommitted) {
+		t.Error(err)
+	}
+	f.Record(started(5))
+	entry("MESSAGE=number 5")
+	place()
+	if err := says(); err != nil {
 		t.Error(err)
 	}
 	stop()
+	stop = run()
+	nothing()
+	stop()
+
+	// The file in which it was is gone.
+	if err := os.WriteFile(state, []byte(`{"file":"gone","offset":1}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	stop = run()
+	if err := says(); !errors.Is(err, ErrMissed) {
+		t.Error(err)
+	}
+	entry("MESSAGE=number 1")
+	stop()
+	if len(failures) > 0 {
+		t.Errorf("and then it says %v", <-failures)
+	}
 }

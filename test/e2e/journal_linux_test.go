@@ -105,7 +105,7 @@ func TestJournald(t *testing.T) {
 	h.logged("takes no events")
 	defer h.journal()()
 	h.journalctl(3, "IMDSGATE_DATASET=imdsgate.decision", "IMDSGATE_VERDICT=deny")
-	h.logged("takes events again")
+	h.logged("passed on to journald again")
 
 	seen := map[any]int{}
 	for _, e := range h.journalctl(1, "SYSLOG_IDENTIFIER=imdsgated") {
