@@ -9,7 +9,7 @@ import (
 // Enforcing reports whether an installation that is in place in this network namespace refuses what comes past it. So
 // the rules themselves say in which mode a daemon died, however it died.
 func Enforcing(ctx context.Context) (bool, error) {
-	all, err := findTools(ctx, searchPath())
+	all, err := findStores(ctx)
 	if err != nil {
 		return false, err
 	}

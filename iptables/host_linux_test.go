@@ -9,12 +9,14 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 
 	goiptables "github.com/coreos/go-iptables/iptables"
 	"golang.org/x/sys/unix"
@@ -242,6 +244,43 @@ func TestEnforcing(t *testing.T) {
 			s.Error("enforcing after removal")
 		}
 	})
+}
+
+// TestLegacyOnly has a kernel without nf_tables, for which its commands are installed nevertheless: what is in the
+// store of legacy is found and taken away.
+func TestLegacyOnly(t *testing.T) {
+	s := newHost(t)
+	s.install(s.open(Config{UID: uid, Backend: BackendLegacy, Enforce: true}))
+	s.expect("enforcing, released, removed", s.actor("without-nft").output(), "true <nil>, <nil>, true <nil>")
+	s.expect("what is left", s.rules(BackendLegacy), "")
+	s.do(func() error {
+		const nothing = 200
+		if !hasNFT() || netfilterHas(nothing, 0) {
+			t.Error("this kernel has nf_tables, and of course nothing that nobody knows")
+		}
+		return nil
+	})
+}
+
+// withoutNetfilter has this process's socket(2) say what it says on a kernel without nfnetlink.
+func withoutNetfilter() error {
+	const load, equals, is = unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, unix.BPF_RET | unix.BPF_K
+	filter := []unix.SockFilter{ // struct seccomp_data: the number is first, and the arguments begin at 16
+		{Code: load, K: 0}, {Code: equals, K: unix.SYS_SOCKET, Jf: 5},
+		{Code: load, K: 16}, {Code: equals, K: unix.AF_NETLINK, Jf: 3},
+		{Code: load, K: 16 + 2*8}, {Code: equals, K: unix.NETLINK_NETFILTER, Jf: 1},
+		{Code: is, K: unix.SECCOMP_RET_ERRNO | uint32(unix.EPROTONOSUPPORT)},
+		{Code: is, K: unix.SECCOMP_RET_ALLOW},
+	}
+	prog := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return err
+	}
+	_, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&prog)))
+	if errno != 0 {
+		return errno
+	}
+	return nil
 }
 
 // TestFailure lets the IPv6 half fail after the IPv4 one has been written.
@@ -659,6 +698,17 @@ func play(r string) error {
 		if _, err := Remove(ctx); err != nil {
 			return err
 		}
+		return nil
+	}
+	if r == "without-nft" {
+		runtime.LockOSThread()
+		if err := withoutNetfilter(); err != nil {
+			return err
+		}
+		enforcing, err := Enforcing(ctx)
+		released := Release(ctx)
+		removed, removeErr := Remove(ctx)
+		fmt.Printf("%v %v, %v, %v %v", enforcing, err, released, removed, removeErr)
 		return nil
 	}
 	return fmt.Errorf("no role %q", r)

@@ -654,7 +654,7 @@ func (t *tools) guard(is FamilyPlan) (Guard, error) {
 // packets, and they would be reset (nf_ct_netns_put, net/netfilter/nf_conntrack_proto.c; measured). Remove takes away
 // the rest when they have ended. Like Remove it needs to know nothing, and goes on after an error.
 func Release(ctx context.Context) error {
-	all, err := findTools(ctx, searchPath())
+	all, err := findStores(ctx)
 	errs := []error{err}
 	has, err := ipv6Presence()
 	errs = append(errs, err)
@@ -686,7 +686,7 @@ func Remove(ctx context.Context) (removed bool, err error) {
 	}
 	defer h.Close()
 	var errs []error
-	all, err := findTools(ctx, searchPath())
+	all, err := findStores(ctx)
 	errs = append(errs, err)
 	has, err := ipv6Presence()
 	errs = append(errs, err)

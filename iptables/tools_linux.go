@@ -11,10 +11,14 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
 )
 
 // ErrNoTool says that this host has no iptables command, or none of the back end asked for.
@@ -41,12 +45,17 @@ func (t *tools) store() string { return "iptables-" + t.backend.String() }
 // one a command is.
 func findTools(ctx context.Context, dirs []string) ([]*tools, error) {
 	var found []*tools
+	var unusable error
 	for _, suffix := range []string{"", "-nft", "-legacy"} {
 		t := find(dirs, suffix)
 		if t == nil {
 			continue
 		}
 		out, err := run(ctx, "", t.byFamily[IPv4].iptables, "--version")
+		if err != nil && ctx.Err() == nil && !hasNFT() { // without nfnetlink iptables-nft does not even say that
+			unusable = err
+			continue
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -57,10 +66,36 @@ func findTools(ctx context.Context, dirs []string) ([]*tools, error) {
 			found = append(found, t)
 		}
 	}
+	if len(found) == 0 && unusable != nil {
+		return nil, unusable
+	}
 	if len(found) == 0 {
 		return nil, fmt.Errorf("%w commands in %s: %s", ErrNoTool, strings.Join(dirs, ":"), howToInstall)
 	}
 	return found, nil
+}
+
+// findStores is findTools without the commands of a store that the kernel does not have, which can hold nothing of
+// ours: iptables-nft may be installed where legacy is in use, because the kernel has no nf_tables. Legacy says itself
+// that it has no tables.
+func findStores(ctx context.Context) ([]*tools, error) {
+	all, err := findTools(ctx, searchPath())
+	if err == nil && byBackend(all, BackendNFT) != nil && !hasNFT() {
+		all = slices.DeleteFunc(all, func(t *tools) bool { return t.backend == BackendNFT })
+	}
+	return all, err
+}
+
+// hasNFT asks the kernel for the number of the rules' generation, which loads the module if there is one.
+func hasNFT() bool { return netfilterHas(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETGEN) }
+
+// netfilterHas is true unless the kernel says that it has no such part, or no nfnetlink (nfnetlink_rcv_msg,
+// net/netfilter/nfnetlink.c).
+func netfilterHas(subsystem, message int) bool {
+	req := nl.NewNetlinkRequest(subsystem<<8|message, 0)
+	req.AddData(&nl.Nfgenmsg{Version: nl.NFNETLINK_V0})
+	_, err := req.Execute(unix.NETLINK_NETFILTER, 0)
+	return !errors.Is(err, unix.EPROTONOSUPPORT) && !errors.Is(err, unix.EINVAL)
 }
 
 // find returns the first directory's commands that are all there, so that builds are not mixed.
