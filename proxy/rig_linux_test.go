@@ -56,6 +56,8 @@ type setting struct {
 	silence time.Duration
 	// half bounds the wait for a client that sends no more; likewise.
 	half time.Duration
+	// witness is the kernel's; nil for none.
+	witness attribution.Witness
 }
 
 func newRig(t testing.TB, s setting) *rig {
@@ -67,7 +69,7 @@ func newRig(t testing.TB, s setting) *rig {
 	if err := netlink.ConntrackTableFlush(netlink.ConntrackTable); err != nil {
 		t.Fatal(err)
 	}
-	finder, err := attribution.New(attribution.Options{})
+	finder, err := attribution.New(attribution.Options{Witness: s.witness})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -593,7 +593,7 @@ func (s *session) finish(ev *event.Event) {
 func (s *session) upstreamFailed(ev *event.Event, err error, decided bool) error {
 	ev.Response.Failed = "the service cannot be reached"
 	switch {
-	case s.task.Cancelled():
+	case s.task.Cancelled(), errors.Is(err, loop.ErrCancelled): // or there was no room for it
 		ev.Response.Failed = "the proxy closed the connection"
 	case errors.Is(err, errClient):
 		ev.Response.Failed = "the client left before it was sent"

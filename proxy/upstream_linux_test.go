@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"strings"
 	"sync"
 	"testing"
@@ -407,5 +408,52 @@ func TestTunnelAnswers(t *testing.T) {
 		}
 		c.Close()
 		<-sent
+	}
+}
+
+// Of an answer whose framing breaks nobody knows where it ends but by the end of the
+// connection: no other answer follows it.
+func TestNothingBehindBrokenChunks(t *testing.T) {
+	for _, mode := range []policy.Mode{policy.Audit, policy.Enforce} {
+		t.Run(mode.String(), func(t *testing.T) {
+			const broken = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nhello\r\n"
+			r := newRig(t, setting{policy: policy.Config{Mode: mode}, lab: netlab.Options{NoIMDS: true}})
+			s := serve(t, r, func(n int, c *net.TCPConn, ask func() error) {
+				if ask() != nil {
+					return
+				}
+				answer := kept
+				if n == 1 {
+					answer = broken
+				}
+				io.WriteString(c, answer)
+			})
+			if got, end := talk(t, r.dial(false), askA+askB, 5*time.Second); got != broken || end != "FIN" || s.saw() != "1 GET /latest/meta-data/ami-id" {
+				t.Errorf("%q, %s, and the service saw %s", got, end, s.saw())
+			}
+		})
+	}
+}
+
+// Who is turned away while his request waits for the service has not met a service that
+// cannot be reached.
+func TestNoRoomBeforeSent(t *testing.T) {
+	k := newSlowKernel(func(netip.Addr) bool { return true })
+	r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}, witness: k})
+	t.Cleanup(k.all)
+	lose := []string{"OUTPUT", "-d", "169.254.169.254", "-p", "tcp", "--syn", "-m", "mark", "--mark", "0x7fff0815", "-j", "DROP"}
+	run(t, "iptables", append([]string{"-I"}, lose...)...)
+	defer run(t, "iptables", append([]string{"-D"}, lose...)...)
+	goOn := r.hold()
+	c := r.dial(false)
+	io.WriteString(c, askA) // is there when the connection is accepted
+	goOn()
+	until(t, "asked about", func() bool { return k.asked.Load() == 1 })
+	r.proxy.mu.Lock()
+	r.proxy.over = true // and so has no room for anybody
+	r.proxy.mu.Unlock()
+	k.all()
+	if ev := r.recorded(1)[0]; ev.Response.Failed != "the proxy closed the connection" || r.proxy.Stats().UpstreamFailed.Load() != 0 {
+		t.Errorf("%+v, and the service failed %d times", ev.Response, r.proxy.Stats().UpstreamFailed.Load())
 	}
 }

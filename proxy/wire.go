@@ -408,7 +408,7 @@ func (s *session) relayBody(a *answer, head *response, have int, what handout) e
 	for !b.ended {
 		n, err := s.receive(s.out)
 		m := b.take(s.out[:n])
-		if m < n {
+		if m < n || b.broken {
 			a.close = true
 		}
 		if sendErr := s.send(a, s.out[:m]); sendErr != nil {
