@@ -126,7 +126,8 @@ func (s *session) run() {
 		s.count++
 		s.idle.Store(int64(time.Since(start)))
 		s.busy.Store(false)
-		if s.ends() {
+		// What has been asked behind it is answered, too.
+		if s.ends() && len(s.in) == 0 && s.client.Look() != loop.Ready {
 			s.goodbye(false)
 			return
 		}

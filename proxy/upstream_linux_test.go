@@ -457,3 +457,53 @@ func TestNoRoomBeforeSent(t *testing.T) {
 		t.Errorf("%+v, and the service failed %d times", ev.Response, r.proxy.Stats().UpstreamFailed.Load())
 	}
 }
+
+// Requests that were sent one behind the other are answered before the end, each.
+func TestEndAnswersPipelined(t *testing.T) {
+	for _, end := range []struct {
+		name string
+		do   func(p *Proxy) error
+	}{
+		{"Shutdown", func(p *Proxy) error { return p.Shutdown(context.Background()) }},
+		{"Drain", func(p *Proxy) error { return p.Drain(context.Background()) }},
+	} {
+		for _, apart := range []bool{false, true} {
+			t.Run(end.name, func(t *testing.T) {
+				r := newRig(t, setting{lab: netlab.Options{NoIMDS: true}})
+				asked, answer := make(chan struct{}, 2), make(chan struct{})
+				defer close(answer)
+				s := serve(t, r, func(n int, c *net.TCPConn, ask func() error) {
+					for ask() == nil {
+						asked <- struct{}{}
+						<-answer
+						io.WriteString(c, kept)
+					}
+				})
+				conn := r.dial(false)
+				first, then := askA+askB, ""
+				if apart {
+					first, then = askA, askB
+				}
+				io.WriteString(conn, first)
+				until(t, "asked", func() bool { return len(asked) == 1 })
+				<-asked
+				io.WriteString(conn, then)
+				done := make(chan error, 1)
+				go func() { done <- end.do(r.proxy) }()
+				until(t, "ending", func() bool { return r.proxy.closing.Load() || r.proxy.drained.Load() > 0 })
+				answer <- struct{}{}
+				select {
+				case <-asked:
+					answer <- struct{}{}
+				case <-time.After(time.Second):
+				}
+				if got, end := talk(t, conn, "", 3*time.Second); got != kept+kept || end != "FIN" {
+					t.Errorf("%q, %s, and the service saw %s", got, end, s.saw())
+				}
+				if err := <-done; err != nil {
+					t.Error(err)
+				}
+			})
+		}
+	}
+}
