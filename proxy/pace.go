@@ -1,6 +1,8 @@
 package proxy
 
 import (
+	"errors"
+	"os"
 	"sync"
 	"time"
 
@@ -70,20 +72,27 @@ func (p *pace) of(of part) *rate.Limiter {
 }
 
 // paced waits for the turn of a request. It reports false if the caller asks so often
-// that it would take too long; in audit mode, where nothing may break, it does not.
-func (s *session) paced() bool {
+// that it would take too long; in audit mode, where nothing may break, it does not. The
+// error says that the connection is over, and that nothing shall be sent for it.
+func (s *session) paced() (soon bool, err error) {
 	wait, long := s.p.pace.hold(s.of)
 	if long {
 		s.p.stats.Throttled.Add(1)
 		if s.p.engine.Mode() == policy.Enforce {
-			return false
+			return false, nil
 		}
 		wait = heldFor
 	}
 	for until := time.Now().Add(wait); wait > 0; wait = time.Until(until) {
-		if s.task.Wait(until, loop.Interest{Conn: s.client, For: loop.Gone}) != nil || s.client.Look() == loop.Broken {
-			break
+		err := s.task.Wait(until, s.fromClient(loop.Gone))
+		switch {
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			return true, nil
+		case err != nil:
+			return false, err
+		case s.client.Look() == loop.Broken:
+			return false, errClient
 		}
 	}
-	return true
+	return true, nil
 }

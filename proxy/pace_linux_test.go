@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/proxy/imds/imdstest"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
 )
 
@@ -51,6 +52,34 @@ func TestPaced(t *testing.T) {
 			}
 			if seen := len(r.received()); throttled != later || seen != ok+1 {
 				t.Errorf("%d of %d are recorded, and the service saw %d connections", throttled, later, seen)
+			}
+		})
+	}
+}
+
+// Who leaves while his request waits for its turn has not asked: the service does not
+// hear of it, and the record says so.
+func TestLeavesBeforeTurn(t *testing.T) {
+	const rate = 4 // and twice that at once
+	for _, mode := range []policy.Mode{policy.Audit, policy.Enforce} {
+		t.Run(mode.String(), func(t *testing.T) {
+			r := newRig(t, setting{lab: netlab.Options{IMDS: &imdstest.Config{Persistence: imdstest.AlwaysKeep}}, policy: policy.Config{Mode: mode}, rate: rate})
+			c := r.dialAs(hoarder)
+			for range 2 * rate {
+				r.served("a client", c, keep)
+			}
+			c.SetLinger(0)
+			if _, err := c.Write([]byte(keep)); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(50 * time.Millisecond) // now it waits, for some 250
+			c.Close()
+			ev := r.recorded(2*rate + 1)[2*rate]
+			if ev.Response.Failed != "the client left before it was sent" || ev.Response.Status != 0 {
+				t.Errorf("%+v", ev.Response)
+			}
+			if n := strings.Count(strings.Join(r.received(), ""), "GET "); n != 2*rate {
+				t.Errorf("the service got %d requests, want %d", n, 2*rate)
 			}
 		})
 	}

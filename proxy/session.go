@@ -377,7 +377,10 @@ func (s *session) exchange(r *http1.Request) error {
 			search = wholeLater
 		}
 	}
-	paced := s.paced()
+	paced, err := s.paced()
+	if err != nil {
+		return s.upstreamFailed(ev, err, false)
+	}
 	decided := make(chan struct{})
 	if enforce {
 		s.task.Away(func() { s.decide(ev, AttributeIn, search) })

@@ -458,6 +458,28 @@ func TestNoRoomBeforeSent(t *testing.T) {
 	}
 }
 
+// A service that refuses a connection is the client's to see, also if it would take the
+// next one: without us the client had none.
+func TestRefusedOnce(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{NoIMDS: true}})
+	conn := r.dial(false)
+	time.Sleep(20 * time.Millisecond) // now its session has seen that
+	goOn := r.hold()
+	s := serve(t, r, func(_ int, c *net.TCPConn, ask func() error) {
+		if ask() == nil {
+			io.WriteString(c, kept)
+		}
+	})
+	io.WriteString(conn, askA)
+	goOn()
+	if got, end := talk(t, conn, "", 5*time.Second); got != "" || end != "RST" || s.saw() != "" {
+		t.Errorf("%q, %s, and the service saw %q", got, end, s.saw())
+	}
+	if ev := r.recorded(1)[0]; ev.Response.Failed != "the service cannot be reached" {
+		t.Errorf("%+v", ev.Response)
+	}
+}
+
 // Requests that were sent one behind the other are answered before the end, each.
 func TestEndAnswersPipelined(t *testing.T) {
 	for _, end := range []struct {

@@ -586,7 +586,10 @@ func (s *session) odd(why error, r *http1.Request) {
 		s.task.Away(func() { s.decide(ev, 0, likely) })
 		s.finish(ev)
 	}
-	s.paced()
+	if _, err := s.paced(); err != nil {
+		s.client.Reset()
+		return
+	}
 	s.tunnel()
 }
 

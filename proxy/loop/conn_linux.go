@@ -38,6 +38,7 @@ type Conn struct {
 	place  int32  // by which epoll knows it; negative if it does not
 	seen   Events // and not dealt with
 	gone   bool
+	broken bool  // as Look says from then on
 	ended  bool  // by this side, as Aborted says
 	unread bool  // something has come that was not read
 	task   *Task // that waits for it
@@ -189,9 +190,11 @@ func (c *Conn) Reset() {
 	}
 }
 
-// failed notes what the kernel tells only once.
+// failed notes what the kernel tells only once. EPIPE is no such thing: this side may
+// have said itself that it writes no more.
 func (c *Conn) failed(errno unix.Errno) {
 	c.gone = true
+	c.broken = c.broken || errno != unix.EPIPE
 	c.ended = c.ended || errno == unix.ECONNABORTED
 }
 
@@ -235,10 +238,10 @@ const (
 
 // Look tells the state of a connection. Waits end when it changes.
 func (c *Conn) Look() State {
-	if c.fd < 0 {
+	c.seen &^= In
+	if c.fd < 0 || c.broken {
 		return Broken
 	}
-	c.seen &^= In
 	var one [1]byte
 	n, _, errno := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(c.fd), uintptr(unsafe.Pointer(&one)), 1, unix.MSG_PEEK|unix.MSG_DONTWAIT, 0, 0)
 	switch {

@@ -663,3 +663,50 @@ func TestStirred(t *testing.T) {
 		}
 	})
 }
+
+// The kernel tells of a reset once, and Look each time. A write after CloseWrite fails,
+// too, and says nothing of the other side.
+func TestStaysBroken(t *testing.T) {
+	l := run(t)
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	tcp, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Connect(tcp, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: ln.Addr().(*net.TCPAddr).Port}); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.SetNonblock(tcp, true); err != nil {
+		t.Fatal(err)
+	}
+	other, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	other.(*net.TCPConn).SetLinger(0)
+	other.Close()
+	fd, far := pair(t)
+	do(t, l, func(k *Task) {
+		c := k.Adopt(tcp)
+		defer c.Close()
+		for n := range 3 {
+			if s := c.Look(); s != Broken {
+				t.Errorf("%d: %v", n, s)
+			}
+		}
+		half := k.Adopt(fd)
+		defer half.Close()
+		half.CloseWrite()
+		if _, err := half.Write([]byte("x")); err != unix.EPIPE {
+			t.Errorf("a write after CloseWrite: %v", err)
+		}
+		far.Write([]byte("x"))
+		if s := half.Look(); s != Ready {
+			t.Errorf("%v, though the other side has answered", s)
+		}
+	})
+}
