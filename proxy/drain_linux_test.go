@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"strings"
 	"syscall"
 	"testing"
@@ -85,4 +86,40 @@ func TestDrain(t *testing.T) {
 	}
 	ask(later, id)
 	answer(later)
+}
+
+// A client about whom the kernel is being asked has no slot yet, and perhaps an answer
+// of audit mode on its way. That is waited for, and not for ever.
+func TestDrainArriving(t *testing.T) {
+	for _, late := range []bool{false, true} {
+		t.Run(fmt.Sprint("late ", late), func(t *testing.T) {
+			k := newSlowKernel(func(netip.Addr) bool { return true })
+			r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}, witness: k})
+			t.Cleanup(k.all)
+			goOn := r.hold()
+			c := r.dial(false)
+			io.WriteString(c, askA) // is there when the connection is accepted, and passed on at once
+			goOn()
+			until(t, "passed on", func() bool { return k.asked.Load() == 1 && len(r.received()) == 1 })
+			r.engine.SetMode(policy.Enforce)
+			ctx, cancel := context.WithTimeout(context.Background(), 200*time.Millisecond)
+			defer cancel()
+			if !late {
+				ctx = context.Background()
+				time.AfterFunc(100*time.Millisecond, k.all)
+			}
+			begin := time.Now()
+			err := r.proxy.Drain(ctx)
+			if took := time.Since(begin); (err != nil) != late || took < 100*time.Millisecond || took > drainTimeout/2 {
+				t.Errorf("%v after %v", err, took)
+			}
+			left := 0
+			r.each(func(*session) { left++ })
+			k.all()
+			got, end := talk(t, c, "", 5*time.Second)
+			if late && (got != "" || end != "RST") || !late && (left != 0 || !strings.HasPrefix(got, "HTTP/1.1 200 ") || end != "FIN") {
+				t.Errorf("the client got %q, %s; %d sessions were left", got, end, left)
+			}
+		})
+	}
 }

@@ -261,12 +261,12 @@ func (p *Proxy) accept(t *loop.Task, from *net.TCPListener, forwarded bool) erro
 		s.conn = event.Connection{Source: unmap(peer), Forwarded: forwarded, Accepted: s.accepted}
 		s.idle.Store(int64(time.Since(start)))
 		p.wg.Add(1)
-		p.arrive(s)
-		s.task = t.Go(func(*loop.Task) {
+		s.task = t.Go(func(*loop.Task) { // which does not run yet
 			defer p.wg.Done()
 			s.run()
 			p.leave(s)
 		})
+		p.arrive(s)
 	}
 }
 
@@ -288,7 +288,7 @@ func exhausted(err error) bool {
 func (p *Proxy) Open() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return len(p.local.sessions) + len(p.forwarded.sessions)
+	return p.local.taken() + p.forwarded.taken()
 }
 
 // Shutdown stops accepting, lets requests that have come be answered, in audit
@@ -355,7 +355,7 @@ func (p *Proxy) end(ctx context.Context, done <-chan struct{}) (cancelled int) {
 			defer p.mu.Unlock()
 			p.over = p.closing.Load()
 			for s := range p.sessions() {
-				if s.ends() {
+				if s.ends() && !s.task.Cancelled() { // or else it was told before
 					s.task.Cancel()
 					cancelled++
 				}
@@ -373,7 +373,7 @@ func unanswered(connections int) error {
 	return fmt.Errorf("closed %d connections whose answer had not come", connections)
 }
 
-// sessions yields those that have a slot. It is called with p.mu held.
+// sessions yields those that have not ended. It is called with p.mu held.
 func (p *Proxy) sessions() iter.Seq[*session] {
 	return func(yield func(*session) bool) {
 		for _, h := range []*slots{p.local, p.forwarded} {

@@ -67,11 +67,11 @@ type part struct {
 // them.
 type slots struct {
 	limit    int
-	sessions map[*session]struct{}
-	held     map[owner]*int // how many of the sessions each owner has
-	parts    map[part]*int  // and from each cgroup
-	waiting  int            // who wait for room
-	left     chan struct{}  // told when there is some, with place for one
+	sessions map[*session]struct{} // those that are arriving, too
+	held     map[owner]*int        // how many slots each owner has
+	parts    map[part]*int         // and from each cgroup
+	waiting  int                   // who wait for room
+	left     chan struct{}         // told when there is some, with place for one
 
 	// arriving counts the connections that have no slot: it was accepted
 	// and its owner is not known yet, or it was told to end and has not yet. Both
@@ -98,8 +98,12 @@ func newSlots(limit int) *slots {
 func (h *slots) add(s *session, of part) {
 	s.of = of
 	s.held, s.part = count(h.held, of.owner), count(h.parts, of)
+	s.arriving = false
 	h.sessions[s] = struct{}{}
 }
+
+// taken counts the slots that are.
+func (h *slots) taken() int { return len(h.sessions) - h.arriving }
 
 // count counts one more.
 func count[K comparable](m map[K]*int, k K) *int {
@@ -112,11 +116,9 @@ func count[K comparable](m map[K]*int, k K) *int {
 	return n
 }
 
+// remove takes the slot of a session that has one.
 func (h *slots) remove(s *session) {
-	if _, ok := h.sessions[s]; !ok {
-		return
-	}
-	delete(h.sessions, s)
+	s.arriving = true
 	if *s.held--; *s.held == 0 {
 		delete(h.held, s.of.owner)
 	}
@@ -134,14 +136,16 @@ func (h *slots) remove(s *session) {
 func (h *slots) last() *session {
 	var spared [kinds]int
 	for s := range h.sessions {
-		spared[s.kind.Load()]++
+		if !s.arriving {
+			spared[s.kind.Load()]++
+		}
 	}
 	spared[ordinary] = h.limit // and more
 	var last *session
 	var lastIdle int64 // since when; math.MaxInt64 if it is not
 	before := int64(time.Since(start) - grace)
 	for s := range h.sessions {
-		if spared[s.kind.Load()] <= h.limit/reserve {
+		if s.arriving || spared[s.kind.Load()] <= h.limit/reserve {
 			continue
 		}
 		idle := s.idle.Load()
@@ -167,15 +171,14 @@ func (p *Proxy) admit(s *session, of part) bool {
 		return false
 	}
 	h.add(s, of)
+	h.arriving--
 	var last *session
-	if len(h.sessions) > h.limit {
+	if h.taken() > h.limit {
 		last = cmp.Or(h.last(), s)
 		h.remove(last)
-		last.arriving = true // in the place of s, if it is not s
+		h.arriving++
 		p.stats.Evicted.Add(1)
-	}
-	s.arriving = s == last
-	if last == nil {
+	} else {
 		h.arrived()
 	}
 	p.mu.Unlock()
@@ -194,7 +197,8 @@ func (p *Proxy) arrive(s *session) {
 	defer p.mu.Unlock()
 	s.arriving = true
 	s.slots.arriving++
-	s.room = len(s.slots.sessions)+s.slots.arriving < s.slots.limit/2
+	s.slots.sessions[s] = struct{}{}
+	s.room = len(s.slots.sessions) < s.slots.limit/2
 }
 
 // full reports whether no more should be accepted. The task is woken when that changes.
@@ -208,9 +212,8 @@ func (p *Proxy) full(h *slots, t *loop.Task) bool {
 	return full
 }
 
-// arrived counts one that has a slot now, or has ended.
+// arrived tells who waits that there are fewer.
 func (h *slots) arrived() {
-	h.arriving--
 	for _, t := range h.accepting {
 		t.Wake()
 	}
@@ -233,7 +236,7 @@ func (p *Proxy) lockWithRoom(s *session, of part) {
 	var timer <-chan time.Time // made when there is no room
 	for waits := true; ; {
 		p.mu.Lock()
-		if !waits || p.over || len(h.sessions) < h.limit || h.waiting >= maxWaiting {
+		if !waits || p.over || h.taken() < h.limit || h.waiting >= maxWaiting {
 			return
 		}
 		if last := h.last(); last == nil || !last.busy.Load() || last.of.owner != of.owner {
@@ -259,8 +262,11 @@ func (p *Proxy) lockWithRoom(s *session, of part) {
 func (p *Proxy) leave(s *session) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	s.slots.remove(s)
-	if s.arriving {
+	if !s.arriving {
+		s.slots.remove(s)
+	} else {
+		s.slots.arriving--
 		s.slots.arrived()
 	}
+	delete(s.slots.sessions, s)
 }

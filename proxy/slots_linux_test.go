@@ -86,7 +86,7 @@ func (r *rig) full(h *slots) {
 	end := time.Now().Add(time.Second)
 	for ; ; time.Sleep(time.Millisecond) {
 		r.proxy.mu.Lock()
-		open, arriving := len(h.sessions), h.arriving
+		open, arriving := h.taken(), h.arriving
 		r.proxy.mu.Unlock()
 		if open == h.limit && arriving == 0 {
 			return
@@ -215,7 +215,7 @@ func TestLast(t *testing.T) {
 		if got != w {
 			t.Fatalf("%d: %+v, want %+v", i, got, w)
 		}
-		h.remove(got)
+		h.remove(got) // and it has not ended
 	}
 	add(hoarder, other, true)
 	if got := h.last(); got != want[2] {

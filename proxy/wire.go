@@ -470,6 +470,9 @@ var errOwed = errors.New("the body has come")
 
 // receive reads once from upstream, for as long as the client is there.
 func (s *session) receive(b []byte) (int, error) {
+	if s.task.Cancelled() && s.ends() {
+		return 0, loop.ErrCancelled // an answer that has come may be of the mode before
+	}
 	silent := time.Now().Add(s.p.silence)
 	for {
 		n, err := s.up.Read(b)
