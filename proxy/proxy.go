@@ -114,6 +114,7 @@ type Proxy struct {
 
 	selfTests selfTests
 
+	turns    turns
 	pace     pace
 	rendered rendered
 	tokens   *tokens

@@ -36,7 +36,10 @@ type session struct {
 	held     *int // by its owner, with this one
 	part     *int // from its cgroup
 	arriving bool // has a place among those without a slot
+	ending   bool // is counted in slots.ending
 	room     bool // for many more, when it was accepted
+
+	turn bool // it has waited for one, and has it
 
 	prepared bool           // up was made before it was asked for
 	near     netip.AddrPort // of up; the zero value if there is none
@@ -156,37 +159,56 @@ func (s *session) first() bool {
 // known finds out whose the connection is, unless it was. It reports false if there is
 // no room for it.
 func (s *session) known() bool {
-	admitted := true
-	if s.lookup == nil {
-		s.task.Away(func() { admitted = s.enter() })
+	if s.lookup != nil {
+		return true
 	}
+	admitted := true
+	if s.forwarded {
+		t, o := &s.p.turns, forwardedOwner(s.conn.Source.Addr())
+		if !t.take(o) {
+			s.task.Away(func() { admitted = s.comeIn() })
+			if !admitted || !t.wait(s, o) {
+				return false
+			}
+		}
+		defer t.give(o)
+	}
+	s.task.Away(func() { admitted = s.enter() })
 	return admitted
 }
 
 // enter finds out whose the connection is, and whether there is room for it. It is
 // called away from the loop.
 func (s *session) enter() bool {
-	s.lookup = s.p.finder.Ask(attribution.Conn{Client: s.conn.Source, Endpoint: s.conn.Destination, Forwarded: s.forwarded, Arrived: true})
-	if s.forwarded {
-		if err := s.forwardable(); err != nil {
-			s.p.stats.NotForwardable.Add(1)
-			s.refuse("the host would not have forwarded it: " + err.Error())
-			return false
-		}
-		// One hop from the container to this host, and one that the service's
-		// answer has already made. Deeper nesting cannot be told from outside,
-		// and a client's own TTL is his to choose.
-		s.minTTL = 2
+	if s.forwarded && s.minTTL == 0 && !s.comeIn() {
+		return false
 	}
+	s.lookup = s.p.finder.Ask(attribution.Conn{Client: s.conn.Source, Endpoint: s.conn.Destination, Forwarded: s.forwarded, Arrived: true})
 	if s.p.looped(s) {
 		s.reset = true
 		return false
 	}
-	if !s.p.admit(s, s.ownedBy()) {
+	if s.forwarded && s.task.Cancelled() || !s.forwarded && !s.p.admit(s, s.ownedBy()) {
 		return false
 	}
 	s.lookup.Search()
 	return true
+}
+
+// comeIn finds out whether there is room for a forwarded connection, whose owner is known
+// from its address, before the kernel is asked about it (turns). It is called away from
+// the loop.
+func (s *session) comeIn() bool {
+	if err := s.forwardable(); err != nil {
+		s.p.stats.NotForwardable.Add(1)
+		s.refuse("the host would not have forwarded it: " + err.Error())
+		return false
+	}
+	// One hop from the container to this host, and one that the service's
+	// answer has already made. Deeper nesting cannot be told from outside,
+	// and a client's own TTL is his to choose.
+	s.minTTL = 2
+	return s.p.admit(s, s.ownedBy())
 }
 
 // close ends both connections. An answer that is cut off must not look like a whole

@@ -75,14 +75,22 @@ type slots struct {
 
 	// arriving counts the connections that have no slot: it was accepted
 	// and its owner is not known yet, or it was told to end and has not yet. Both
-	// take less than a millisecond, or 100 when policy is being asked.
+	// take less than a millisecond, or 100 when policy is being asked. For forwarded
+	// clients it may take longer, which turns and maxEnding are about.
 	arriving  int
 	accepting []*loop.Task // wait until there are fewer
+
+	ending map[owner]int // of those that were told to end, who had a request under way
 }
 
 // maxArriving bounds them. Fewer, and connections that are slow to end hold up the
 // next ones in the backlog; more, and a flood takes that much more memory.
 const maxArriving = 256
+
+// maxEnding bounds those of one owner that end in the middle, which may take long: of him
+// none other ends for a new one before they have, but that itself. More, and one owner may
+// hold up all others' next ones; fewer, and he loses new ones where he could lose old ones.
+const maxEnding = maxArriving / 8
 
 // grace is how long a connection may be without a request before it counts as
 // idle: clients that mean to ask do so at once. Shorter, and under load one that
@@ -91,7 +99,7 @@ const maxArriving = 256
 const grace = 50 * time.Millisecond
 
 func newSlots(limit int) *slots {
-	return &slots{limit: max(limit, 1), sessions: map[*session]struct{}{}, held: map[owner]*int{}, parts: map[part]*int{},
+	return &slots{limit: max(limit, 1), sessions: map[*session]struct{}{}, held: map[owner]*int{}, parts: map[part]*int{}, ending: map[owner]int{},
 		left: make(chan struct{}, 1)}
 }
 
@@ -175,6 +183,12 @@ func (p *Proxy) admit(s *session, of part) bool {
 	var last *session
 	if h.taken() > h.limit {
 		last = cmp.Or(h.last(), s)
+		if busy := last != s && last.busy.Load(); busy && last.of.owner == of.owner && h.ending[of.owner] >= maxEnding {
+			last = s
+		} else if busy {
+			last.ending = true
+			h.ending[last.of.owner]++
+		}
 		h.remove(last)
 		h.arriving++
 		p.stats.Evicted.Add(1)
@@ -267,6 +281,11 @@ func (p *Proxy) leave(s *session) {
 	} else {
 		s.slots.arriving--
 		s.slots.arrived()
+	}
+	if s.ending {
+		if s.slots.ending[s.of.owner]--; s.slots.ending[s.of.owner] == 0 {
+			delete(s.slots.ending, s.of.owner)
+		}
 	}
 	delete(s.slots.sessions, s)
 }

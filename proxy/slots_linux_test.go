@@ -11,6 +11,7 @@ import (
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy"
 	"github.com/imdsgate/imdsgate/proxy/imds/imdstest"
+	"github.com/imdsgate/imdsgate/proxy/loop"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
 )
 
@@ -309,6 +310,81 @@ func TestForwardedHoarders(t *testing.T) {
 	}
 	r.full(r.proxy.local)
 	r.served("a container, beside a user who hoards", r.dialFrom(r.lab.Routed), ask)
+}
+
+// A container about whose clients the kernel takes long to tell holds up no other one, nor
+// those of its own clients that have to go.
+func TestForwardedSlowly(t *testing.T) {
+	for name, conns := range map[string]int{"room for all": 0, "little room": 16} {
+		for _, mode := range []policy.Mode{policy.Audit, policy.Enforce} {
+			t.Run(name+" "+mode.String(), func(t *testing.T) {
+				bridged := netip.MustParseAddr("172.17.0.2")
+				k := newSlowKernel(func(a netip.Addr) bool { return a == bridged })
+				cfg := emulator()
+				cfg.HopLimit = 64
+				r := newRig(t, setting{lab: netlab.Options{IMDS: cfg, Containers: true}, conns: conns, witness: k, policy: policy.Config{Mode: mode}})
+				t.Cleanup(k.all)
+				for range maxArriving + 64 {
+					r.dialFrom(r.lab.Bridged)
+				}
+				h := r.proxy.forwarded
+				until(t, "settled", func() bool {
+					r.proxy.mu.Lock()
+					defer r.proxy.mu.Unlock()
+					return h.taken() == min(h.limit, maxArriving+64) && h.arriving <= maxTurns
+				})
+				begin := time.Now()
+				r.served("another container", r.dialFrom(r.lab.Routed), ask)
+				if took := time.Since(begin); took > time.Second {
+					t.Errorf("it took %v", took)
+				}
+				if n := k.most.Load(); n > maxTurns {
+					t.Errorf("the kernel was asked about %d at a time", n)
+				}
+				k.all()
+				c := r.dialFrom(r.lab.Bridged)
+				r.served("the container, when it is told of again", c, keep)
+				turns := make(chan int)
+				r.loop().Start(func(*loop.Task) { turns <- len(r.proxy.turns.taken) + len(r.proxy.turns.waiting) })
+				if n := <-turns; n != 0 {
+					t.Errorf("%d have a turn or wait for one", n)
+				}
+			})
+		}
+	}
+}
+
+// One owner's connections that are slow to end in the middle are not many: then a new one
+// of his goes instead, and another owner's does not.
+func TestSlowToEnd(t *testing.T) {
+	r := newRig(t, setting{policy: policy.Config{Mode: policy.Enforce}, conns: 256})
+	p, h := r.proxy, r.proxy.local
+	var all []*session
+	come := func(uid uint32) bool {
+		s := &session{p: p, slots: h, accepted: time.Now()}
+		s.task, _ = p.loop.Start(func(*loop.Task) {})
+		s.busy.Store(true)
+		all = append(all, s)
+		p.arrive(s)
+		return p.admit(s, part{owner: owner{known: true, uid: uid}})
+	}
+	for n := range h.limit + maxEnding {
+		if !come(hoarder) {
+			t.Fatalf("%d has no room", n)
+		}
+	}
+	if come(hoarder) || come(hoarder) {
+		t.Error("one more of his has ended in the middle")
+	}
+	if !come(bystander) {
+		t.Error("there is no room for another owner")
+	}
+	for _, s := range all {
+		p.leave(s)
+	}
+	if len(h.ending) != 0 {
+		t.Errorf("left: %v", h.ending)
+	}
 }
 
 func TestForwardedOwner(t *testing.T) {

@@ -1,0 +1,67 @@
+package proxy
+
+import (
+	"slices"
+	"time"
+)
+
+// turns bound how many questions about the clients of one forwarded owner are asked at a
+// time. Where we may not enter a container's network namespace, such a question reads the
+// table of its connections; who lives there can make that so long that it takes half a
+// second, and nothing ends it early. So it is asked about who has a slot already, and who
+// waits for his turn can be told to go: or else the clients of one container take all
+// places of those that arrive, and nobody of another one is accepted. It is used on the
+// loop.
+type turns struct {
+	taken   map[owner]int
+	waiting []*session // who came first is first
+}
+
+// maxTurns is for each owner. More, and one with a long table takes more of the processor;
+// fewer, and one question that is slow keeps up all others of its owner.
+const maxTurns = 2
+
+func (t *turns) take(o owner) bool {
+	if t.taken[o] == maxTurns {
+		return false
+	}
+	if t.taken == nil {
+		t.taken = map[owner]int{}
+	}
+	t.taken[o]++
+	return true
+}
+
+// wait waits for a turn. It reports false if the session is cancelled before.
+func (t *turns) wait(s *session, o owner) bool {
+	t.waiting = append(t.waiting, s)
+	for !s.turn {
+		if s.task.Wait(time.Time{}) != nil {
+			break
+		}
+	}
+	if s.turn && s.task.Cancelled() {
+		t.give(o)
+		return false
+	}
+	if !s.turn {
+		i := slices.Index(t.waiting, s)
+		t.waiting = slices.Delete(t.waiting, i, i+1)
+	}
+	return s.turn
+}
+
+// give gives a turn to who has waited longest for one of this owner's, if somebody has.
+func (t *turns) give(o owner) {
+	for i, s := range t.waiting {
+		if s.of.owner == o {
+			t.waiting = slices.Delete(t.waiting, i, i+1)
+			s.turn = true
+			s.task.Wake()
+			return
+		}
+	}
+	if t.taken[o]--; t.taken[o] == 0 {
+		delete(t.taken, o)
+	}
+}
