@@ -113,6 +113,7 @@ type Proxy struct {
 	ours  ours
 
 	selfTests selfTests
+	accepted  [2]atomic.Uint64 // as acceptedOver says
 
 	turns    turns
 	pace     pace
@@ -223,9 +224,9 @@ func (p *Proxy) stand(f func(*loop.Task)) *loop.Task {
 
 // accept begins a session for each connection.
 func (p *Proxy) accept(t *loop.Task, from *net.TCPListener, forwarded bool) error {
-	slots := p.local
+	slots, accepted := p.local, p.acceptedOver(unmap(from.Addr().(*net.TCPAddr).AddrPort()))
 	if forwarded {
-		slots = p.forwarded
+		slots, accepted = p.forwarded, new(atomic.Uint64) // of which no self-test is one
 	}
 	ln, err := t.Listen(from)
 	if err != nil {
@@ -258,6 +259,7 @@ func (p *Proxy) accept(t *loop.Task, from *net.TCPListener, forwarded bool) erro
 		case err != nil:
 			return fmt.Errorf("accept on %v: %w", from.Addr(), err)
 		}
+		accepted.Add(1)
 		s := &session{p: p, client: c, slots: slots, forwarded: forwarded, accepted: time.Now()}
 		s.conn = event.Connection{Source: unmap(peer), Forwarded: forwarded, Accepted: s.accepted}
 		s.idle.Store(int64(time.Since(start)))

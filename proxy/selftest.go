@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -29,6 +30,9 @@ var (
 	ErrStuck = errors.New("the event loop does not run")
 	// ErrUnanswered says that the connection was made, and nothing comes back.
 	ErrUnanswered = errors.New("no answer")
+	// ErrBusy says that it waits to be accepted, and that others which came before are
+	// being accepted: nothing is known yet.
+	ErrBusy = errors.New("no answer yet: others are served first")
 	// ErrNotRedirected says that somebody else answered.
 	ErrNotRedirected = errors.New("the connection did not come to the daemon")
 )
@@ -75,6 +79,8 @@ func (a *selfTests) take(near netip.AddrPort) (selfTest, bool) {
 // path that it does not have. It may be called from any goroutine, once Serve is.
 func (p *Proxy) SelfTest(ctx context.Context, endpoint netip.AddrPort) error {
 	secret := selfTest{"GET /" + rand.Text() + " HTTP/1.1\r\nHost: imdsgate\r\n\r\n", rand.Text()}
+	accepted := p.acceptedOver(endpoint)
+	before := accepted.Load()
 	err := p.onLoop(ctx, func(t *loop.Task) error {
 		fd, near, err := p.selfTests.dial(endpoint, secret)
 		if err != nil {
@@ -90,18 +96,31 @@ func (p *Proxy) SelfTest(ctx context.Context, endpoint netip.AddrPort) error {
 			return err
 		}
 		answer, err := read(t, c, len(secret.answer), until)
-		if err == nil && answer != secret.answer {
-			err = ErrNotRedirected
+		switch {
+		case err == nil && answer != secret.answer:
+			return ErrNotRedirected
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			if _, waits := p.selfTests.take(near); waits && accepted.Load() != before {
+				return ErrBusy
+			}
+			return ErrUnanswered
 		}
 		return err
 	})
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		err = ErrUnanswered
-	}
 	if err != nil {
 		return fmt.Errorf("self-test of %v: %w", endpoint, err)
 	}
 	return nil
+}
+
+// acceptedOver counts the connections of this host that were accepted over the same
+// family as one to an endpoint is. A listener that accepts nothing must not be taken for
+// a busy one because another one works.
+func (p *Proxy) acceptedOver(endpoint netip.AddrPort) *atomic.Uint64 {
+	if endpoint.Addr().Is4() {
+		return &p.accepted[0]
+	}
+	return &p.accepted[1]
 }
 
 // Turns reports whether the event loop works, with an error that is ErrStuck if not.

@@ -3,6 +3,7 @@ package proxy
 import (
 	"context"
 	"errors"
+	"net/netip"
 	"strings"
 	"syscall"
 	"testing"
@@ -77,4 +78,49 @@ func TestStuck(t *testing.T) {
 	if err := r.proxy.SelfTest(context.Background(), imds.Endpoints[0]); err != nil {
 		t.Error(err)
 	}
+}
+
+// A self-test that waits behind others is told from one that nobody accepts.
+func TestBusyIsNotStuck(t *testing.T) {
+	k := newSlowKernel(func(a netip.Addr) bool { return a.Is4() })
+	r := newRig(t, setting{witness: k})
+	t.Cleanup(k.all)
+	for range maxArriving + 128 { // the first of which leave no place to arrive
+		r.dial(false)
+	}
+	r.dialTo("[fd00:ec2::254]:80", false)
+	ctx, stop := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for tick := time.NewTicker(100 * time.Millisecond); ; {
+			select {
+			case <-tick.C:
+				k.goOn <- struct{}{} // and one is accepted
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	err := r.proxy.SelfTest(context.Background(), imds.Endpoints[0])
+	stop()
+	<-done
+	if !errors.Is(err, ErrBusy) || errors.Is(err, ErrUnanswered) {
+		t.Errorf("behind others: %v", err)
+	}
+	time.Sleep(50 * time.Millisecond) // the last one is accepted
+	other := make(chan struct{})
+	go func() {
+		defer close(other)
+		for range 10 {
+			time.Sleep(100 * time.Millisecond)
+			r.proxy.acceptedOver(imds.Endpoints[1]).Add(1)
+		}
+	}()
+	if err := r.proxy.SelfTest(context.Background(), imds.Endpoints[0]); !errors.Is(err, ErrUnanswered) {
+		t.Errorf("where nobody is accepted: %v", err)
+	}
+	<-other
+	k.all()
+	until(t, "accepted", func() bool { return r.proxy.SelfTest(context.Background(), imds.Endpoints[0]) == nil })
 }

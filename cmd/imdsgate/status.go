@@ -237,6 +237,8 @@ func printStatus(w io.Writer, s report.Status) error {
 		row("self-test", "! %s", test.Error)
 	case test.NoRoute != "":
 		row("self-test", "not possible: %s", test.NoRoute)
+	case test.Busy != "":
+		row("self-test", "%s", test.Busy)
 	case test.Passed != nil:
 		row("self-test", "passed %v ago: a request of the daemon's own came through the redirect", time.Since(*test.Passed).Round(time.Second))
 	}

@@ -34,6 +34,7 @@ type health struct {
 	mu      sync.Mutex // guards the following
 	passed  time.Time  // the last time that each way to the daemon worked; zero before the first
 	noRoute string     // why nothing can be said yet, or any more
+	busy    string     // why nothing new can be said
 	failure error      // why clients are not served as they should be
 }
 
@@ -66,7 +67,7 @@ func (d *daemon) keepHealth(ctx context.Context) {
 		if ctx.Err() != nil || errors.Is(err, net.ErrClosed) { // it drains
 			return
 		}
-		if !errors.Is(err, proxy.ErrStuck) && !errors.Is(err, proxy.ErrUnanswered) {
+		if alive(err) {
 			sd.SdNotify(false, sd.SdNotifyWatchdog)
 		}
 		d.health.mu.Lock()
@@ -80,6 +81,34 @@ func (d *daemon) keepHealth(ctx context.Context) {
 	}
 }
 
+// alive reports whether what a self-test has found leaves the daemon to go on: whatever
+// it says of the redirect, somebody is served.
+func alive(err error) bool {
+	return !errors.Is(err, proxy.ErrStuck) && !errors.Is(err, proxy.ErrUnanswered)
+}
+
+// found is what self-tests have found.
+type found struct {
+	passed                    int
+	failed, unreachable, busy error
+}
+
+func sum(tests []error) (f found) {
+	for _, err := range tests {
+		switch {
+		case err == nil:
+			f.passed++
+		case errors.Is(err, proxy.ErrBusy):
+			f.busy = err
+		case withoutRoute(err):
+			f.unreachable = err
+		default:
+			f.failed = errors.Join(f.failed, err)
+		}
+	}
+	return f
+}
+
 // selfTest tests each way that the redirect takes, once, and tells what has changed.
 func (d *daemon) selfTest(ctx context.Context) error {
 	if !d.modes.changing.TryLock() { // a change of the mode takes the redirect away, or makes it anew
@@ -88,18 +117,14 @@ func (d *daemon) selfTest(ctx context.Context) error {
 	}
 	defer d.modes.changing.Unlock()
 	ways := d.tested()
-	var failed, unreachable error
-	passed := 0
-	for _, endpoint := range ways {
-		switch err := d.proxy.SelfTest(ctx, endpoint); {
-		case err == nil:
-			passed++
-		case withoutRoute(err):
-			unreachable = err
-		default:
-			failed = errors.Join(failed, err)
-		}
+	tests := make([]error, len(ways))
+	var all sync.WaitGroup
+	for i, endpoint := range ways { // at once: each may take seconds, of the few that the watchdog has
+		all.Go(func() { tests[i] = d.proxy.SelfTest(ctx, endpoint) })
 	}
+	all.Wait()
+	f := sum(tests)
+	passed, failed, unreachable := f.passed, f.failed, f.unreachable
 	if passed == 0 && failed == nil {
 		failed = d.proxy.Turns(ctx) // of which no route says nothing
 	}
@@ -109,6 +134,10 @@ func (d *daemon) selfTest(ctx context.Context) error {
 	h := &d.health
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if h.busy = ""; failed == nil && f.busy != nil {
+		h.busy, h.noRoute = f.busy.Error(), ""
+		return nil
+	}
 	was, first := h.failure, h.passed.IsZero()
 	h.failure, h.noRoute = failed, ""
 	switch {
@@ -161,7 +190,7 @@ func (d *daemon) healthNow() report.SelfTest {
 	h := &d.health
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	r := report.SelfTest{NoRoute: h.noRoute}
+	r := report.SelfTest{NoRoute: h.noRoute, Busy: h.busy}
 	if !h.passed.IsZero() {
 		passed := h.passed
 		r.Passed = &passed

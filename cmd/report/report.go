@@ -144,6 +144,7 @@ type Redirect struct {
 type SelfTest struct {
 	Passed  *time.Time `json:"passed,omitempty"`   // the last time; nil if none has yet
 	NoRoute string     `json:"no_route,omitempty"` // why there is none to make
+	Busy    string     `json:"busy,omitempty"`     // why there is no answer yet: the last one stands
 	Error   string     `json:"error,omitempty"`
 }
 
