@@ -362,7 +362,7 @@ func TestSlowToEnd(t *testing.T) {
 	var all []*session
 	come := func(uid uint32) bool {
 		s := &session{p: p, slots: h, accepted: time.Now()}
-		s.task, _ = p.loop.Start(func(*loop.Task) {})
+		s.task, _ = r.loop().Start(func(*loop.Task) {})
 		s.busy.Store(true)
 		all = append(all, s)
 		p.arrive(s)
