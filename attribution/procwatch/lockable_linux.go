@@ -36,6 +36,8 @@ type Lockable struct {
 	late   map[about]int             // of them
 	waited map[uint32]*time.Duration // for answers that were slow, by user, since
 	since  time.Time
+
+	looking bool // for what is late
 }
 
 // about is what a process locks as a whole.
@@ -53,6 +55,11 @@ type question struct {
 	of   bool // uid is known
 
 	held bool // up by somebody, once it is over and not late
+
+	began    time.Time // or was seen to go on
+	patience time.Duration
+	far      *atomic.Int64 // how far it is; nil if that is not counted
+	was      int64         // how far it was
 }
 
 const (
@@ -60,6 +67,8 @@ const (
 	// milliseconds where the arguments are swapped out. Longer, and each process that is
 	// locked holds up its own client for so long.
 	readIn = 100 * time.Millisecond
+	// lookEvery is how much later it may be.
+	lookEvery = 20 * time.Millisecond
 	// slow is what a read takes that is held up, and not for what is done with memory
 	// anyhow.
 	slow = 5 * time.Millisecond
@@ -92,51 +101,65 @@ func (c *Lockable) DoWhile(pid int, far *atomic.Int64, ask func()) error {
 }
 
 func (c *Lockable) do(a about, far *atomic.Int64, ask func()) error {
-	q, patience, err := c.begin(a)
+	q, err := c.begin(a, far)
 	if err != nil {
 		return err
 	}
-	began := time.Now()
 	go func() {
 		before := waits()
 		ask()
 		c.end(q, waits() != before)
 	}()
-	timeout := time.NewTimer(patience)
-	defer timeout.Stop()
-	ended, was := false, int64(0)
-	for moves := true; moves && !ended; {
-		select {
-		case <-q.over:
-			ended = true
-		case <-timeout.C:
-			if moves = far != nil && far.Load() != was; moves {
-				was, began = far.Load(), time.Now()
-				timeout.Reset(patience)
-			}
-		}
-	}
-	took := time.Since(began)
-	if ended && took <= slow {
+	<-q.over
+	took := time.Since(q.began)
+	if !q.late && took <= slow {
 		return nil
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	_, locked := c.asking[q]
-	if locked || q.held && took > slow {
+	if q.late || q.held {
 		c.own(q)
 		c.charge(q.uid, took)
 	}
-	if !locked {
-		return nil
+	if q.late {
+		return ErrLocked
 	}
-	q.late = true
-	if c.late == nil {
-		c.late = map[about]int{}
+	return nil
+}
+
+// look finds what is late, and comes again while there is something to wait for. One that
+// looks after all costs each of them no timer.
+func (c *Lockable) look() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.looking = false
+	now := time.Now()
+	for q := range c.asking {
+		switch {
+		case q.late:
+			continue
+		case now.Sub(q.began) < q.patience:
+		case q.far != nil && q.far.Load() != q.was:
+			q.was, q.began = q.far.Load(), now
+		default:
+			q.late = true
+			if c.late == nil {
+				c.late = map[about]int{}
+			}
+			c.late[q.about]++
+			close(q.over)
+			continue
+		}
+		c.lookIn(q.patience)
 	}
-	c.late[a]++
-	close(q.over)
-	return ErrLocked
+}
+
+// lookIn is called with c.mu held.
+func (c *Lockable) lookIn(patience time.Duration) {
+	if !c.looking {
+		c.looking = true
+		time.AfterFunc(min(patience, lookEvery), c.look)
+	}
 }
 
 // Read reads the beginning of a file below the directory of a process into buf, and
@@ -159,17 +182,17 @@ func (c *Lockable) Read(pid, dir int, name string, buf []byte) ([]byte, error) {
 	return buf[:n], err
 }
 
-// begin makes a question, and says how long it may take. If there are too many about the
-// user's processes it waits for one of those.
-func (c *Lockable) begin(a about) (*question, time.Duration, error) {
+// begin makes a question. If there are too many about the user's processes it waits for
+// one of those.
+func (c *Lockable) begin(a about, far *atomic.Int64) (*question, error) {
 	var timeout <-chan time.Time
 	for {
-		q, before, patience := c.tryBegin(a)
+		q, before := c.tryBegin(a, far)
 		switch {
 		case q != nil:
-			return q, patience, nil
+			return q, nil
 		case before == nil:
-			return nil, 0, ErrLocked
+			return nil, ErrLocked
 		}
 		if timeout == nil {
 			timeout = time.After(readIn)
@@ -177,18 +200,18 @@ func (c *Lockable) begin(a about) (*question, time.Duration, error) {
 		select {
 		case <-before.over:
 		case <-timeout:
-			return nil, 0, ErrLocked
+			return nil, ErrLocked
 		}
 	}
 }
 
-func (c *Lockable) tryBegin(a about) (q, before *question, patience time.Duration) {
+func (c *Lockable) tryBegin(a about, far *atomic.Int64) (q, before *question) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.late[a] > 0 {
-		return nil, nil, 0
+		return nil, nil
 	}
-	q, patience = &question{about: a, over: make(chan struct{})}, readIn
+	q = &question{about: a, over: make(chan struct{}), began: time.Now(), patience: readIn, far: far}
 	if len(c.asking) >= maxUnasked {
 		c.own(q)
 		late, all := 0, 0
@@ -204,9 +227,9 @@ func (c *Lockable) tryBegin(a about) (q, before *question, patience time.Duratio
 		}
 		switch {
 		case late >= maxLate || len(c.asking) >= maxAsking:
-			return nil, nil, 0
+			return nil, nil
 		case all >= maxAtOnce:
-			return nil, before, 0
+			return nil, before
 		}
 	}
 	if len(c.waited) > 0 {
@@ -215,14 +238,15 @@ func (c *Lockable) tryBegin(a about) (q, before *question, patience time.Duratio
 		}
 		c.own(q)
 		if w := c.waited[q.uid]; w != nil && *w > maxWaited {
-			patience = shortly
+			q.patience = shortly
 		}
 	}
 	if c.asking == nil {
 		c.asking = map[*question]struct{}{}
 	}
 	c.asking[q] = struct{}{}
-	return q, nil, patience
+	c.lookIn(q.patience)
+	return q, nil
 }
 
 // charge is called with c.mu held.

@@ -96,7 +96,7 @@ func TestLockable(t *testing.T) {
 	c.mu.Unlock()
 	_, f := c.locked(50, 1000)
 	unlock = append(unlock, f)
-	if r, before, _ := c.tryBegin(about{50, true}); r != nil || before != nil {
+	if r, before := c.tryBegin(about{50, true}, nil); r != nil || before != nil {
 		t.Error("one more is begun")
 	}
 	for _, f := range unlock {
@@ -127,12 +127,11 @@ func TestLockableHeldUp(t *testing.T) {
 		t.Fatalf("waited for %v", w)
 	}
 	c.charge(1000, maxWaited)
-	r, _, patience := c.tryBegin(about{1, true})
-	if r == nil || patience != shortly {
-		t.Errorf("%v, %v", r, patience)
+	if q, _ := c.tryBegin(about{1, true}, nil); q == nil || q.patience != shortly {
+		t.Errorf("%+v", q)
 	}
 	c.of(2, 1001)
-	if r, _, patience := c.tryBegin(about{2, true}); r == nil || patience != readIn {
-		t.Errorf("another: %v, %v", r, patience)
+	if q, _ := c.tryBegin(about{2, true}, nil); q == nil || q.patience != readIn {
+		t.Errorf("another: %+v", q)
 	}
 }
