@@ -72,13 +72,10 @@ func (f *File) check() error {
 			case step.Subject.Name == Nobody || !step.Subject.set() && c.Subject.Name == Nobody:
 				wrong(p, "a program that starts is somebody: say which subject")
 			}
-			if step.Ago < 0 {
-				wrong(p+".ago", "this is in the future: write how long before the request it was, as in 2s")
-			}
 			if j > 0 && step.Ago > c.Before[j-1].Ago {
 				wrong(p+".ago", "this was before the step above it: write the oldest first")
 			}
-			if step.Times < 0 || step.Times > maxTimes {
+			if step.Times > maxTimes {
 				wrong(p+".times", "times is from 1 to %d", maxTimes)
 			}
 		}
@@ -113,9 +110,6 @@ func (f *File) checkSubject(wrong func(string, string, ...any), p string, s *Sub
 	}
 	if how := or(s.Ancestry, "birth"); !slices.Contains([]string{"birth", "snapshot", "present"}, how) {
 		wrong(p+".ancestry", "ancestry %q is none of birth, snapshot, present", how)
-	}
-	if s.Age != nil && *s.Age < 0 {
-		wrong(p+".age", "this is in the future: write how long before the request it was started, as in 2s")
 	}
 	if s.Executable == nil && s.Like == "" && !or(s.Unreadable, false) {
 		wrong(p, "which program is it? Say executable, or like with the name of another subject")

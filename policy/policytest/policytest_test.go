@@ -154,7 +154,7 @@ func TestErrors(t *testing.T) {
 		{"ancestry", "subjects:\n  a: {executable: /a, ancestry: adopted}\n", ":2:33: ancestry \"adopted\""},
 		{"token", "cases:\n  - name: a\n    subject: /a\n    request: {path: /, token: his}\n    expect: deny\n", ":4:31: whose token?"},
 		{"order", "cases:\n  - name: a\n    subject: /a\n    request: GET /\n    before: [{ago: 1s, subject: /b}, {ago: 2s, subject: /b}]\n    expect: deny\n", "write the oldest first"},
-		{"future", "cases:\n  - name: a\n    subject: /a\n    request: GET /\n    before: [{ago: -1s, subject: /b}]\n    expect: deny\n", ":5:20: this is in the future"},
+		{"future", "cases:\n  - name: a\n    subject: /a\n    request: GET /\n    before: [{ago: -1s, subject: /b}]\n    expect: deny\n", ":5:20: -1s is negative"},
 		{"times", "cases:\n  - name: a\n    subject: /a\n    request: GET /\n    before: [{ago: 1s, times: 1000000000}]\n    expect: deny\n", "times is from 1 to 10000"},
 		{"nobody starts", "cases:\n  - name: a\n    subject: nobody\n    request: GET /\n    before: [{ago: 1s}]\n    expect: deny\n", "a program that starts is somebody"},
 		{"nobody with others", "cases:\n  - name: a\n    subject: nobody\n    others: [/a]\n    request: GET /\n    expect: deny\n", "where nobody is known there are no others"},

@@ -128,7 +128,7 @@ func TestMetrics(t *testing.T) {
 			t.Errorf("%s: %v, want at least %v", series, got, least)
 		}
 	}
-	for _, chosen := range []string{"curl", "seen-by-nobody", "instance-id", strconv.Itoa(ordinaryUser), "imdsgate-lab-role"} {
+	for _, chosen := range []string{"curl", "seen-by-nobody", "instance-id", strconv.Quote(strconv.Itoa(ordinaryUser)), "imdsgate-lab-role"} {
 		if strings.Contains(text, chosen) {
 			t.Errorf("%q is in the exposition", chosen)
 		}
