@@ -199,6 +199,12 @@ func TestLockedCall(t *testing.T) {
 			t.Errorf("%+v, %v, %v", found, s.reason, s.err)
 		}
 	})
+	soon("a search of threads that may have tables of their own", func() {
+		s := newSearch(f.host, 1)
+		if s.locked(os.Getpid()); s.reason != AccessDenied {
+			t.Errorf("%v, %v", s.reason, s.err)
+		}
+	})
 	soon("a start", func() {
 		again, err := New(Options{})
 		if err != nil {

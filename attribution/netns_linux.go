@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/imdsgate/imdsgate/attribution/diag"
@@ -91,21 +92,24 @@ func (n *namespaces) conn(h *host, pid int) (*diag.Conn, bool) {
 
 // openNet opens the network namespace of a process.
 func (h *host) openNet(pid int) (int, error) {
-	opened := make(chan int, 1) // what comes late is closed
-	var err error
-	if locked := h.lockable.Do(pid, func() {
-		ns, failed := unix.Open(filepath.Join(h.proc, strconv.Itoa(pid), "ns/net"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
-		if err = failed; err == nil {
-			opened <- ns
+	const none, left = 0, -1
+	var fd atomic.Int64 // plus one; what comes when we have left is closed
+	var failed error
+	locked := h.lockable.Do(pid, func() {
+		ns, err := unix.Open(filepath.Join(h.proc, strconv.Itoa(pid), "ns/net"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			failed = err
+		} else if !fd.CompareAndSwap(none, int64(ns)+1) {
+			unix.Close(ns)
 		}
-	}); locked != nil {
-		go func() { unix.Close(<-opened) }()
-		return -1, locked
+	})
+	if locked == nil && failed != nil {
+		return -1, failed
 	}
-	if err != nil {
-		return -1, err
+	if ns := fd.Swap(left); ns > 0 {
+		return int(ns - 1), nil
 	}
-	return <-opened, nil
+	return -1, locked
 }
 
 // forget closes the sockets that are idle, and so many others that at most keep are

@@ -55,8 +55,9 @@ type host struct {
 	witness Witness            // nil below level 2
 
 	lockable procwatch.Lockable
-	owned    recent[bool]   // by path of an executable: only root can put another file there
-	cgrouped recent[Cgroup] // by content of /proc/PID/cgroup
+	fdinfo   procwatch.Lockable // of processes about which lockable knows that they are locked
+	owned    recent[bool]       // by path of an executable: only root can put another file there
+	cgrouped recent[Cgroup]     // by content of /proc/PID/cgroup
 
 	names names
 	kept  atomic.Int64 // bytes of command lines
@@ -91,7 +92,7 @@ type pin struct {
 
 func newHost(proc string) (*host, error) {
 	h := &host{proc: proc, self: os.Getpid(), pins: map[int]*pin{}}
-	h.lockable.Proc = proc
+	h.lockable.Proc, h.fdinfo.Proc = proc, proc
 	b, err := os.ReadFile(filepath.Join(proc, "sys/kernel/random/boot_id"))
 	if err != nil {
 		return nil, fmt.Errorf("name this boot: %w", err)
@@ -462,7 +463,7 @@ func (h *host) readImage(p *pin, st stat) (*Process, error) {
 		} else {
 			exe.HostVerified = proc.HostUser && !exe.Deleted && h.sameFile(p.pid, exe)
 		}
-		exe.RootOwned = exe.HostVerified && h.owned.get(exe.Path, func() bool { return ChangedByRoot(exe.Path) == nil })
+		exe.RootOwned = exe.HostVerified && h.changedByRoot(p.pid, exe.Path)
 	}
 
 	buf := make([]byte, usualCmdline)
@@ -598,6 +599,15 @@ func (h *host) sameFile(pid int, exe *File) bool {
 		is = unix.Stat(path, &st) == nil && st.Dev == device && st.Ino == inode
 	})
 	return locked == nil && is
+}
+
+// changedByRoot is ChangedByRoot, as it was a moment ago.
+func (h *host) changedByRoot(pid int, path string) bool {
+	return h.owned.get(path, func() bool {
+		is := false
+		locked := h.lockable.Do(pid, func() { is = ChangedByRoot(path) == nil })
+		return locked == nil && is
+	})
 }
 
 // ChangedByRoot returns nil if only root can put another file at this path, and

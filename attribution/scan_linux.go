@@ -180,6 +180,17 @@ func (s *search) process(pid int, threads bool) bool {
 	if s.spent() {
 		return false
 	}
+	part := s.newPart()
+	on := false
+	if s.h.lockable.DoWhile(pid, &part.far, func() { on = part.leader(pid) && (!threads || part.threads(pid)) }) != nil {
+		s.part = nil // it may go on
+		return s.locked(pid)
+	}
+	return s.take(on)
+}
+
+// newPart is for one process.
+func (s *search) newPart() *search {
 	if s.part == nil {
 		s.part = newSearch(s.h, slices.Collect(maps.Keys(s.wanted))...)
 	}
@@ -188,12 +199,12 @@ func (s *search) process(pid int, threads bool) bool {
 	if s.budget > 0 {
 		part.budget = s.budget - s.seen
 	}
-	on := false
-	if s.h.lockable.DoWhile(pid, &part.far, func() { on = part.leader(pid) && (!threads || part.threads(pid)) }) != nil {
-		s.part = nil // it may go on
-		s.locked(pid)
-		return true
-	}
+	return part
+}
+
+// take takes over what was found in one process.
+func (s *search) take(on bool) bool {
+	part := s.part
 	s.seen, s.closed = s.seen+part.seen, part.closed
 	s.unreadable = append(s.unreadable, part.unreadable...)
 	if part.reason != Attributed && s.reason != Failed {
@@ -210,32 +221,69 @@ func (s *search) process(pid int, threads bool) bool {
 	return on
 }
 
-// locked searches a process that does not let its descriptors be read. What fdinfo says of
-// them is not locked (proc_pid_fdinfo(5); ino is there since Linux 5.14).
-func (s *search) locked(pid int) {
-	path := s.h.proc + "/" + strconv.Itoa(pid) + "/fdinfo"
-	fds, err := numbersIn(path, s.dirents)
+// locked searches a process that does not let its descriptors be read, or of whose user
+// others do not. What fdinfo says of them is not locked with them (proc_pid_fdinfo(5); ino
+// is there since Linux 5.14), but may be each by itself, as one of epoll(7) is.
+func (s *search) locked(pid int) bool {
+	part := s.newPart()
+	on := false
+	if s.h.fdinfo.DoWhile(pid, &part.far, func() { on = part.infos(pid) }) != nil {
+		s.part = nil
+		s.unsearched(procwatch.ErrLocked)
+		return true
+	}
+	return s.take(on)
+}
+
+// infos searches the leader's table by what fdinfo says.
+func (s *search) infos(pid int) bool {
+	path := s.h.proc + "/" + strconv.Itoa(pid)
+	var st unix.Stat_t
+	if unix.Stat(path+"/task", &st) == nil && st.Nlink > 3 { // threads may have tables of their own
+		s.unsearched(procwatch.ErrLocked)
+	}
+	fds, err := numbersIn(path+"/fdinfo", s.dirents)
 	if err != nil {
 		s.missed(pid, err)
-		return
+		return true
 	}
 	bp := bufs.Get().(*[]byte)
 	defer bufs.Put(bp)
 	for _, fd := range fds {
-		b, err := readAt(unix.AT_FDCWD, path+"/"+strconv.Itoa(fd), *bp)
-		if err != nil {
+		if s.spent() {
+			return false
+		}
+		s.seen++
+		s.far.Add(1)
+		b, err := readAt(unix.AT_FDCWD, path+"/fdinfo/"+strconv.Itoa(fd), *bp)
+		if gone(err) {
 			continue // it was closed
+		}
+		if err != nil {
+			s.missed(pid, err)
+			return true
 		}
 		_, line, ok := bytes.Cut(b, []byte("\nino:\t"))
 		text, _, _ := bytes.Cut(line, []byte("\n"))
 		inode, err := strconv.ParseUint(string(text), 10, 32)
 		if !ok || err != nil {
-			s.missed(pid, procwatch.ErrLocked)
-			return
+			s.unsearched(procwatch.ErrLocked)
+			return true
 		}
-		if holders, ok := s.wanted[uint32(inode)]; ok {
-			s.wanted[uint32(inode)] = append(holders, holder{pid: pid, tid: pid, fd: fd})
+		if holders, ok := s.wanted[uint32(inode)]; ok && len(holders) == 0 {
+			s.wanted[uint32(inode)], s.found = append(holders, holder{pid: pid, tid: pid, fd: fd}), true
+			if s.first {
+				return false
+			}
 		}
+	}
+	return true
+}
+
+// unsearched notes that a process could not be searched, whosever it is.
+func (s *search) unsearched(err error) {
+	if s.reason != Failed {
+		s.reason, s.err = AccessDenied, err
 	}
 }
 
@@ -314,7 +362,6 @@ func (s *search) table(who holder) bool {
 		if s.spent() {
 			return false
 		}
-		s.far.Add(1)
 		n, err := unix.ReadDirent(fd, s.dirents)
 		if err != nil {
 			s.missed(who.pid, err)
@@ -334,7 +381,9 @@ func (s *search) table(who holder) bool {
 			if name[0] == '.' {
 				continue
 			}
-			s.seen++
+			if s.seen++; s.seen%64 == 0 {
+				s.far.Add(1)
+			}
 			inode, err := s.socket(fd, name)
 			if err != 0 {
 				if gone(err) {

@@ -24,7 +24,8 @@ var ErrLocked = fmt.Errorf("the process keeps itself locked: %w", fs.ErrPermissi
 // reads the command line waits for that (proc_pid_cmdline_read in fs/proc/base.c). With an
 // execve that closes such a file he keeps exec_update_lock: in which system call a thread
 // is, and on newer kernels (6.18; not 6.1) stat and every link of its directory, wait for
-// that. What is not locked is status, cgroup, comm and fdinfo.
+// that. What is not locked is status, cgroup and comm, and fdinfo but of an epoll
+// descriptor.
 //
 // What has begun cannot be ended. The zero value is ready. Its methods may be called from
 // any goroutine.
@@ -34,6 +35,7 @@ type Lockable struct {
 	mu     sync.Mutex
 	asking map[*question]struct{}    // that have not ended
 	late   map[about]int             // of them
+	lates  int                       // the sum
 	waited map[uint32]*time.Duration // for answers that were slow, by user, since
 	since  time.Time
 
@@ -54,10 +56,9 @@ type question struct {
 	uid  uint32
 	of   bool // uid is known
 
-	held bool // up by somebody, once it is over and not late
-
 	began    time.Time // or was seen to go on
 	patience time.Duration
+	looks    int           // since it began
 	far      *atomic.Int64 // how far it is; nil if that is not counted
 	was      int64         // how far it was
 }
@@ -67,60 +68,61 @@ const (
 	// milliseconds where the arguments are swapped out. Longer, and each process that is
 	// locked holds up its own client for so long.
 	readIn = 100 * time.Millisecond
-	// lookEvery is how much later it may be.
+	// lookEvery is how much later it may be. What has been looked at less than
+	// minLooks times is not late: we may have stood still.
 	lookEvery = 20 * time.Millisecond
-	// slow is what a read takes that is held up, and not for what is done with memory
-	// anyhow.
-	slow = 5 * time.Millisecond
-	// A user for whom maxWaited was waited within forgetAfter, in slow reads, has
-	// shortly for each: with many processes he could go on for ever otherwise. No read
-	// takes that long by itself.
+	minLooks  = 2
+	// slow is more than an answer takes that nobody holds up, on a busy machine, too. A
+	// user for whom maxWaited was waited within forgetAfter, in slow answers, has shortly
+	// for each: with many processes he could go on for ever otherwise.
+	slow        = 20 * time.Millisecond
 	maxWaited   = time.Second
 	forgetAfter = time.Minute
-	shortly     = 2 * time.Millisecond
-	// maxLate bounds the reads of a user that are late, since each keeps a thread, and
-	// maxAtOnce his at once, which may all become late: of whoever has more late ones no
-	// process is read, and others of his wait. It is asked whose they are when there are
-	// more than maxUnasked of all.
+	shortly     = 10 * time.Millisecond
+	// maxLate bounds the questions about a user that are late, since each keeps a thread.
+	// Of whoever has more no process is asked about. maxLong bounds those that are slow
+	// already, and maxAtOnce all of his that may become late: others of his wait. It is
+	// asked whose they are when there are more than maxUnasked of all.
 	maxLate    = 4
-	maxAtOnce  = 8
+	maxLong    = 8
+	maxAtOnce  = 64
 	maxUnasked = 4
-	// maxAsking bounds all, for those who have more than one user (newuidmap(1)).
-	maxAsking = 1024
+	// maxAsking bounds the late ones of all, for those who have more than one user
+	// (newuidmap(1)), which begin with minSubordinate (login.defs(5), SUB_UID_MIN).
+	maxAsking      = 1024
+	minSubordinate = 100_000
 )
 
 // Do calls ask, which asks about a process, and waits until it returns. The error is
-// ErrLocked if that takes too long, or if other processes of its user's make us wait; then
-// what ask writes to is not its caller's any more, since it may go on.
+// ErrLocked if that takes too long, and then what ask writes to is not its caller's any
+// more, since it may go on; or if other processes of its user's make us wait, and then it
+// is not called.
 func (c *Lockable) Do(pid int, ask func()) error { return c.DoWhile(pid, nil, ask) }
 
 // DoWhile is Do for what takes longer, and counts how far it is. It may take as long as it
 // likes if it goes on.
 func (c *Lockable) DoWhile(pid int, far *atomic.Int64, ask func()) error {
-	return c.do(about{pid: pid}, far, ask)
+	return c.do(&question{about: about{pid: pid}, patience: readIn, far: far}, ask)
 }
 
-func (c *Lockable) do(a about, far *atomic.Int64, ask func()) error {
-	q, err := c.begin(a, far)
-	if err != nil {
-		return err
+func (c *Lockable) do(q *question, ask func()) error {
+	q.over = make(chan struct{})
+	if !c.begin(q) {
+		return ErrLocked
 	}
 	go func() {
-		before := waits()
 		ask()
-		c.end(q, waits() != before)
+		c.end(q)
 	}()
 	<-q.over
 	took := time.Since(q.began)
-	if !q.late && took <= slow {
+	if !q.late && (took <= slow || q.far != nil) {
 		return nil
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if q.late || q.held {
-		c.own(q)
-		c.charge(q.uid, took)
-	}
+	c.own(q)
+	c.charge(q.uid, took)
 	if q.late {
 		return ErrLocked
 	}
@@ -135,18 +137,21 @@ func (c *Lockable) look() {
 	c.looking = false
 	now := time.Now()
 	for q := range c.asking {
-		switch {
-		case q.late:
+		if q.late {
 			continue
-		case now.Sub(q.began) < q.patience:
+		}
+		q.looks++
+		switch {
+		case now.Sub(q.began) < q.patience || q.looks < minLooks:
 		case q.far != nil && q.far.Load() != q.was:
-			q.was, q.began = q.far.Load(), now
+			q.was, q.began, q.looks = q.far.Load(), now, 0
 		default:
 			q.late = true
 			if c.late == nil {
 				c.late = map[about]int{}
 			}
 			c.late[q.about]++
+			c.lates++
 			close(q.over)
 			continue
 		}
@@ -165,15 +170,21 @@ func (c *Lockable) lookIn(patience time.Duration) {
 // Read reads the beginning of a file below the directory of a process into buf, and
 // returns what was read.
 func (c *Lockable) Read(pid, dir int, name string, buf []byte) ([]byte, error) {
-	fd, err := unix.Openat(dir, name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, err
-	}
+	return c.readIn(readIn, pid, dir, name, buf)
+}
+
+func (c *Lockable) readIn(patience time.Duration, pid, dir int, name string, buf []byte) ([]byte, error) {
 	b := hold(len(buf)) // the caller's may be in use again when the read ends
 	n := 0
-	if err := c.do(about{pid, strings.HasSuffix(name, "cmdline")}, nil, func() {
+	var err error
+	q := &question{about: about{pid, strings.HasSuffix(name, "cmdline")}, patience: patience}
+	if err := c.do(q, func() {
+		var fd int
+		if fd, err = unix.Openat(dir, name, unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
+			return
+		}
+		defer unix.Close(fd)
 		n, err = read(fd, *b)
-		unix.Close(fd)
 	}); err != nil {
 		return nil, err
 	}
@@ -182,17 +193,14 @@ func (c *Lockable) Read(pid, dir int, name string, buf []byte) ([]byte, error) {
 	return buf[:n], err
 }
 
-// begin makes a question. If there are too many about the user's processes it waits for
-// one of those.
-func (c *Lockable) begin(a about, far *atomic.Int64) (*question, error) {
+// begin reports whether a question may be asked. If there are too many about the user's
+// processes that take long it waits for one of those.
+func (c *Lockable) begin(q *question) bool {
 	var timeout <-chan time.Time
 	for {
-		q, before := c.tryBegin(a, far)
-		switch {
-		case q != nil:
-			return q, nil
-		case before == nil:
-			return nil, ErrLocked
+		before, ok := c.tryBegin(q)
+		if ok || before == nil {
+			return ok
 		}
 		if timeout == nil {
 			timeout = time.After(readIn)
@@ -200,45 +208,48 @@ func (c *Lockable) begin(a about, far *atomic.Int64) (*question, error) {
 		select {
 		case <-before.over:
 		case <-timeout:
-			return nil, ErrLocked
+			return false
 		}
 	}
 }
 
-func (c *Lockable) tryBegin(a about, far *atomic.Int64) (q, before *question) {
+func (c *Lockable) tryBegin(q *question) (before *question, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.late[a] > 0 {
-		return nil, nil
+	if c.late[q.about] > 0 {
+		return nil, false
 	}
-	q = &question{about: a, over: make(chan struct{}), began: time.Now(), patience: readIn, far: far}
+	q.began = time.Now()
 	if len(c.asking) >= maxUnasked {
-		c.own(q)
-		late, all := 0, 0
+		late, long, all := 0, 0, 0
+		crowded := len(c.asking)-c.lates >= maxAtOnce
 		for other := range c.asking {
-			if c.own(other); other.uid != q.uid {
+			isLong := q.began.Sub(other.began) > slow
+			if !other.late && !isLong && !crowded || c.own(q) != c.own(other) {
 				continue
 			}
-			if all++; other.late {
+			if other.late {
 				late++
-			} else {
-				before = other
+				continue
+			}
+			before = other
+			if all++; isLong {
+				long++
 			}
 		}
 		switch {
-		case late >= maxLate || len(c.asking) >= maxAsking:
-			return nil, nil
-		case all >= maxAtOnce:
-			return nil, before
+		case late >= maxLate, c.lates >= maxAsking && (late > 0 || c.own(q) >= minSubordinate):
+			return nil, false
+		case long >= maxLong, all >= maxAtOnce:
+			return before, false
 		}
 	}
 	if len(c.waited) > 0 {
 		if time.Since(c.since) > forgetAfter {
 			clear(c.waited)
 		}
-		c.own(q)
-		if w := c.waited[q.uid]; w != nil && *w > maxWaited {
-			q.patience = shortly
+		if w := c.waited[c.own(q)]; w != nil && *w > maxWaited && q.far == nil {
+			q.patience = min(q.patience, shortly)
 		}
 	}
 	if c.asking == nil {
@@ -246,7 +257,7 @@ func (c *Lockable) tryBegin(a about, far *atomic.Int64) (q, before *question) {
 	}
 	c.asking[q] = struct{}{}
 	c.lookIn(q.patience)
-	return q, nil
+	return nil, true
 }
 
 // charge is called with c.mu held.
@@ -261,34 +272,26 @@ func (c *Lockable) charge(uid uint32, took time.Duration) {
 }
 
 // own finds out whose process a question is about. It is called with c.mu held.
-func (c *Lockable) own(q *question) {
+func (c *Lockable) own(q *question) uint32 {
 	if !q.of {
 		q.uid, q.of = userOf(cmp.Or(c.Proc, "/proc")+"/"+strconv.Itoa(q.pid)+"/status"), true
 	}
+	return q.uid
 }
 
 // end is called once for each question.
-func (c *Lockable) end(q *question, held bool) {
+func (c *Lockable) end(q *question) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	delete(c.asking, q)
 	if !q.late {
-		q.held = held
 		close(q.over)
 		return
 	}
+	c.lates--
 	if c.late[q.about]--; c.late[q.about] == 0 {
 		delete(c.late, q.about)
 	}
-}
-
-// waits is how often this thread has waited for something, which a processor that
-// others have is not (getrusage(2)). Who has waited for long goes on on another thread.
-func waits() (w struct{ thread, times int64 }) {
-	var u unix.Rusage
-	unix.Getrusage(unix.RUSAGE_THREAD, &u)
-	w.thread, w.times = int64(unix.Gettid()), u.Nvcsw
-	return w
 }
 
 func read(fd int, b []byte) (int, error) {

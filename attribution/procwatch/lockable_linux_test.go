@@ -63,7 +63,7 @@ func TestLockable(t *testing.T) {
 	c := newProcesses(t)
 	var unlock []func()
 	var reads sync.WaitGroup
-	for pid := range 40 {
+	for pid := range 2 * maxAtOnce {
 		dir, f := c.locked(pid, 1000)
 		unlock = append(unlock, f)
 		reads.Go(func() {
@@ -94,10 +94,19 @@ func TestLockable(t *testing.T) {
 		t.Errorf("waited for the one %v, for the other %v", w, c.waited[1001])
 	}
 	c.mu.Unlock()
-	_, f := c.locked(50, 1000)
+	dir, f := c.locked(2000, 1000)
 	unlock = append(unlock, f)
-	if r, before := c.tryBegin(about{50, true}, nil); r != nil || before != nil {
+	if before, ok := c.tryBegin(ask(2000)); ok || before != nil {
 		t.Error("one more is begun")
+	}
+	before := descriptors(t)
+	for range 10 {
+		if _, err := c.Read(2000, dir, "cmdline", make([]byte, 64)); err != ErrLocked {
+			t.Errorf("one more: %v", err)
+		}
+	}
+	if after := descriptors(t); after != before {
+		t.Errorf("%d descriptors are open, %d were", after, before)
 	}
 	for _, f := range unlock {
 		f()
@@ -119,7 +128,7 @@ func TestLockable(t *testing.T) {
 func TestLockableHeldUp(t *testing.T) {
 	c := newProcesses(t)
 	dir, unlock := c.locked(1, 1000)
-	time.AfterFunc(3*slow, unlock)
+	time.AfterFunc(2*slow, unlock)
 	if b, err := c.Read(1, dir, "cmdline", make([]byte, 64)); string(b) != "x\x00" || err != nil {
 		t.Errorf("%q, %v", b, err)
 	}
@@ -127,11 +136,44 @@ func TestLockableHeldUp(t *testing.T) {
 		t.Fatalf("waited for %v", w)
 	}
 	c.charge(1000, maxWaited)
-	if q, _ := c.tryBegin(about{1, true}, nil); q == nil || q.patience != shortly {
-		t.Errorf("%+v", q)
+	q := ask(1)
+	if _, ok := c.tryBegin(q); !ok || q.patience != shortly {
+		t.Errorf("%v, %+v", ok, q)
 	}
 	c.of(2, 1001)
-	if q, _ := c.tryBegin(about{2, true}, nil); q == nil || q.patience != readIn {
-		t.Errorf("another: %+v", q)
+	q = ask(2)
+	if _, ok := c.tryBegin(q); !ok || q.patience != readIn {
+		t.Errorf("another: %v, %+v", ok, q)
 	}
+}
+
+// Many clients of one user at a time, none of which locks anything, are all asked about.
+func TestLockableCrowd(t *testing.T) {
+	c := newProcesses(t)
+	dir := c.of(1, 1000)
+	if err := os.WriteFile(filepath.Join(c.Proc, "1", "cmdline"), []byte("curl\x00"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var all sync.WaitGroup
+	for range 2000 {
+		all.Go(func() {
+			if b, err := c.Read(1, dir, "cmdline", make([]byte, 64)); string(b) != "curl\x00" || err != nil {
+				t.Errorf("%q, %v", b, err)
+			}
+		})
+	}
+	all.Wait()
+}
+
+func ask(pid int) *question {
+	return &question{about: about{pid, true}, over: make(chan struct{}), patience: readIn}
+}
+
+func descriptors(t *testing.T) int {
+	t.Helper()
+	all, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(all)
 }
