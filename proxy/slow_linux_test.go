@@ -11,6 +11,7 @@ import (
 
 	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/attribution/diag"
+	"github.com/imdsgate/imdsgate/proxy/loop"
 )
 
 // slowKernel is a witness of level 2 that saw nobody connect, and takes as long to say so
@@ -67,5 +68,42 @@ func until(t testing.TB, what string, so func() bool) {
 		if time.Now().After(end) {
 			t.Fatalf("not %s", what)
 		}
+	}
+}
+
+// A turn that comes back between the try and the wait is not lost.
+func TestTurnComesBack(t *testing.T) {
+	l, err := loop.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	go l.Run()
+	defer l.Close()
+	var all turns
+	o := owner{known: true, uid: 1}
+	waited := make(chan bool, 1)
+	task, _ := l.Start(func(task *loop.Task) {
+		for range maxTurns {
+			all.take(o)
+		}
+		if all.take(o) {
+			t.Error("there are more turns than there are")
+		}
+		for range maxTurns {
+			all.give(o)
+		}
+		s := &session{task: task}
+		s.of.owner = o
+		waited <- all.wait(s, o)
+	})
+	select {
+	case had := <-waited:
+		if !had || all.taken[o] != 1 {
+			t.Errorf("%v, and %d are taken", had, all.taken[o])
+		}
+	case <-time.After(5 * time.Second):
+		t.Error("it waits for what is there")
+		task.Cancel()
+		<-waited
 	}
 }

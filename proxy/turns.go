@@ -34,7 +34,9 @@ func (t *turns) take(o owner) bool {
 
 // wait waits for a turn. It reports false if the session is cancelled before.
 func (t *turns) wait(s *session, o owner) bool {
-	t.waiting = append(t.waiting, s)
+	if s.turn = t.take(o); !s.turn { // one may have come back since it was tried
+		t.waiting = append(t.waiting, s)
+	}
 	for !s.turn {
 		if s.task.Wait(time.Time{}) != nil {
 			break
