@@ -318,7 +318,7 @@ type bypass struct {
 func (d *daemon) settle(older []diag.Socket) error {
 	d.bypass.mu.Lock()
 	defer d.bypass.mu.Unlock()
-	return d.direct(older, "is older than the redirect and does not pass through it")
+	return d.direct(older, nil, "is older than the redirect and does not pass through it")
 }
 
 // settleAgain is settle after a repair: for connections that were made meanwhile, and for
@@ -336,7 +336,7 @@ func (d *daemon) settleAgain(lost []iptables.Lost) error {
 	}
 	d.bypass.mu.Lock()
 	defer d.bypass.mu.Unlock()
-	return d.direct(nil, "was made while the rules were not there, or was cut off when they went")
+	return d.direct(nil, nil, "was made while the rules were not there, or was cut off when they went")
 }
 
 // settleMade is settle for connections that were being made then. The kernel gives one up
@@ -357,14 +357,15 @@ func (d *daemon) settleMade() error {
 		return nil
 	}
 	before := b.making
-	err := d.direct(nil, "had begun before the rules were there and does not pass through them")
+	err := d.direct(nil, before, "had begun before the rules were there and does not pass through them")
 	maps.DeleteFunc(b.making, func(cookie uint64, _ bool) bool { return !before[cookie] })
 	return err
 }
 
-// direct looks for connections that do not come here, tells once of each, and in enforce
-// mode aborts them. It is called with bypass.mu held.
-func (d *daemon) direct(older []diag.Socket, why string) error {
+// direct looks for connections that do not come here, those with the cookies alone if some
+// are given, tells once of each, and in enforce mode aborts them. It is called with
+// bypass.mu held.
+func (d *daemon) direct(older []diag.Socket, only map[uint64]bool, why string) error {
 	found, making, err := d.finder.Direct(d.rules.Endpoints, ports(d.rules), d.rules.UID)
 	b := &d.bypass
 	if err == nil {
@@ -376,8 +377,18 @@ func (d *daemon) direct(older []diag.Socket, why string) error {
 	told := make(map[uint64]bool)
 	var all []diag.Socket
 	for _, s := range slices.Concat(older, found) {
-		if !told[s.Cookie] && (!b.told[s.Cookie] || d.engine.Mode() == policy.Enforce) {
+		switch {
+		case told[s.Cookie]: // older, and found again
+			continue
+		case only != nil && !only[s.Cookie]:
+			if b.told[s.Cookie] {
+				told[s.Cookie] = true
+			}
+			continue
+		case !b.told[s.Cookie]:
 			all = append(all, s)
+		case d.engine.Mode() == policy.Enforce && d.finder.Abort(s) == nil: // in audit mode it was left alone
+			d.finding("direct-imds-connection", event.State{Message: fmt.Sprintf("a connection to %v %s; it was aborted", s.Remote, why)}, nil)
 		}
 		told[s.Cookie] = true
 	}

@@ -2,8 +2,10 @@ package sink
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math"
 	"os"
 	"time"
@@ -102,10 +104,15 @@ func rotated(file *os.File, path string) (next *os.File, gone bool, err error) {
 func (r *reader) beginLast(n, files int) error {
 	var from *os.File
 	var offset int64
+	missing := false
 	for i := 0; i < files && (n > 0 || from == nil); i++ {
 		file, err := os.Open(rotatedName(r.path, i))
-		if err != nil && from != nil {
-			break // that was the oldest
+		if errors.Is(err, fs.ErrNotExist) && from != nil && !missing {
+			missing = true // in the middle of a rotation there may be more behind it
+			continue
+		}
+		if errors.Is(err, fs.ErrNotExist) && from != nil {
+			break
 		}
 		if err != nil {
 			return err
