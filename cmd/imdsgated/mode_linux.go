@@ -375,7 +375,7 @@ func (d *daemon) direct(older []diag.Socket, only map[uint64]bool, why string) e
 		b.making[s.Cookie] = true
 	}
 	told := make(map[uint64]bool)
-	var all []diag.Socket
+	var all []bypassing
 	for _, s := range slices.Concat(older, found) {
 		switch {
 		case told[s.Cookie]: // older, and found again
@@ -386,9 +386,9 @@ func (d *daemon) direct(older []diag.Socket, only map[uint64]bool, why string) e
 			}
 			continue
 		case !b.told[s.Cookie]:
-			all = append(all, s)
+			all = append(all, bypassing{Socket: s})
 		case d.engine.Mode() == policy.Enforce && d.finder.Abort(s) == nil: // in audit mode it was left alone
-			d.finding("direct-imds-connection", event.State{Message: fmt.Sprintf("a connection to %v %s; it was aborted", s.Remote, why)}, nil)
+			all = append(all, bypassing{s, true})
 		}
 		told[s.Cookie] = true
 	}
@@ -413,11 +413,24 @@ const (
 	maxDirect = 32
 )
 
+// bypassing is a connection that does not come here.
+type bypassing struct {
+	diag.Socket
+	aborted bool // before it is told
+}
+
+func (d *daemon) abort(s bypassing) error {
+	if s.aborted {
+		return nil
+	}
+	return d.finder.Abort(s.Socket)
+}
+
 // tellDirect tells of one connection that does not come here. Who has it is looked up as
 // long as there is time for that.
-func (d *daemon) tellDirect(ctx context.Context, s diag.Socket, why string) {
+func (d *daemon) tellDirect(ctx context.Context, s bypassing, why string) {
 	by, who := event.Actor{UserID: strconv.FormatUint(uint64(s.UID), 10)}, fmt.Sprintf("a process of uid %d", s.UID)
-	if ctx.Err() == nil {
+	if ctx.Err() == nil && !s.aborted {
 		l := d.finder.Find(attribution.Conn{Client: s.Local, Endpoint: s.Remote})
 		if o := l.Complete(ctx, true); o.Attributed() {
 			by, who = named(o.Subjects[0])
@@ -427,7 +440,7 @@ func (d *daemon) tellDirect(ctx context.Context, s diag.Socket, why string) {
 	message := fmt.Sprintf("a connection of %s to %v %s", who, s.Remote, why)
 	var err error
 	if d.engine.Mode() == policy.Enforce {
-		if err = d.finder.Abort(s); err == nil {
+		if err = d.abort(s); err == nil {
 			message += "; it was aborted"
 		}
 	}
@@ -435,7 +448,7 @@ func (d *daemon) tellDirect(ctx context.Context, s diag.Socket, why string) {
 }
 
 // tellRest is tellDirect for what is too many to be told one by one.
-func (d *daemon) tellRest(rest []diag.Socket, why string) {
+func (d *daemon) tellRest(rest []bypassing, why string) {
 	if len(rest) == 0 {
 		return
 	}
@@ -444,7 +457,7 @@ func (d *daemon) tellRest(rest []diag.Socket, why string) {
 	if d.engine.Mode() == policy.Enforce {
 		aborted := 0
 		for _, s := range rest {
-			if failed := d.finder.Abort(s); failed != nil {
+			if failed := d.abort(s); failed != nil {
 				err = failed
 			} else {
 				aborted++
