@@ -345,10 +345,10 @@ func TestForwardedSlowly(t *testing.T) {
 				c := r.dialFrom(r.lab.Bridged)
 				r.served("the container, when it is told of again", c, keep)
 				turns := make(chan int)
-				r.loop().Start(func(*loop.Task) { turns <- len(r.proxy.turns.taken) + len(r.proxy.turns.waiting) })
-				if n := <-turns; n != 0 {
-					t.Errorf("%d have a turn or wait for one", n)
-				}
+				until(t, "given back by all", func() bool {
+					r.loop().Start(func(*loop.Task) { turns <- len(r.proxy.turns.taken) + len(r.proxy.turns.waiting) })
+					return <-turns == 0
+				})
 			})
 		}
 	}
