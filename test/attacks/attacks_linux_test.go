@@ -13,9 +13,11 @@
 package attacks
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -148,6 +150,26 @@ func reaper(way string) func(*scene) (string, error) {
 	}
 }
 
+// allStopped waits until no thread of a process runs any more: a signal to stop takes a
+// moment.
+func allStopped(pid int) error {
+	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
+		if err != nil {
+			return err
+		}
+		runs := len(threads) == 0
+		for _, name := range threads {
+			b, err := os.ReadFile(name)
+			runs = runs || err == nil && !bytes.Contains(b, []byte("\nState:\tT"))
+		}
+		if !runs {
+			return nil
+		}
+	}
+	return fmt.Errorf("process %d does not stop", pid)
+}
+
 // stopped connects and executes a program with a grant while the daemon does not
 // run, with so many forks after that.
 func stopped(forks string) func(*scene) (string, error) {
@@ -156,6 +178,9 @@ func stopped(forks string) func(*scene) (string, error) {
 			return "", err
 		}
 		defer func() { err = errors.Join(err, s.Signal(syscall.SIGCONT)) }()
+		if err := allStopped(s.PID()); err != nil {
+			return "", err
+		}
 		a, err := s.start(user, s.evil, "delayed-exec")
 		if err != nil {
 			return "", err
