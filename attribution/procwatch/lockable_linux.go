@@ -56,6 +56,7 @@ type question struct {
 	uid  uint32
 	of   bool // uid is known
 
+	asked    atomic.Bool
 	began    time.Time // or was seen to go on
 	patience time.Duration
 	looks    int           // since it began
@@ -68,6 +69,9 @@ const (
 	// milliseconds where the arguments are swapped out. Longer, and each process that is
 	// locked holds up its own client for so long.
 	readIn = 100 * time.Millisecond
+	// beginIn is how long it is waited for others about the same user, of which each may
+	// take readIn. Less, and a crowd of his on a busy machine is refused.
+	beginIn = time.Second
 	// lookEvery is how much later it may be. What has been looked at less than
 	// minLooks times is not late: we may have stood still.
 	lookEvery = 20 * time.Millisecond
@@ -111,6 +115,7 @@ func (c *Lockable) do(q *question, ask func()) error {
 		return ErrLocked
 	}
 	go func() {
+		q.asked.Store(true)
 		ask()
 		c.end(q)
 	}()
@@ -138,6 +143,11 @@ func (c *Lockable) look() {
 	now := time.Now()
 	for q := range c.asking {
 		if q.late {
+			continue
+		}
+		if !q.asked.Load() { // others run
+			q.began, q.looks = now, 0
+			c.lookIn(q.patience)
 			continue
 		}
 		q.looks++
@@ -203,7 +213,7 @@ func (c *Lockable) begin(q *question) bool {
 			return ok
 		}
 		if timeout == nil {
-			timeout = time.After(readIn)
+			timeout = time.After(beginIn)
 		}
 		select {
 		case <-before.over:

@@ -155,7 +155,7 @@ func TestLockableCrowd(t *testing.T) {
 		t.Fatal(err)
 	}
 	var all sync.WaitGroup
-	for range 2000 {
+	for range 500 {
 		all.Go(func() {
 			if b, err := c.Read(1, dir, "cmdline", make([]byte, 64)); string(b) != "curl\x00" || err != nil {
 				t.Errorf("%q, %v", b, err)
