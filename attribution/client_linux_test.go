@@ -169,14 +169,14 @@ func act(how string, args []string) error {
 		if _, err := dialRaw(address); err != nil {
 			return err
 		}
-		file, err := os.Open(args[1])
+		file, err := unix.Open(args[1], unix.O_RDONLY|unix.O_CLOEXEC, 0) // package os would ask whether it is ready
 		if err != nil {
 			return err
 		}
-		if _, err := file.Stat(); err != nil { // the kernel asks how long it is
+		if err := unix.Fstat(file, new(unix.Stat_t)); err != nil { // the kernel asks how long it is
 			return err
 		}
-		page, err := unix.Mmap(int(file.Fd()), 0, os.Getpagesize(), unix.PROT_READ, unix.MAP_SHARED)
+		page, err := unix.Mmap(file, 0, os.Getpagesize(), unix.PROT_READ, unix.MAP_SHARED)
 		if err != nil {
 			return err
 		}
@@ -189,11 +189,25 @@ func act(how string, args []string) error {
 		time.Sleep(100 * time.Millisecond)
 		unix.RawSyscall6(unix.SYS_MMAP, 0, uintptr(os.Getpagesize()), unix.PROT_READ, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS, ^uintptr(0), 0)
 		return connected()
+	case "polling": // keeps an epoll descriptor locked, with a file that does not say whether it is ready
+		if _, err := dialRaw(address); err != nil {
+			return err
+		}
+		file, err := unix.Open(args[1], unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		ep, err := unix.EpollCreate1(0)
+		if err != nil {
+			return err
+		}
+		fmt.Println("connected", ep)
+		return unix.EpollCtl(ep, unix.EPOLL_CTL_ADD, file, &unix.EpollEvent{Events: unix.EPOLLIN})
 	case "closing": // becomes another program, and closes a file meanwhile that does not let it
 		if _, err := dialRaw(address); err != nil {
 			return err
 		}
-		if _, err := os.Open(args[1]); err != nil {
+		if _, err := unix.Open(args[1], unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
 			return err
 		}
 		fmt.Println("connected")

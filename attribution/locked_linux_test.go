@@ -60,10 +60,10 @@ func unanswered(t *testing.T) (path string, giveUp func()) {
 	return path, giveUp
 }
 
-// serveUnanswered answers everything but reads and closes, until it is closed itself.
+// serveUnanswered answers everything but reads, closes and polls, until it is closed itself.
 func serveUnanswered(server *os.File) {
 	const (
-		forget, getattr, open, read, flush, initialize, interrupt = 2, 3, 14, 15, 25, 26, 36
+		forget, getattr, open, read, flush, initialize, interrupt, poll = 2, 3, 14, 15, 25, 26, 36, 40
 		inHeader, outHeader                                       = 40, 16
 	)
 	in := make([]byte, 1<<20)
@@ -75,7 +75,7 @@ func serveUnanswered(server *os.File) {
 		var body []byte
 		errno := int32(0)
 		switch binary.NativeEndian.Uint32(in[4:]) {
-		case forget, interrupt, read, flush:
+		case forget, interrupt, read, flush, poll:
 			continue
 		case initialize:
 			body = make([]byte, 64)
@@ -105,6 +105,23 @@ func serveUnanswered(server *os.File) {
 	}
 }
 
+// waits shows that who reads a file of a client's waits, and returns what comes of that.
+func waits(t *testing.T, c *client, file string) <-chan error {
+	t.Helper()
+	read := make(chan error, 1)
+	time.Sleep(200 * time.Millisecond)
+	go func() {
+		_, err := os.ReadFile("/proc/" + strconv.Itoa(c.Process.Pid) + "/" + file)
+		read <- err
+	}()
+	select {
+	case err := <-read:
+		t.Fatalf("%s is not locked: %v", file, err)
+	case <-time.After(300 * time.Millisecond):
+	}
+	return read
+}
+
 // A client can keep others from its memory, where its arguments are, for as long as it likes. Nobody waits for it then,
 // not who asks for it, nor a daemon that starts; and it is told that something of it is not known.
 func TestLockedMemory(t *testing.T) {
@@ -115,17 +132,7 @@ func TestLockedMemory(t *testing.T) {
 	defer giveUp() // or else the client cannot end
 	conn := accept(t, ln)
 	c.line(t)
-	read := make(chan error, 1)
-	time.Sleep(200 * time.Millisecond)
-	go func() {
-		_, err := os.ReadFile("/proc/" + strconv.Itoa(c.Process.Pid) + "/cmdline")
-		read <- err
-	}()
-	select {
-	case err := <-read:
-		t.Fatalf("its memory is not locked: %v", err)
-	case <-time.After(300 * time.Millisecond):
-	}
+	read := waits(t, c, "cmdline")
 
 	for range 2 {
 		begin := time.Now()
@@ -170,17 +177,7 @@ func TestLockedCall(t *testing.T) {
 	defer giveUp() // or else the client cannot end
 	conn := accept(t, ln)
 	c.line(t)
-	time.Sleep(200 * time.Millisecond)
-	read := make(chan error, 1)
-	go func() {
-		_, err := os.ReadFile("/proc/" + strconv.Itoa(c.Process.Pid) + "/syscall")
-		read <- err
-	}()
-	select {
-	case err := <-read:
-		t.Fatalf("it can be asked: %v", err)
-	case <-time.After(300 * time.Millisecond):
-	}
+	read := waits(t, c, "syscall")
 
 	soon := func(what string, ask func()) {
 		t.Helper()
@@ -219,6 +216,29 @@ func TestLockedCall(t *testing.T) {
 			t.Errorf("%s, %+v", o.Reason, o.Subjects)
 		}
 	})
+	giveUp()
+	<-read
+}
+
+// What fdinfo says of an epoll descriptor can be locked by who keeps that from looking at one of its files (ep_show_fdinfo
+// in fs/eventpoll.c).
+func TestLockedDescriptor(t *testing.T) {
+	path, giveUp := unanswered(t)
+	f := newFinder(t)
+	ln := listen(t, "127.0.0.1:0")
+	c := start(t, exec.Command(install(t, "client"), ln.Addr().String(), path), "polling")
+	defer giveUp() // or else the client cannot end
+	accept(t, ln)
+	line := c.line(t)
+	read := waits(t, c, "fdinfo/"+line[len(line)-1])
+	begin := time.Now()
+	s := newSearch(f.host, 1)
+	if s.locked(c.Process.Pid); s.reason != AccessDenied {
+		t.Errorf("%v, %v", s.reason, s.err)
+	}
+	if took := time.Since(begin); took > 2*time.Second {
+		t.Errorf("searched for %v", took)
+	}
 	giveUp()
 	<-read
 }

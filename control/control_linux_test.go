@@ -150,15 +150,22 @@ func TestListen(t *testing.T) {
 	again.Close()
 }
 
+// serveAll is serve where every user can find the socket.
+func serveAll(t *testing.T, group int) (socket string) {
+	t.Helper()
+	socket = serve(t, group)
+	for dir := filepath.Dir(socket); dir != "/tmp" && dir != "/"; dir = filepath.Dir(dir) {
+		os.Chmod(dir, 0o755)
+	}
+	return socket
+}
+
 // The kernel says who asks: members of the group may, and may change nothing;
 // nobody else may even connect.
 func TestPeers(t *testing.T) {
 	labtest.RequireRoot(t)
 	const group = 4321
-	socket := serve(t, group)
-	for dir := filepath.Dir(socket); dir != "/tmp" && dir != "/"; dir = filepath.Dir(dir) {
-		os.Chmod(dir, 0o755)
-	}
+	socket := serveAll(t, group)
 	ask := func(uid, gid uint32, method, route string) string {
 		cmd := exec.Command("curl", "-s", "-X", method, "--unix-socket", socket, "http://imdsgate/v1/"+route)
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: gid}}
@@ -184,10 +191,7 @@ func TestPeers(t *testing.T) {
 func TestTooManyLook(t *testing.T) {
 	labtest.RequireRoot(t)
 	const group = 4321
-	socket := serve(t, group)
-	for dir := filepath.Dir(socket); dir != "/tmp" && dir != "/"; dir = filepath.Dir(dir) {
-		os.Chmod(dir, 0o755)
-	}
+	socket := serveAll(t, group)
 	member := func(fn func()) {
 		done := make(chan struct{})
 		go func() {
