@@ -64,7 +64,7 @@ func unanswered(t *testing.T) (path string, giveUp func()) {
 func serveUnanswered(server *os.File) {
 	const (
 		forget, getattr, open, read, flush, initialize, interrupt, poll = 2, 3, 14, 15, 25, 26, 36, 40
-		inHeader, outHeader                                       = 40, 16
+		inHeader, outHeader                                             = 40, 16
 	)
 	in := make([]byte, 1<<20)
 	for {
