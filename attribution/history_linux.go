@@ -122,7 +122,7 @@ func (h *host) alive(pid int, start uint64, seq int, complete func(*Process)) *P
 	}
 	complete(proc)
 	h.mu.Lock()
-	p.last, p.image, p.at, p.same = proc, st.image, time.Now(), false
+	p.last, p.stat, p.at, p.same = proc, st, time.Now(), false
 	h.mu.Unlock()
 	return proc
 }
@@ -136,7 +136,7 @@ func (h *host) readBefore(pid int, start uint64, seq int) *Process {
 		h.mu.Unlock()
 		return nil
 	}
-	last, mark, began := p.last, p.image.mark, p.start
+	last, mark, began := p.last, p.stat.image.mark, p.start
 	h.tick++
 	p.used = h.tick
 	h.mu.Unlock()

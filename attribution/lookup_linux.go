@@ -125,6 +125,17 @@ func (l *Lookup) Search() {
 	}()
 }
 
+// Searched reports whether what Search began is over, so that neither Owner nor Close
+// waits for it.
+func (l *Lookup) Searched() bool {
+	select {
+	case <-l.first:
+		return true
+	default:
+		return false
+	}
+}
+
 // UID is the user who created the client's socket, as the kernel told Find. It is
 // false if the kernel told of no such socket. It does not wait.
 func (l *Lookup) UID() (uint32, bool) { return l.uid, l.found }
@@ -138,7 +149,7 @@ func (l *Lookup) CgroupID() uint64 { return l.group }
 // again. It is called before the Lookup is shared.
 func (l *Lookup) guess() bool {
 	for _, r := range l.f.recentHolders() {
-		p, st, err := l.f.host.pin(r.pid)
+		p, st, err := l.f.host.pinSubject(r.pid)
 		if err != nil {
 			l.f.forgetRecent(r)
 			continue
@@ -480,7 +491,7 @@ func (l *Lookup) merge(ctx context.Context, found []holder, via string) Reason {
 		case ctx.Err() != nil:
 			return Late
 		}
-		p, st, err := l.f.host.pin(f.pid)
+		p, st, err := l.f.host.pinSubject(f.pid)
 		read := err == nil && l.add(&subject{holder: f, pin: p}, st)
 		if err == nil && !read {
 			l.f.host.unpin(p)

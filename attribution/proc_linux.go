@@ -82,12 +82,12 @@ type pin struct {
 	start    uint64
 
 	// guarded by host.mu
-	refs  int
-	used  uint64
-	image image
-	last  *Process  // as last read
-	at    time.Time // when it was
-	same  bool      // image was the same afterwards
+	refs int
+	used uint64
+	last *Process  // as last read
+	stat stat      // then
+	at   time.Time // when it was
+	same bool      // the image was the same afterwards
 }
 
 func newHost(proc string) (*host, error) {
@@ -146,14 +146,7 @@ func (h *host) wall(ticks uint64) time.Time {
 // pin opens /proc/PID, or returns the one that is open already and still
 // leads to a live process. The caller must unpin it.
 func (h *host) pin(pid int) (*pin, stat, error) {
-	h.mu.Lock()
-	p := h.pins[pid]
-	if p != nil {
-		p.refs++
-		h.tick++
-		p.used = h.tick
-	}
-	h.mu.Unlock()
+	p := h.pinned(pid)
 	if p != nil {
 		st, err := h.stat(p)
 		if err == nil {
@@ -196,6 +189,49 @@ func (h *host) pin(pid int) (*pin, stat, error) {
 	h.pins[pid] = p
 	h.evict()
 	return p, st, nil
+}
+
+// pinned is pin if it is open already, and nil otherwise. It does not ask whether the
+// process lives.
+func (h *host) pinned(pid int) *pin {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	p := h.pins[pid]
+	if p != nil {
+		p.refs++
+		h.tick++
+		p.used = h.tick
+	}
+	return p
+}
+
+// pinSubject is pin for who is judged. One that was read a moment ago, and of which the
+// kernel has told nothing since, is not asked anything.
+func (h *host) pinSubject(pid int) (*pin, stat, error) {
+	if p := h.pinned(pid); p != nil {
+		if st, ok := h.known(p); ok {
+			return p, st, nil
+		}
+		h.unpin(p)
+	}
+	return h.pin(pid)
+}
+
+// known is the stat of a process that was read a moment ago, and has executed nothing
+// and not ended since.
+func (h *host) known(p *pin) (stat, bool) {
+	if h.table == nil || h.table.Drain() != nil {
+		return stat{}, false
+	}
+	mark, ok := h.table.Mark(p.pid, p.start)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if !ok || mark.Exited || !p.same || p.stat.image.mark != mark || time.Since(p.at) > freshFor {
+		return stat{}, false
+	}
+	st := p.stat
+	st.read = p.last
+	return st, true
 }
 
 func (h *host) unpin(p *pin) {
@@ -324,10 +360,13 @@ func denied(err error) bool { return errors.Is(err, fs.ErrPermission) }
 // What was read a moment ago serves again while the image is the same: a client
 // that fetches credentials asks three times within milliseconds.
 func (h *host) read(p *pin, st stat) (*Process, image, error) {
+	if st.read != nil {
+		return st.read, st.image, nil
+	}
 	h.identify(p, &st.image)
 	h.mu.Lock()
 	last := p.last
-	if !p.same || p.image != st.image || time.Since(p.at) > freshFor || st.between() {
+	if !p.same || p.stat.image != st.image || time.Since(p.at) > freshFor || st.between() {
 		last = nil
 	}
 	h.mu.Unlock()
@@ -350,7 +389,7 @@ func (h *host) read(p *pin, st stat) (*Process, image, error) {
 		if after.image == st.image && !st.between() {
 			h.lineage(proc, st, maxAncestors)
 			h.mu.Lock()
-			p.last, p.image, p.at, p.same = proc, st.image, time.Now(), true
+			p.last, p.stat, p.at, p.same = proc, st, time.Now(), true
 			h.mu.Unlock()
 			return proc, st.image, nil
 		}
@@ -391,7 +430,7 @@ func (h *host) parent(pid int, childStart uint64, depth int) *Process {
 	h.identify(p, &st.image)
 	h.mu.Lock()
 	last := p.last
-	if p.image != st.image || time.Since(p.at) > freshFor {
+	if p.stat.image != st.image || time.Since(p.at) > freshFor {
 		last = nil
 	}
 	h.mu.Unlock()
@@ -404,7 +443,7 @@ func (h *host) parent(pid int, childStart uint64, depth int) *Process {
 	}
 	h.lineage(proc, st, depth-1)
 	h.mu.Lock()
-	p.last, p.image, p.at, p.same = proc, st.image, time.Now(), false
+	p.last, p.stat, p.at, p.same = proc, st, time.Now(), false
 	h.mu.Unlock()
 	return proc
 }

@@ -162,6 +162,8 @@ type stat struct {
 	threads          int
 	start            uint64
 	image            image
+
+	read *Process // what was read then, if nothing has happened to it since; not from the file
 }
 
 // image changes at every execve, because the kernel places a new program's

@@ -112,7 +112,7 @@ func (l *Lookup) descriptor(s *subject) (holder, bool) {
 // it. Without either, nothing may be allowed. It reports whether it is read.
 func (l *Lookup) act(s *subject, a Actor) bool {
 	s.acted = &a
-	p, st, err := l.f.host.pin(a.PID)
+	p, st, err := l.f.host.pinSubject(a.PID)
 	if err == nil && l.acted(a, st) {
 		s.pin = p
 		if l.add(s, st) {
