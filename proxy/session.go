@@ -45,12 +45,13 @@ type session struct {
 	near     netip.AddrPort // of up; the zero value if there is none
 	looped   atomic.Bool    // up came back to us
 
-	conn   event.Connection
-	minTTL int
-	lookup *attribution.Lookup
-	later  sync.WaitGroup // of what still uses lookup
-	count  int            // of requests
-	told   bool           // there is an event of this connection
+	conn      event.Connection
+	minTTL    int
+	lookup    *attribution.Lookup
+	later     sync.WaitGroup // of what still uses lookup
+	completes bool           // something was counted there
+	count     int            // of requests
+	told      bool           // there is an event of this connection
 
 	buf []byte // of in; nil while nothing is there
 	in  []byte // bytes of the client that were read and not passed on
@@ -150,10 +151,10 @@ func (s *session) early() bool {
 	return s.p.pace.each == 0 && !s.forwarded && s.room && !s.p.own(s.conn.Source)
 }
 
-// first reports whether the request is there, and may be passed on before it is known
-// who asks: in audit mode, where the kernel has kept who called connect.
+// first reports whether the request is there, and may be read before it is known who
+// asks: where the kernel has kept who called connect.
 func (s *session) first() bool {
-	return s.p.engine.Mode() == policy.Audit && s.p.finder.Level() >= attribution.Level2 && s.fill() == nil
+	return s.p.finder.Level() >= attribution.Level2 && s.fill() == nil
 }
 
 // known finds out whose the connection is, unless it was. It reports false if there is
@@ -320,6 +321,10 @@ func (s *session) release() {
 	if s.lookup == nil {
 		return
 	}
+	if !s.completes && s.lookup.Searched() {
+		s.lookup.Close()
+		return
+	}
 	s.p.wg.Add(1)
 	go func() {
 		defer s.p.wg.Done()
@@ -405,8 +410,17 @@ func (s *session) exchange(r *http1.Request) error {
 	}
 	decided := make(chan struct{})
 	if enforce {
-		s.task.Away(func() { s.decide(ev, AttributeIn, search) })
+		comesIn := true
+		s.task.Away(func() {
+			if comesIn = s.lookup != nil || s.enter(); comesIn {
+				s.decide(ev, AttributeIn, search)
+			}
+		})
 		close(decided)
+		if !comesIn {
+			s.reset = true // as if nothing had been read
+			return loop.ErrCancelled
+		}
 		if ev.Decision.Verdict == event.Deny {
 			// The whole request has been read, or else it waits for 100 Continue
 			// and gets this instead.
@@ -478,6 +492,7 @@ func (s *session) exchange(r *http1.Request) error {
 	case <-decided:
 		s.answered(ev, answer, passed, failed)
 	default:
+		s.completes = true
 		s.later.Add(1)
 		go func() {
 			defer s.later.Done()
@@ -522,6 +537,7 @@ func (s *session) complete(ev *event.Event, how search, then func()) bool {
 	default:
 		return false
 	}
+	s.completes = true
 	s.later.Add(1)
 	go func() {
 		defer s.later.Done()
@@ -535,12 +551,17 @@ func (s *session) complete(ev *event.Event, how search, then func()) bool {
 // hint judges by what is known without a search of the host. It reports whether that
 // is all that was wanted.
 func (s *session) hint(ev *event.Event, within time.Duration, how search) (enough bool) {
-	ctx, cancel := context.WithTimeout(context.Background(), within)
-	defer cancel()
+	begin := time.Now()
 	if s.lookup == nil && !s.enter() { // there was room, so that it is the end
 		s.task.Cancel()
 	}
 	s.lookup.Search() // for the record of one who was turned away
+	ctx := context.Background()
+	if !s.lookup.Searched() { // or else nothing is waited for, and a timer takes a microsecond
+		var cancel func()
+		ctx, cancel = context.WithDeadline(ctx, begin.Add(within))
+		defer cancel()
+	}
 	var owner attribution.Owner
 	if how != likely {
 		owner, enough = s.lookup.Accounted(ctx)
@@ -581,9 +602,10 @@ func (s *session) decide(ev *event.Event, within time.Duration, how search) {
 
 // judge finds out who asks and what policy says.
 func (s *session) judge(ev *event.Event, within time.Duration, how search) {
-	ctx, cancel := context.WithTimeout(context.Background(), within)
-	defer cancel()
+	begin := time.Now()
 	if !s.hint(ev, within, how) && how != likely && !s.p.engine.Final(ev) {
+		ctx, cancel := context.WithDeadline(context.Background(), begin.Add(within))
+		defer cancel()
 		owner := s.lookup.Complete(ctx, how == whole)
 		s.verdict(ev, owner, how == wholeLater && owner.Attributed() && owner.Reason == attribution.ClientGone)
 	}

@@ -43,7 +43,7 @@ type Loop struct {
 	timers  timers
 	armed   time.Time // when the wait ends at the latest; zero for never
 	idle    []*fiber
-	left    bool // a task has gone away since others were last let run
+	left    bool // a task has gone away, or ended, since others were last let run
 	away    int  // tasks that are
 	tasks   int  // that have not ended
 	events  [64]unix.EpollEvent
@@ -177,7 +177,10 @@ func (l *Loop) Run() {
 		l.spare = run[:0]
 		if l.left {
 			l.left = false
-			runtime.Gosched() // most come back at once, and need not ring
+			// Most who are away come back at once, and need not ring. After the end of
+			// a task others run while nobody waits: when the next one is away they
+			// would be in its way.
+			runtime.Gosched()
 		}
 		switch l.collect() {
 		case busy:
@@ -267,6 +270,7 @@ func (l *Loop) resume(t *Task) {
 	if f.next(); f.task == nil {
 		t.fiber, t.f = nil, nil
 		l.tasks--
+		l.left = true
 		l.timers.remove(t)
 		if len(l.idle) < maxIdle {
 			l.idle = append(l.idle, f)
