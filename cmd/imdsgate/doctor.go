@@ -205,10 +205,13 @@ func (d *diagnosis) ofStatus(ctx context.Context, client *control.Client) (s rep
 		d.find("attribution-level", failing, "level "+a.Level+" of attribution, and the configuration requires "+a.Required, "the reasons are under not-covered; attribution.require_level")
 	}
 	if a.Slow() {
-		d.find("attribution-slow", doubtful, "a search of the host takes longer than requests wait, so that credentials are refused", "find out who has so many descriptors (imdsgate status); a kernel and capabilities for level 3")
+		d.find("attribution-slow", doubtful,
+			fmt.Sprintf("a search of the host takes longer than the %v that a request waits in enforce mode, so that credentials are refused: process %d has %d of %d descriptors",
+				a.Budget, a.Largest.PID, a.Largest.Descriptors, a.Descriptors),
+			"ask whoever runs that process why it has so many; a kernel and capabilities for level 3 make the search short")
 	}
 	if n := s.Requests.LinkLocalExceeded; n != nil && *n > 0 {
-		d.find("linklocal-throttled", doubtful, "the network interfaces have dropped packets to the metadata service, DNS and NTP: more than 1,024 a second", "find out who asks so often (imdsgate events); limits.requests_per_second")
+		d.find("linklocal-throttled", doubtful, fmt.Sprintf("the network interfaces have dropped %d packets to the metadata service, DNS and NTP: more than 1,024 a second", *n), "find out who asks so often (imdsgate events); limits.requests_per_second")
 	}
 	e := s.Events
 	if e.Dropped+e.Failed+e.Removed > 0 || e.Error != "" {

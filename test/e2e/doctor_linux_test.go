@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -443,5 +444,46 @@ func TestDoctorOfTheWeak(t *testing.T) {
 	defer h.Signal(syscall.SIGCONT)
 	if e := h.doctor(); !e.has("daemon-silent") || e.has("daemon-not-running") || e.code != 1 {
 		t.Errorf("%d\n%s", e.code, e.text)
+	}
+}
+
+// Somebody has so many descriptors that the daemon, without eBPF, does not get through
+// them while a request waits. Not in parallel: the others' searches would find them, too.
+func TestDoctorOfTheSlow(t *testing.T) {
+	h := prepare(t, netlab.Options{})
+	h.startWith(gate.Settings{Config: "mode: audit\n", Lacks: attribution.Level1})
+	cmd := exec.Command("python3", "-c", `
+import os, resource, sys
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+if os.fork(): os.fork()
+for i in range(15000): os.dup(0)
+print(flush=True)
+sys.stdin.read()
+`)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	defer in.Close()
+	if _, err := io.ReadFull(out, make([]byte, 3)); err != nil {
+		t.Fatal(err)
+	}
+	var e examined
+	for end := time.Now().Add(20 * time.Second); !e.has("attribution-slow") && time.Now().Before(end); {
+		h.run(client{uid: ordinaryUser, args: []string{"curl", "-s", "-m", "10", "http://169.254.169.254/latest/meta-data/instance-id"}})
+		e = h.doctor()
+	}
+	if m := e.message("attribution-slow"); !strings.Contains(m, " has 150") {
+		t.Errorf("%q\n%s", m, e.text)
 	}
 }

@@ -123,6 +123,9 @@ func TestContested(t *testing.T) {
 	if code != 1 || !strings.HasPrefix(out, "NOT protected") || !strings.Contains(out, "! changed again and again") {
 		t.Errorf("%d\n%s", code, out)
 	}
+	if e := h.doctor(); !strings.Contains(e.message("redirect-contested"), "again and again") || e.code != 1 {
+		t.Errorf("%d\n%s", e.code, e.text)
+	}
 	const rounds = 3
 	began, repairs := time.Now(), s.Redirect.Repairs
 	s = await("it goes on", func(s report.Status) bool { return s.Redirect.Repairs >= repairs+rounds })
