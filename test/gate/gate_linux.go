@@ -240,7 +240,7 @@ const readyTimeout = time.Minute
 func (d *Daemon) ready() error {
 	for end := time.Now().Add(readyTimeout); ; time.Sleep(10 * time.Millisecond) {
 		s, err := d.Status()
-		if err == nil && s.PID == d.PID() && (s.Redirect.Installed || s.Mode == "off" || len(s.Redirect.Locks) > 0) {
+		if err == nil && s.PID == d.PID() && strings.Contains(d.Log(), `"message":"serving"`) && (s.Redirect.Installed || s.Mode == "off" || len(s.Redirect.Locks) > 0) {
 			return nil
 		}
 		select {
