@@ -95,7 +95,7 @@ func (h *host) openNet(pid int) (int, error) {
 	const none, left = 0, -1
 	var fd atomic.Int64 // plus one; what comes when we have left is closed
 	var failed error
-	locked := h.lockable.Do(pid, func() {
+	locked := h.lockable.DoAmong(pid, nil, func() {
 		ns, err := unix.Open(filepath.Join(h.proc, strconv.Itoa(pid), "ns/net"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		if err != nil {
 			failed = err
@@ -152,7 +152,7 @@ func (n *namespaces) others(h *host, age time.Duration) (map[string]int, error) 
 	for _, pid := range pids {
 		var link string
 		var err error
-		locked := h.lockable.Do(pid, func() {
+		locked := h.lockable.DoAmong(pid, nil, func() {
 			link, err = linkAt(unix.AT_FDCWD, filepath.Join(h.proc, strconv.Itoa(pid), "ns/net"))
 		})
 		if locked == nil && err == nil && link != h.net {

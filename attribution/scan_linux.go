@@ -182,7 +182,7 @@ func (s *search) process(pid int, threads bool) bool {
 	}
 	part := s.newPart()
 	on := false
-	if s.h.lockable.DoWhile(pid, &part.far, func() { on = part.leader(pid) && (!threads || part.threads(pid)) }) != nil {
+	if s.h.lockable.DoAmong(pid, &part.far, func() { on = part.leader(pid) && (!threads || part.threads(pid)) }) != nil {
 		s.part = nil // it may go on
 		return s.locked(pid)
 	}
@@ -227,7 +227,7 @@ func (s *search) take(on bool) bool {
 func (s *search) locked(pid int) bool {
 	part := s.newPart()
 	on := false
-	if s.h.fdinfo.DoWhile(pid, &part.far, func() { on = part.infos(pid) }) != nil {
+	if s.h.fdinfo.DoAmong(pid, &part.far, func() { on = part.infos(pid) }) != nil {
 		s.part = nil
 		s.unsearched(procwatch.ErrLocked)
 		return true

@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"fmt"
 	"io/fs"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -32,14 +33,16 @@ var ErrLocked = fmt.Errorf("the process keeps itself locked: %w", fs.ErrPermissi
 type Lockable struct {
 	Proc string // where proc(5) is mounted; /proc if ""
 
-	mu     sync.Mutex
-	asking map[*question]struct{}    // that have not ended
-	late   map[about]int             // of them
-	lates  int                       // the sum
-	waited map[uint32]*time.Duration // for answers that were slow, by user, since
-	since  time.Time
+	mu           sync.Mutex
+	asking       map[*question]struct{}   // that have not ended
+	late         map[about]int            // of them
+	waited       map[uint32]time.Duration // for answers, by user, since
+	since        time.Time
+	subordinates time.Duration // of it, for those users together
+	tooLong      bool          // for somebody
 
-	looking bool // for what is late
+	looking bool // for who waits, and what is late
+	looked  time.Time
 }
 
 // about is what a process locks as a whole.
@@ -51,17 +54,24 @@ type about struct {
 // question is one that has not ended. Lockable.mu guards what does not say otherwise.
 type question struct {
 	about
-	over chan struct{} // closed when nobody waits any more
-	late bool          // likewise, and it goes on
-	uid  uint32
-	of   bool // uid is known
+	among bool          // one of many processes that somebody goes through
+	over  chan struct{} // closed when nobody waits any more
+	late  bool          // likewise, and it goes on
+	uid   uint32
+	of    bool // uid is known
 
-	asked    atomic.Bool
-	began    time.Time // or was seen to go on
+	thread   atomic.Int32 // that asks; 0 before, and after
+	began    time.Time    // or was seen to go on
 	patience time.Duration
-	looks    int           // since it began
+	looks    int           // since it began, at which it waited
 	far      *atomic.Int64 // how far it is; nil if that is not counted
 	was      int64         // how far it was
+}
+
+func one(pid int) *question { return &question{about: about{pid: pid}, patience: readIn} }
+
+func among(pid int) *question {
+	return &question{about: about{pid: pid}, patience: readIn, among: true}
 }
 
 const (
@@ -72,28 +82,40 @@ const (
 	// beginIn is how long it is waited for others about the same user, of which each may
 	// take readIn. Less, and a crowd of his on a busy machine is refused.
 	beginIn = time.Second
-	// lookEvery is how much later it may be. What has been looked at less than
-	// minLooks times is not late: we may have stood still.
-	lookEvery = 20 * time.Millisecond
-	minLooks  = 2
-	// slow is more than an answer takes that nobody holds up, on a busy machine, too. A
-	// user for whom maxWaited was waited within forgetAfter, in slow answers, has shortly
-	// for each: with many processes he could go on for ever otherwise.
-	slow        = 20 * time.Millisecond
-	maxWaited   = time.Second
-	forgetAfter = time.Minute
-	shortly     = 10 * time.Millisecond
-	// maxLate bounds the questions about a user that are late, since each keeps a thread.
-	// Of whoever has more no process is asked about. maxLong bounds those that are slow
-	// already, and maxAtOnce all of his that may become late: others of his wait. It is
-	// asked whose they are when there are more than maxUnasked of all.
+	// lookEvery is how often it is looked which threads wait for an answer, asleep in
+	// the kernel. One that is not, however long, shows that we or our machine stand
+	// still. More often costs more; less often, and what is short is charged less
+	// evenly. What has been seen to wait less than minLooks times is not late, and not
+	// for its patience if that is shorter.
+	lookEvery = 2 * time.Millisecond
+	minLooks  = 10
+	// Each such look charges the user of the process the time since the one before, so
+	// that answers of less are charged what they take, on average; but no more than slow,
+	// since it may be late itself. What a client is asked by itself is free at the first
+	// look, or else one whose threads compete for his memory pays for it.
+	//
+	// Of a user who was charged maxWaited within forgetAfter, who goes through many
+	// processes asks none, and others wait shortly for each. Higher, and he has searches,
+	// and a start, wait for so long in each minute; lower, and one who swaps is passed
+	// over. maxSubordinates is that for all subordinate users together.
+	maxWaited       = time.Second
+	maxSubordinates = 4 * maxWaited
+	forgetAfter     = time.Minute
+	shortly         = 10 * time.Millisecond
+	// Each question that is late keeps a thread. maxAtOnce bounds those about a user, in
+	// each of the two ways of locking: others wait for one that is not late yet. More,
+	// and he can keep more threads; fewer, and a crowd of his waits longer. When maxLate
+	// are late, no process of his is asked about in that way; when maxLong take longer
+	// than slow, others wait, too. It is asked whose they are when there are more than
+	// maxUnasked of all.
+	maxAtOnce  = 16
 	maxLate    = 4
 	maxLong    = 8
-	maxAtOnce  = 64
+	slow       = 20 * time.Millisecond
 	maxUnasked = 4
-	// maxAsking bounds the late ones of all, for those who have more than one user
-	// (newuidmap(1)), which begin with minSubordinate (login.defs(5), SUB_UID_MIN).
-	maxAsking      = 1024
+	// maxAsking bounds those about subordinate users (newuidmap(1)) together, since who
+	// has one has thousands. They begin with minSubordinate (login.defs(5), SUB_UID_MIN).
+	maxAsking      = 256
 	minSubordinate = 100_000
 )
 
@@ -101,12 +123,15 @@ const (
 // ErrLocked if that takes too long, and then what ask writes to is not its caller's any
 // more, since it may go on; or if other processes of its user's make us wait, and then it
 // is not called.
-func (c *Lockable) Do(pid int, ask func()) error { return c.DoWhile(pid, nil, ask) }
+func (c *Lockable) Do(pid int, ask func()) error { return c.do(one(pid), ask) }
 
-// DoWhile is Do for what takes longer, and counts how far it is. It may take as long as it
-// likes if it goes on.
-func (c *Lockable) DoWhile(pid int, far *atomic.Int64, ask func()) error {
-	return c.do(&question{about: about{pid: pid}, patience: readIn, far: far}, ask)
+// DoAmong is Do for one of many processes that its caller goes through. It refuses those
+// of a user who has made us wait for long, for the rest of a minute. If far is not nil it
+// counts how far ask is, which may take longer if it goes on.
+func (c *Lockable) DoAmong(pid int, far *atomic.Int64, ask func()) error {
+	q := among(pid)
+	q.far = far
+	return c.do(q, ask)
 }
 
 func (c *Lockable) do(q *question, ask func()) error {
@@ -115,79 +140,98 @@ func (c *Lockable) do(q *question, ask func()) error {
 		return ErrLocked
 	}
 	go func() {
-		q.asked.Store(true)
+		runtime.LockOSThread()
+		q.thread.Store(int32(unix.Gettid()))
 		ask()
+		q.thread.Store(0)
+		runtime.UnlockOSThread()
 		c.end(q)
 	}()
 	<-q.over
-	took := time.Since(q.began)
-	if !q.late && (took <= slow || q.far != nil) {
-		return nil
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.own(q)
-	c.charge(q.uid, took)
 	if q.late {
 		return ErrLocked
 	}
 	return nil
 }
 
-// look finds what is late, and comes again while there is something to wait for. One that
-// looks after all costs each of them no timer.
+// look finds who waits and what is late, and comes again while there is something to wait
+// for. One that looks after all costs each of them no timer.
 func (c *Lockable) look() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.looking = false
-	now := time.Now()
+	now, more := time.Now(), false
 	for q := range c.asking {
 		if q.late {
 			continue
 		}
-		if !q.asked.Load() { // others run
+		more = true
+		thread := q.thread.Load()
+		if thread == 0 { // others run
 			q.began, q.looks = now, 0
-			c.lookIn(q.patience)
+			continue
+		}
+		if !sleeps(thread) || q.thread.Load() != thread {
 			continue
 		}
 		q.looks++
+		if q.among || q.looks > 1 {
+			c.charge(c.own(q), min(now.Sub(c.looked), slow))
+		}
 		switch {
-		case now.Sub(q.began) < q.patience || q.looks < minLooks:
+		case q.among && c.hasWaited(q):
+		case now.Sub(q.began) < q.patience || q.looks < min(minLooks, int(q.patience/lookEvery)):
+			continue
 		case q.far != nil && q.far.Load() != q.was:
 			q.was, q.began, q.looks = q.far.Load(), now, 0
-		default:
-			q.late = true
-			if c.late == nil {
-				c.late = map[about]int{}
-			}
-			c.late[q.about]++
-			c.lates++
-			close(q.over)
 			continue
 		}
-		c.lookIn(q.patience)
+		q.late = true
+		if c.late == nil {
+			c.late = map[about]int{}
+		}
+		c.late[q.about]++
+		close(q.over)
+	}
+	if more {
+		c.lookLater()
 	}
 }
 
-// lookIn is called with c.mu held.
-func (c *Lockable) lookIn(patience time.Duration) {
+// lookLater has it looked in a moment. It is called with c.mu held.
+func (c *Lockable) lookLater() {
 	if !c.looking {
-		c.looking = true
-		time.AfterFunc(min(patience, lookEvery), c.look)
+		c.looking, c.looked = true, time.Now()
+		time.AfterFunc(lookEvery, c.look)
 	}
+}
+
+// sleeps reports whether a thread of ours waits in a system call that is not one by which
+// Go waits for itself (proc_pid_syscall(5); task_current_syscall in lib/syscall.c).
+func sleeps(thread int32) bool {
+	fd, err := unix.Open("/proc/self/task/"+strconv.Itoa(int(thread))+"/syscall", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return true // for all that is known
+	}
+	defer unix.Close(fd)
+	var b [32]byte // "running", or the number and its arguments; -1 outside of any
+	n, _ := read(fd, b[:])
+	number, _, _ := bytes.Cut(b[:n], []byte(" "))
+	call, err := strconv.Atoi(string(number))
+	return err == nil && call >= 0 && call != unix.SYS_FUTEX
 }
 
 // Read reads the beginning of a file below the directory of a process into buf, and
 // returns what was read.
 func (c *Lockable) Read(pid, dir int, name string, buf []byte) ([]byte, error) {
-	return c.readIn(readIn, pid, dir, name, buf)
+	return c.read(one(pid), dir, name, buf)
 }
 
-func (c *Lockable) readIn(patience time.Duration, pid, dir int, name string, buf []byte) ([]byte, error) {
+func (c *Lockable) read(q *question, dir int, name string, buf []byte) ([]byte, error) {
 	b := hold(len(buf)) // the caller's may be in use again when the read ends
 	n := 0
 	var err error
-	q := &question{about: about{pid, strings.HasSuffix(name, "cmdline")}, patience: patience}
+	q.memory = strings.HasSuffix(name, "cmdline")
 	if err := c.do(q, func() {
 		var fd int
 		if fd, err = unix.Openat(dir, name, unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
@@ -230,55 +274,86 @@ func (c *Lockable) tryBegin(q *question) (before *question, ok bool) {
 		return nil, false
 	}
 	q.began = time.Now()
+	if len(c.waited) > 0 && q.began.Sub(c.since) > forgetAfter {
+		clear(c.waited)
+		c.subordinates, c.tooLong = 0, false
+	}
+	if c.tooLong && c.hasWaited(q) {
+		if q.among {
+			return nil, false
+		}
+		q.patience = min(q.patience, shortly)
+	}
 	if len(c.asking) >= maxUnasked {
 		late, long, all := 0, 0, 0
-		crowded := len(c.asking)-c.lates >= maxAtOnce
+		crowded := len(c.asking) >= maxAtOnce
 		for other := range c.asking {
 			isLong := q.began.Sub(other.began) > slow
-			if !other.late && !isLong && !crowded || c.own(q) != c.own(other) {
+			if other.memory != q.memory || !other.late && !isLong && !crowded || c.own(q) != c.own(other) {
 				continue
 			}
+			all++
 			if other.late {
 				late++
 				continue
 			}
 			before = other
-			if all++; isLong {
+			if isLong {
 				long++
 			}
 		}
-		switch {
-		case late >= maxLate, c.lates >= maxAsking && (late > 0 || c.own(q) >= minSubordinate):
+		if late >= maxLate {
 			return nil, false
-		case long >= maxLong, all >= maxAtOnce:
+		}
+		if long >= maxLong || all >= maxAtOnce {
 			return before, false
 		}
-	}
-	if len(c.waited) > 0 {
-		if time.Since(c.since) > forgetAfter {
-			clear(c.waited)
-		}
-		if w := c.waited[c.own(q)]; w != nil && *w > maxWaited && q.far == nil {
-			q.patience = min(q.patience, shortly)
+		if len(c.asking) >= maxAsking && c.own(q) >= minSubordinate {
+			if before, all := c.ofSubordinates(); all >= maxAsking {
+				return before, false
+			}
 		}
 	}
 	if c.asking == nil {
 		c.asking = map[*question]struct{}{}
 	}
 	c.asking[q] = struct{}{}
-	c.lookIn(q.patience)
+	c.lookLater()
 	return nil, true
+}
+
+// ofSubordinates counts the questions about subordinate users, and returns one that is not
+// late if there is one. It is called with c.mu held.
+func (c *Lockable) ofSubordinates() (waits *question, all int) {
+	for q := range c.asking {
+		if c.own(q) < minSubordinate {
+			continue
+		}
+		all++
+		if !q.late {
+			waits = q
+		}
+	}
+	return waits, all
+}
+
+// hasWaited reports whether it was waited too long for a question's user. It is called
+// with c.mu held.
+func (c *Lockable) hasWaited(q *question) bool {
+	uid := c.own(q)
+	return c.waited[uid] >= maxWaited || q.among && uid >= minSubordinate && c.subordinates >= maxSubordinates
 }
 
 // charge is called with c.mu held.
 func (c *Lockable) charge(uid uint32, took time.Duration) {
 	if len(c.waited) == 0 {
-		c.waited, c.since = map[uint32]*time.Duration{}, time.Now()
+		c.waited, c.since = map[uint32]time.Duration{}, time.Now()
 	}
-	if c.waited[uid] == nil {
-		c.waited[uid] = new(time.Duration)
+	c.waited[uid] += took
+	if uid >= minSubordinate {
+		c.subordinates += took
 	}
-	*c.waited[uid] += took
+	c.tooLong = c.tooLong || c.waited[uid] >= maxWaited || c.subordinates >= maxSubordinates
 }
 
 // own finds out whose process a question is about. It is called with c.mu held.
@@ -298,7 +373,6 @@ func (c *Lockable) end(q *question) {
 		close(q.over)
 		return
 	}
-	c.lates--
 	if c.late[q.about]--; c.late[q.about] == 0 {
 		delete(c.late, q.about)
 	}

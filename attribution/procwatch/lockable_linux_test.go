@@ -1,11 +1,13 @@
 package procwatch
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -19,7 +21,13 @@ type processes struct {
 }
 
 func newProcesses(t *testing.T) *processes {
-	return &processes{t, Lockable{Proc: t.TempDir()}}
+	p := &processes{T: t, Lockable: Lockable{Proc: t.TempDir()}}
+	t.Cleanup(func() { // it looks for what has begun and was not asked
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		clear(p.asking)
+	})
+	return p
 }
 
 // locked makes the directory of a process whose command line nobody can read before the function is called. It is a pipe
@@ -90,8 +98,8 @@ func TestLockable(t *testing.T) {
 	if late == 0 || late > maxAtOnce {
 		t.Errorf("%d reads go on", late)
 	}
-	if w := c.waited[1000]; w == nil || *w < readIn || c.waited[1001] != nil {
-		t.Errorf("waited for the one %v, for the other %v", w, c.waited[1001])
+	if c.waited[1000] < readIn || c.waited[1001] >= maxWaited {
+		t.Errorf("waited for the one %v, for the other %v", c.waited[1000], c.waited[1001])
 	}
 	c.mu.Unlock()
 	dir, f := c.locked(2000, 1000)
@@ -132,18 +140,129 @@ func TestLockableHeldUp(t *testing.T) {
 	if b, err := c.Read(1, dir, "cmdline", make([]byte, 64)); string(b) != "x\x00" || err != nil {
 		t.Errorf("%q, %v", b, err)
 	}
-	if w := c.waited[1000]; w == nil || *w < slow {
-		t.Fatalf("waited for %v", w)
+	if c.waited[1000] == 0 {
+		t.Fatal("nothing was charged")
 	}
 	c.charge(1000, maxWaited)
 	q := ask(1)
 	if _, ok := c.tryBegin(q); !ok || q.patience != shortly {
 		t.Errorf("%v, %+v", ok, q)
 	}
+	if err := c.DoAmong(1, nil, func() { t.Error("it is one of many, and asked") }); err != ErrLocked {
+		t.Errorf("one of many: %v", err)
+	}
 	c.of(2, 1001)
 	q = ask(2)
 	if _, ok := c.tryBegin(q); !ok || q.patience != readIn {
 		t.Errorf("another: %v, %+v", ok, q)
+	}
+}
+
+// Who goes through all processes does not wait for each that one user keeps locked for a few milliseconds at a time.
+func TestLockableMany(t *testing.T) {
+	c := newProcesses(t)
+	r := reader{proc: c.Proc, lockable: &c.Lockable}
+	const each = 12 * time.Millisecond
+	const all = 3 * int32(maxWaited/each)
+	var took time.Duration
+	for pid := range all {
+		dir, unlock := c.locked(int(pid), 1000)
+		if err := unix.Symlinkat("/proc/self/exe", dir, "exe"); err != nil {
+			t.Fatal(err)
+		}
+		time.AfterFunc(each, unlock)
+		begin := time.Now()
+		r.content(pid, dir)
+		took += time.Since(begin)
+	}
+	if took > 2*maxWaited {
+		t.Errorf("%d took %v", all, took)
+	}
+	dir := c.of(int(all), 1001)
+	if err := errors.Join(unix.Symlinkat("/proc/self/exe", dir, "exe"), os.WriteFile(filepath.Join(c.Proc, strconv.Itoa(int(all)), "cmdline"), []byte("curl\x00"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if got, ok := r.content(all, dir); got.cmdline != "curl\x00" || !ok {
+		t.Errorf("another's: %+v, %v", got, ok)
+	}
+}
+
+// A search that goes on is let go on, unless its user makes it take too long.
+func TestLockableFar(t *testing.T) {
+	c := newProcesses(t)
+	c.of(1, 1000)
+	begin := time.Now()
+	var far atomic.Int64
+	var stop atomic.Bool
+	ended := make(chan struct{})
+	if err := c.DoAmong(1, &far, func() {
+		defer close(ended)
+		for !stop.Load() && time.Since(begin) < 5*maxWaited {
+			unix.Select(0, nil, nil, nil, &unix.Timeval{Usec: slow.Microseconds()})
+			far.Add(1)
+		}
+	}); err != ErrLocked {
+		t.Error(err)
+	}
+	if took := time.Since(begin); took < 2*readIn || took > 3*maxWaited {
+		t.Errorf("took %v", took)
+	}
+	stop.Store(true)
+	<-ended
+}
+
+// Where we are slow ourselves nobody is charged, and nothing is late.
+func TestLockableStill(t *testing.T) {
+	c := newProcesses(t)
+	c.of(1, 1000)
+	if err := c.Do(1, func() {
+		for begin := time.Now(); time.Since(begin) < 2*readIn; {
+		}
+	}); err != nil || c.waited[1000] > 0 {
+		t.Errorf("%v, charged %v", err, c.waited[1000])
+	}
+}
+
+// Of users with subordinate ones no more is asked at the same time than of some, whatever their number.
+func TestLockableSubordinates(t *testing.T) {
+	c := newProcesses(t)
+	asked := 0
+	for pid := range 2 * maxAsking {
+		c.of(pid, minSubordinate+pid)
+		if _, ok := c.tryBegin(ask(pid)); ok {
+			asked++
+		}
+	}
+	if asked != maxAsking {
+		t.Errorf("%d are asked", asked)
+	}
+	c.of(2*maxAsking, 1000)
+	if _, ok := c.tryBegin(ask(2 * maxAsking)); !ok {
+		t.Error("another is not")
+	}
+	c.charge(minSubordinate, maxSubordinates)
+	q := among(2*maxAsking - 1)
+	if before, ok := c.tryBegin(q); ok || before != nil {
+		t.Errorf("one of many is asked: %+v", q)
+	}
+}
+
+// Who keeps his memory locked does not keep his descriptors from being searched.
+func TestLockableApart(t *testing.T) {
+	c := newProcesses(t)
+	var reads sync.WaitGroup
+	for pid := range maxLate {
+		dir, unlock := c.locked(pid, 1000)
+		defer unlock()
+		reads.Go(func() { c.Read(pid, dir, "cmdline", make([]byte, 64)) })
+	}
+	reads.Wait()
+	if before, ok := c.tryBegin(ask(0)); ok || before != nil {
+		t.Error("memory is read")
+	}
+	c.waited = nil
+	if err := c.Do(0, func() {}); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -165,8 +284,11 @@ func TestLockableCrowd(t *testing.T) {
 	all.Wait()
 }
 
+// ask is for the memory of a process.
 func ask(pid int) *question {
-	return &question{about: about{pid, true}, over: make(chan struct{}), patience: readIn}
+	q := one(pid)
+	q.memory, q.over = true, make(chan struct{})
+	return q
 }
 
 func descriptors(t *testing.T) int {

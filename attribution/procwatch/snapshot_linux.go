@@ -17,7 +17,8 @@ import (
 // keep the 2 MiB that execve allows.
 const maxCmdline = 4 << 10
 
-// reader reads processes from /proc. It is not safe for concurrent use.
+// reader reads processes from /proc, as one who goes through many. It is not safe for
+// concurrent use.
 type reader struct {
 	proc     string
 	lockable *Lockable
@@ -51,7 +52,7 @@ func (r *reader) content(pid int32, dir int) (content, bool) {
 		return content{}, false
 	}
 	c.uid, c.gid = st.Uid, st.Gid // effective, for a directory (task_dump_owner in fs/proc/base.c)
-	b, err := r.lockable.Read(int(pid), dir, "cmdline", r.buf[:])
+	b, err := r.lockable.read(among(int(pid)), dir, "cmdline", r.buf[:])
 	if err != nil && err != ErrLocked && !c.denied {
 		return content{}, false
 	}
@@ -63,7 +64,7 @@ func (r *reader) content(pid int32, dir int) (content, bool) {
 func (r *reader) executable(pid int32, dir int) (File, error) {
 	var f File
 	var err error
-	if locked := r.lockable.Do(int(pid), func() {
+	if locked := r.lockable.DoAmong(int(pid), nil, func() {
 		b := hold(maxCmdline)
 		defer release(b)
 		n, failed := unix.Readlinkat(dir, "exe", *b)
@@ -96,7 +97,7 @@ func (s stat) running() bool { return s.state != 'Z' && s.state != 'X' || s.thre
 const pfKthread = 0x00200000 // PF_KTHREAD, include/linux/sched.h
 
 func (r *reader) stat(pid int32, dir int) (stat, error) {
-	b, err := r.lockable.Read(int(pid), dir, "stat", r.buf[:])
+	b, err := r.lockable.read(among(int(pid)), dir, "stat", r.buf[:])
 	if err != nil {
 		return stat{}, err
 	}
@@ -171,7 +172,9 @@ func (r *reader) alive(pid int) (uint64, bool) {
 	}
 	defer unix.Close(dir)
 	var buf [1024]byte
-	b, err := r.lockable.readIn(briefly, pid, dir, "stat", buf[:])
+	q := among(pid)
+	q.patience = briefly
+	b, err := r.lockable.read(q, dir, "stat", buf[:])
 	if err != nil {
 		return 0, false
 	}
