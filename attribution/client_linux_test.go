@@ -26,6 +26,12 @@ import (
 // ordinary user, each of which connects in its own way.
 const actAs = "IMDSGATE_TEST_ACT_AS"
 
+func init() {
+	if os.Getenv(actAs) != "" {
+		runtime.LockOSThread() // main is the first thread
+	}
+}
+
 func TestMain(m *testing.M) {
 	if how := os.Getenv(actAs); how != "" {
 		if err := act(how, os.Args[1:]); err != nil {
@@ -173,7 +179,7 @@ func act(how string, args []string) error {
 		if err != nil {
 			return err
 		}
-		if err := unix.Fstat(file, new(unix.Stat_t)); err != nil { // the kernel asks how long it is
+		if err := unix.Fstat(file, new(unix.Stat_t)); err != nil { // the kernel asks for its length and number
 			return err
 		}
 		page, err := unix.Mmap(file, 0, os.Getpagesize(), unix.PROT_READ, unix.MAP_SHARED)

@@ -85,7 +85,7 @@ func serveUnanswered(server *os.File) {
 		case getattr:
 			body = make([]byte, 16+88)
 			attr := body[16:]
-			binary.NativeEndian.PutUint64(attr, 1)
+			binary.NativeEndian.PutUint64(attr, 1<<32|1) // ino: more than a socket has
 			binary.NativeEndian.PutUint64(attr[8:], 1<<20)
 			binary.NativeEndian.PutUint32(attr[60:], unix.S_IFREG|0o644)
 			binary.NativeEndian.PutUint32(attr[64:], 1)
@@ -145,6 +145,11 @@ func TestLockedMemory(t *testing.T) {
 			t.Errorf("%s, %+v", o.Reason, o.Subjects)
 		}
 	}
+	inode := find(t, f, conn).socket.Inode
+	s := newSearch(f.host, inode)
+	if s.locked(c.Process.Pid, true); len(s.wanted[inode]) != 1 || s.reason != Attributed { // beside that file
+		t.Errorf("searched: %+v, %v, %v", s.wanted, s.reason, s.err)
+	}
 	begin := time.Now()
 	again, err := New(Options{})
 	if err != nil {
@@ -196,12 +201,6 @@ func TestLockedCall(t *testing.T) {
 			t.Errorf("%+v, %v, %v", found, s.reason, s.err)
 		}
 	})
-	soon("a search of threads that may have tables of their own", func() {
-		s := newSearch(f.host, 1)
-		if s.locked(os.Getpid()); s.reason != AccessDenied {
-			t.Errorf("%v, %v", s.reason, s.err)
-		}
-	})
 	soon("a start", func() {
 		again, err := New(Options{})
 		if err != nil {
@@ -233,7 +232,7 @@ func TestLockedDescriptor(t *testing.T) {
 	read := waits(t, c, "fdinfo/"+line[len(line)-1])
 	begin := time.Now()
 	s := newSearch(f.host, 1)
-	if s.locked(c.Process.Pid); s.reason != AccessDenied {
+	if s.locked(c.Process.Pid, true); s.reason != AccessDenied {
 		t.Errorf("%v, %v", s.reason, s.err)
 	}
 	if took := time.Since(begin); took > 2*time.Second {
@@ -241,4 +240,33 @@ func TestLockedDescriptor(t *testing.T) {
 	}
 	giveUp()
 	<-read
+}
+
+// What fdinfo tells of sockets is not taken from files, and threads with tables of their own are not left out.
+func TestLockedSearch(t *testing.T) {
+	f := newFinder(t)
+	ln := listen(t, "127.0.0.1:0")
+	c := start(t, exec.Command(install(t, "client"), ln.Addr().String()), "thread")
+	conn := accept(t, ln)
+	c.line(t)
+	inode := find(t, f, conn).socket.Inode
+	s := newSearch(f.host, inode)
+	s.locked(c.Process.Pid, true)
+	if found := s.wanted[inode]; len(found) != 1 || found[0].pid != c.Process.Pid || found[0].tid == c.Process.Pid || s.reason != Attributed {
+		t.Errorf("%+v, %v, %v", found, s.reason, s.err)
+	}
+
+	file, err := os.Create(filepath.Join(t.TempDir(), "file"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(file.Fd()), &st); err != nil {
+		t.Fatal(err)
+	}
+	s = newSearch(f.host, uint32(st.Ino))
+	if s.locked(os.Getpid(), true); s.found || len(s.wanted[uint32(st.Ino)]) > 0 || s.reason != Attributed {
+		t.Errorf("a file: %+v, %v, %v", s.wanted, s.reason, s.err)
+	}
 }

@@ -9,6 +9,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -50,6 +51,7 @@ type host struct {
 	self    int
 	user    string // link text of our own namespaces: "user:[4026531837]"
 	net     string
+	sockets []byte // what fdinfo says of the mount that all sockets are on
 
 	table   *procwatch.Watcher // nil below level 1
 	witness Witness            // nil below level 2
@@ -103,6 +105,9 @@ func newHost(proc string) (*host, error) {
 			return nil, fmt.Errorf("name our own %s namespace: %w", name, err)
 		}
 	}
+	if h.sockets, err = socketMount(proc); err != nil {
+		return nil, fmt.Errorf("tell sockets from files: %w", err)
+	}
 	if h.cgroups, err = readCgroupMounts(proc); err != nil {
 		return nil, err
 	}
@@ -117,6 +122,26 @@ func newHost(proc string) (*host, error) {
 		}
 	}
 	return h, nil
+}
+
+// socketMount reads the mnt_id line of a socket of our own (proc_pid_fdinfo(5)). There is
+// one mount of sockets, whatever the mount namespace (sock_init in net/socket.c).
+func socketMount(proc string) ([]byte, error) {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, os.NewSyscallError("socket", err)
+	}
+	defer unix.Close(fd)
+	b, err := os.ReadFile(filepath.Join(proc, "self/fdinfo", strconv.Itoa(fd)))
+	if err != nil {
+		return nil, err
+	}
+	_, rest, _ := bytes.Cut(b, []byte("\nmnt_id:"))
+	id, _, ok := bytes.Cut(rest, []byte("\n"))
+	if !ok {
+		return nil, errors.New("not the format of proc_pid_fdinfo(5)")
+	}
+	return slices.Concat([]byte("\nmnt_id:"), id), nil
 }
 
 // close gives back every pin.

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"iter"
 	"maps"
+	"math"
 	"slices"
 	"strconv"
 	"sync/atomic"
@@ -182,9 +183,9 @@ func (s *search) process(pid int, threads bool) bool {
 	}
 	part := s.newPart()
 	on := false
-	if s.h.lockable.DoAmong(pid, &part.far, func() { on = part.leader(pid) && (!threads || part.threads(pid)) }) != nil {
+	if s.h.lockable.DoAmong(pid, &part.far, func() { on = part.tables(pid, threads, part.table) }) != nil {
 		s.part = nil // it may go on
-		return s.locked(pid)
+		return s.locked(pid, threads)
 	}
 	return s.take(on)
 }
@@ -223,11 +224,12 @@ func (s *search) take(on bool) bool {
 
 // locked searches a process that does not let its descriptors be read, or of whose user
 // others do not. What fdinfo says of them is not locked with them (proc_pid_fdinfo(5); ino
-// is there since Linux 5.14), but may be each by itself, as one of epoll(7) is.
-func (s *search) locked(pid int) bool {
+// is there since Linux 5.14), but may be each by itself, as one of epoll(7) is. Which
+// threads share a table is locked with them, but an execve that locks them has one thread.
+func (s *search) locked(pid int, threads bool) bool {
 	part := s.newPart()
 	on := false
-	if s.h.fdinfo.DoAmong(pid, &part.far, func() { on = part.infos(pid) }) != nil {
+	if s.h.fdinfo.DoAmong(pid, &part.far, func() { on = part.tables(pid, threads, part.infos) }) != nil {
 		s.part = nil
 		s.unsearched(procwatch.ErrLocked)
 		return true
@@ -235,49 +237,61 @@ func (s *search) locked(pid int) bool {
 	return s.take(on)
 }
 
-// infos searches the leader's table by what fdinfo says.
-func (s *search) infos(pid int) bool {
-	path := s.h.proc + "/" + strconv.Itoa(pid)
-	var st unix.Stat_t
-	if unix.Stat(path+"/task", &st) == nil && st.Nlink > 3 { // threads may have tables of their own
-		s.unsearched(procwatch.ErrLocked)
+// infos searches one descriptor table by what fdinfo says, the directory below s.path.
+func (s *search) infos(who holder) bool {
+	if s.spent() {
+		return false
 	}
-	fds, err := numbersIn(path+"/fdinfo", s.dirents)
+	s.seen++
+	path := s.h.proc + "/" + string(s.path) + "/fdinfo"
+	fds, err := numbersIn(path, s.dirents)
 	if err != nil {
-		s.missed(pid, err)
+		s.missed(who.pid, err)
 		return true
 	}
 	bp := bufs.Get().(*[]byte)
 	defer bufs.Put(bp)
-	for _, fd := range fds {
+	for _, who.fd = range fds {
 		if s.spent() {
 			return false
 		}
 		s.seen++
 		s.far.Add(1)
-		b, err := readAt(unix.AT_FDCWD, path+"/fdinfo/"+strconv.Itoa(fd), *bp)
+		b, err := readAt(unix.AT_FDCWD, path+"/"+strconv.Itoa(who.fd), *bp)
 		if gone(err) {
 			continue // it was closed
 		}
 		if err != nil {
-			s.missed(pid, err)
+			s.missed(who.pid, err)
 			return true
 		}
-		_, line, ok := bytes.Cut(b, []byte("\nino:\t"))
+		before, line, ok := bytes.Cut(b, []byte("\nino:\t"))
 		text, _, _ := bytes.Cut(line, []byte("\n"))
-		inode, err := strconv.ParseUint(string(text), 10, 32)
+		inode, err := strconv.ParseUint(string(text), 10, 64)
 		if !ok || err != nil {
 			s.unsearched(procwatch.ErrLocked)
 			return true
 		}
-		if holders, ok := s.wanted[uint32(inode)]; ok && len(holders) == 0 {
-			s.wanted[uint32(inode)], s.found = append(holders, holder{pid: pid, tid: pid, fd: fd}), true
-			if s.first {
-				return false
-			}
+		if !bytes.HasSuffix(before, s.h.sockets) || inode > math.MaxUint32 {
+			continue // files have such numbers, too
+		}
+		if !s.note(who, uint32(inode)) {
+			return false
 		}
 	}
 	return true
+}
+
+// note notes who has a socket, if it is wanted. It reports whether the search goes on.
+func (s *search) note(who holder, inode uint32) bool {
+	holders, ok := s.wanted[inode]
+	if !ok {
+		return true
+	}
+	if len(holders) == 0 || holders[len(holders)-1].pid != who.pid {
+		s.wanted[inode], s.found = append(holders, who), true
+	}
+	return !s.first
 }
 
 // unsearched notes that a process could not be searched, whosever it is.
@@ -287,16 +301,17 @@ func (s *search) unsearched(err error) {
 	}
 }
 
-// leader searches the table of a process's leader.
-func (s *search) leader(pid int) bool {
+// tables searches the table of a process's leader, and those of its threads if they are
+// wanted, each by search.
+func (s *search) tables(pid int, threads bool, search func(holder) bool) bool {
 	s.path = strconv.AppendInt(s.path[:0], int64(pid), 10)
-	return s.table(holder{pid: pid, tid: pid})
+	return search(holder{pid: pid, tid: pid}) && (!threads || s.threads(pid, search))
 }
 
 // threads searches the tables of those threads that do not share the leader's:
 // one that left it (unshare(2), CLONE_FILES), and all of them if the leader has
 // ended. kcmp(2) tells; a kernel without it makes every thread be searched.
-func (s *search) threads(pid int) bool {
+func (s *search) threads(pid int, search func(holder) bool) bool {
 	if pid == s.closed {
 		return true // its leader was counted as not readable
 	}
@@ -324,7 +339,7 @@ func (s *search) threads(pid int) bool {
 			searched[tid], found = struct{}{}, true
 			s.path = strconv.AppendInt(s.path[:0], int64(pid), 10)
 			s.path = append(append(s.path, "/task/"...), strconv.Itoa(tid)...)
-			if !s.table(holder{pid: pid, tid: tid}) {
+			if !search(holder{pid: pid, tid: tid}) {
 				return false
 			}
 		}
@@ -392,15 +407,11 @@ func (s *search) table(who holder) bool {
 				s.missed(who.pid, err)
 				return true
 			}
-			holders, ok := s.wanted[inode]
-			if !ok {
+			if _, ok := s.wanted[inode]; !ok {
 				continue
 			}
 			who.fd, _ = strconv.Atoi(string(bytes.TrimSuffix(name, []byte{0})))
-			if len(holders) == 0 || holders[len(holders)-1].pid != who.pid {
-				s.wanted[inode], s.found = append(holders, who), true
-			}
-			if s.first {
+			if !s.note(who, inode) {
 				return false
 			}
 		}
