@@ -112,8 +112,7 @@ func (h *host) alive(pid int, start uint64, seq int, complete func(*Process)) *P
 		return nil
 	}
 	defer h.unpin(p)
-	h.identify(p, &st.image)
-	if start != 0 && st.start != start || st.image.mark.Execs != seq {
+	if h.identify(p, &st.image) != nil || start != 0 && st.start != start || st.image.mark.Execs != seq {
 		return nil
 	}
 	proc, err := h.readImage(p, st)

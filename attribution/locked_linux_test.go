@@ -7,10 +7,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"testing"
 	"time"
 
+	"github.com/imdsgate/imdsgate/attribution/procwatch"
 	"github.com/imdsgate/imdsgate/test/lab/labtest"
 	"golang.org/x/sys/unix"
 )
@@ -201,6 +203,24 @@ func TestLockedCall(t *testing.T) {
 			t.Errorf("%+v, %v, %v", found, s.reason, s.err)
 		}
 	})
+	soon("a stranger's question", func() {
+		dir, err := unix.Open("/proc/"+strconv.Itoa(c.Process.Pid), unix.O_PATH|unix.O_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(dir)
+		h := holder{pid: c.Process.Pid, tid: c.Process.Pid, fd: 3}
+		if is, locked := f.holds(&pin{pid: h.pid, dir: dir}, h, 1); is || !locked {
+			t.Errorf("it holds what is a stranger's: %v, %v", is, locked)
+		}
+		f.remember(h)
+		stranger := start(t, exec.Command(install(t, "stranger"), ln.Addr().String()), "plain")
+		conn := accept(t, ln)
+		stranger.line(t)
+		if o := find(t, f, conn).Complete(within(t), true); o.Reason == AccessDenied || !slices.Equal(pids(o), []int{stranger.Process.Pid}) {
+			t.Errorf("%s, %+v", o.Reason, o.Subjects)
+		}
+	})
 	soon("a start", func() {
 		again, err := New(Options{})
 		if err != nil {
@@ -268,5 +288,40 @@ func TestLockedSearch(t *testing.T) {
 	s = newSearch(f.host, uint32(st.Ino))
 	if s.locked(os.Getpid(), true); s.found || len(s.wanted[uint32(st.Ino)]) > 0 || s.reason != Attributed {
 		t.Errorf("a file: %+v, %v, %v", s.wanted, s.reason, s.err)
+	}
+}
+
+// What a process does not let be asked is not known, and its answer nobody else's.
+func TestLockedAnswer(t *testing.T) {
+	labtest.RequireRoot(t)
+	h, err := newHost("/proc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.close()
+	p, st, err := h.pin(os.Getppid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.unpin(p)
+	var pipe [2]int
+	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pipe[1]) // and it ends
+	if err := h.lockable.Do(p.pid, func() {
+		unix.Read(pipe[0], make([]byte, 1))
+		unix.Close(pipe[0])
+	}); err != procwatch.ErrLocked {
+		t.Fatal(err)
+	}
+	if err := h.identify(p, &st.image); !denied(err) {
+		t.Errorf("identified: %v", err)
+	}
+	if h.changedByRoot(p.pid, "/") {
+		t.Error("it is not asked")
+	}
+	if !h.changedByRoot(os.Getpid(), "/") {
+		t.Error("another has its answer")
 	}
 }

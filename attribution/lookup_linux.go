@@ -154,11 +154,15 @@ func (l *Lookup) guess() bool {
 			l.f.forgetRecent(r)
 			continue
 		}
-		if l.f.holds(p, r, l.socket.Inode) && l.add(&subject{holder: r, pin: p}, st) {
+		is, locked := l.f.holds(p, r, l.socket.Inode)
+		if is && l.add(&subject{holder: r, pin: p}, st) {
 			l.by("recent")
 			return true
 		}
 		l.f.host.unpin(p)
+		if locked {
+			l.f.forgetRecent(r) // or all who ask wait for it
+		}
 	}
 	return false
 }
@@ -595,18 +599,24 @@ func (l *Lookup) check() {
 		if s.lost {
 			continue
 		}
-		if s.fd >= 0 && !l.f.holds(s.pin, s.holder, l.socket.Inode) {
-			s.fd = -1
-			l.changes++
-			s.lost = s.role == RoleHolder
-			if s.lost {
-				continue
+		if s.fd >= 0 {
+			// One that does not let that be asked holds it for all that is known.
+			if is, locked := l.f.holds(s.pin, s.holder, l.socket.Inode); !is && !locked {
+				s.fd = -1
+				l.changes++
+				s.lost = s.role == RoleHolder
+				if s.lost {
+					continue
+				}
 			}
 		}
 		if time.Since(s.at) < freshFor && l.f.host.same(s) {
 			continue
 		}
 		st, err := l.f.host.stat(s.pin)
+		if err == nil {
+			err = l.f.host.identify(s.pin, &st.image)
+		}
 		if denied(err) { // it holds the socket for all that is known, and may be another program soon
 			l.reason, l.err = AccessDenied, err
 			return
@@ -616,7 +626,6 @@ func (l *Lookup) check() {
 			l.changes++
 			continue
 		}
-		l.f.host.identify(s.pin, &st.image)
 		if st.image == s.image && time.Since(s.at) < freshFor {
 			continue
 		}
@@ -642,21 +651,23 @@ func (l *Lookup) check() {
 	l.written()
 }
 
-// holds reports whether a descriptor still refers to the socket, or the process does not
-// let that be asked.
-func (f *Finder) holds(p *pin, h holder, inode uint32) bool {
+// holds reports whether a descriptor refers to the socket, or the process does not let
+// that be asked.
+func (f *Finder) holds(p *pin, h holder, inode uint32) (is, locked bool) {
 	path := "fd/" + strconv.Itoa(h.fd)
 	if h.tid != h.pid {
 		path = "task/" + strconv.Itoa(h.tid) + "/" + path
 	}
-	is := false
-	locked := f.host.lockable.Do(p.pid, func() {
+	equal := false
+	if f.host.lockable.Do(p.pid, func() {
 		var buf, want [64]byte
 		n, err := unix.Readlinkat(p.dir, path, buf[:])
 		text := append(strconv.AppendUint(append(want[:0], "socket:["...), uint64(inode), 10), ']')
-		is = err == nil && bytes.Equal(buf[:n], text)
-	})
-	return locked != nil || is
+		equal = err == nil && bytes.Equal(buf[:n], text)
+	}) != nil {
+		return false, true
+	}
+	return equal, false
 }
 
 // probe looks for the socket in the whole table of a process that held one

@@ -388,7 +388,9 @@ func (h *host) read(p *pin, st stat) (*Process, image, error) {
 	if st.read != nil {
 		return st.read, st.image, nil
 	}
-	h.identify(p, &st.image)
+	if err := h.identify(p, &st.image); err != nil {
+		return nil, image{}, err
+	}
 	h.mu.Lock()
 	last := p.last
 	if !p.same || p.stat.image != st.image || time.Since(p.at) > freshFor || st.between() {
@@ -410,7 +412,9 @@ func (h *host) read(p *pin, st stat) (*Process, image, error) {
 		if err != nil {
 			return nil, image{}, err
 		}
-		h.identify(p, &after.image)
+		if err := h.identify(p, &after.image); err != nil {
+			return nil, image{}, err
+		}
 		if after.image == st.image && !st.between() {
 			h.lineage(proc, st, maxAncestors)
 			h.mu.Lock()
@@ -425,17 +429,22 @@ func (h *host) read(p *pin, st stat) (*Process, image, error) {
 
 // identify completes the image of a process with its executable, if it has one, and
 // with what the kernel has told of it up to now: between two equal images there was
-// no execve.
-func (h *host) identify(p *pin, i *image) {
+// no execve. The error is procwatch.ErrLocked: two of which nobody knows the executable
+// are not equal.
+func (h *host) identify(p *pin, i *image) error {
 	if h.table != nil {
 		h.table.Drain() // what is lost changes the mark, too
 		i.mark, _ = h.table.Mark(p.pid, p.start)
 	}
 	var file unix.Stat_t
 	var err error
-	if h.lockable.Do(p.pid, func() { err = unix.Fstatat(p.dir, "exe", &file, 0) }) == nil && err == nil {
+	if locked := h.lockable.Do(p.pid, func() { err = unix.Fstatat(p.dir, "exe", &file, 0) }); locked != nil {
+		return p.error("exe", locked)
+	}
+	if err == nil {
 		i.device, i.inode = file.Dev, file.Ino
 	}
+	return nil
 }
 
 // parent reads the process that is a parent now, or takes what was read of it a
@@ -452,7 +461,9 @@ func (h *host) parent(pid int, childStart uint64, depth int) *Process {
 	if st.start > childStart {
 		return nil // the parent has ended and its pid is somebody else's
 	}
-	h.identify(p, &st.image)
+	if h.identify(p, &st.image) != nil {
+		return nil
+	}
 	h.mu.Lock()
 	last := p.last
 	if p.stat.image != st.image || time.Since(p.at) > freshFor {
@@ -567,7 +578,7 @@ func (h *host) readImage(p *pin, st stat) (*Process, error) {
 	if err := check("cgroup", err); err != nil {
 		return nil, err
 	}
-	proc.Cgroup = h.cgrouped.get(string(b), func() Cgroup { return h.cgroups.of(b) })
+	proc.Cgroup = h.cgrouped.get(string(b), func() (Cgroup, bool) { return h.cgroups.of(b), true })
 	return proc, nil
 }
 
@@ -667,10 +678,12 @@ func (h *host) sameFile(pid int, exe *File) bool {
 
 // changedByRoot is ChangedByRoot, as it was a moment ago.
 func (h *host) changedByRoot(pid int, path string) bool {
-	return h.owned.get(path, func() bool {
-		is := false
-		locked := h.lockable.Do(pid, func() { is = ChangedByRoot(path) == nil })
-		return locked == nil && is
+	return h.owned.get(path, func() (is, had bool) {
+		by := false
+		if h.lockable.Do(pid, func() { by = ChangedByRoot(path) == nil }) != nil {
+			return false, false
+		}
+		return by, true
 	})
 }
 

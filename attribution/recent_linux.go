@@ -25,19 +25,24 @@ const (
 	maxRecent = 256
 )
 
-func (r *recent[V]) get(key string, ask func() V) V {
+// get returns what is remembered or else what ask returns, which is remembered if it is
+// an answer.
+func (r *recent[V]) get(key string, ask func() (value V, answered bool)) V {
 	r.mu.Lock()
 	a, ok := r.known[key]
 	r.mu.Unlock()
 	if ok && time.Since(a.at) < recentFor {
 		return a.value
 	}
-	a = answer[V]{ask(), time.Now()}
+	value, answered := ask()
+	if !answered {
+		return value
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.known == nil || len(r.known) >= maxRecent {
 		r.known = map[string]answer[V]{}
 	}
-	r.known[key] = a
-	return a.value
+	r.known[key] = answer[V]{value, time.Now()}
+	return value
 }

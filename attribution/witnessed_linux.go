@@ -101,7 +101,10 @@ func (l *Lookup) connected() bool {
 // descriptor finds the one by which a subject refers to the socket.
 func (l *Lookup) descriptor(s *subject) (holder, bool) {
 	for _, r := range l.f.recentHolders() {
-		if r.pid == s.pid && l.f.holds(s.pin, r, l.socket.Inode) {
+		if r.pid != s.pid {
+			continue
+		}
+		if is, _ := l.f.holds(s.pin, r, l.socket.Inode); is {
 			return r, true
 		}
 	}
