@@ -41,7 +41,8 @@ type session struct {
 
 	turn bool // it has waited for one, and has it
 
-	prepared bool           // up was made before it was asked for
+	prepared bool           // up was made before it was asked for, and has not answered yet
+	used     bool           // up has answered a request
 	near     netip.AddrPort // of up; the zero value if there is none
 	looped   atomic.Bool    // up came back to us
 
@@ -128,6 +129,7 @@ func (s *session) run() {
 	}
 	for s.next() == nil {
 		s.count++
+		s.used, s.prepared = true, false
 		s.idle.Store(int64(time.Since(start)))
 		s.busy.Store(false)
 		// What has been asked behind it is answered, too.
@@ -281,13 +283,13 @@ func (s *session) dial() error {
 }
 
 func (s *session) reached(up *loop.Conn, near netip.AddrPort, prepared bool) {
-	s.up, s.near, s.prepared = up, near, prepared
+	s.up, s.near, s.prepared, s.used = up, near, prepared, false
 	s.p.ours.add(near, s)
 }
 
 // old reports whether the connection to the service may have waited for a request so
 // long that the service has ended it, which is no answer to that.
-func (s *session) old() bool { return s.count > 0 || s.prepared }
+func (s *session) old() bool { return s.used || s.prepared }
 
 // hangUp ends the connection to the service.
 func (s *session) hangUp() {

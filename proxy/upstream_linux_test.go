@@ -160,6 +160,37 @@ func TestUpstreamEndsWhileAsked(t *testing.T) {
 	}
 }
 
+// A connection that was made for a request, since the service had ended the one before, is
+// no old one: what the service does to it is the client's to see.
+func TestUpstreamEndsTwice(t *testing.T) {
+	const put = "PUT /latest/api/token HTTP/1.1\r\n" + host + "X-aws-ec2-metadata-token-ttl-seconds: 60\r\n\r\n"
+	r := newRig(t, setting{lab: netlab.Options{NoIMDS: true}})
+	end, ended := make(chan struct{}), make(chan struct{})
+	s := serve(t, r, func(n int, c *net.TCPConn, ask func() error) {
+		if ask() != nil || n > 1 {
+			return
+		}
+		io.WriteString(c, kept)
+		<-end
+		c.Close()
+		close(ended)
+	})
+	c := r.dial(false)
+	io.WriteString(c, askA)
+	if _, err := io.ReadFull(c, make([]byte, len(kept))); err != nil {
+		t.Fatal(err)
+	}
+	goOn := r.hold()
+	close(end)
+	<-ended
+	io.WriteString(c, put)            // when it cannot know yet
+	time.Sleep(20 * time.Millisecond) // both have come
+	goOn()
+	if got, end := talk(t, c, "", 5*time.Second); got != "" || end != "FIN" || s.saw() != "1 GET /latest/meta-data/ami-id, 2 PUT /latest/api/token" {
+		t.Errorf("%q, %s, and the service saw %s", got, end, s.saw())
+	}
+}
+
 // A connection of ours that is aborted because it has lost its port is replaced: a client
 // that has asked on it is answered, as one that has not.
 func TestAborted(t *testing.T) {
