@@ -8,7 +8,7 @@ import (
 
 	"golang.org/x/time/rate"
 
-	"github.com/imdsgate/imdsgate/policy"
+	"github.com/imdsgate/imdsgate/proxy/imds"
 	"github.com/imdsgate/imdsgate/proxy/loop"
 )
 
@@ -20,17 +20,24 @@ import (
 type pace struct {
 	each  rate.Limit // requests a second; 0 for no bounds
 	burst int
+	held  time.Duration // heldFor
+	heldA time.Duration // heldForA
 
 	mu      sync.Mutex // guards callers
 	callers map[part]*rate.Limiter
 }
 
 const (
-	// heldFor is how long a request waits for its turn. Clients wait for a second at
-	// least; longer, and one that gives up has asked in vain.
-	heldFor = 500 * time.Millisecond
-	// maxCallers bounds those that are remembered. One that is forgotten may send a
-	// burst more.
+	// heldFor is how long a request waits for its turn in enforce mode, after as much as
+	// AttributeIn for its verdict: together less than the 300 ms for which Datadog's agent
+	// waits, or the 500 of the SDK for Go v2. Longer, and one that gives up has asked in
+	// vain; shorter, and one that would have waited is told to come later.
+	heldFor = 150 * time.Millisecond
+	// heldForA is that in audit mode, after which it passes: half of what the least patient
+	// client waits (a probe of HashiCorp's, 100 ms). Shorter, and it slows down less.
+	heldForA = 50 * time.Millisecond
+	// maxCallers bounds those that are remembered. One that is forgotten before he has
+	// his burst again has the rest of it at once.
 	maxCallers = 4096
 )
 
@@ -41,18 +48,18 @@ func caller(of part) part {
 	return of
 }
 
-// hold says how long a request has to wait, and whether that is too long. What is too
-// long takes no place from those that come after it.
-func (p *pace) hold(of part) (wait time.Duration, long bool) {
+// hold says how long a request has to wait, and whether that is longer than so long. What
+// is takes no place from those that come after it.
+func (p *pace) hold(of part, most time.Duration) (wait time.Duration, long bool) {
 	if p.each == 0 {
 		return 0, false
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	turn := p.of(of).Reserve()
-	if wait = turn.Delay(); wait > heldFor {
+	if wait = turn.Delay(); wait > most {
 		turn.Cancel()
-		return 0, true
+		return most, true
 	}
 	return wait, false
 }
@@ -73,15 +80,26 @@ func (p *pace) of(of part) *rate.Limiter {
 
 // paced waits for the turn of a request. It reports false if the caller asks so often
 // that it would take too long; in audit mode, where nothing may break, it does not. The
-// error says that the connection is over, and that nothing shall be sent for it.
-func (s *session) paced() (soon bool, err error) {
-	wait, long := s.p.pace.hold(s.of)
+// error says that the connection is over, and that nothing shall be sent for it: one who
+// has only ended his half, or closed, may be waiting for the answer.
+//
+// A request for a session token has its place and does not wait for it: without a token
+// the CRT and the SDKs for C++ and Java would ask by IMDSv1 instead.
+func (s *session) paced(class imds.Class, enforce bool) (soon bool, err error) {
+	p := &s.p.pace
+	most := p.heldA
+	if enforce {
+		most = p.held
+	}
+	wait, long := p.hold(s.of, most)
+	if class == imds.Token {
+		return true, nil
+	}
 	if long {
 		s.p.stats.Throttled.Add(1)
-		if s.p.engine.Mode() == policy.Enforce {
+		if enforce {
 			return false, nil
 		}
-		wait = heldFor
 	}
 	for until := time.Now().Add(wait); wait > 0; wait = time.Until(until) {
 		err := s.task.Wait(until, s.fromClient(loop.Gone))

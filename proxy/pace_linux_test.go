@@ -36,7 +36,7 @@ func TestPaced(t *testing.T) {
 				count[a]++
 			}
 			ok, later := count["HTTP/1.1 200 OK FIN"], count["HTTP/1.1 503 Service Unavailable FIN"]
-			// Who waits half a second gets ten turns more; a busy machine sends for longer.
+			// Who waits gets some turns more; a busy machine sends for longer.
 			wrong := ok != many || r.proxy.Stats().Throttled.Load() == 0
 			if mode == policy.Enforce {
 				wrong = ok < 2*rate || later == 0 || ok+later != many
@@ -57,29 +57,104 @@ func TestPaced(t *testing.T) {
 	}
 }
 
+// indebted has a user have used up his budget for as many seconds as the burst is.
+func (r *rig) indebted(uid uint32) {
+	p := &r.proxy.pace
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	l := p.of(part{owner: owner{known: true, uid: uid}})
+	for l.Tokens() > float64(-p.burst) {
+		l.ReserveN(time.Now(), p.burst)
+	}
+}
+
+// A session token is not waited for, however often one is asked for: who gets none asks by
+// IMDSv1. It counts for what is asked next.
+func TestTokensAreNotHeld(t *testing.T) {
+	const put = "PUT /latest/api/token HTTP/1.1\r\n" + host + "X-aws-ec2-metadata-token-ttl-seconds: 60\r\n\r\n"
+	for _, mode := range []policy.Mode{policy.Audit, policy.Enforce} {
+		t.Run(mode.String(), func(t *testing.T) {
+			r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}, policy: policy.Config{Mode: mode}, rate: 1})
+			p := &r.proxy.pace
+			p.burst, p.heldA = 1000, time.Minute
+			tokens := func() {
+				t.Helper()
+				for range 8 {
+					if got, end := talk(t, r.dialAs(hoarder), put, 5*time.Second); !strings.HasPrefix(got, "HTTP/1.1 200 OK\r\n") || end != "FIN" {
+						t.Errorf("%q, %s", got, end)
+					}
+				}
+			}
+			tokens()
+			p.mu.Lock()
+			left := p.of(part{owner: owner{known: true, uid: hoarder}}).Tokens()
+			p.mu.Unlock()
+			if left > 996 {
+				t.Errorf("%v of 1000 are left after 8 tokens", left)
+			}
+			r.indebted(hoarder)
+			tokens()
+			got, end := talk(t, r.dialAs(hoarder), ask, 100*time.Millisecond)
+			if held := got == "" && end == "open"; mode == policy.Audit && !held || mode == policy.Enforce && !strings.HasPrefix(got, "HTTP/1.1 503 ") {
+				t.Errorf("%q, %s: the test tests nothing", got, end)
+			}
+		})
+	}
+}
+
+// Who may not ask is told so at once, whatever he has asked before.
+func TestRefusedBeforePaced(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}, policy: policy.Config{Mode: policy.Enforce, Posture: policy.Strict}, rate: 1})
+	r.proxy.pace.burst = 1000
+	r.indebted(hoarder)
+	ask := "GET /latest/meta-data/iam/security-credentials/imdsgate-lab-role HTTP/1.1\r\n" + host + "\r\n"
+	if got, end := talk(t, r.dialAs(hoarder), ask, 5*time.Second); !strings.HasPrefix(got, "HTTP/1.1 403 ") || end != "FIN" {
+		t.Errorf("%q, %s", got, end)
+	}
+	if n := r.proxy.Stats().Throttled.Load(); n != 0 {
+		t.Errorf("%d were throttled", n)
+	}
+}
+
+// What audit mode adds is less than the least patient client waits.
+func TestHeldInAudit(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}, rate: 1})
+	r.proxy.pace.burst = 1000
+	fastest := time.Hour
+	for range 10 { // a busy machine takes longer now and then
+		r.indebted(hoarder)
+		c := r.dialAs(hoarder)
+		begin := time.Now()
+		r.served("a client", c, ask)
+		fastest = min(fastest, time.Since(begin))
+	}
+	if fastest < heldForA || fastest >= 100*time.Millisecond {
+		t.Errorf("it took %v", fastest)
+	}
+}
+
 // Who leaves while his request waits for its turn has not asked: the service does not
 // hear of it, and the record says so.
 func TestLeavesBeforeTurn(t *testing.T) {
-	const rate = 4 // and twice that at once
 	for _, mode := range []policy.Mode{policy.Audit, policy.Enforce} {
 		t.Run(mode.String(), func(t *testing.T) {
-			r := newRig(t, setting{lab: netlab.Options{IMDS: &imdstest.Config{Persistence: imdstest.AlwaysKeep}}, policy: policy.Config{Mode: mode}, rate: rate})
+			r := newRig(t, setting{lab: netlab.Options{IMDS: &imdstest.Config{Persistence: imdstest.AlwaysKeep}}, policy: policy.Config{Mode: mode}, rate: 1})
+			r.proxy.pace.burst, r.proxy.pace.held, r.proxy.pace.heldA = 10, time.Minute, time.Minute
 			c := r.dialAs(hoarder)
-			for range 2 * rate {
-				r.served("a client", c, keep)
-			}
+			r.served("a client", c, keep)
+			r.indebted(hoarder)
 			c.SetLinger(0)
 			if _, err := c.Write([]byte(keep)); err != nil {
 				t.Fatal(err)
 			}
-			time.Sleep(50 * time.Millisecond) // now it waits, for some 250
+			time.Sleep(50 * time.Millisecond) // now it waits, for some ten seconds
 			c.Close()
-			ev := r.recorded(2*rate + 1)[2*rate]
+			ev := r.recorded(2)[1]
 			if ev.Response.Failed != "the client left before it was sent" || ev.Response.Status != 0 {
 				t.Errorf("%+v", ev.Response)
 			}
-			if n := strings.Count(strings.Join(r.received(), ""), "GET "); n != 2*rate {
-				t.Errorf("the service got %d requests, want %d", n, 2*rate)
+			if n := strings.Count(strings.Join(r.received(), ""), "GET "); n != 1 {
+				t.Errorf("the service got %d requests, want 1", n)
 			}
 		})
 	}
@@ -93,7 +168,7 @@ func TestCallers(t *testing.T) {
 	}
 	p := pace{each: 1, burst: 1}
 	for uid := range uint32(2*maxCallers + 1) {
-		if wait, long := p.hold(of(uid, 0)); wait > 0 || long {
+		if wait, long := p.hold(of(uid, 0), heldFor); wait > 0 || long {
 			t.Fatalf("user %d waits %v, %t", uid, wait, long)
 		}
 	}
@@ -106,6 +181,6 @@ func BenchmarkHold(b *testing.B) {
 	p := pace{each: 1e9, burst: 1e9}
 	b.ReportAllocs()
 	for b.Loop() {
-		p.hold(part{owner: owner{known: true, uid: hoarder}})
+		p.hold(part{owner: owner{known: true, uid: hoarder}}, heldFor)
 	}
 }

@@ -406,10 +406,6 @@ func (s *session) exchange(r *http1.Request) error {
 			search = wholeLater
 		}
 	}
-	paced, err := s.paced()
-	if err != nil {
-		return s.upstreamFailed(ev, err, false)
-	}
 	decided := make(chan struct{})
 	if enforce {
 		comesIn := true
@@ -429,13 +425,16 @@ func (s *session) exchange(r *http1.Request) error {
 			s.in = s.in[size:]
 			return s.refused(ev, r)
 		}
-		if !paced {
-			s.in = s.in[size:]
-			return s.throttled(ev, r)
-		}
 		if ev.Request.Guarded {
 			s.guarded = ev
 		}
+	}
+	switch soon, err := s.paced(target.Class, enforce); {
+	case err != nil:
+		return s.upstreamFailed(ev, err, enforce)
+	case !soon:
+		s.in = s.in[size:]
+		return s.throttled(ev, r)
 	}
 	if s.resent = !http1.Repeatable(r.Method); s.resent && s.prepared {
 		s.hangUp() // it might have ended, and then there is no second try
@@ -521,8 +520,8 @@ func (s *session) refused(ev *event.Event, r *http1.Request) error {
 	return io.EOF
 }
 
-// throttled answers a request for which the caller has asked too often, as the service
-// does, and ends the connection.
+// throttled answers a request for which the caller has asked too often, and ends the
+// connection.
 func (s *session) throttled(ev *event.Event, r *http1.Request) error {
 	s.say(imds.AppendUnavailable(nil, time.Now()))
 	ev.Response = event.Response{Status: 503, Refused: true, Failed: "the caller asks more often than limits.requests_per_second allows"}

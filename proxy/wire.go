@@ -589,7 +589,7 @@ func (s *session) odd(why error, r *http1.Request) {
 		s.task.Away(func() { s.decide(ev, 0, likely) })
 		s.finish(ev)
 	}
-	if _, err := s.paced(); err != nil {
+	if _, err := s.paced(imds.Unknown, false); err != nil {
 		s.client.Reset()
 		return
 	}

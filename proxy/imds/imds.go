@@ -578,9 +578,10 @@ func AppendBadRequest(b []byte, now time.Time) []byte {
 	return appendAnswer(b, "400 Bad Request", now)
 }
 
-// AppendUnavailable appends the answer to a caller who asks too often. It is the
-// service's own to an instance that does (EC2 User Guide, "Query throttling"), after
-// which clients wait before they try again.
+// AppendUnavailable appends the answer to a caller who asks too often, who shall try
+// again: the SDKs for Go, .NET, PHP and Rust do, after pauses, while after 403 they would
+// do without credentials. What the service itself says to an instance that asks too often
+// is not documented (EC2 User Guide, "Query throttling"); the CRT expects 503.
 func AppendUnavailable(b []byte, now time.Time) []byte {
 	return appendAnswer(b, "503 Service Unavailable", now)
 }
