@@ -2,7 +2,9 @@ package proxy
 
 import (
 	"errors"
+	"maps"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -16,7 +18,8 @@ import (
 // packets a second with DNS and NTP (AWS, "Amazon DNS quotas") and throttles the whole
 // instance when there are too many. A caller is a user; of root, each cgroup, since
 // a user may make as many as he likes where some are delegated to him; and of another
-// network namespace an address. The zero value sets no bounds.
+// network namespace an address. Who has subordinate uids (newuidmap(1)) is as many
+// callers as he has users. The zero value sets no bounds.
 type pace struct {
 	each  rate.Limit // requests a second; 0 for no bounds
 	burst int
@@ -69,13 +72,29 @@ func (p *pace) of(of part) *rate.Limiter {
 	of = caller(of)
 	l := p.callers[of]
 	if l == nil {
-		if len(p.callers) >= maxCallers || p.callers == nil {
+		switch {
+		case p.callers == nil:
 			p.callers = map[part]*rate.Limiter{}
+		case len(p.callers) >= maxCallers:
+			p.forget()
 		}
 		l = rate.NewLimiter(p.each, p.burst)
 		p.callers[of] = l
 	}
 	return l
+}
+
+// forget makes room: of those who have their whole burst again, to whom it makes no
+// difference, or, if these are less than half, of the half that has the most left. It is
+// called with p.mu held.
+func (p *pace) forget() {
+	now := time.Now()
+	left := make([]float64, 0, len(p.callers))
+	for _, l := range p.callers {
+		left = append(left, l.TokensAt(now))
+	}
+	slices.Sort(left)
+	maps.DeleteFunc(p.callers, func(_ part, l *rate.Limiter) bool { return l.TokensAt(now) >= left[len(left)/2] })
 }
 
 // paced waits for the turn of a request. It reports false if the caller asks so often

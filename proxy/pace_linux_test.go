@@ -160,20 +160,26 @@ func TestLeavesBeforeTurn(t *testing.T) {
 	}
 }
 
-// Callers are told apart, and those that have been quiet are forgotten.
+// Callers are told apart. Of those that are many, whoever has the least left is remembered.
 func TestCallers(t *testing.T) {
 	of := func(uid uint32, cgroup uint64) part { return part{owner{known: true, uid: uid}, cgroup} }
 	if caller(of(0, 1)) == caller(of(0, 2)) || caller(of(1, 1)) != caller(of(1, 2)) || caller(of(1, 1)) == caller(of(2, 1)) {
 		t.Error("a caller is taken for another")
 	}
-	p := pace{each: 1, burst: 1}
+	p := pace{each: 0.01, burst: 4}
+	for range p.burst {
+		p.hold(of(hoarder, 0), 0)
+	}
 	for uid := range uint32(2*maxCallers + 1) {
-		if wait, long := p.hold(of(uid, 0), heldFor); wait > 0 || long {
+		if wait, long := p.hold(of(2*hoarder+uid, 0), 0); wait > 0 || long {
 			t.Fatalf("user %d waits %v, %t", uid, wait, long)
 		}
+		if len(p.callers) > maxCallers {
+			t.Fatalf("%d are remembered", len(p.callers))
+		}
 	}
-	if len(p.callers) > maxCallers {
-		t.Errorf("%d are remembered", len(p.callers))
+	if _, long := p.hold(of(hoarder, 0), 0); !long {
+		t.Error("one whose budget is used up has a new one")
 	}
 }
 

@@ -57,8 +57,8 @@ func (s *shares[K, V]) add(o owner, key K, value V, over, now time.Time) {
 	s.count[kind]++
 }
 
-// makeRoom looks at all owners; who can be many owners is not an ordinary user of
-// the host, and those of containers share a quarter of the room.
+// makeRoom looks at all owners. Of the host's own users who has subordinate uids
+// (newuidmap(1)) can be many; those of containers share a quarter of the room.
 func (s *shares[K, V]) makeRoom(kind int, now time.Time) {
 	var most owner
 	for o, q := range s.owners[kind] {
