@@ -488,6 +488,7 @@ func (s *session) exchange(r *http1.Request) error {
 		failed = "the proxy closed the connection"
 	default:
 		failed = "upstream or client left before the end"
+		s.reset = s.reset || errors.Is(err, errClient) // it may be there still, with half of an answer that looks whole
 	}
 	select {
 	case <-decided:

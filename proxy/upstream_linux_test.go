@@ -380,25 +380,94 @@ func TestShutdownAccepts(t *testing.T) {
 }
 
 // The service begins to answer a client that sends no more, and stalls. The client is
-// not kept for as long as the service says nothing.
+// not kept for as long as the service says nothing, and does not take what it has for all.
 func TestHalfClosedAndStalled(t *testing.T) {
-	r := newRig(t, setting{lab: netlab.Options{NoIMDS: true}, half: 300 * time.Millisecond})
-	over := make(chan struct{})
-	defer close(over)
+	for name, head := range map[string]string{"with length": "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n", "without": "HTTP/1.1 200 OK\r\n\r\n"} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, setting{lab: netlab.Options{NoIMDS: true}, half: 300 * time.Millisecond})
+			over := make(chan struct{})
+			defer close(over)
+			serve(t, r, func(_ int, c *net.TCPConn, ask func() error) {
+				if ask() == nil {
+					time.Sleep(50 * time.Millisecond)
+					io.WriteString(c, head+"0123456789")
+					<-over
+				}
+			})
+			c := r.dial(false)
+			io.WriteString(c, askA)
+			c.CloseWrite()
+			c.SetReadDeadline(time.Now().Add(5 * time.Second))
+			if got, err := io.ReadAll(c); outcome(err) != "RST" || !strings.HasSuffix(string(got), "0123456789") {
+				t.Errorf("%q, %s", got, outcome(err))
+			}
+			r.settled()
+		})
+	}
+}
+
+// A client that sends no more gets an answer that comes slowly, all of it, through a tunnel
+// as well.
+func TestHalfClosedAndSlow(t *testing.T) {
+	for name, ask := range map[string]string{"request": askA, "tunnel": strings.Replace(askA, "\r\n\r\n", "\r\nUpgrade: x\r\n\r\n", 1)} {
+		t.Run(name, func(t *testing.T) {
+			const pieces, pause, half = 12, 200 * time.Millisecond, 2 * time.Second
+			r := newRig(t, setting{lab: netlab.Options{NoIMDS: true}, half: half})
+			serve(t, r, func(_ int, c *net.TCPConn, ask func() error) {
+				if ask() != nil {
+					return
+				}
+				io.WriteString(c, "HTTP/1.1 200 OK\r\n\r\n")
+				for range pieces {
+					time.Sleep(pause)
+					io.WriteString(c, "x")
+				}
+			})
+			c := r.dial(false)
+			io.WriteString(c, ask)
+			c.CloseWrite()
+			c.SetReadDeadline(time.Now().Add(10 * time.Second))
+			if got, err := io.ReadAll(c); !strings.HasSuffix(string(got), "\r\n\r\n"+strings.Repeat("x", pieces)) || err != nil {
+				t.Errorf("%q, %s", got, outcome(err))
+			}
+		})
+	}
+}
+
+// A client that does not read is given up, and does not take what it has for all.
+func TestNotReadIsReset(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{NoIMDS: true}, silence: 300 * time.Millisecond})
 	serve(t, r, func(_ int, c *net.TCPConn, ask func() error) {
 		if ask() == nil {
-			time.Sleep(50 * time.Millisecond)
-			io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n0123456789")
+			io.WriteString(c, "HTTP/1.1 200 OK\r\n\r\n"+strings.Repeat("x", 16<<20))
+		}
+	})
+	c := r.dial(false)
+	c.SetReadBuffer(4096)
+	io.WriteString(c, askA)
+	until(t, "asked", func() bool { return r.proxy.Stats().Requests.Load() == 1 })
+	r.settled()
+	if got, end := talk(t, c, "", 5*time.Second); end != "RST" {
+		t.Errorf("%d bytes, %s", len(got), end)
+	}
+}
+
+// A client that asks for more and leaves is not waited for as long as the service is silent.
+func TestLeavesBehindRequest(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{NoIMDS: true}, half: 300 * time.Millisecond})
+	asked, over := make(chan struct{}), make(chan struct{})
+	defer close(over)
+	serve(t, r, func(_ int, _ *net.TCPConn, ask func() error) {
+		if ask() == nil {
+			close(asked)
 			<-over
 		}
 	})
 	c := r.dial(false)
 	io.WriteString(c, askA)
-	c.CloseWrite()
-	c.SetReadDeadline(time.Now().Add(5 * time.Second))
-	if got, err := io.ReadAll(c); outcome(err) == "open" || !strings.HasSuffix(string(got), "0123456789") {
-		t.Errorf("%q, %s", got, outcome(err))
-	}
+	<-asked
+	io.WriteString(c, askB)
+	c.Close()
 	r.settled()
 }
 

@@ -258,7 +258,7 @@ func (s *session) forward(b []byte) error {
 			switch s.client.Look() {
 			case loop.Broken:
 				return errClient
-			case loop.Ended:
+			case loop.Ended, loop.Ready: // or behind more that it has asked
 				s.half.begin(s.p.half)
 			}
 		}
@@ -270,7 +270,7 @@ func (s *session) forward(b []byte) error {
 }
 
 // halfClosed is about a client that may only have said that it sends no more. The
-// service has a while to answer it.
+// service has a while to answer it, and as long again after each byte.
 type halfClosed struct {
 	over time.Time
 	told bool // the service knows
@@ -477,6 +477,7 @@ func (s *session) receive(b []byte) (int, error) {
 	for {
 		n, err := s.up.Read(b)
 		if err != loop.ErrAgain {
+			s.half.over = time.Time{}
 			return n, err
 		}
 		client := loop.Gone
@@ -489,6 +490,7 @@ func (s *session) receive(b []byte) (int, error) {
 				if s.owed {
 					return 0, errOwed
 				}
+				s.half.begin(s.p.half) // behind what it has asked it says that it asks no more
 			case loop.Broken:
 				return 0, errClient
 			case loop.Ended:
@@ -622,11 +624,11 @@ func (s *session) tunnel() {
 		if err != nil || out.over && back.over {
 			return
 		}
+		if moved || more {
+			silent, over = time.Now().Add(s.p.silence), halfClosed{}
+		}
 		if out.over || back.over {
 			over.begin(s.p.half)
-		}
-		if moved || more {
-			silent = time.Now().Add(s.p.silence)
 		}
 		if s.reset = !time.Now().Before(over.until(silent)); s.reset {
 			return
