@@ -89,6 +89,56 @@ func TestAheadEnds(t *testing.T) {
 	}
 }
 
+// The service ends what is ready when a client has it already, who has not asked yet and
+// would not have had it without us. Nor does he notice when he asks for what cannot be read.
+func TestAheadEndsUnasked(t *testing.T) {
+	const riddle = "GET /latest/meta-data/instance-id HTTP/1.1\r\n" + host + "Upgrade: x\r\n\r\n"
+	for _, c := range []struct{ name, ask string }{{"FIN", ask}, {"RST", ask}, {"RST when asked", riddle}} {
+		t.Run(c.name, func(t *testing.T) {
+			r := newRig(t, setting{lab: netlab.Options{NoIMDS: true}, ahead: 1})
+			end, ended := make(chan struct{}), make(chan struct{})
+			s := serve(t, r, func(n int, conn *net.TCPConn, asked func() error) {
+				if n == 2 { // which is ready
+					if c.ask == riddle && asked() != nil {
+						return
+					}
+					<-end
+					if c.name != "FIN" {
+						conn.SetLinger(0)
+					}
+					conn.Close()
+					close(ended)
+					return
+				}
+				if asked() == nil {
+					io.WriteString(conn, strings.Replace(kept, "\r\n\r\n", "\r\nConnection: close\r\n\r\n", 1))
+				}
+			})
+			defer func() { // if it was not used
+				select {
+				case <-end:
+				default:
+					close(end)
+				}
+			}()
+			if got, end := talk(t, r.dial(false), ask, 5*time.Second); !strings.HasSuffix(got, "ok") || end != "FIN" {
+				t.Fatalf("%q, %s", got, end)
+			}
+			r.settled()
+			conn := r.dial(false)
+			until(t, "used", func() bool { return r.proxy.Ahead().Used.Load() == 1 })
+			close(end)
+			if c.ask != riddle {
+				<-ended
+				time.Sleep(2 * askedIn)
+			}
+			if got, end := talk(t, conn, c.ask, 5*time.Second); !strings.HasSuffix(got, "ok") || end != "FIN" {
+				t.Errorf("%q, %s; the service saw %s", got, end, s.saw())
+			}
+		})
+	}
+}
+
 // Forwarded clients get none of them, and neither does anybody while requests are
 // counted.
 func TestAheadIsNotFor(t *testing.T) {

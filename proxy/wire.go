@@ -108,10 +108,11 @@ const askedIn = 250 * time.Millisecond
 var errReset = errors.New("the service has reset the connection")
 
 // unasked looks whether the service has ended the connection, or says something that
-// nobody asked for. One that we have aborted ourselves is replaced when somebody asks.
+// nobody asked for. One that we have aborted ourselves is replaced when somebody asks, and
+// so is one that was made ahead, which the client would not have had by then.
 func (s *session) unasked() error {
 	switch st := s.up.Look(); {
-	case s.up.Aborted():
+	case s.up.Aborted(), s.prepared && st != loop.Quiet:
 		s.hangUp()
 		s.up = nil
 	case st == loop.Broken:
@@ -601,6 +602,11 @@ func (s *session) odd(why error, r *http1.Request) {
 // tunnel passes bytes both ways until both ends have ended, or nothing has
 // passed for long. In enforce mode nothing passes that cannot be read.
 func (s *session) tunnel() {
+	s.resent = true // or must not be: nobody knows what it does
+	if s.prepared && !s.owed {
+		s.hangUp() // it might have ended
+		s.up = nil
+	}
 	if s.reach(s.in) != nil {
 		s.client.Reset()
 		return
