@@ -471,6 +471,50 @@ func TestLeavesBehindRequest(t *testing.T) {
 	r.settled()
 }
 
+// The service need not wait for a body that it has asked for, nor for one that it has not.
+func TestAnswersBeforeBody(t *testing.T) {
+	const (
+		waiting = "PUT /latest/api/token HTTP/1.1\r\n" + host + "Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n"
+		goOn    = "HTTP/1.1 100 Continue\r\n\r\n"
+		no      = "HTTP/1.1 417 Expectation Failed\r\nContent-Length: 0\r\n\r\n"
+	)
+	for _, mode := range []policy.Mode{policy.Audit, policy.Enforce} {
+		for _, c := range []struct {
+			name     string
+			at       string // once, with 100 Continue
+			later    func(c *net.TCPConn)
+			got, end string
+		}{
+			{"at once", no, func(c *net.TCPConn) { io.Copy(io.Discard, c) }, no, "FIN"},
+			{"later", "", func(c *net.TCPConn) { io.WriteString(c, no); io.Copy(io.Discard, c) }, no, "FIN"},
+			{"FIN", "", func(*net.TCPConn) {}, "", "FIN"},
+			{"RST", "", func(c *net.TCPConn) { c.SetLinger(0) }, "", "RST"},
+		} {
+			t.Run(mode.String()+" "+c.name, func(t *testing.T) {
+				r := newRig(t, setting{policy: policy.Config{Mode: mode}, lab: netlab.Options{NoIMDS: true}})
+				then := make(chan struct{})
+				serve(t, r, func(_ int, conn *net.TCPConn, ask func() error) {
+					if ask() == nil {
+						io.WriteString(conn, goOn+c.at)
+						<-then
+						c.later(conn)
+					}
+				})
+				conn := r.dial(false)
+				io.WriteString(conn, waiting)
+				if _, err := io.ReadFull(conn, make([]byte, len(goOn))); err != nil {
+					t.Error(err)
+				}
+				time.Sleep(20 * time.Millisecond) // now the body is waited for
+				close(then)
+				if got, end := talk(t, conn, "", headTimeout/2); got != c.got || end != c.end {
+					t.Errorf("%q, %s", got, end)
+				}
+			})
+		}
+	}
+}
+
 // What cannot be read goes through a tunnel in audit mode. The service may answer and
 // end while the client goes on sending: the answer arrives.
 func TestTunnelAnswers(t *testing.T) {

@@ -152,7 +152,8 @@ func (s *session) fill() error {
 	return err
 }
 
-// readBody reads until an empty body is there, behind so many bytes.
+// readBody reads until an empty body is there, behind so many bytes. If the client owes it,
+// the service may say something before, or end the connection: errAnswered.
 func (s *session) readBody(behind int) error {
 	deadline := time.Now().Add(headTimeout)
 	for {
@@ -161,7 +162,15 @@ func (s *session) readBody(behind int) error {
 		}
 		err := s.fill()
 		if err == loop.ErrAgain {
-			err = s.await(deadline, s.fromClient(loop.In))
+			wait := [2]loop.Interest{s.fromClient(loop.In)}
+			waits := 1
+			if s.owed {
+				if s.up.Stirred() {
+					return errAnswered
+				}
+				wait[1], waits = s.fromUp(loop.In), 2
+			}
+			err = s.await(deadline, wait[:waits]...)
 		}
 		switch {
 		case err == io.EOF, errors.Is(err, os.ErrDeadlineExceeded):
@@ -172,12 +181,20 @@ func (s *session) readBody(behind int) error {
 	}
 }
 
-// passBody passes on the body of a client that waited for 100 Continue.
-func (s *session) passBody() error {
-	if err := s.readBody(0); err != nil {
+// errAnswered says that the service has not waited for the body.
+var errAnswered = errors.New("the service has answered before the body")
+
+// passBody passes on the body of a client that waited for 100 Continue, unless the service
+// does not wait for it.
+func (s *session) passBody(a *answer) error {
+	switch err := s.readBody(0); {
+	case err == errAnswered:
+		return nil
+	case err != nil:
 		return err
 	}
 	if err := s.forward(s.in[:len(http1.EmptyBody)]); err != nil {
+		s.broken(a, 0, err)
 		return err
 	}
 	s.in = s.in[len(http1.EmptyBody):]
@@ -333,7 +350,7 @@ func (s *session) relay(r *http1.Request, class imds.Class) (a answer, err error
 			}
 			n, err := s.receive(s.out[have:])
 			if err == errOwed {
-				if err := s.passBody(); err != nil {
+				if err := s.passBody(&a); err != nil {
 					return a, err
 				}
 				continue
@@ -350,8 +367,8 @@ func (s *session) relay(r *http1.Request, class imds.Class) (a answer, err error
 				return a, err
 			}
 			have = copy(s.out, s.out[head.headSize:have])
-			if head.status == 100 && s.owed {
-				if err := s.passBody(); err != nil {
+			if head.status == 100 && s.owed && have == 0 {
+				if err := s.passBody(&a); err != nil {
 					return a, err
 				}
 			}
