@@ -2,8 +2,10 @@ package proxy
 
 import (
 	"context"
+	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -386,6 +388,54 @@ func TestSlowToEnd(t *testing.T) {
 	}
 	if len(h.ending) != 0 {
 		t.Errorf("left: %v", h.ending)
+	}
+}
+
+// Clients that have left while others were asked about are not asked about, and those that
+// may have left not before who has not.
+func TestForwardedWhoLeft(t *testing.T) {
+	k := newSlowKernel(func(netip.Addr) bool { return true })
+	cfg := emulator()
+	cfg.HopLimit = 64
+	r := newRig(t, setting{lab: netlab.Options{IMDS: cfg, Containers: true}, witness: k, half: 3 * time.Second})
+	t.Cleanup(k.all)
+	waiting := func() (clients []netip.AddrPort) {
+		t.Helper()
+		r.each(func(s *session) {
+			if slices.Contains(r.proxy.turns.waiting, s) {
+				clients = append(clients, s.conn.Source)
+			}
+		})
+		return clients
+	}
+	near := func(c *net.TCPConn) netip.AddrPort { return unmap(c.LocalAddr().(*net.TCPAddr).AddrPort()) }
+	for range maxTurns {
+		r.dialFrom(r.lab.Bridged)
+	}
+	until(t, "asked about", func() bool { return k.asked.Load() == maxTurns })
+	silent, gone := r.dialFrom(r.lab.Bridged), r.dialFrom(r.lab.Bridged)
+	mayHaveLeft, stays := r.dialFrom(r.lab.Bridged), r.dialFrom(r.lab.Bridged)
+	io.WriteString(mayHaveLeft, ask)
+	io.WriteString(stays, ask)
+	until(t, "all waiting", func() bool { return len(waiting()) == 4 })
+	silent.Close()
+	gone.SetLinger(0)
+	gone.Close()
+	mayHaveLeft.CloseWrite()
+	until(t, "two waiting", func() bool { return len(waiting()) == 2 })
+	k.goOn <- struct{}{}
+	until(t, "one waiting", func() bool { return len(waiting()) == 1 })
+	if left := waiting(); len(left) == 1 && left[0] != near(mayHaveLeft) {
+		t.Error("who may have left is asked about first")
+	}
+	until(t, "none waiting", func() bool { return len(waiting()) == 0 })
+	mayHaveLeft.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if got, err := io.ReadAll(mayHaveLeft); len(got) > 0 || outcome(err) != "RST" {
+		t.Errorf("who may have left: %q, %s", got, outcome(err))
+	}
+	k.all()
+	if got, end := talk(t, stays, "", 5*time.Second); !strings.HasPrefix(got, "HTTP/1.1 200 ") || end != "FIN" {
+		t.Errorf("who has not: %q, %s", got, end)
 	}
 }
 

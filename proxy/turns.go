@@ -2,7 +2,8 @@ package proxy
 
 import (
 	"slices"
-	"time"
+
+	"github.com/imdsgate/imdsgate/proxy/loop"
 )
 
 // turns bound how many questions about the clients of one forwarded owner are asked at a
@@ -32,13 +33,23 @@ func (t *turns) take(o owner) bool {
 	return true
 }
 
-// wait waits for a turn. It reports false if the session is cancelled before.
+// wait waits for a turn. It reports false if the session is cancelled before, or its client
+// has left: what resets the connection, or closes it without having asked. One who has
+// asked and then ended his half, and cannot be told from one who has closed, waits behind all
+// others, and no longer than such a client is ever waited for.
 func (t *turns) wait(s *session, o owner) bool {
 	if s.turn = t.take(o); !s.turn { // one may have come back since it was tried
 		t.waiting = append(t.waiting, s)
 	}
+	var half halfClosed
 	for !s.turn {
-		if s.task.Wait(time.Time{}) != nil {
+		if s.client.Gone() {
+			if st := s.client.Look(); st == loop.Broken || st == loop.Ended && len(s.in) == 0 {
+				break
+			}
+			half.begin(s.p.half)
+		}
+		if s.task.Wait(half.over, s.fromClient(loop.Gone)) != nil {
 			break
 		}
 	}
@@ -53,15 +64,21 @@ func (t *turns) wait(s *session, o owner) bool {
 	return s.turn
 }
 
-// give gives a turn to who has waited longest for one of this owner's, if somebody has.
+// give gives a turn to who has waited longest for one of this owner's, if somebody has,
+// and of those whose client may have left only if there is none other.
 func (t *turns) give(o owner) {
+	next := -1
 	for i, s := range t.waiting {
-		if s.of.owner == o {
-			t.waiting = slices.Delete(t.waiting, i, i+1)
-			s.turn = true
-			s.task.Wake()
-			return
+		if s.of.owner == o && (next < 0 || t.waiting[next].client.Gone() && !s.client.Gone()) {
+			next = i
 		}
+	}
+	if next >= 0 {
+		s := t.waiting[next]
+		t.waiting = slices.Delete(t.waiting, next, next+1)
+		s.turn = true
+		s.task.Wake()
+		return
 	}
 	if t.taken[o]--; t.taken[o] == 0 {
 		delete(t.taken, o)
