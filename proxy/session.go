@@ -28,6 +28,7 @@ type session struct {
 	forwarded bool
 	accepted  time.Time
 	busy      atomic.Bool // a request has begun
+	asking    atomic.Bool // enter is under way
 	kind      atomic.Uint32
 	idle      atomic.Int64 // since when it is not busy, in nanoseconds of the monotonic clock
 
@@ -183,6 +184,8 @@ func (s *session) known() bool {
 // enter finds out whose the connection is, and whether there is room for it. It is
 // called away from the loop.
 func (s *session) enter() bool {
+	s.asking.Store(true)
+	defer s.asking.Store(false)
 	if s.forwarded && s.minTTL == 0 && !s.comeIn() {
 		return false
 	}

@@ -75,12 +75,12 @@ type slots struct {
 
 	// arriving counts the connections that have no slot: it was accepted
 	// and its owner is not known yet, or it was told to end and has not yet. Both
-	// take less than a millisecond, or 100 when policy is being asked. For forwarded
-	// clients it may take longer, which turns and maxEnding are about.
+	// take less than a millisecond, or 100 when policy is being asked. That it may take
+	// longer is what turns and maxEnding are about.
 	arriving  int
 	accepting []*loop.Task // wait until there are fewer
 
-	ending map[owner]int // of those that were told to end, who had a request under way
+	ending map[owner]int // of those that were told to end while they were in use
 }
 
 // maxArriving bounds them. Fewer, and connections that are slow to end hold up the
@@ -139,6 +139,10 @@ func (h *slots) remove(s *session) {
 	}
 }
 
+// inUse reports whether a session that is told to end may take long to: a request is under
+// way, or it is being found out who asks, which who asks can make take as long as he likes.
+func (s *session) inUse() bool { return s.busy.Load() || s.asking.Load() }
+
 // last is the session that must go first: of the owner with the most, from the cgroup
 // with the most, the one that has been idle longest, or else the oldest.
 func (h *slots) last() *session {
@@ -157,7 +161,7 @@ func (h *slots) last() *session {
 			continue
 		}
 		idle := s.idle.Load()
-		if s.busy.Load() || idle >= before {
+		if s.inUse() || idle >= before {
 			idle = math.MaxInt64
 		}
 		if last == nil || cmp.Or(
@@ -183,7 +187,7 @@ func (p *Proxy) admit(s *session, of part) bool {
 	var last *session
 	if h.taken() > h.limit {
 		last = cmp.Or(h.last(), s)
-		if busy := last != s && last.busy.Load(); busy && last.of.owner == of.owner && h.ending[of.owner] >= maxEnding {
+		if busy := last != s && last.inUse(); busy && last.of.owner == of.owner && h.ending[of.owner] >= maxEnding {
 			last = s
 		} else if busy {
 			last.ending = true
@@ -253,7 +257,7 @@ func (p *Proxy) lockWithRoom(s *session, of part) {
 		if !waits || p.over || h.taken() < h.limit || h.waiting >= maxWaiting {
 			return
 		}
-		if last := h.last(); last == nil || !last.busy.Load() || last.of.owner != of.owner {
+		if last := h.last(); last == nil || !last.inUse() || last.of.owner != of.owner {
 			return
 		}
 		h.waiting++

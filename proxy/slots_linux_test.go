@@ -357,37 +357,48 @@ func TestForwardedSlowly(t *testing.T) {
 }
 
 // One owner's connections that are slow to end in the middle are not many: then a new one
-// of his goes instead, and another owner's does not.
+// of his goes instead, and another owner's does not. It takes long to end, too, while it is
+// found out who asks.
 func TestSlowToEnd(t *testing.T) {
-	r := newRig(t, setting{policy: policy.Config{Mode: policy.Enforce}, conns: 256})
-	p, h := r.proxy, r.proxy.local
-	var all []*session
-	come := func(uid uint32) bool {
-		s := &session{p: p, slots: h, accepted: time.Now()}
-		s.task, _ = r.loop().Start(func(*loop.Task) {})
-		s.busy.Store(true)
-		all = append(all, s)
-		p.arrive(s)
-		return p.admit(s, part{owner: owner{known: true, uid: uid}})
-	}
-	for n := range h.limit + maxEnding {
-		if !come(hoarder) {
-			t.Fatalf("%d has no room", n)
-		}
-	}
-	for range 2 {
-		if come(hoarder) {
-			t.Error("one more of his has ended in the middle")
-		}
-	}
-	if !come(bystander) {
-		t.Error("there is no room for another owner")
-	}
-	for _, s := range all {
-		p.leave(s)
-	}
-	if len(h.ending) != 0 {
-		t.Errorf("left: %v", h.ending)
+	for name, slow := range map[string]func(*session){
+		"asked": func(s *session) { s.busy.Store(true) },
+		"being asked about": func(s *session) {
+			s.asking.Store(true)
+			s.idle.Store(int64(time.Since(start) - 2*grace))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, setting{policy: policy.Config{Mode: policy.Enforce}, conns: 256})
+			p, h := r.proxy, r.proxy.local
+			var all []*session
+			come := func(uid uint32) bool {
+				s := &session{p: p, slots: h, accepted: time.Now()}
+				s.task, _ = r.loop().Start(func(*loop.Task) {})
+				slow(s)
+				all = append(all, s)
+				p.arrive(s)
+				return p.admit(s, part{owner: owner{known: true, uid: uid}})
+			}
+			for n := range h.limit + maxEnding {
+				if !come(hoarder) {
+					t.Fatalf("%d has no room", n)
+				}
+			}
+			for range 2 {
+				if come(hoarder) {
+					t.Error("one more of his has ended in the middle")
+				}
+			}
+			if !come(bystander) {
+				t.Error("there is no room for another owner")
+			}
+			for _, s := range all {
+				p.leave(s)
+			}
+			if len(h.ending) != 0 {
+				t.Errorf("left: %v", h.ending)
+			}
+		})
 	}
 }
 
