@@ -487,6 +487,8 @@ func (s *session) exchange(r *http1.Request) error {
 	case err == nil:
 	case errors.Is(err, http1.ErrMalformed):
 		failed = "its body is malformed"
+	case err == errSwitched:
+		failed = err.Error()
 	case s.task.Cancelled():
 		failed = "the proxy closed the connection"
 	default:

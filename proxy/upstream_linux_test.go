@@ -515,6 +515,22 @@ func TestAnswersBeforeBody(t *testing.T) {
 	}
 }
 
+// An answer in another protocol is not passed on, and the record says so.
+func TestSwitched(t *testing.T) {
+	r := newRig(t, setting{lab: netlab.Options{NoIMDS: true}})
+	serve(t, r, func(_ int, c *net.TCPConn, ask func() error) {
+		if ask() == nil {
+			io.WriteString(c, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\nevil")
+		}
+	})
+	if got, _ := talk(t, r.dial(false), askA, 5*time.Second); got != "" {
+		t.Errorf("%q", got)
+	}
+	if ev := r.recorded(1)[0]; ev.Response.Failed != errSwitched.Error() {
+		t.Errorf("%+v", ev.Response)
+	}
+}
+
 // What cannot be read goes through a tunnel in audit mode. The service may answer and
 // end while the client goes on sending: the answer arrives.
 func TestTunnelAnswers(t *testing.T) {

@@ -361,7 +361,7 @@ func (s *session) relay(r *http1.Request, class imds.Class) (a answer, err error
 			}
 			continue
 		case head.status == 101:
-			return a, errors.New("the service switched protocols, which nobody asked for")
+			return a, errSwitched
 		case head.interim():
 			if err := s.send(&a, s.out[:head.headSize]); err != nil {
 				return a, err
@@ -384,6 +384,10 @@ func (s *session) relay(r *http1.Request, class imds.Class) (a answer, err error
 		return a, s.relayBody(&a, head, have, hands(r, class, head))
 	}
 }
+
+// errSwitched says that the service speaks another protocol, for which nobody has asked: a
+// request that does is malformed.
+var errSwitched = errors.New("the service switched protocols, which nobody asked for")
 
 // errWithheld says that whoever asked is not whoever would get the answer.
 var errWithheld = errors.New("the answer is withheld")
