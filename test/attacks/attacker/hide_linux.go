@@ -216,7 +216,7 @@ func give(path string, fd int) (given, error) {
 	}
 	said := make([]byte, 1)
 	if _, err := unix.Read(int(s), said); err != nil || said[0] != 'r' {
-		return -1, fmt.Errorf("it said %q: %w", said, err)
+		return -1, fmt.Errorf("it said %q: %v", said, err)
 	}
 	return given(s), nil
 }

@@ -168,7 +168,7 @@ func (o *orphaned) ask() error {
 func (o *orphaned) expect(word byte) error {
 	said := make([]byte, 1)
 	if _, err := io.ReadFull(o.says, said); err != nil || said[0] != word {
-		return fmt.Errorf("the orphan said %q instead of %q: %w", said, word, err)
+		return fmt.Errorf("the orphan said %q instead of %q: %v", said, word, err)
 	}
 	return nil
 }
