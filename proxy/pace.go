@@ -25,6 +25,7 @@ type pace struct {
 	burst int
 	held  time.Duration // heldFor
 	heldA time.Duration // heldForA
+	owed  time.Duration // owedFor
 
 	mu      sync.Mutex // guards callers
 	callers map[part]*rate.Limiter
@@ -39,6 +40,11 @@ const (
 	// heldForA is that in audit mode, after which it passes: half of what the least patient
 	// client waits (a probe of HashiCorp's, 100 ms). Shorter, and it slows down less.
 	heldForA = 50 * time.Millisecond
+	// owedFor is how far a caller's session tokens may be ahead of his turns. Nobody needs
+	// more than one in six hours; less, and the tokens of a user are refused, who has some
+	// hundred programs start at once; more, and one that asks for nothing else sends so
+	// much more.
+	owedFor = 10 * time.Second
 	// maxCallers bounds those that are remembered. One that is forgotten before he has
 	// his burst again has the rest of it at once.
 	maxCallers = 4096
@@ -107,18 +113,21 @@ func (p *pace) forget() {
 func (s *session) paced(class imds.Class, enforce bool) (soon bool, err error) {
 	p := &s.p.pace
 	most := p.heldA
-	if enforce {
+	switch {
+	case class == imds.Token:
+		most = p.owed
+	case enforce:
 		most = p.held
 	}
 	wait, long := p.hold(s.of, most)
-	if class == imds.Token {
-		return true, nil
-	}
 	if long {
 		s.p.stats.Throttled.Add(1)
 		if enforce {
 			return false, nil
 		}
+	}
+	if class == imds.Token {
+		return true, nil
 	}
 	for until := time.Now().Add(wait); wait > 0; wait = time.Until(until) {
 		err := s.task.Wait(until, s.fromClient(loop.Gone))

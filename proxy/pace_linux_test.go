@@ -68,15 +68,15 @@ func (r *rig) indebted(uid uint32) {
 	}
 }
 
-// A session token is not waited for, however often one is asked for: who gets none asks by
-// IMDSv1. It counts for what is asked next.
+// A session token is not waited for: who gets none asks by IMDSv1. It counts for what is
+// asked next, and who asks for nothing else is not let go on for ever.
 func TestTokensAreNotHeld(t *testing.T) {
 	const put = "PUT /latest/api/token HTTP/1.1\r\n" + host + "X-aws-ec2-metadata-token-ttl-seconds: 60\r\n\r\n"
 	for _, mode := range []policy.Mode{policy.Audit, policy.Enforce} {
 		t.Run(mode.String(), func(t *testing.T) {
 			r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}, policy: policy.Config{Mode: mode}, rate: 1})
 			p := &r.proxy.pace
-			p.burst, p.heldA = 1000, time.Minute
+			p.burst, p.heldA, p.owed = 1000, time.Minute, time.Hour
 			tokens := func() {
 				t.Helper()
 				for range 8 {
@@ -97,6 +97,14 @@ func TestTokensAreNotHeld(t *testing.T) {
 			got, end := talk(t, r.dialAs(hoarder), ask, 100*time.Millisecond)
 			if held := got == "" && end == "open"; mode == policy.Audit && !held || mode == policy.Enforce && !strings.HasPrefix(got, "HTTP/1.1 503 ") {
 				t.Errorf("%q, %s: the test tests nothing", got, end)
+			}
+			p.owed = time.Minute
+			want := "HTTP/1.1 200 OK\r\n"
+			if mode == policy.Enforce {
+				want = "HTTP/1.1 503 "
+			}
+			if got, end := talk(t, r.dialAs(hoarder), put, 5*time.Second); !strings.HasPrefix(got, want) || end != "FIN" {
+				t.Errorf("far ahead: %q, %s", got, end)
 			}
 		})
 	}

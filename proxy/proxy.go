@@ -56,7 +56,8 @@ type Options struct {
 	MaxConns int
 	// Rate bounds the requests a second of one caller, after as many at once as
 	// Burst says, twice as many if 0: more wait a little, and get 503 in enforce mode.
-	// Those for session tokens count and neither wait nor are refused.
+	// Those for session tokens count and do not wait, and are refused only when they are
+	// far ahead.
 	// 0 sets no bounds. Lower than what an SDK asks in a row, which is some ten, makes
 	// it wait. In audit mode it slows down and bounds nothing.
 	Rate, Burst int
@@ -149,7 +150,7 @@ func New(o Options, finder *attribution.Finder, engine *policy.Engine) *Proxy {
 	forwarded := max(o.MaxConns/4, 1)
 	p := &Proxy{options: o, finder: finder, engine: engine, uid: uint32(os.Geteuid()), silence: idleTimeout, half: headTimeout,
 		local: newSlots(o.MaxConns - forwarded), forwarded: newSlots(forwarded), evidence: make(chan struct{}, o.MaxConns),
-		pace: pace{each: rate.Limit(o.Rate), burst: cmp.Or(o.Burst, 2*o.Rate), held: heldFor, heldA: heldForA}, tokens: newTokens(), ledger: newLedger()}
+		pace: pace{each: rate.Limit(o.Rate), burst: cmp.Or(o.Burst, 2*o.Rate), held: heldFor, heldA: heldForA, owed: owedFor}, tokens: newTokens(), ledger: newLedger()}
 	if o.Rate == 0 { // or else requests are counted, since they cost the service packets
 		p.ahead.most = o.DialAhead
 	}

@@ -564,7 +564,7 @@ func (s *session) hint(ev *event.Event, within time.Duration, how search) (enoug
 	}
 	s.lookup.Search() // for the record of one who was turned away
 	ctx := context.Background()
-	if !s.lookup.Searched() { // or else nothing is waited for, and a timer takes a microsecond
+	if how != likely || !s.lookup.Searched() { // or else nothing is waited for, and a timer takes a microsecond
 		var cancel func()
 		ctx, cancel = context.WithDeadline(ctx, begin.Add(within))
 		defer cancel()

@@ -31,7 +31,7 @@ no setting for one. An answer by client would go by the User-Agent, which a thie
 
 The session token is the exception: a 403 for that sends the SDKs for Go, JavaScript, .NET and Ruby back to IMDSv1 for as long as the
 process lives. So nothing refuses it, unless ` + "`rules.actions`" + ` has a rule block the class ` + "`token`" + `. Who asks too often
-(` + "`limits.requests_per_second`" + `) gets 503 for all but the token: that client has done nothing wrong
+(` + "`limits.requests_per_second`" + `) gets 503, for the token last of all: that client has done nothing wrong
 and shall try again, as the SDKs for Go, .NET, PHP and Rust do after pauses, while after a 403 they would do without credentials.
 
 A block is no revocation. A program that has credentials goes on with them until they expire, after up to six hours, and asks
