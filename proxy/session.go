@@ -461,40 +461,11 @@ func (s *session) exchange(r *http1.Request) error {
 			}
 		})
 	}
-	s.out = hold()
-	answer, err := s.relay(r, target.Class)
-	for try := 1; err != nil && answer.lost; try++ {
-		if try < maxLoops {
-			s.owed = false // of the request on the connection that is over
-			err = s.reach(s.sent)
-		}
-		if try == maxLoops || err != nil {
-			if !errors.Is(err, errClient) && !s.task.Cancelled() {
-				s.p.stats.UpstreamFailed.Add(1)
-			}
-			s.client.Reset()
-			break
-		}
-		answer, err = s.relay(r, target.Class)
-	}
-	s.sent, s.guarded = nil, nil
-	release(s.out)
+	answer, err := s.relayed(r, target.Class)
 	if errors.Is(err, errWithheld) {
 		return s.refused(ev, r)
 	}
-	failed := ""
-	switch {
-	case err == nil:
-	case errors.Is(err, http1.ErrMalformed):
-		failed = "its body is malformed"
-	case err == errSwitched:
-		failed = err.Error()
-	case s.task.Cancelled():
-		failed = "the proxy closed the connection"
-	default:
-		failed = "upstream or client left before the end"
-		s.reset = s.reset || errors.Is(err, errClient) // it may be there still, with half of an answer that looks whole
-	}
+	failed := s.failed(err)
 	select {
 	case <-decided:
 		s.answered(ev, answer, passed, failed)
@@ -515,6 +486,48 @@ func (s *session) exchange(r *http1.Request) error {
 		s.odd(err, r) // a body, behind a head that asked to wait for it
 	}
 	return err
+}
+
+// relayed passes the answer on, and sends the request again where the connection has met
+// ourselves, or was old.
+func (s *session) relayed(r *http1.Request, class imds.Class) (answer, error) {
+	s.out = hold()
+	defer func() {
+		s.sent, s.guarded = nil, nil
+		release(s.out)
+	}()
+	a, err := s.relay(r, class)
+	for try := 1; err != nil && a.lost; try++ {
+		if try < maxLoops {
+			s.owed = false // of the request on the connection that is over
+			err = s.reach(s.sent)
+		}
+		if try == maxLoops || err != nil {
+			if !errors.Is(err, errClient) && !s.task.Cancelled() {
+				s.p.stats.UpstreamFailed.Add(1)
+			}
+			s.client.Reset()
+			break
+		}
+		a, err = s.relay(r, class)
+	}
+	return a, err
+}
+
+// failed is what the record says of an answer that did not come to its end.
+func (s *session) failed(err error) string {
+	switch {
+	case err == nil:
+		return ""
+	case errors.Is(err, http1.ErrMalformed):
+		return "its body is malformed"
+	case err == errSwitched:
+		return err.Error()
+	case s.task.Cancelled():
+		return "the proxy closed the connection"
+	}
+	s.reset = s.reset || errors.Is(err, errClient) // it may be there still, with half of an answer that looks whole
+	return "upstream or client left before the end"
 }
 
 // refused answers a request that is denied, and ends the connection.
