@@ -325,3 +325,30 @@ func TestLockedAnswer(t *testing.T) {
 		t.Error("another has its answer")
 	}
 }
+
+// Linux before 5.14 has no numbers in fdinfo, and there it is no other way to what is locked.
+func TestLockedNumbers(t *testing.T) {
+	h, err := newHost("/proc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.close()
+	here := t.TempDir()
+	dir := filepath.Join(here, "self/fdinfo")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for fd := range 1000 {
+		if err := os.WriteFile(filepath.Join(dir, strconv.Itoa(fd)), []byte("pos:\t0\nflags:\t02\nmnt_id:\t9\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mount, numbered, err := socketMount(here)
+	if string(mount) != "\nmnt_id:\t9" || numbered || err != nil {
+		t.Errorf("%q, %v, %v", mount, numbered, err)
+	}
+	_, numbered, err = socketMount("/proc")
+	if err != nil || h.lockable.Insist == numbered {
+		t.Errorf("numbered %v, %v; insists %v", numbered, err, h.lockable.Insist)
+	}
+}

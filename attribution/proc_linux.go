@@ -105,9 +105,11 @@ func newHost(proc string) (*host, error) {
 			return nil, fmt.Errorf("name our own %s namespace: %w", name, err)
 		}
 	}
-	if h.sockets, err = socketMount(proc); err != nil {
+	numbered := false
+	if h.sockets, numbered, err = socketMount(proc); err != nil {
 		return nil, fmt.Errorf("tell sockets from files: %w", err)
 	}
+	h.lockable.Insist = !numbered
 	if h.cgroups, err = readCgroupMounts(proc); err != nil {
 		return nil, err
 	}
@@ -124,24 +126,25 @@ func newHost(proc string) (*host, error) {
 	return h, nil
 }
 
-// socketMount reads the mnt_id line of a socket of our own (proc_pid_fdinfo(5)). There is
-// one mount of sockets, whatever the mount namespace (sock_init in net/socket.c).
-func socketMount(proc string) ([]byte, error) {
+// socketMount reads the mnt_id line of a socket of our own (proc_pid_fdinfo(5)), and
+// whether its number is there, too. There is one mount of sockets, whatever the mount
+// namespace (sock_init in net/socket.c).
+func socketMount(proc string) (mount []byte, numbered bool, err error) {
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return nil, os.NewSyscallError("socket", err)
+		return nil, false, os.NewSyscallError("socket", err)
 	}
 	defer unix.Close(fd)
 	b, err := os.ReadFile(filepath.Join(proc, "self/fdinfo", strconv.Itoa(fd)))
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	_, rest, _ := bytes.Cut(b, []byte("\nmnt_id:"))
 	id, _, ok := bytes.Cut(rest, []byte("\n"))
 	if !ok {
-		return nil, errors.New("not the format of proc_pid_fdinfo(5)")
+		return nil, false, errors.New("not the format of proc_pid_fdinfo(5)")
 	}
-	return slices.Concat([]byte("\nmnt_id:"), id), nil
+	return slices.Concat([]byte("\nmnt_id:"), id), bytes.Contains(rest, []byte("\nino:\t")), nil
 }
 
 // close gives back every pin.

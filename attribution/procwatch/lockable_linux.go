@@ -32,14 +32,17 @@ var ErrLocked = fmt.Errorf("the process keeps itself locked: %w", fs.ErrPermissi
 // any goroutine.
 type Lockable struct {
 	Proc string // where proc(5) is mounted; /proc if ""
+	// Insist says that there is nothing else to ask: DoAmong refuses nobody for what he has
+	// made us wait, and waits shortly for each of his processes.
+	Insist bool
 
 	mu           sync.Mutex
-	asking       map[*question]struct{}   // that have not ended
-	late         map[about]int            // of them
-	waited       map[uint32]time.Duration // for answers, by user, since
+	asking       map[*question]struct{}    // that have not ended
+	late         map[about]int             // of them
+	waited       map[account]time.Duration // for answers, since
 	since        time.Time
-	subordinates time.Duration // of it, for those users together
-	tooLong      bool          // for somebody
+	subordinates map[bool]time.Duration // of it for those users together, by account.memory
+	tooLong      bool                   // for somebody
 
 	looking bool // for who waits, and what is late
 	looked  time.Time
@@ -49,6 +52,13 @@ type Lockable struct {
 type about struct {
 	pid    int
 	memory bool // and nothing else of it
+}
+
+// account is of a user, for one way of locking: that he lets us wait for memory refuses no
+// question about descriptors, of which he may have locked none.
+type account struct {
+	uid    uint32
+	memory bool
 }
 
 // question is one that has not ended. Lockable.mu guards what does not say otherwise.
@@ -97,7 +107,9 @@ const (
 	// Of a user who was charged maxWaited within forgetAfter, who goes through many
 	// processes asks none, and others wait shortly for each. Higher, and he has searches,
 	// and a start, wait for so long in each minute; lower, and one who swaps is passed
-	// over. maxSubordinates is that for all subordinate users together.
+	// over. maxSubordinates is that for all subordinate users together, to which each adds
+	// no more than maxWaited. Root, who is everybody in containers without a user
+	// namespace, too, is passed over for nobody: it is waited shortly for each.
 	maxWaited       = time.Second
 	maxSubordinates = 4 * maxWaited
 	forgetAfter     = time.Minute
@@ -127,7 +139,7 @@ func (c *Lockable) Do(pid int, ask func()) error { return c.do(one(pid), ask) }
 
 // DoAmong is Do for one of many processes that its caller goes through. It refuses those
 // of a user who has made us wait for long, for the rest of a minute. If far is not nil it
-// counts how far ask is, which may take longer if it goes on.
+// counts how far ask is, which may take longer if it goes on, but for such a user.
 func (c *Lockable) DoAmong(pid int, far *atomic.Int64, ask func()) error {
 	q := among(pid)
 	q.far = far
@@ -171,18 +183,19 @@ func (c *Lockable) look() {
 			q.began, q.looks = now, 0
 			continue
 		}
-		if !sleeps(thread) || q.thread.Load() != thread {
+		if !sleeps("/proc/self/task/"+strconv.Itoa(int(thread))+"/syscall") || q.thread.Load() != thread {
 			continue
 		}
 		q.looks++
 		if q.among || q.looks > 1 {
-			c.charge(c.own(q), min(now.Sub(c.looked), slow))
+			c.charge(c.account(q), min(now.Sub(c.looked), slow))
 		}
+		over := q.among && c.hasWaited(q)
 		switch {
-		case q.among && c.hasWaited(q):
+		case over && c.refuses(q):
 		case now.Sub(q.began) < q.patience || q.looks < min(minLooks, int(q.patience/lookEvery)):
 			continue
-		case q.far != nil && q.far.Load() != q.was:
+		case q.far != nil && !over && q.far.Load() != q.was:
 			q.was, q.began, q.looks = q.far.Load(), now, 0
 			continue
 		}
@@ -207,15 +220,19 @@ func (c *Lockable) lookLater() {
 }
 
 // sleeps reports whether a thread of ours waits in a system call that is not one by which
-// Go waits for itself (proc_pid_syscall(5); task_current_syscall in lib/syscall.c).
-func sleeps(thread int32) bool {
-	fd, err := unix.Open("/proc/self/task/"+strconv.Itoa(int(thread))+"/syscall", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+// Go waits for itself (proc_pid_syscall(5); task_current_syscall in lib/syscall.c). If that
+// cannot be read it may: or else nothing would ever be late.
+func sleeps(syscall string) bool {
+	fd, err := unix.Open(syscall, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return true // for all that is known
+		return true
 	}
 	defer unix.Close(fd)
 	var b [32]byte // "running", or the number and its arguments; -1 outside of any
-	n, _ := read(fd, b[:])
+	n, err := read(fd, b[:])
+	if err != nil {
+		return true
+	}
 	number, _, _ := bytes.Cut(b[:n], []byte(" "))
 	call, err := strconv.Atoi(string(number))
 	return err == nil && call >= 0 && call != unix.SYS_FUTEX
@@ -276,10 +293,11 @@ func (c *Lockable) tryBegin(q *question) (before *question, ok bool) {
 	q.began = time.Now()
 	if len(c.waited) > 0 && q.began.Sub(c.since) > forgetAfter {
 		clear(c.waited)
-		c.subordinates, c.tooLong = 0, false
+		clear(c.subordinates)
+		c.tooLong = false
 	}
 	if c.tooLong && c.hasWaited(q) {
-		if q.among {
+		if c.refuses(q) {
 			return nil, false
 		}
 		q.patience = min(q.patience, shortly)
@@ -308,8 +326,8 @@ func (c *Lockable) tryBegin(q *question) (before *question, ok bool) {
 		if long >= maxLong || all >= maxAtOnce {
 			return before, false
 		}
-		if len(c.asking) >= maxAsking && c.own(q) >= minSubordinate {
-			if before, all := c.ofSubordinates(); all >= maxAsking {
+		if len(c.asking) >= maxAsking && subordinate(c.own(q)) {
+			if before, all := c.ofSubordinates(q.memory); all >= maxAsking {
 				return before, false
 			}
 		}
@@ -322,11 +340,11 @@ func (c *Lockable) tryBegin(q *question) (before *question, ok bool) {
 	return nil, true
 }
 
-// ofSubordinates counts the questions about subordinate users, and returns one that is not
-// late if there is one. It is called with c.mu held.
-func (c *Lockable) ofSubordinates() (waits *question, all int) {
+// ofSubordinates counts the questions about subordinate users, in one of the ways of
+// locking, and returns one that is not late if there is one. It is called with c.mu held.
+func (c *Lockable) ofSubordinates(memory bool) (waits *question, all int) {
 	for q := range c.asking {
-		if c.own(q) < minSubordinate {
+		if q.memory != memory || !subordinate(c.own(q)) {
 			continue
 		}
 		all++
@@ -340,21 +358,35 @@ func (c *Lockable) ofSubordinates() (waits *question, all int) {
 // hasWaited reports whether it was waited too long for a question's user. It is called
 // with c.mu held.
 func (c *Lockable) hasWaited(q *question) bool {
+	a := c.account(q)
+	return c.waited[a] >= maxWaited || q.among && subordinate(a.uid) && c.subordinates[a.memory] >= maxSubordinates
+}
+
+// refuses reports whether a question is not asked when it was waited too long for its
+// user. It is called with c.mu held.
+func (c *Lockable) refuses(q *question) bool {
 	uid := c.own(q)
-	return c.waited[uid] >= maxWaited || q.among && uid >= minSubordinate && c.subordinates >= maxSubordinates
+	return q.among && !c.Insist && uid != 0 && uid != unknownUser
 }
 
 // charge is called with c.mu held.
-func (c *Lockable) charge(uid uint32, took time.Duration) {
+func (c *Lockable) charge(a account, took time.Duration) {
 	if len(c.waited) == 0 {
-		c.waited, c.since = map[uint32]time.Duration{}, time.Now()
+		c.waited, c.subordinates, c.since = map[account]time.Duration{}, map[bool]time.Duration{}, time.Now()
 	}
-	c.waited[uid] += took
-	if uid >= minSubordinate {
-		c.subordinates += took
+	before := c.waited[a]
+	c.waited[a] += took
+	if subordinate(a.uid) { // of what one alone takes nobody else has less
+		c.subordinates[a.memory] += min(took, max(maxWaited-before, 0))
 	}
-	c.tooLong = c.tooLong || c.waited[uid] >= maxWaited || c.subordinates >= maxSubordinates
+	c.tooLong = c.tooLong || c.waited[a] >= maxWaited || c.subordinates[a.memory] >= maxSubordinates
 }
+
+// account is that of a question's user. It is called with c.mu held.
+func (c *Lockable) account(q *question) account { return account{c.own(q), q.memory} }
+
+// subordinate reports whether a user may be one of thousands that somebody has.
+func subordinate(uid uint32) bool { return uid >= minSubordinate && uid != unknownUser }
 
 // own finds out whose process a question is about. It is called with c.mu held.
 func (c *Lockable) own(q *question) uint32 {

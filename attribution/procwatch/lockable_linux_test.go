@@ -98,8 +98,8 @@ func TestLockable(t *testing.T) {
 	if late == 0 || late > maxAtOnce {
 		t.Errorf("%d reads go on", late)
 	}
-	if c.waited[1000] < readIn || c.waited[1001] >= maxWaited {
-		t.Errorf("waited for the one %v, for the other %v", c.waited[1000], c.waited[1001])
+	if one, other := c.waited[account{1000, true}], c.waited[account{1001, true}]; one < readIn || other >= maxWaited {
+		t.Errorf("waited for the one %v, for the other %v", one, other)
 	}
 	c.mu.Unlock()
 	dir, f := c.locked(2000, 1000)
@@ -140,10 +140,11 @@ func TestLockableHeldUp(t *testing.T) {
 	if b, err := c.Read(1, dir, "cmdline", make([]byte, 64)); string(b) != "x\x00" || err != nil {
 		t.Errorf("%q, %v", b, err)
 	}
-	if c.waited[1000] == 0 {
+	if c.waited[account{1000, true}] == 0 {
 		t.Fatal("nothing was charged")
 	}
-	c.charge(1000, maxWaited)
+	c.charge(account{1000, true}, maxWaited)
+	c.charge(account{1000, false}, maxWaited)
 	q := ask(1)
 	if _, ok := c.tryBegin(q); !ok || q.patience != shortly {
 		t.Errorf("%v, %+v", ok, q)
@@ -155,6 +156,48 @@ func TestLockableHeldUp(t *testing.T) {
 	q = ask(2)
 	if _, ok := c.tryBegin(q); !ok || q.patience != readIn {
 		t.Errorf("another: %v, %+v", ok, q)
+	}
+	c.Insist = true
+	if err := c.DoAmong(1, nil, func() {}); err != nil {
+		t.Errorf("nothing else can be asked: %v", err)
+	}
+}
+
+// Root is who works in many containers, and nobody of them keeps the others, or the host, from being asked about. Nor
+// does he have it waited for long.
+func TestLockableRoot(t *testing.T) {
+	c := newProcesses(t)
+	dir, unlock := c.locked(1, 0)
+	defer unlock()
+	c.charge(account{0, true}, maxWaited)
+	c.charge(account{0, false}, maxWaited)
+	if err := c.DoAmong(1, nil, func() {}); err != nil {
+		t.Error(err)
+	}
+	for _, q := range []*question{ask(1), among(1)} {
+		if _, ok := c.tryBegin(q); !ok || q.patience != shortly {
+			t.Errorf("%v, %+v", ok, q)
+		}
+	}
+	var far atomic.Int64
+	ended := make(chan struct{})
+	if err := c.DoAmong(1, &far, func() { // a search that goes on, slowly
+		defer close(ended)
+		for begin := time.Now(); time.Since(begin) < maxWaited; far.Add(1) {
+			unix.Select(0, nil, nil, nil, &unix.Timeval{Usec: lookEvery.Microseconds()})
+		}
+	}); err != ErrLocked || far.Load() == 0 {
+		t.Errorf("asked %v, %v", far.Load() > 0, err)
+	} else {
+		<-ended
+	}
+	if _, err := c.read(among(1), dir, "cmdline", make([]byte, 64)); err != ErrLocked {
+		t.Error(err)
+	}
+	// Nor is it known whose those are whose status cannot be read.
+	c.charge(account{unknownUser, false}, maxWaited)
+	if err := c.DoAmong(2, nil, func() {}); err != nil {
+		t.Errorf("whose it is is not known: %v", err)
 	}
 }
 
@@ -172,7 +215,9 @@ func TestLockableMany(t *testing.T) {
 		}
 		time.AfterFunc(each, unlock)
 		begin := time.Now()
-		r.content(pid, dir)
+		if got, ok := r.content(pid, dir); !ok || got.file.Value().Inode == 0 { // it is only the memory that is locked
+			t.Fatalf("process %d: %+v, %v", pid, got, ok)
+		}
 		took += time.Since(begin)
 	}
 	if took > 2*maxWaited {
@@ -218,8 +263,8 @@ func TestLockableStill(t *testing.T) {
 	if err := c.Do(1, func() {
 		for begin := time.Now(); time.Since(begin) < 2*readIn; {
 		}
-	}); err != nil || c.waited[1000] > 0 {
-		t.Errorf("%v, charged %v", err, c.waited[1000])
+	}); err != nil || len(c.waited) > 0 {
+		t.Errorf("%v, charged %v", err, c.waited)
 	}
 }
 
@@ -240,18 +285,43 @@ func TestLockableSubordinates(t *testing.T) {
 	if _, ok := c.tryBegin(ask(2 * maxAsking)); !ok {
 		t.Error("another is not")
 	}
-	c.charge(minSubordinate, maxSubordinates)
-	q := among(2*maxAsking - 1)
-	if before, ok := c.tryBegin(q); ok || before != nil {
-		t.Errorf("one of many is asked: %+v", q)
+	asks := func() bool {
+		_, ok := c.tryBegin(among(2*maxAsking - 1))
+		return ok
+	}
+	c.charge(account{minSubordinate, true}, maxWaited)
+	for user := range uint32(maxSubordinates / maxWaited) { // of whom the first, and who is not known, take no more than theirs
+		if !asks() {
+			t.Errorf("after %d users one of many others is not asked", user)
+		}
+		c.charge(account{minSubordinate + user, false}, maxWaited)
+		c.charge(account{minSubordinate, false}, maxSubordinates)
+		c.charge(account{unknownUser, false}, maxSubordinates)
+	}
+	if asks() {
+		t.Error("one of many is asked")
 	}
 }
 
 // Who keeps his memory locked does not keep his descriptors from being searched.
 func TestLockableApart(t *testing.T) {
 	c := newProcesses(t)
+	memory := account{1000, true}
+	const most = 100
+	next := 0
+	for waited := time.Duration(0); waited < maxWaited; next++ {
+		if next == most {
+			t.Fatalf("waited %v", waited)
+		}
+		dir, unlock := c.locked(next, 1000)
+		c.Read(next, dir, "cmdline", make([]byte, 64))
+		unlock()
+		c.mu.Lock()
+		waited = c.waited[memory]
+		c.mu.Unlock()
+	}
 	var reads sync.WaitGroup
-	for pid := range maxLate {
+	for pid := next; pid < next+maxLate; pid++ {
 		dir, unlock := c.locked(pid, 1000)
 		defer unlock()
 		reads.Go(func() { c.Read(pid, dir, "cmdline", make([]byte, 64)) })
@@ -260,9 +330,17 @@ func TestLockableApart(t *testing.T) {
 	if before, ok := c.tryBegin(ask(0)); ok || before != nil {
 		t.Error("memory is read")
 	}
-	c.waited = nil
-	if err := c.Do(0, func() {}); err != nil {
+	if err := c.DoAmong(0, nil, func() {}); err != nil {
 		t.Error(err)
+	}
+}
+
+// That it cannot be read whether a thread of ours waits does not keep it from being late.
+func TestLockableUnread(t *testing.T) {
+	for _, path := range []string{t.TempDir(), "/proc/self/nothing"} {
+		if !sleeps(path) {
+			t.Errorf("it is known that what %s is about does not wait", path)
+		}
 	}
 }
 
