@@ -278,16 +278,21 @@ func (h *host) executed(p *pin, proc *Process) {
 	if !ok {
 		return
 	}
-	switch i := rec.Image(); {
-	case i.Read && !i.Denied && i.Inode != 0:
-		if i.Inode != exe.Inode || i.Device != exe.Device {
-			proc.Swapped = true
-			*exe = exeFile(i.Path, uint64(i.Links))
-			exe.Device, exe.Inode = i.Device, i.Inode
-			proc.Name = filepath.Base(exe.Path)
-		}
-	case lost:
-		proc.Swapped = true // nobody knows what it executed
+	proc.compare(rec.Image(), lost)
+}
+
+// compare is for what the table knows of the program. Nobody knows what was executed if it
+// was locked then, or is lost.
+func (p *Process) compare(i *procwatch.Image, lost bool) {
+	exe := &p.Executable
+	switch {
+	case i.Read && !i.Denied && i.Inode != 0 && (i.Inode != exe.Inode || i.Device != exe.Device):
+		p.Swapped = true
+		*exe = exeFile(i.Path, uint64(i.Links))
+		exe.Device, exe.Inode = i.Device, i.Inode
+		p.Name = filepath.Base(exe.Path)
+	case i.Locked, lost && (!i.Read || i.Denied || i.Inode == 0):
+		p.Swapped = true
 	}
 }
 

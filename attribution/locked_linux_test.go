@@ -352,3 +352,29 @@ func TestLockedNumbers(t *testing.T) {
 		t.Errorf("numbered %v, %v; insists %v", numbered, err, h.lockable.Insist)
 	}
 }
+
+// A program of which nobody could see what it was when it was executed is not taken for what it shows.
+func TestLockedProgram(t *testing.T) {
+	shown := File{Path: "/usr/bin/aws", Device: 1, Inode: 2}
+	same := procwatch.File{Path: shown.Path, Device: shown.Device, Inode: shown.Inode}
+	other := procwatch.File{Path: "/tmp/x", Device: 1, Inode: 3}
+	for _, c := range []struct {
+		image   procwatch.Image
+		lost    bool
+		swapped bool
+		path    string
+	}{
+		{procwatch.Image{Read: true, File: same}, false, false, shown.Path},
+		{procwatch.Image{Read: true, File: same}, true, false, shown.Path},
+		{procwatch.Image{Read: true, File: other}, false, true, other.Path},
+		{procwatch.Image{}, false, false, shown.Path},
+		{procwatch.Image{}, true, true, shown.Path},
+		{procwatch.Image{Locked: true}, false, true, shown.Path},
+		{procwatch.Image{Locked: true, Read: true, File: same}, false, true, shown.Path}, // later
+	} {
+		p := &Process{Executable: shown}
+		if p.compare(&c.image, c.lost); p.Swapped != c.swapped || p.Executable.Path != c.path {
+			t.Errorf("%+v, lost %v: swapped %v, %s", c.image, c.lost, p.Swapped, p.Executable.Path)
+		}
+	}
+}

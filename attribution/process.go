@@ -54,7 +54,8 @@ type Process struct {
 	Earlier bool
 
 	// Swapped says that /proc/PID/exe named another file than the kernel was seen
-	// to execute (prctl(2), PR_SET_MM_EXE_FILE); Executable is the latter.
+	// to execute (prctl(2), PR_SET_MM_EXE_FILE); Executable is the latter. It is also true
+	// if nobody could ask then, because the process or its user's others were locked.
 	Swapped bool
 	// Ended says that nothing but the program, its arguments and its parents is
 	// known, from the time when the process lived or ran that program: no user, no

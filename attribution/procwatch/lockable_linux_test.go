@@ -8,8 +8,10 @@ import (
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
+	"unique"
 
 	"golang.org/x/sys/unix"
 )
@@ -341,6 +343,34 @@ func TestLockableUnread(t *testing.T) {
 		if !sleeps(path) {
 			t.Errorf("it is known that what %s is about does not wait", path)
 		}
+	}
+}
+
+// A program that could not be asked for when it was executed is known as that, also if somebody reads another later. An
+// ordinary user's is not asked for when others of his have let us wait.
+func TestLockableProgram(t *testing.T) {
+	w := open(t, Options{})
+	const user = 4242
+	c := w.reader.lockable
+	c.mu.Lock()
+	c.charge(account{user, false}, maxWaited)
+	c.mu.Unlock()
+	a := runAs(t, &syscall.Credential{Uid: user, Gid: user}, "/proc/self/exe", "wait")
+	var p Process
+	waitFor(t, "its program", func() bool {
+		p = process(t, w, a.Process.Pid)
+		return p.Image().Locked || p.Image().Read
+	})
+	if i := p.Image(); !i.Locked || i.Read || p.Execs != 1 {
+		t.Errorf("%+v", p)
+	}
+	w.mu.Lock()
+	e := w.table.byPID[int32(p.PID)]
+	w.table.fill(e, e.image(), content{file: unique.Make(File{Inode: 1})}, monotonic())
+	i := e.image().public()
+	w.mu.Unlock()
+	if !i.Read || !i.Locked {
+		t.Errorf("read later: %+v", i)
 	}
 }
 

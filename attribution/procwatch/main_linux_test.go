@@ -145,7 +145,14 @@ func (a *actor) read(t *testing.T) string {
 // run starts a program of the test until it has said its first word.
 func run(t *testing.T, program, r string, args ...string) *actor {
 	t.Helper()
+	return runAs(t, nil, program, r, args...)
+}
+
+// runAs is run by somebody else.
+func runAs(t *testing.T, who *syscall.Credential, program, r string, args ...string) *actor {
+	t.Helper()
 	a := &actor{Cmd: exec.Command(program, args...)}
+	a.SysProcAttr = &syscall.SysProcAttr{Credential: who}
 	a.Env = []string{role + "=" + r}
 	a.Stderr = os.Stderr
 	var err error

@@ -103,6 +103,10 @@ type Image struct {
 	Read bool
 	// Denied says that a security module kept the executable from us.
 	Denied bool
+	// Locked says that the process could not be asked for the executable when it executed
+	// it, because it, or others of its user's, let us wait. What is read later, Read or
+	// not, may be what the process has exchanged it for.
+	Locked bool
 	// Kernel says that this is a thread of the kernel, which has no executable.
 	Kernel bool
 	File

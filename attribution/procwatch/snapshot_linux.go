@@ -39,7 +39,7 @@ func (r *reader) content(pid int32, dir int) (content, bool) {
 	var c content
 	f, err := r.executable(pid, dir)
 	if err == ErrLocked { // which is not to be taken for a security module's answer
-		return content{}, false
+		return content{locked: true}, false
 	}
 	if errors.Is(err, fs.ErrPermission) {
 		c.denied = true

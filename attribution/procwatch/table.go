@@ -69,6 +69,7 @@ type content struct {
 	cmdline  string
 	cut      bool
 	denied   bool
+	locked   bool // when it began: what is read later may be exchanged
 	uid, gid uint32
 }
 
@@ -528,6 +529,7 @@ func (t *table) fill(e *entry, img *image, c content, at time.Duration) {
 			c = c.short()
 		}
 	}
+	c.locked = img.locked
 	img.content, img.read, img.readAt = c, true, at
 	if n := len(e.images); n > 1 && e.images[n-1] == img {
 		if prev := e.images[n-2]; prev.risky && !prev.denied && !img.denied && prev.file != img.file {
@@ -621,7 +623,7 @@ func (s *snapshot) merge(r record) {
 		t.fill(e, img, r.content, r.ended)
 	case !sure && (!img.read || img.file != r.file):
 		e.execs++
-		missed := &image{since: r.ended, seq: e.execs, missed: true}
+		missed := &image{since: r.ended, seq: e.execs, missed: true, content: content{locked: img.locked}}
 		t.own(e, missed)
 		t.fill(e, missed, r.content, r.ended)
 	}
@@ -729,7 +731,7 @@ func (e *entry) inherited() Image {
 }
 
 func (i *image) public() Image {
-	img := Image{Since: i.since, Seq: int(i.seq), Missed: i.missed, Kernel: i.kernel}
+	img := Image{Since: i.since, Seq: int(i.seq), Missed: i.missed, Kernel: i.kernel, Locked: i.locked}
 	if i.read && !i.risky {
 		img.Read, img.Denied = true, i.denied
 		img.File, img.Cmdline, img.CmdlineCut, img.UID, img.GID = i.file.Value(), i.cmdline, i.cut, i.uid, i.gid

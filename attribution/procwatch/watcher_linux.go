@@ -502,6 +502,7 @@ func (w *Watcher) readSome(todo []pending) {
 		if current && p.e.ticks == 0 {
 			p.e.ticks = g.ticks
 		}
+		p.img.locked = g.locked
 		switch {
 		case g.ok && current && p.e.image() == p.img:
 			w.table.fill(p.e, p.img, g.content, g.at)
