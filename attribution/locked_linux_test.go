@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -323,6 +324,59 @@ func TestLockedAnswer(t *testing.T) {
 	}
 	if !h.changedByRoot(os.Getpid(), "/") {
 		t.Error("another has its answer")
+	}
+}
+
+// A container is not forgotten because its user has let us wait, so that none of his is asked where it is any more. One
+// client is.
+func TestLockedNetwork(t *testing.T) {
+	h := &host{proc: t.TempDir(), net: "net:[1]"}
+	h.lockable.Proc = h.proc
+	const user = 4242
+	process := func(pid, uid int, net string) {
+		t.Helper()
+		dir := filepath.Join(h.proc, strconv.Itoa(pid))
+		ns := filepath.Join(dir, "ns")
+		status := fmt.Appendf(nil, "Name:\tx\nUid:\t%d\t0\t0\t0\n", uid)
+		if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(ns, 0o700), os.WriteFile(filepath.Join(dir, "status"), status, 0o600),
+			os.WriteFile(filepath.Join(ns, net), nil, 0o600), os.Symlink(net, filepath.Join(ns, "net"))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	process(100, user, "net:[2]")
+	process(200, user+1, "net:[1]")
+	var n namespaces
+	if all, err := n.others(h, 0); err != nil || len(all) != 1 || all["net:[2]"] != 100 {
+		t.Errorf("%v, %v", all, err)
+	}
+	process(200, user+1, "net:[3]")
+	var far atomic.Int64
+	var stop atomic.Bool
+	ended, begin := make(chan struct{}), time.Now()
+	if err := h.lockable.DoAmong(100, &far, func() {
+		defer close(ended)
+		for ; !stop.Load() && time.Since(begin) < 10*time.Second; far.Add(1) {
+			unix.Select(0, nil, nil, nil, &unix.Timeval{Usec: 20_000})
+		}
+	}); err != procwatch.ErrLocked {
+		t.Fatal(err)
+	}
+	stop.Store(true)
+	<-ended
+	if err := h.lockable.DoAmong(100, nil, func() {}); err != procwatch.ErrLocked {
+		t.Fatalf("it is asked: %v", err)
+	}
+	if all, err := n.others(h, 0); err != nil || len(all) != 2 || all["net:[2]"] != 100 || all["net:[3]"] != 200 {
+		t.Errorf("%v, %v", all, err)
+	}
+	for _, among := range []bool{false, true} {
+		ns, err := h.openNet(100, among)
+		if (err == nil) == among {
+			t.Errorf("among %v: %v", among, err)
+		}
+		if err == nil {
+			unix.Close(ns)
+		}
 	}
 }
 

@@ -56,15 +56,15 @@ const (
 	idleNetnsConn = time.Minute
 )
 
-// conn is a socket that answers exactly for the namespace of a process, without its
-// table being read. Without CAP_SYS_ADMIN there is none.
-func (n *namespaces) conn(h *host, pid int) (*diag.Conn, bool) {
+// conn is a socket that answers exactly for the namespace of a process, which may be one
+// of many, without its table being read. Without CAP_SYS_ADMIN there is none.
+func (n *namespaces) conn(h *host, pid int, among bool) (*diag.Conn, bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.closed {
 		return nil, false
 	}
-	ns, err := h.openNet(pid)
+	ns, err := h.openNet(pid, among)
 	if err != nil {
 		return nil, false
 	}
@@ -90,19 +90,25 @@ func (n *namespaces) conn(h *host, pid int) (*diag.Conn, bool) {
 	return c, true
 }
 
-// openNet opens the network namespace of a process.
-func (h *host) openNet(pid int) (int, error) {
+// openNet opens the network namespace of a process, which may be one of many.
+func (h *host) openNet(pid int, among bool) (int, error) {
 	const none, left = 0, -1
 	var fd atomic.Int64 // plus one; what comes when we have left is closed
 	var failed error
-	locked := h.lockable.DoAmong(pid, nil, func() {
+	open := func() {
 		ns, err := unix.Open(filepath.Join(h.proc, strconv.Itoa(pid), "ns/net"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		if err != nil {
 			failed = err
 		} else if !fd.CompareAndSwap(none, int64(ns)+1) {
 			unix.Close(ns)
 		}
-	})
+	}
+	var locked error
+	if among {
+		locked = h.lockable.DoAmong(pid, nil, open)
+	} else {
+		locked = h.lockable.Do(pid, open)
+	}
 	if locked == nil && failed != nil {
 		return -1, failed
 	}
@@ -137,7 +143,7 @@ func (n *namespaces) close() {
 }
 
 // others are all network namespaces but ours, with a process in each, as they were so
-// long ago at most.
+// long ago at most. One that cannot be asked is where it was.
 func (n *namespaces) others(h *host, age time.Duration) (map[string]int, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -148,14 +154,20 @@ func (n *namespaces) others(h *host, age time.Duration) (map[string]int, error) 
 	if err != nil {
 		return nil, err
 	}
+	was := make(map[int]string, len(n.pids))
+	for link, pid := range n.pids {
+		was[pid] = link
+	}
 	n.pids = map[string]int{}
 	for _, pid := range pids {
-		var link string
-		var err error
-		locked := h.lockable.DoAmong(pid, nil, func() {
-			link, err = linkAt(unix.AT_FDCWD, filepath.Join(h.proc, strconv.Itoa(pid), "ns/net"))
-		})
-		if locked == nil && err == nil && link != h.net {
+		var now string
+		link := was[pid]
+		if h.lockable.DoAmong(pid, nil, func() {
+			now, _ = linkAt(unix.AT_FDCWD, filepath.Join(h.proc, strconv.Itoa(pid), "ns/net"))
+		}) == nil {
+			link = now
+		}
+		if link != "" && link != h.net {
 			n.pids[link] = pid
 		}
 	}
@@ -186,7 +198,7 @@ func (l *Lookup) elsewhere(t diag.Tuple) (diag.Socket, error) {
 		for _, c := range l.connectors {
 			candidates[strconv.FormatUint(c.NetnsCookie, 10)] = c.PID
 		}
-		found, err = l.f.connections(candidates, t)
+		found, err = l.f.connections(candidates, t, false)
 	case l.f.witness != nil:
 		return diag.Socket{}, errRemote
 	default:
@@ -199,7 +211,7 @@ func (l *Lookup) elsewhere(t diag.Tuple) (diag.Socket, error) {
 			if listErr != nil {
 				return diag.Socket{}, listErr
 			}
-			if found, err = l.f.connections(candidates, t); len(found) > 0 || err != nil {
+			if found, err = l.f.connections(candidates, t, true); len(found) > 0 || err != nil {
 				break
 			}
 		}
@@ -223,11 +235,12 @@ func (l *Lookup) elsewhere(t diag.Tuple) (diag.Socket, error) {
 	return diag.Socket{}, errRemote
 }
 
-// connections finds the sockets with a tuple in the namespaces of some processes.
-func (f *Finder) connections(candidates map[string]int, t diag.Tuple) (found []diag.Socket, err error) {
+// connections finds the sockets with a tuple in the namespaces of some processes, or of all
+// there are.
+func (f *Finder) connections(candidates map[string]int, t diag.Tuple, all bool) (found []diag.Socket, err error) {
 	for _, pid := range candidates {
 		var s diag.Socket
-		if c, ok := f.namespaces.conn(f.host, pid); ok {
+		if c, ok := f.namespaces.conn(f.host, pid, all); ok {
 			s, err = c.Find(t, 0)
 		} else {
 			s, err = f.host.connection(pid, t)
