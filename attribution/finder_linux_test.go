@@ -818,3 +818,43 @@ func TestPinsOfAPeak(t *testing.T) {
 		t.Errorf("%d are open", n)
 	}
 }
+
+// Who becomes another program is not taken for what it was a moment ago, when it was not asked again because the kernel
+// had told nothing: the kernel tells before the first instruction of the next one, after /proc shows that already.
+func TestExecAfterReading(t *testing.T) {
+	f := newLevel(t, Level1, Options{})
+	name := func(pid int) (name string, asked bool) {
+		p, st, err := f.host.pinSubject(pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.host.unpin(p)
+		proc, _, err := f.host.read(p, st)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return proc.Name, st.read == nil
+	}
+	soon := 0
+	for range 20 {
+		c := start(t, exec.Command("/bin/sh", "-c", "echo; read x; exec /bin/cat"), "")
+		c.line(t)
+		was, _ := name(c.Process.Pid)
+		begin := time.Now()
+		_, asked := name(c.Process.Pid)
+		if _, err := c.in.Write([]byte("\n\n")); err != nil {
+			t.Fatal(err)
+		}
+		c.line(t) // of the next program, which runs
+		took := time.Since(begin)
+		if is, _ := name(c.Process.Pid); was == "cat" || is != "cat" {
+			t.Errorf("it was %s, and is taken for %s", was, is)
+		}
+		if !asked && took < freshFor {
+			soon++
+		}
+	}
+	if soon == 0 {
+		t.Error("none was read so soon after that it could have been taken for what it was")
+	}
+}
