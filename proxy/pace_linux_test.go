@@ -57,13 +57,16 @@ func TestPaced(t *testing.T) {
 	}
 }
 
-// indebted has a user have used up his budget for as many seconds as the burst is.
-func (r *rig) indebted(uid uint32) {
+// burst1000 is more than a test asks.
+func burst1000(p *pace) { p.burst = 1000 }
+
+// indebted has a user have used up his budget for so many seconds, at one request a second.
+func (r *rig) indebted(uid uint32, seconds float64) {
 	p := &r.proxy.pace
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	l := p.of(part{owner: owner{known: true, uid: uid}})
-	for l.Tokens() > float64(-p.burst) {
+	for l.Tokens() > -seconds {
 		l.ReserveN(time.Now(), p.burst)
 	}
 }
@@ -74,9 +77,9 @@ func TestTokensAreNotHeld(t *testing.T) {
 	const put = "PUT /latest/api/token HTTP/1.1\r\n" + host + "X-aws-ec2-metadata-token-ttl-seconds: 60\r\n\r\n"
 	for _, mode := range []policy.Mode{policy.Audit, policy.Enforce} {
 		t.Run(mode.String(), func(t *testing.T) {
-			r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}, policy: policy.Config{Mode: mode}, rate: 1})
+			r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}, policy: policy.Config{Mode: mode}, rate: 1,
+				pace: func(p *pace) { p.burst, p.heldA, p.owed = 1000, time.Minute, time.Hour }})
 			p := &r.proxy.pace
-			p.burst, p.heldA, p.owed = 1000, time.Minute, time.Hour
 			tokens := func() {
 				t.Helper()
 				for range 8 {
@@ -92,13 +95,13 @@ func TestTokensAreNotHeld(t *testing.T) {
 			if left > 996 {
 				t.Errorf("%v of 1000 are left after 8 tokens", left)
 			}
-			r.indebted(hoarder)
+			r.indebted(hoarder, 1000)
 			tokens()
 			got, end := talk(t, r.dialAs(hoarder), ask, 100*time.Millisecond)
 			if held := got == "" && end == "open"; mode == policy.Audit && !held || mode == policy.Enforce && !strings.HasPrefix(got, "HTTP/1.1 503 ") {
 				t.Errorf("%q, %s: the test tests nothing", got, end)
 			}
-			p.owed = time.Minute
+			r.indebted(hoarder, time.Hour.Seconds())
 			want := "HTTP/1.1 200 OK\r\n"
 			if mode == policy.Enforce {
 				want = "HTTP/1.1 503 "
@@ -112,9 +115,8 @@ func TestTokensAreNotHeld(t *testing.T) {
 
 // Who may not ask is told so at once, whatever he has asked before.
 func TestRefusedBeforePaced(t *testing.T) {
-	r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}, policy: policy.Config{Mode: policy.Enforce, Posture: policy.Strict}, rate: 1})
-	r.proxy.pace.burst = 1000
-	r.indebted(hoarder)
+	r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}, policy: policy.Config{Mode: policy.Enforce, Posture: policy.Strict}, rate: 1, pace: burst1000})
+	r.indebted(hoarder, 1000)
 	ask := "GET /latest/meta-data/iam/security-credentials/imdsgate-lab-role HTTP/1.1\r\n" + host + "\r\n"
 	if got, end := talk(t, r.dialAs(hoarder), ask, 5*time.Second); !strings.HasPrefix(got, "HTTP/1.1 403 ") || end != "FIN" {
 		t.Errorf("%q, %s", got, end)
@@ -126,11 +128,10 @@ func TestRefusedBeforePaced(t *testing.T) {
 
 // What audit mode adds is less than the least patient client waits.
 func TestHeldInAudit(t *testing.T) {
-	r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}, rate: 1})
-	r.proxy.pace.burst = 1000
+	r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}, rate: 1, pace: burst1000})
 	fastest := time.Hour
 	for range 10 { // a busy machine takes longer now and then
-		r.indebted(hoarder)
+		r.indebted(hoarder, 1000)
 		c := r.dialAs(hoarder)
 		begin := time.Now()
 		r.served("a client", c, ask)
@@ -146,11 +147,11 @@ func TestHeldInAudit(t *testing.T) {
 func TestLeavesBeforeTurn(t *testing.T) {
 	for _, mode := range []policy.Mode{policy.Audit, policy.Enforce} {
 		t.Run(mode.String(), func(t *testing.T) {
-			r := newRig(t, setting{lab: netlab.Options{IMDS: &imdstest.Config{Persistence: imdstest.AlwaysKeep}}, policy: policy.Config{Mode: mode}, rate: 1})
-			r.proxy.pace.burst, r.proxy.pace.held, r.proxy.pace.heldA = 10, time.Minute, time.Minute
+			r := newRig(t, setting{lab: netlab.Options{IMDS: &imdstest.Config{Persistence: imdstest.AlwaysKeep}}, policy: policy.Config{Mode: mode}, rate: 1,
+				pace: func(p *pace) { p.burst, p.held, p.heldA = 10, time.Minute, time.Minute }})
 			c := r.dialAs(hoarder)
 			r.served("a client", c, keep)
-			r.indebted(hoarder)
+			r.indebted(hoarder, 10)
 			c.SetLinger(0)
 			if _, err := c.Write([]byte(keep)); err != nil {
 				t.Fatal(err)

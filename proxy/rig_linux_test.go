@@ -56,6 +56,8 @@ type setting struct {
 	silence time.Duration
 	// half bounds the wait for a client that sends no more; likewise.
 	half time.Duration
+	// pace changes what holds outside of tests.
+	pace func(*pace)
 	// witness is the kernel's; nil for none.
 	witness attribution.Witness
 }
@@ -96,6 +98,9 @@ func newRig(t testing.TB, s setting) *rig {
 	}
 	if s.half > 0 {
 		r.proxy.half = s.half
+	}
+	if s.pace != nil {
+		s.pace(&r.proxy.pace)
 	}
 	var serving sync.WaitGroup
 	serve := func(addr string, forwarded bool) {
