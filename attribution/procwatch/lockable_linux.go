@@ -36,13 +36,13 @@ type Lockable struct {
 	// made us wait, and waits shortly for each of his processes.
 	Insist bool
 
-	mu           sync.Mutex
-	asking       map[*question]struct{}    // that have not ended
-	late         map[about]int             // of them
-	waited       map[account]time.Duration // for answers, since
-	since        time.Time
-	subordinates map[bool]time.Duration // of it for those users together, by account.memory
-	tooLong      bool                   // for somebody
+	mu      sync.Mutex
+	asking  map[*question]struct{}    // that have not ended
+	late    map[about]int             // of them
+	waited  map[account]time.Duration // for answers, since
+	since   time.Time
+	crowds  map[account]time.Duration // of it, by owner.crowd
+	tooLong bool                      // for somebody
 
 	looking bool // for who waits, and what is late
 	looked  time.Time
@@ -54,10 +54,17 @@ type about struct {
 	memory bool // and nothing else of it
 }
 
-// account is of a user, for one way of locking: that he lets us wait for memory refuses no
+// owner is whose a process is: a user's, and of root's a cgroup's, since root in a container
+// without a user namespace is not root of the host.
+type owner struct {
+	uid    uint32
+	cgroup string // as in /proc/PID/cgroup; of root's only
+}
+
+// account is for one way of locking: that somebody lets us wait for memory refuses no
 // question about descriptors, of which he may have locked none.
 type account struct {
-	uid    uint32
+	owner
 	memory bool
 }
 
@@ -67,8 +74,8 @@ type question struct {
 	among bool          // one of many processes that somebody goes through
 	over  chan struct{} // closed when nobody waits any more
 	late  bool          // likewise, and it goes on
-	uid   uint32
-	of    bool // uid is known
+	owner owner
+	of    bool // owner is known
 
 	thread   atomic.Int32 // that asks; 0 before, and after
 	began    time.Time    // or was seen to go on
@@ -107,14 +114,14 @@ const (
 	// Of a user who was charged maxWaited within forgetAfter, who goes through many
 	// processes asks none, and others wait shortly for each. Higher, and he has searches,
 	// and a start, wait for so long in each minute; lower, and one who swaps is passed
-	// over. maxSubordinates is that for all subordinate users together, to which each adds
-	// no more than maxWaited. Root, who is everybody in containers without a user
-	// namespace, too, is passed over for nobody: it is waited shortly for each.
-	maxWaited       = time.Second
-	maxSubordinates = 4 * maxWaited
-	forgetAfter     = time.Minute
-	shortly         = 10 * time.Millisecond
-	// Each question that is late keeps a thread. maxAtOnce bounds those about a user, in
+	// over. maxCrowd is that for all subordinate users together, or all cgroups of root's,
+	// to which each adds no more than maxWaited. Root is passed over for nothing: it is
+	// waited shortly for each.
+	maxWaited   = time.Second
+	maxCrowd    = 4 * maxWaited
+	forgetAfter = time.Minute
+	shortly     = 10 * time.Millisecond
+	// Each question that is late keeps a thread. maxAtOnce bounds those about an owner, in
 	// each of the two ways of locking: others wait for one that is not late yet. More,
 	// and he can keep more threads; fewer, and a crowd of his waits longer. When maxLate
 	// are late, no process of his is asked about in that way; when maxLong take longer
@@ -126,7 +133,8 @@ const (
 	slow       = 20 * time.Millisecond
 	maxUnasked = 4
 	// maxAsking bounds those about subordinate users (newuidmap(1)) together, since who
-	// has one has thousands. They begin with minSubordinate (login.defs(5), SUB_UID_MIN).
+	// has one has thousands, and those about root's cgroups: who may make one may make
+	// more. Such users begin with minSubordinate (login.defs(5), SUB_UID_MIN).
 	maxAsking      = 256
 	minSubordinate = 100_000
 )
@@ -293,7 +301,7 @@ func (c *Lockable) tryBegin(q *question) (before *question, ok bool) {
 	q.began = time.Now()
 	if len(c.waited) > 0 && q.began.Sub(c.since) > forgetAfter {
 		clear(c.waited)
-		clear(c.subordinates)
+		clear(c.crowds)
 		c.tooLong = false
 	}
 	if c.tooLong && c.hasWaited(q) {
@@ -326,8 +334,8 @@ func (c *Lockable) tryBegin(q *question) (before *question, ok bool) {
 		if long >= maxLong || all >= maxAtOnce {
 			return before, false
 		}
-		if len(c.asking) >= maxAsking && subordinate(c.own(q)) {
-			if before, all := c.ofSubordinates(q.memory); all >= maxAsking {
+		if len(c.asking) >= maxAsking {
+			if before, all := c.ofCrowd(q); all >= maxAsking {
 				return before, false
 			}
 		}
@@ -340,16 +348,20 @@ func (c *Lockable) tryBegin(q *question) (before *question, ok bool) {
 	return nil, true
 }
 
-// ofSubordinates counts the questions about subordinate users, in one of the ways of
-// locking, and returns one that is not late if there is one. It is called with c.mu held.
-func (c *Lockable) ofSubordinates(memory bool) (waits *question, all int) {
-	for q := range c.asking {
-		if q.memory != memory || !subordinate(c.own(q)) {
+// ofCrowd counts the questions about the crowd of q's owner, in its way of locking, and
+// returns one that is not late if there is one. It is called with c.mu held.
+func (c *Lockable) ofCrowd(q *question) (waits *question, all int) {
+	crowd, ok := c.own(q).crowd()
+	if !ok {
+		return nil, 0
+	}
+	for other := range c.asking {
+		if of, ok := c.own(other).crowd(); other.memory != q.memory || !ok || of != crowd {
 			continue
 		}
 		all++
-		if !q.late {
-			waits = q
+		if !other.late {
+			waits = other
 		}
 	}
 	return waits, all
@@ -359,41 +371,53 @@ func (c *Lockable) ofSubordinates(memory bool) (waits *question, all int) {
 // with c.mu held.
 func (c *Lockable) hasWaited(q *question) bool {
 	a := c.account(q)
-	return c.waited[a] >= maxWaited || q.among && subordinate(a.uid) && c.subordinates[a.memory] >= maxSubordinates
+	crowd, ok := a.crowd()
+	return c.waited[a] >= maxWaited || q.among && ok && c.crowds[account{crowd, a.memory}] >= maxCrowd
 }
 
 // refuses reports whether a question is not asked when it was waited too long for its
 // user. It is called with c.mu held.
 func (c *Lockable) refuses(q *question) bool {
-	uid := c.own(q)
+	uid := c.own(q).uid
 	return q.among && !c.Insist && uid != 0 && uid != unknownUser
 }
 
 // charge is called with c.mu held.
 func (c *Lockable) charge(a account, took time.Duration) {
 	if len(c.waited) == 0 {
-		c.waited, c.subordinates, c.since = map[account]time.Duration{}, map[bool]time.Duration{}, time.Now()
+		c.waited, c.crowds, c.since = map[account]time.Duration{}, map[account]time.Duration{}, time.Now()
 	}
 	before := c.waited[a]
 	c.waited[a] += took
-	if subordinate(a.uid) { // of what one alone takes nobody else has less
-		c.subordinates[a.memory] += min(took, max(maxWaited-before, 0))
+	c.tooLong = c.tooLong || c.waited[a] >= maxWaited
+	if crowd, ok := a.crowd(); ok { // of what one alone takes nobody else has less
+		a.owner = crowd
+		c.crowds[a] += min(took, max(maxWaited-before, 0))
+		c.tooLong = c.tooLong || c.crowds[a] >= maxCrowd
 	}
-	c.tooLong = c.tooLong || c.waited[a] >= maxWaited || c.subordinates[a.memory] >= maxSubordinates
 }
 
 // account is that of a question's user. It is called with c.mu held.
 func (c *Lockable) account(q *question) account { return account{c.own(q), q.memory} }
 
-// subordinate reports whether a user may be one of thousands that somebody has.
-func subordinate(uid uint32) bool { return uid >= minSubordinate && uid != unknownUser }
+// crowd stands for those of whom an owner is one, if somebody may have as many as he likes:
+// subordinate users, or root's cgroups.
+func (o owner) crowd() (all owner, ok bool) {
+	switch {
+	case o.uid == 0:
+		return owner{}, true
+	case o.uid >= minSubordinate && o.uid != unknownUser:
+		return owner{uid: minSubordinate}, true
+	}
+	return owner{}, false
+}
 
 // own finds out whose process a question is about. It is called with c.mu held.
-func (c *Lockable) own(q *question) uint32 {
+func (c *Lockable) own(q *question) owner {
 	if !q.of {
-		q.uid, q.of = userOf(cmp.Or(c.Proc, "/proc")+"/"+strconv.Itoa(q.pid)+"/status"), true
+		q.owner, q.of = ownerOf(cmp.Or(c.Proc, "/proc")+"/"+strconv.Itoa(q.pid)), true
 	}
-	return q.uid
+	return q.owner
 }
 
 // end is called once for each question.
@@ -441,21 +465,29 @@ func release(b *[]byte) {
 // unknownUser is whose process it is when that cannot be read.
 const unknownUser = ^uint32(0)
 
-// userOf is the real user of a process, by its status. The owner of its directory is root
-// for one that is not dumpable.
-func userOf(status string) uint32 {
-	fd, err := unix.Open(status, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+// ownerOf is whose a process is, by what it cannot lock of its directory. The owner of that
+// is root for one that is not dumpable.
+func ownerOf(dir string) owner {
+	_, line, _ := bytes.Cut(beginning(dir+"/status", 512), []byte("\nUid:\t")) // the name and seven short lines are before it
+	text, _, _ := bytes.Cut(line, []byte("\t"))                                // the real one
+	uid, err := strconv.ParseUint(string(text), 10, 32)
+	switch {
+	case err != nil:
+		return owner{uid: unknownUser}
+	case uid == 0:
+		return owner{cgroup: string(beginning(dir+"/cgroup", 4096))}
+	}
+	return owner{uid: uint32(uid)}
+}
+
+// beginning is that of a file; nil if it cannot be read.
+func beginning(path string, size int) []byte {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return unknownUser
+		return nil
 	}
 	defer unix.Close(fd)
-	var b [512]byte // the name and seven short lines are before it
-	n, _ := read(fd, b[:])
-	_, line, _ := bytes.Cut(b[:n], []byte("\nUid:\t"))
-	text, _, _ := bytes.Cut(line, []byte("\t"))
-	uid, err := strconv.ParseUint(string(text), 10, 32)
-	if err != nil {
-		return unknownUser
-	}
-	return uint32(uid)
+	b := make([]byte, size)
+	n, _ := read(fd, b)
+	return b[:n]
 }

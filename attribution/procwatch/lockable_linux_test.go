@@ -100,7 +100,7 @@ func TestLockable(t *testing.T) {
 	if late == 0 || late > maxAtOnce {
 		t.Errorf("%d reads go on", late)
 	}
-	if one, other := c.waited[account{1000, true}], c.waited[account{1001, true}]; one < readIn || other >= maxWaited {
+	if one, other := c.waited[account{owner{uid: 1000}, true}], c.waited[account{owner{uid: 1001}, true}]; one < readIn || other >= maxWaited {
 		t.Errorf("waited for the one %v, for the other %v", one, other)
 	}
 	c.mu.Unlock()
@@ -142,11 +142,11 @@ func TestLockableHeldUp(t *testing.T) {
 	if b, err := c.Read(1, dir, "cmdline", make([]byte, 64)); string(b) != "x\x00" || err != nil {
 		t.Errorf("%q, %v", b, err)
 	}
-	if c.waited[account{1000, true}] == 0 {
+	if c.waited[account{owner{uid: 1000}, true}] == 0 {
 		t.Fatal("nothing was charged")
 	}
-	c.charge(account{1000, true}, maxWaited)
-	c.charge(account{1000, false}, maxWaited)
+	c.charge(account{owner{uid: 1000}, true}, maxWaited)
+	c.charge(account{owner{uid: 1000}, false}, maxWaited)
 	q := ask(1)
 	if _, ok := c.tryBegin(q); !ok || q.patience != shortly {
 		t.Errorf("%v, %+v", ok, q)
@@ -171,8 +171,8 @@ func TestLockableRoot(t *testing.T) {
 	c := newProcesses(t)
 	dir, unlock := c.locked(1, 0)
 	defer unlock()
-	c.charge(account{0, true}, maxWaited)
-	c.charge(account{0, false}, maxWaited)
+	c.charge(account{owner{uid: 0}, true}, maxWaited)
+	c.charge(account{owner{uid: 0}, false}, maxWaited)
 	if err := c.DoAmong(1, nil, func() {}); err != nil {
 		t.Error(err)
 	}
@@ -197,9 +197,65 @@ func TestLockableRoot(t *testing.T) {
 		t.Error(err)
 	}
 	// Nor is it known whose those are whose status cannot be read.
-	c.charge(account{unknownUser, false}, maxWaited)
+	c.charge(account{owner{uid: unknownUser}, false}, maxWaited)
 	if err := c.DoAmong(2, nil, func() {}); err != nil {
 		t.Errorf("whose it is is not known: %v", err)
+	}
+}
+
+// Root of a container without a user namespace keeps the host's from nothing, nor another container's; and all together
+// keep no more threads than subordinate users do.
+func TestLockableContainers(t *testing.T) {
+	c := newProcesses(t)
+	of := func(pid int, cgroup string) *question {
+		c.of(pid, 0)
+		if err := os.WriteFile(filepath.Join(c.Proc, strconv.Itoa(pid), "cgroup"), []byte("0::"+cgroup+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return ask(pid)
+	}
+	begins := func(q *question) bool {
+		_, ok := c.tryBegin(q)
+		return ok
+	}
+	pid := 0
+	late := func(cgroup string) {
+		for range maxLate {
+			q := of(pid, cgroup)
+			if !begins(q) {
+				t.Errorf("process %d in %s is not asked", pid, cgroup)
+			}
+			q.late = true
+			pid++
+		}
+	}
+	late("/docker/one")
+	if before, ok := c.tryBegin(of(pid, "/docker/one")); ok || before != nil {
+		t.Error("one who has locked so many is asked on")
+	}
+	pid++
+	late("/docker/two")
+	late("/system.slice/amazon-ssm-agent.service")
+	for len(c.asking) < maxAsking {
+		late(fmt.Sprintf("/docker/one/%d", pid))
+	}
+	if begins(of(pid, "/docker/one/more")) {
+		t.Error("one with many cgroups keeps more threads")
+	}
+	c.of(pid+1, minSubordinate)
+	if !begins(ask(pid + 1)) {
+		t.Error("he keeps a subordinate user from being asked about")
+	}
+	clear(c.asking)
+	for i := range maxCrowd / maxWaited {
+		c.charge(account{owner{cgroup: fmt.Sprint(i)}, false}, maxWaited)
+	}
+	c.of(pid+2, 0)
+	if q := among(pid + 2); !begins(q) || q.patience != shortly {
+		t.Errorf("a search waits %v for each of root's", q.patience)
+	}
+	if q := one(pid + 2); !begins(q) || q.patience != readIn {
+		t.Errorf("a client of the host's root has %v for its answer", q.patience)
 	}
 }
 
@@ -291,14 +347,14 @@ func TestLockableSubordinates(t *testing.T) {
 		_, ok := c.tryBegin(among(2*maxAsking - 1))
 		return ok
 	}
-	c.charge(account{minSubordinate, true}, maxWaited)
-	for user := range uint32(maxSubordinates / maxWaited) { // of whom the first, and who is not known, take no more than theirs
+	c.charge(account{owner{uid: minSubordinate}, true}, maxWaited)
+	for user := range uint32(maxCrowd / maxWaited) { // of whom the first, and who is not known, take no more than theirs
 		if !asks() {
 			t.Errorf("after %d users one of many others is not asked", user)
 		}
-		c.charge(account{minSubordinate + user, false}, maxWaited)
-		c.charge(account{minSubordinate, false}, maxSubordinates)
-		c.charge(account{unknownUser, false}, maxSubordinates)
+		c.charge(account{owner{uid: minSubordinate + user}, false}, maxWaited)
+		c.charge(account{owner{uid: minSubordinate}, false}, maxCrowd)
+		c.charge(account{owner{uid: unknownUser}, false}, maxCrowd)
 	}
 	if asks() {
 		t.Error("one of many is asked")
@@ -308,7 +364,7 @@ func TestLockableSubordinates(t *testing.T) {
 // Who keeps his memory locked does not keep his descriptors from being searched.
 func TestLockableApart(t *testing.T) {
 	c := newProcesses(t)
-	memory := account{1000, true}
+	memory := account{owner{uid: 1000}, true}
 	const most = 100
 	next := 0
 	for waited := time.Duration(0); waited < maxWaited; next++ {
@@ -353,7 +409,7 @@ func TestLockableProgram(t *testing.T) {
 	const user = 4242
 	c := w.reader.lockable
 	c.mu.Lock()
-	c.charge(account{user, false}, maxWaited)
+	c.charge(account{owner{uid: user}, false}, maxWaited)
 	c.mu.Unlock()
 	a := runAs(t, &syscall.Credential{Uid: user, Gid: user}, "/proc/self/exe", "wait")
 	var p Process
