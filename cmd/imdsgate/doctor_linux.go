@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
-	"path"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -24,7 +23,6 @@ import (
 	"github.com/imdsgate/imdsgate/control"
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/iptables"
-	"github.com/imdsgate/imdsgate/policy"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -57,7 +55,8 @@ func (o *options) diagnose(ctx context.Context, d *diagnosis, preflight bool) er
 	d.ofRules(ctx, rules, running)
 	d.ofConfig(c)
 	d.ofHost()
-	d.ofAgents(o, c, rules)
+	d.ofAgents(o, c)
+	d.ofContainers(rules)
 	switch {
 	case preflight:
 		d.leave("ways past the daemon: with --preflight none is expected")
@@ -263,90 +262,6 @@ func tail(path string, most int64) ([]byte, error) {
 		return nil, err
 	}
 	return io.ReadAll(io.NewSectionReader(f, max(info.Size()-most, 0), most))
-}
-
-// ofAgents looks for programs that ask the service for a living, and lack a grant: without
-// its agent nobody gets at a host that enforces.
-func (d *diagnosis) ofAgents(o *options, c config.Config, rules iptables.Config) {
-	running, err := executables()
-	if err != nil {
-		d.leave("agents of the platform: " + err.Error())
-		return
-	}
-	dirs, used, err := o.profiles()
-	if err != nil {
-		return
-	}
-	names, err := policy.ProfileNames(dirs)
-	if err != nil || len(names) == 0 {
-		d.leave("agents of the platform: there are no profiles to know them by (/usr/lib/imdsgate/profiles)")
-		return
-	}
-	granted := map[string]bool{}
-	for _, g := range c.Grants {
-		for _, exe := range g.Executable {
-			granted[exe] = true
-		}
-	}
-	for _, name := range names {
-		p, err := policy.LoadProfile(name, dirs)
-		if err != nil || used[name] {
-			continue
-		}
-		for _, g := range p.Grants {
-			if i := slices.IndexFunc(g.Executable, func(exe string) bool {
-				_, tool := policy.Tool(exe)
-				return !tool && !granted[exe] && runs(exe, running)
-			}); i >= 0 {
-				d.find("profile-missing", doubtful, fmt.Sprintf("%s runs (%s) and has no grant; without one, in enforce mode: %s", name, g.Executable[i], p.Without), "profiles: ["+name+"]")
-				break
-			}
-		}
-	}
-	for exe, endpoint := range map[string]string{"/usr/libexec/amazon-ecs-init": "169.254.170.2:80", "/agent": "169.254.170.2:80"} {
-		if running[exe] && !slices.Contains(rules.Endpoints, netip.MustParseAddrPort(endpoint)) {
-			d.find("container-endpoint", doubtful, "the ECS agent gives credentials to tasks at "+endpoint+", which nobody judges", "redirect.endpoints, docs/relay.md")
-			break
-		}
-	}
-	addrs, err := netlink.AddrList(nil, unix.AF_UNSPEC)
-	if err != nil {
-		d.leave("the EKS Pod Identity agent: " + err.Error())
-	}
-	for _, endpoint := range []string{"169.254.170.23:80", "[fd00:ec2::23]:80"} {
-		e := netip.MustParseAddrPort(endpoint)
-		if slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return a.IP.Equal(e.Addr().AsSlice()) }) && !slices.Contains(rules.Endpoints, e) {
-			d.find("container-endpoint", doubtful, "the EKS Pod Identity agent gives credentials to pods at "+endpoint+", which nobody judges", "redirect.endpoints, docs/relay.md")
-		}
-	}
-}
-
-// runs reports whether a program runs that a grant names, in which a star is one directory.
-func runs(named string, running map[string]bool) bool {
-	if !strings.Contains(named, "*") {
-		return running[named]
-	}
-	for exe := range running {
-		if is, err := path.Match(named, exe); err == nil && is {
-			return true
-		}
-	}
-	return false
-}
-
-// executables are those of all processes that can be looked at.
-func executables() (map[string]bool, error) {
-	entries, err := os.ReadDir("/proc")
-	if err != nil {
-		return nil, err
-	}
-	all := map[string]bool{}
-	for _, e := range entries {
-		if exe, err := os.Readlink("/proc/" + e.Name() + "/exe"); err == nil {
-			all[strings.TrimSuffix(exe, " (deleted)")] = true // it was upgraded since
-		}
-	}
-	return all, nil
 }
 
 const (

@@ -287,7 +287,12 @@ func TestDoctorFinds(t *testing.T) {
 			echo "type=AVC msg=audit($(date +%s).1:1): avc:  denied  { bpf } for pid=1 comm=\"imdsgated\" scontext=x permissive=0"; } >/var/log/audit/audit.log`, "{ bpf }"},
 		{"profile-missing", "profile_paths: [PROFILES]\n", "mount -t tmpfs tmpfs /opt; mkdir -p /opt/datadog-agent/bin/agent; cp /bin/sleep /opt/datadog-agent/bin/agent/agent; /opt/datadog-agent/bin/agent/agent 60 >/dev/null 2>&1 & sleep 0.3", "datadog-agent runs"},
 		// By a pattern, and its file is not there any more.
-		{"profile-missing", "profile_paths: [PROFILES]\n", "mount -t tmpfs tmpfs /opt; a=/opt/Elastic/Agent/data/elastic-agent-9.1.0-abc; mkdir -p $a/components; cp /bin/sleep $a/components/agentbeat; $a/components/agentbeat 60 >/dev/null 2>&1 & sleep 0.3; rm $a/components/agentbeat", "elastic-agent runs"},
+		{"profile-missing", "profile_paths: [PROFILES]\n", "mount -t tmpfs tmpfs /opt; a=/opt/Elastic/Agent/data/elastic-agent-9.1.0-abc; mkdir -p $a/components; cp /bin/sleep $a/components/agentbeat; $a/components/agentbeat 60 >/dev/null 2>&1 & sleep 0.3; rm $a/components/agentbeat", "elastic-agent-aws runs"},
+		// On an image that is being made, where nothing of it runs.
+		{"profile-missing", "profile_paths: [PROFILES]\n", "mount -t tmpfs tmpfs /opt; mkdir -p /opt/datadog-agent/bin/agent; touch /opt/datadog-agent/bin/agent/agent", "datadog-agent is installed"},
+		{"profile-missing", "profile_paths: [PROFILES]\n", units("cloud-init-local.service"), "cloud-init is installed (cloud-init-local.service)"},
+		{"profile-missing", "profile_paths: [PROFILES]\n", units("ec2-instance-connect-harvest-hostkeys.service"), "ec2-instance-connect is installed"},
+		{"profile-missing", "profile_paths: [PROFILES]\nclasses: {inventory: strict}\n", units("policy-routes@.service"), "amazon-ec2-net-utils is installed"},
 		{"container-endpoint", "profile_paths: [PROFILES]\n", "mount -t tmpfs tmpfs /usr/libexec; cp /bin/sleep /usr/libexec/amazon-ecs-init; /usr/libexec/amazon-ecs-init 60 >/dev/null 2>&1 & sleep 0.3", "169.254.170.2:80"},
 		{"container-endpoint", "profile_paths: [PROFILES]\n", "ip -6 addr add fd00:ec2::23/128 dev lo", "[fd00:ec2::23]:80"},
 		{"capability-missing", "", `set -- setpriv --bounding-set=-bpf "$@"`, "CAP_BPF"},
@@ -301,14 +306,32 @@ func TestDoctorFinds(t *testing.T) {
 		if m := e.message(c.id); !strings.Contains(m, c.says) {
 			t.Errorf("after %q, with %q: %s: %q\n%s", c.script, c.config, c.id, m, e.text)
 		}
-		if c.id != "machine-id" && clean.has(c.id) { // the machine that this runs on may have none
+		if c.id != "machine-id" && strings.Contains(clean.message(c.id), c.says) { // the machine that this runs on may have none
 			t.Errorf("%s is always there: %s", c.id, clean.text)
+		}
+	}
+	// No profile is missing of what is masked, granted, refused to nobody or somebody else's.
+	for _, c := range []struct{ config, script string }{
+		{"", units("cloud-init.service") + "; ln -s /dev/null /run/systemd/system/cloud-init.service"},
+		{"grants: [{name: own, executable: /usr/bin/python3.11, unit: cloud-init.service, classes: [user-data], owner: x, reason: x}]\n", units("cloud-init.service")},
+		{"profiles: [cloud-init]\n", units("cloud-init.service")},
+		{"", units("policy-routes@.service")},
+		{"", units("sshd.service")},
+	} {
+		if e := find("profile_paths: [PROFILES]\n"+c.config, c.script); e.has("profile-missing") || e.has("config-refused") {
+			t.Errorf("after %q, with %q:\n%s", c.script, c.config, e.text)
 		}
 	}
 	var clock unix.Timex
 	if _, err := unix.Adjtimex(&clock); err != nil || clean.has("clock-unsynchronised") != (clock.Status&unix.STA_UNSYNC != 0) {
 		t.Errorf("the clock's status is %#x, %v\n%s", clock.Status, err, clean.text)
 	}
+}
+
+// units has a host that has these units of systemd, and no other agent.
+func units(names string) string {
+	return "for d in /opt /run/systemd /usr/lib/systemd /etc/systemd; do mkdir -p $d; mount -t tmpfs tmpfs $d; done; mkdir /run/systemd/system /usr/lib/systemd/system; " +
+		"for u in " + names + "; do echo [Unit] >/usr/lib/systemd/system/$u; done"
 }
 
 // refuse puts a script into the place of iptables, under all of its names, that fails for some of them.
