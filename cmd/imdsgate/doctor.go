@@ -217,6 +217,9 @@ func (d *diagnosis) ofStatus(ctx context.Context, client *control.Client) (s rep
 	if e.Dropped+e.Failed+e.Removed > 0 || e.Error != "" {
 		d.find("events-missing", doubtful, strings.TrimSuffix("events are missing since the daemon started: "+e.Error, ": "), "make room for "+e.Path+"; events.queue")
 	}
+	if j := e.Journal; j != nil && (j.Error != "" || j.Missed > 0) {
+		d.find("events-missing", doubtful, strings.TrimSuffix("journald does not have all events: "+j.Error, ": "), "systemctl status systemd-journald; the event file has them: imdsgate events")
+	}
 	for _, g := range s.Policy.Expiring {
 		d.find("grant-expiring", doubtful, "grant "+g.Name+" ends with "+g.Expires, "look whether it is still needed, and set expires: anew")
 	}

@@ -145,11 +145,11 @@ func (e *eventsOptions) fromCursor(cmd *cobra.Command, o *options, args []string
 		return err
 	}
 	defer c.Close()
-	missed := false
+	missed := 0
 	for shown := 0; cmd.Context().Err() == nil; {
 		line, err := c.Next()
-		if c.Missed() && !missed {
-			missed = true
+		if n := c.Missed(); n > missed {
+			missed = n
 			fmt.Fprintln(cmd.ErrOrStderr(), "imdsgate: events are missing: they were removed before they were read")
 		}
 		if err != nil && err != io.EOF {

@@ -313,6 +313,14 @@ func printStatus(w io.Writer, s report.Status) error {
 	if s.Events.Error != "" {
 		row("", "! %s", s.Events.Error)
 	}
+	if j := s.Events.Journal; j != nil {
+		if j.Error != "" {
+			row("", "! journald: %s", j.Error)
+		}
+		if j.Missed > 0 {
+			row("", "! journald does not have all: %d times some were removed before they were passed on", j.Missed)
+		}
+	}
 	if f := s.FirstSeen; f.Rules > 0 {
 		row("first seen", "%d combinations of %d rules, %d forgotten for want of room", f.Terms, f.Rules, f.Forgotten)
 		if f.Error != "" {

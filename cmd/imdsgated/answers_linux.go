@@ -65,6 +65,7 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 	s.Metrics.Listen = d.config.Metrics.Listen.String()
 	d.mu.Lock()
 	s.Metrics.Error = d.unserved
+	s.Events.Journal = d.journal
 	d.mu.Unlock()
 	var err error
 	if s.Requests.LinkLocalExceeded, err = allowanceExceeded("ena", "linklocal_allowance_exceeded"); err != nil {

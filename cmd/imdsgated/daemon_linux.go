@@ -72,11 +72,12 @@ type daemon struct {
 	taken      map[bool]bool   // whether clients of this host come here, by whether it is IPv4
 	found      iptables.Report // of the redirect, when it was last written
 	repairs    uint64
-	reattached uint64    // BPF programs
-	loaded     time.Time // the policy in force
-	refused    uint64    // policies
-	unserved   string    // why metrics are not
-	broken     error     // what the last check of attribution found
+	reattached uint64          // BPF programs
+	loaded     time.Time       // the policy in force
+	refused    uint64          // policies
+	unserved   string          // why metrics are not
+	journal    *report.Journal // nil if it gets nothing; replaced, never changed
+	broken     error           // what the last check of attribution found
 	level      string
 }
 
@@ -191,6 +192,9 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 			}
 		})
 	}
+	if c.Events.Journal {
+		d.journal = new(report.Journal)
+	}
 	closeMetrics, err := d.serveMetrics(c)
 	if err != nil {
 		return err
@@ -246,7 +250,22 @@ func (d *daemon) keptTerms(err error) {
 
 // passToJournal is a reader of the event file, which knows after a restart where it was.
 func (d *daemon) passToJournal(ctx context.Context, state string) {
+	failed := func(err error) {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		now := *d.journal
+		switch {
+		case errors.Is(err, sink.ErrMissed):
+			now.Missed++
+		case err != nil:
+			now.Error = err.Error()
+		default:
+			now.Error = ""
+		}
+		d.journal = &now
+	}
 	err := sink.Journal(ctx, d.spool.Path(), state, func(err error) {
+		failed(err)
 		switch {
 		case errors.Is(err, sink.ErrMissed):
 			d.log.Error().Err(err).Msg("journald does not have all events")
@@ -259,8 +278,19 @@ func (d *daemon) passToJournal(ctx context.Context, state string) {
 		}
 	})
 	if err != nil {
+		failed(err)
 		d.log.Error().Err(err).Msg("events are not passed on to journald any more")
 	}
+}
+
+// journalNow is how events are passed on to journald.
+func (d *daemon) journalNow() report.Journal {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.journal == nil {
+		return report.Journal{}
+	}
+	return *d.journal
 }
 
 // connectorName is FileDescriptorName= of a socket of the proc connector.

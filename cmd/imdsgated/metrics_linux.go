@@ -81,7 +81,7 @@ type state struct {
 
 	mode, policyInfo, policyLoaded, policyRules, policyGrants, refused, decisions          *prometheus.Desc
 	healthy, repairs, allowance                                                            *prometheus.Desc
-	dropped, lag, written                                                                  *prometheus.Desc
+	dropped, lag, written, sinkFailed, sinkMissed, forgottenTerms, forgottenEvents         *prometheus.Desc
 	connections, open, connectionsRefused, upstreamFailed, throttled, evicted              *prometheus.Desc
 	tokens, forgotten                                                                      *prometheus.Desc
 	selfTest, selfTested, level, broken, searches                                          *prometheus.Desc
@@ -101,12 +101,16 @@ func newState(d *daemon) *state {
 	s.policyRules = desc("policy_rules", "Rules in force.")
 	s.policyGrants = desc("policy_grants", "Grants in force.")
 	s.refused = desc("policy_refused_total", "Reloads whose policy was refused, so that the one before stayed in force.")
+	s.forgottenTerms = desc("first_seen_forgotten_total", "Combinations that rules of the type new_terms have forgotten for want of room.")
+	s.forgottenEvents = desc("sequences_evicted_total", "Events with which sequences waited, and which had no room.")
 	s.decisions = desc("decisions", "Decisions of operators in force, which come before rules and grants.", "effect")
 	s.healthy = desc("redirect_healthy", "1 if traffic of this family came here when it was last looked, at most 15 seconds ago; 0 if not, or not all of it.", "family", "backend")
 	s.repairs = desc("integrity_repairs_total", "What somebody had changed and was put right.", "object")
 	s.allowance = desc("linklocal_allowance_exceeded_total", "Packets to the metadata service, DNS and NTP that network interfaces have dropped, as the ENA driver counts them.")
 	s.dropped = desc("events_dropped_total", "Events that are missing.", "sink", "reason")
 	s.lag = desc("sink_lag_events", "Events that wait to be written.", "sink")
+	s.sinkFailed = desc("sink_failed", "1 if a sink takes no events now; those for journald wait in the file.", "sink")
+	s.sinkMissed = desc("sink_missed_total", "How often events were removed from the file before they were passed on.", "sink")
 	s.written = desc("events_written_total", "Documents that were written; an event can be several.", "sink")
 	s.connections = desc("connections_total", "Connections of clients.")
 	s.open = desc("open_connections", "Connections of clients that are there now.")
@@ -158,6 +162,8 @@ func (s *state) Collect(to chan<- prometheus.Metric) {
 	gauge(s.policyInfo, 1, p.Digest, p.Posture.String())
 	gauge(s.policyRules, float64(len(p.Rules())))
 	gauge(s.policyGrants, float64(len(p.Grants())))
+	count(s.forgottenTerms, d.terms.Stats().Forgotten)
+	count(s.forgottenEvents, d.engine.Evicted())
 	decisions := map[string]int{policy.Allows.String(): 0, policy.Denies.String(): 0}
 	for _, one := range d.decisionsNow().All {
 		decisions[one.Effect.String()]++
@@ -188,6 +194,10 @@ func (s *state) Collect(to chan<- prometheus.Metric) {
 	count(s.dropped, e.Failed, "file", "write_failed")
 	count(s.dropped, e.Removed, "file", "disk_full")
 	gauge(s.lag, float64(e.Waiting), "file")
+	gauge(s.sinkFailed, one(e.Error != ""), "file")
+	journal := d.journalNow()
+	gauge(s.sinkFailed, one(journal.Error != ""), "journal")
+	count(s.sinkMissed, journal.Missed, "journal")
 
 	n := d.proxy.Stats()
 	count(s.connections, n.Connections.Load())

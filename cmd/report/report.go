@@ -251,6 +251,13 @@ type Requests struct {
 type Events struct {
 	Path string `json:"path"`
 	sink.Stats
+	Journal *Journal `json:"journal,omitempty"` // nil without events.journal
+}
+
+// Journal is how events are passed on to journald.
+type Journal struct {
+	Error  string `json:"error,omitempty"` // why they are not, now
+	Missed uint64 `json:"missed"`          // how often events were removed before they were
 }
 
 // Metrics is where counters can be read.

@@ -77,7 +77,7 @@ func TestCrash(t *testing.T) {
 			if err := c.Commit(); err != nil {
 				t.Fatal(err)
 			}
-			if c.Missed() {
+			if c.Missed() > 0 {
 				t.Errorf("round %d: nothing was removed", round)
 			}
 		}
@@ -208,7 +208,7 @@ func TestCursor(t *testing.T) {
 	for _, want := range []string{"d", "e", "f", "g", ""} {
 		next(want)
 	}
-	if c.Missed() {
+	if c.Missed() > 0 {
 		t.Error("nothing was missed")
 	}
 	// What is not committed comes again; what is removed meanwhile is missed.
@@ -224,7 +224,7 @@ func TestCursor(t *testing.T) {
 	write("h\n")
 	next("g")
 	next("h")
-	if !c.Missed() {
+	if c.Missed() == 0 {
 		t.Error("e and f were missed")
 	}
 	c.Close()

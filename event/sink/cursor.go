@@ -64,13 +64,13 @@ func OpenCursor(path, state string) (*Cursor, error) {
 		}
 		file.Close()
 	}
-	c.missed = true
+	c.missed++
 	return c, c.oldest()
 }
 
-// Missed reports whether events were removed before they were read. It goes on with the
+// Missed is how often events were removed before they were read. It goes on with the
 // oldest that there is then.
-func (c *Cursor) Missed() bool { return c.missed }
+func (c *Cursor) Missed() int { return c.missed }
 
 // Commit makes the next Cursor begin behind the line that was read last. What it has
 // written survives the end of the host.
@@ -134,7 +134,7 @@ type reader struct {
 	buf    *bufio.Reader
 	offset int64 // behind the last line
 	line   []byte
-	missed bool // files were removed before they were read
+	missed int // how often files were removed before they were read
 }
 
 // begin goes on with a file.
@@ -175,6 +175,7 @@ const attempts = 10
 // when there is none yet. What is not finished is not read: it may be taken away.
 func (r *reader) Next() ([]byte, error) {
 	var next *os.File // once ours is finished
+	gone := false     // what was between them
 	for {
 		if r.file == nil {
 			if err := r.oldest(); err != nil {
@@ -195,14 +196,14 @@ func (r *reader) Next() ([]byte, error) {
 			if err := r.begin(next, 0); err != nil {
 				return nil, err
 			}
-			next = nil
+			if next = nil; gone {
+				r.missed++
+			}
 			continue
 		}
-		var gone bool
 		if next, gone, err = rotated(r.file, r.path); err != nil {
 			return nil, fmt.Errorf("read events: %w", err)
 		}
-		r.missed = r.missed || gone
 		if _, err := r.file.Seek(r.offset, io.SeekStart); err != nil {
 			return nil, fmt.Errorf("read events: %w", err)
 		}

@@ -23,7 +23,7 @@ var (
 // denied or would have been, and what the daemon says of itself. It reads the spool at
 // path with a cursor in the file state, until ctx is done; what journald does not take
 // it tries again, and says so to failed, once, and nil once it works again. So it does
-// with a cursor that cannot be written, and with nothing to follow it says ErrMissed. It
+// with a cursor that cannot be written, and each time with nothing to follow it says ErrMissed. It
 // returns an error when the spool or the cursor cannot be read.
 func Journal(ctx context.Context, path, state string, failed func(error)) error {
 	c, err := OpenCursor(path, state)
@@ -39,7 +39,7 @@ func Journal(ctx context.Context, path, state string, failed func(error)) error 
 			return true
 		}
 	}
-	broken, uncommitted, missed := false, false, false
+	broken, uncommitted, missed := false, false, 0
 	var taken, tried time.Time // when a line was, and when that was to be written down
 	for ctx.Err() == nil {
 		if (taken.After(tried) || uncommitted) && time.Since(tried) > notMoreOften {
@@ -53,8 +53,8 @@ func Journal(ctx context.Context, path, state string, failed func(error)) error 
 			}
 		}
 		line, err := c.Next()
-		if c.Missed() && !missed {
-			missed = true
+		if n := c.Missed(); n > missed {
+			missed = n
 			failed(ErrMissed)
 		}
 		if errors.Is(err, io.EOF) {

@@ -163,6 +163,22 @@ func TestJournal(t *testing.T) {
 		t.Error(err)
 	}
 	entry("MESSAGE=number 1")
+
+	// And another, while it reads that one: it says so again.
+	for range 6 {
+		entry()
+	}
+	nothing()
+	line, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.WriteFile(path+".new", line, 0o600), os.Rename(path+".new", path)); err != nil {
+		t.Fatal(err)
+	}
+	if err := says(); !errors.Is(err, ErrMissed) {
+		t.Error(err)
+	}
 	stop()
 	if len(failures) > 0 {
 		t.Errorf("and then it says %v", <-failures)

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/imdsgate/imdsgate/cmd/report"
 	"github.com/imdsgate/imdsgate/test/gate"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
 )
@@ -71,6 +72,21 @@ func (h *host) journalctl(want int, match ...string) (entries []map[string]any) 
 	}
 }
 
+// inJournal waits until status says so of what is passed on to journald.
+func (h *host) inJournal(says func(report.Journal) bool) {
+	h.t.Helper()
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		s, err := h.Status()
+		switch {
+		case err == nil && s.Events.Journal != nil && says(*s.Events.Journal):
+			return
+		case time.Now().After(end):
+			h.t.Errorf("status says %+v, %v", s.Events.Journal, err)
+			return
+		}
+	}
+}
+
 // What journald has of the daemon, over a restart of journald: what somebody should see, each once,
 // as the events have it, by the daemon's user.
 func TestJournald(t *testing.T) {
@@ -103,9 +119,14 @@ func TestJournald(t *testing.T) {
 		h.curl(client{uid: ordinaryUser}, role)
 	}
 	h.logged("takes no events")
+	h.inJournal(func(j report.Journal) bool { return j.Error != "" && j.Missed == 0 })
+	if e := h.doctor("--socket", h.Socket()); !strings.Contains(e.message("events-missing"), "journald") {
+		t.Errorf("doctor does not say so: %s", e.text)
+	}
 	defer h.journal()()
 	h.journalctl(3, "IMDSGATE_DATASET=imdsgate.decision", "IMDSGATE_VERDICT=deny")
 	h.logged("passed on to journald again")
+	h.inJournal(func(j report.Journal) bool { return j == report.Journal{} })
 
 	seen := map[any]int{}
 	for _, e := range h.journalctl(1, "SYSLOG_IDENTIFIER=imdsgated") {

@@ -123,6 +123,9 @@ func TestMetrics(t *testing.T) {
 		`imdsgate_policy_rules`:                                             10,
 		`process_resident_memory_bytes`:                                     1 << 20,
 		`go_goroutines`:                                                     1,
+		`imdsgate_sink_failed{sink="file"}`:                                 0,
+		`imdsgate_first_seen_forgotten_total`:                               0,
+		`imdsgate_sequences_evicted_total`:                                  0,
 	} {
 		if got := value(series); got < least {
 			t.Errorf("%s: %v, want at least %v", series, got, least)
