@@ -236,6 +236,38 @@ func TestDoctorWithoutDaemon(t *testing.T) {
 	}
 }
 
+// It changes nothing: not the rules, routes and settings of the host, nor what the daemon keeps but for events and first-seen. The
+// same with a daemon and without.
+func TestDoctorReadsOnly(t *testing.T) {
+	t.Parallel()
+	h := start(t, netlab.Options{}, "mode: enforce\n")
+	state := func() string {
+		out, code := h.run(client{args: []string{"sh", "-ec", `iptables-save | grep -v '^#' | sed 's/\[[0-9:]*\]//'; ip6tables-save | grep -v '^#' | sed 's/\[[0-9:]*\]//'
+			ip rule; ip route show table all; ip -6 route show table all; ip -o link | cut -d' ' -f2-9; ip -o addr
+			sysctl -a 2>/dev/null | grep '^net' | grep -v -e nf_conntrack_count -e conntrack_.*_entries
+			cut -d' ' -f1 /proc/modules | sort
+			find "$0" -type f ! -path '*/log/*' ! -name 'first-seen.db*' -printf '%p %m %u %s %T@\n' | sort`, h.Dir}})
+		if code != 0 || len(out) < 1000 || !strings.Contains(out, "IMDSGATE") && !strings.Contains(out, "imdsgate") {
+			t.Fatalf("%d\n%s", code, out)
+		}
+		return out
+	}
+	before := state()
+	if e := h.doctor(); len(e.Probes) < 10 {
+		t.Errorf("it has tried little: %s", e.text)
+	}
+	if after := state(); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+	h.Stop() // the redirect stays, in enforce mode
+	before = state()
+	h.doctor()
+	h.doctor("--preflight")
+	if after := state(); after != before {
+		t.Errorf("without the daemon, before:\n%s\nafter:\n%s", before, after)
+	}
+}
+
 // What can be wrong with a host, a configuration or a daemon, one thing at a time.
 func TestDoctorFinds(t *testing.T) {
 	t.Parallel()

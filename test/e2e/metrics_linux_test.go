@@ -3,6 +3,7 @@ package e2e
 import (
 	"bufio"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -241,5 +242,32 @@ func TestMetricsPortTaken(t *testing.T) {
 	h.start("metrics: {listen: '127.0.0.1:9254'}\n")
 	if s, err := h.Status(); err != nil || !strings.Contains(s.Metrics.Error, "address already in use") {
 		t.Errorf("%+v, %v", s.Metrics, err)
+	}
+}
+
+// On a Unix socket root reads them, and the daemon's group; what a daemon that was killed has left is in nobody's way.
+func TestMetricsUnix(t *testing.T) {
+	t.Parallel()
+	h := prepare(t, netlab.Options{})
+	dir := t.TempDir()
+	if err := errors.Join(os.Chmod(dir, 0o755), os.Chown(dir, gate.UID, gate.UID), os.Chmod(filepath.Dir(dir), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	socket := filepath.Join(dir, "metrics.sock")
+	scrape := func(uid uint32) (text string, code int) {
+		return h.run(client{uid: uid, args: []string{"curl", "-sf", "-m", "3", "--unix-socket", socket, "http://imdsgate/metrics"}})
+	}
+	config := "metrics: {listen: 'unix:" + socket + "'}\n"
+	h.start(config)
+	h.Kill()
+	h.startWith(gate.Settings{Config: config, Dir: h.Dir})
+	for uid, may := range map[uint32]bool{0: true, gate.UID: true, ordinaryUser: false} {
+		if text, code := scrape(uid); may != (code == 0 && strings.Contains(text, "imdsgate_build_info")) {
+			t.Errorf("user %d: %d %s", uid, code, text)
+		}
+	}
+	h.Stop()
+	if _, err := os.Lstat(socket); err == nil {
+		t.Error("the socket is left")
 	}
 }
