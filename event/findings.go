@@ -30,6 +30,7 @@ var findings = func() map[string]*Rule {
 		"configuration-changed":     of("files", "Files of the daemon changed", "medium"),
 		"redirect-not-watched":      of("redirect", redirect, "medium"),
 		"redirect-hook-not-taken":   of("redirect", redirect, "medium"),
+		"redirect-restored":         of("redirect", redirect, "low"),
 		"self-test-failed":          of("redirect", redirect, "medium"),
 		"requests-unguarded":        of("absence", "Daemon of the metadata gate ended", "medium"),
 		"requests-held":             of("absence", "Daemon of the metadata gate ended", "medium"),

@@ -156,6 +156,7 @@ func (d *daemon) checkAttribution(ctx context.Context) {
 	every := time.NewTicker(doubtEvery)
 	defer every.Stop()
 	var doubts uint64
+	var broke time.Time
 	last := time.Now()
 	for {
 		select {
@@ -192,9 +193,12 @@ func (d *daemon) checkAttribution(ctx context.Context) {
 		switch {
 		case err != nil && was == nil:
 			d.log.Error().Err(err).Msg("attribution does not work any more")
+			broke = time.Now()
 			d.integrity("attribution-broken", "the kernel no longer tells what attribution needs, so that clients are unattributed", err)
 		case err == nil && was != nil:
-			d.integrity("attribution-restored", "attribution works again", nil)
+			ev := d.noticed("attribution-restored", event.State{Message: "attribution works again"}, nil)
+			ev.Duration = time.Since(broke)
+			d.record(ev)
 		}
 	}
 }

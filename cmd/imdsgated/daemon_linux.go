@@ -72,6 +72,7 @@ type daemon struct {
 	taken      map[bool]bool   // whether clients of this host come here, by whether it is IPv4
 	found      iptables.Report // of the redirect, when it was last written
 	repairs    uint64
+	open       map[string]time.Time // ways past the redirect, and since when
 	reattached uint64          // BPF programs
 	loaded     time.Time       // the policy in force
 	refused    uint64          // policies
@@ -519,6 +520,7 @@ func (d *daemon) install(ctx context.Context, enforce bool) error {
 	}
 	d.notTaken(report)
 	d.evaded(report.Evasions, event.Actor{}, "")
+	d.opened(report)
 	if report.Changed {
 		d.state("redirect-installed", "change", "the redirect is installed with "+report.Backend.String(), nil)
 	}
@@ -670,11 +672,15 @@ func (d *daemon) state(action, kind, message string, failure error) {
 
 // change records something about the daemon itself, with what else there is to say.
 func (d *daemon) change(s event.State, failure error) {
+	d.record(d.changed(s, failure))
+}
+
+func (d *daemon) changed(s event.State, failure error) *event.Event {
 	p := d.engine.Policy()
 	s.Mode, s.Policy, s.Level = d.engine.Mode().String(), p.Digest, d.levelNow()
 	s.Rules, s.Grants = int64(len(p.Rules())), int64(len(p.Grants()))
 	if failure != nil {
 		s.Failed, s.Reason = true, strings.TrimPrefix(s.Reason+"; "+failure.Error(), "; ")
 	}
-	d.record(&event.Event{Kind: event.Lifecycle, Host: d.host.Load(), Time: time.Now(), State: s})
+	return &event.Event{Kind: event.Lifecycle, Host: d.host.Load(), Time: time.Now(), State: s}
 }

@@ -36,6 +36,7 @@ type health struct {
 	noRoute string     // why nothing can be said yet, or any more
 	busy    string     // why nothing new can be said
 	failure error      // why clients are not served as they should be
+	failed  time.Time  // since when
 }
 
 // again has the test done soon.
@@ -143,6 +144,7 @@ func (d *daemon) selfTest(ctx context.Context) error {
 	switch {
 	case failed != nil:
 		if was == nil {
+			h.failed = time.Now()
 			d.log.Error().Err(failed).Msg("clients are not served as they should be")
 			d.integrity("self-test-failed", "a request of our own to the metadata service did not come here, or got no answer", failed)
 		}
@@ -153,7 +155,11 @@ func (d *daemon) selfTest(ctx context.Context) error {
 	default:
 		if first || was != nil {
 			d.log.Info().Int("ways", passed).Msg("a request of our own to the metadata service came here")
-			d.change(event.State{Action: "self-test-passed", Type: "info", Message: "a request of our own to the metadata service came here and was answered"}, nil)
+			ev := d.changed(event.State{Action: "self-test-passed", Type: "info", Message: "a request of our own to the metadata service came here and was answered"}, nil)
+			if was != nil {
+				ev.Duration = time.Since(h.failed)
+			}
+			d.record(ev)
 		}
 		h.passed = time.Now()
 	}

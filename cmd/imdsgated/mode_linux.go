@@ -355,6 +355,9 @@ func (d *daemon) endWatch() {
 		<-w.ended
 		d.modes.watching = nil
 	}
+	d.mu.Lock()
+	d.open = nil
+	d.mu.Unlock()
 }
 
 // keepTime ends decisions and modes whose time is over, tries again what has failed, and

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -25,9 +26,12 @@ func (d *daemon) watch(ctx context.Context) {
 			return
 		}
 		d.log.Error().Err(err).Msg("the redirect is not watched any more")
-		d.integrity("redirect-not-watched", "the redirect is not watched any more", err)
+		d.integrity("redirect-not-watched", notWatched, err)
 		d.mu.Lock()
 		d.failure = "the redirect is not watched: " + err.Error() // until it is looked at again
+		if d.open != nil && d.open[notWatched].IsZero() {
+			d.open[notWatched] = time.Now()
+		}
 		d.mu.Unlock()
 		select {
 		case <-ctx.Done():
@@ -35,6 +39,8 @@ func (d *daemon) watch(ctx context.Context) {
 		}
 	}
 }
+
+const notWatched = "the redirect is not watched any more"
 
 // watchAgain is how long nobody repairs the redirect after it could not be watched.
 const watchAgain = time.Minute
@@ -72,6 +78,9 @@ func (d *daemon) drifted(drift iptables.Drift) {
 
 // looked takes up how the redirect is now.
 func (d *daemon) looked(drift iptables.Drift) {
+	if drift.Err == nil && len(drift.Report.Families) > 0 {
+		d.opened(drift.Report)
+	}
 	if drift.Repaired > 0 || len(drift.Report.Lost) > 0 {
 		if err := d.settleAgain(drift.Report.Lost); err != nil {
 			d.log.Error().Err(err).Msg("connections that do not come here are not known")
@@ -97,6 +106,37 @@ func (d *daemon) evaded(evasions []iptables.Evasion, by event.Actor, who string)
 	for _, e := range evasions {
 		d.log.Error().Str("rule", e.String()).Msg("a rule evades the redirect")
 		d.finding("redirect-evaded", event.State{Actor: by, Message: e.String() + who}, nil)
+	}
+}
+
+// opened takes up which ways past the redirect are open, and records those that are no
+// more.
+func (d *daemon) opened(report iptables.Report) {
+	now, at := map[string]time.Time{}, time.Now()
+	d.mu.Lock()
+	was := d.open
+	still := func(way string) {
+		if now[way] = was[way]; now[way].IsZero() {
+			now[way] = at
+		}
+	}
+	for _, l := range report.Locks {
+		still(l.String())
+	}
+	for _, e := range report.Evasions {
+		still(e.String())
+	}
+	d.open = now
+	d.mu.Unlock()
+	for _, way := range slices.Sorted(maps.Keys(was)) {
+		if _, open := now[way]; open {
+			continue
+		}
+		lasted := at.Sub(was[way])
+		d.log.Info().Str("way", way).Dur("lasted", lasted).Msg("a way past the redirect is closed")
+		ev := d.noticed("redirect-restored", event.State{Message: fmt.Sprintf("over, after %v: %s", lasted.Round(time.Millisecond), way)}, nil)
+		ev.Duration = lasted
+		d.record(ev)
 	}
 }
 

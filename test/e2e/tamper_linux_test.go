@@ -157,11 +157,22 @@ func TestHookTakenLater(t *testing.T) {
 			}
 		}
 	}
+	locked := time.Now()
 	until("locked", func(s report.Status) bool { return len(s.Redirect.Locks) > 0 && s.SelfTest.NoRoute != "" })
 	h.output("iptables", append([]string{"-D"}, rule...)...)
 	until("tested", func(s report.Status) bool {
 		return len(s.Redirect.Locks) == 0 && s.SelfTest.NoRoute == "" && s.SelfTest.Passed != nil
 	})
+	closed, err := h.Await("an event that it is taken again", func(d gate.Document) bool { return d.At("event.action") == "redirect-restored" })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if lasted, _ := closed.At("event.duration").(float64); time.Duration(lasted) < time.Since(locked)-5*time.Second || time.Duration(lasted) > time.Since(locked)+5*time.Second {
+		t.Errorf("it lasted %v, and was there %v ago", time.Duration(lasted), time.Since(locked))
+	}
+	if reason, _ := closed.At("message").(string); !strings.Contains(reason, "REJECT") {
+		t.Errorf("of what it is the end is not said: %q", reason)
+	}
 }
 
 // The programs in the kernel are detached, and attached again.
