@@ -103,7 +103,7 @@ boot: packages
 	IMDSGATE_BOOT_TREE=../../bin/boot-trixie go test -count=1 -v -timeout 5m -run 'Killed|CrashLoop' ./test/boot
 
 # Puts 700 MB into bin/boot and bin/vm the first time. Where the processor has to be emulated
-# it takes an hour or so.
+# it takes half an hour or so.
 test-vm: deps
 	./test/vm/deps.sh
 	./test/boot/tree.sh bin/boot
