@@ -32,10 +32,15 @@ const (
 	// shorter takes a core from clients that still wait for answers.
 	laterFor = 30 * time.Millisecond
 	// freshFor is how long what was read of a process serves for judging, while
-	// its image is compared every time, or the kernel tells of every execve. Longer
-	// spares more reading when a client asks again, and lets it change its directory
-	// or its user unseen for as long.
+	// its image is compared every time. Longer spares more reading when a client asks
+	// again, and lets it change its command line, its directory or its user unseen for as
+	// long.
 	freshFor = 50 * time.Millisecond
+	// toldFor is the same where the kernel tells of every execve: what may be different
+	// unseen is then only what a program says or gives up itself. A connection may keep what another
+	// has read, together for twice as long. Shorter, and one in a hundred requests of a
+	// busy client waits for a reading.
+	toldFor = time.Second
 	// ancestorFor is that for the parents of those who ask, of whom nobody asks for
 	// more than the program; it is the same program for as long as no execve was seen.
 	// Shorter, and most clients wait until three or four parents are read anew.

@@ -273,7 +273,7 @@ func TestCommandLineRewritten(t *testing.T) {
 	c.line(t)
 	l := find(t, f, conn)
 	l.Owner(within(t))
-	time.Sleep(freshFor)
+	time.Sleep(max(freshFor, toldFor))
 	if _, err := c.in.Write([]byte{'\n'}); err != nil {
 		t.Fatal(err)
 	}
@@ -850,7 +850,7 @@ func TestExecAfterReading(t *testing.T) {
 		if is, _ := name(c.Process.Pid); was == "cat" || is != "cat" {
 			t.Errorf("it was %s, and is taken for %s", was, is)
 		}
-		if !asked && took < freshFor {
+		if !asked && took < toldFor {
 			soon++
 		}
 	}

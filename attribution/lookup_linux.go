@@ -610,7 +610,7 @@ func (l *Lookup) check() {
 				}
 			}
 		}
-		if time.Since(s.at) < freshFor && l.f.host.same(s) {
+		if l.f.host.fresh(s.at) && l.f.host.same(s) {
 			continue
 		}
 		st, err := l.f.host.stat(s.pin)
@@ -626,7 +626,7 @@ func (l *Lookup) check() {
 			l.changes++
 			continue
 		}
-		if st.image == s.image && time.Since(s.at) < freshFor {
+		if st.image == s.image && l.f.host.fresh(s.at) {
 			continue
 		}
 		proc, image, err := l.f.host.read(s.pin, st)

@@ -254,12 +254,20 @@ func (h *host) known(p *pin) (stat, bool) {
 	mark, ok := h.table.Mark(p.pid, p.start)
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if !ok || mark.Exited || !p.same || p.stat.image.mark != mark || time.Since(p.at) > freshFor {
+	if !ok || mark.Exited || !p.same || p.stat.image.mark != mark || !h.fresh(p.at) {
 		return stat{}, false
 	}
 	st := p.stat
 	st.read = p.last
 	return st, true
+}
+
+// fresh reports whether what was read then still serves, if the image is the same.
+func (h *host) fresh(at time.Time) bool {
+	if h.table != nil {
+		return time.Since(at) < toldFor
+	}
+	return time.Since(at) < freshFor
 }
 
 func (h *host) unpin(p *pin) {
@@ -396,7 +404,7 @@ func (h *host) read(p *pin, st stat) (*Process, image, error) {
 	}
 	h.mu.Lock()
 	last := p.last
-	if !p.same || p.stat.image != st.image || time.Since(p.at) > freshFor || st.between() {
+	if !p.same || p.stat.image != st.image || !h.fresh(p.at) || st.between() {
 		last = nil
 	}
 	h.mu.Unlock()
@@ -469,7 +477,7 @@ func (h *host) parent(pid int, childStart uint64, depth int) *Process {
 	}
 	h.mu.Lock()
 	last := p.last
-	if p.stat.image != st.image || time.Since(p.at) > freshFor {
+	if p.stat.image != st.image || !h.fresh(p.at) {
 		last = nil
 	}
 	h.mu.Unlock()
