@@ -131,7 +131,7 @@ func (t *Task) Away(f func()) {
 
 // maxWorkers bounds the goroutines that are kept for tasks that go away: their stacks
 // have grown to what is needed.
-const maxWorkers = 8
+const maxWorkers = 32
 
 func (l *Loop) work(job func()) {
 	for ok := true; ok; {
