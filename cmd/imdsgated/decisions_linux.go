@@ -115,7 +115,7 @@ func (d *daemon) decisionsNow() report.Decisions {
 	if r.All == nil {
 		r.All = []policy.Decision{}
 	}
-	if err := errors.Join(d.decisions.damage, d.decisions.unsaved); err != nil {
+	if err := errors.Join(d.decisions.damage, undone(d.decisions.unsaved)); err != nil {
 		r.Error = err.Error()
 	}
 	return r
@@ -152,8 +152,8 @@ func (d *daemon) addDecision(_ context.Context, q control.Question) (any, error)
 }
 
 func (d *daemon) unsavedNote() []string {
-	if err := d.decisions.unsaved; err != nil {
-		return []string{"it is in force, and would be undone by a restart: " + err.Error()}
+	if err := undone(d.decisions.unsaved); err != nil {
+		return []string{err.Error()}
 	}
 	return nil
 }

@@ -124,7 +124,7 @@ func (d *daemon) modesNow() report.Modes {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	r := report.Modes{Mode: d.engine.Mode(), Since: m.since, Configured: m.configured, Set: m.set}
-	if err := errors.Join(m.failure, m.unsaved); err != nil {
+	if err := errors.Join(m.failure, undone(m.unsaved)); err != nil {
 		r.Error = err.Error()
 	}
 	return r
@@ -226,6 +226,14 @@ func until(t time.Time) string {
 		return "until it is changed"
 	}
 	return "until " + t.UTC().Format(time.RFC3339)
+}
+
+// undone says what follows if what is in force could not be written.
+func undone(unsaved error) error {
+	if unsaved == nil {
+		return nil
+	}
+	return fmt.Errorf("it is in force, and would be undone by a restart: %w", unsaved)
 }
 
 // keepMode writes which mode is set. It is called with modes.mu held.

@@ -2,15 +2,19 @@ package e2e
 
 import (
 	"encoding/json"
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/imdsgate/imdsgate/cmd/report"
 	"github.com/imdsgate/imdsgate/test/gate"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
+	"golang.org/x/sys/unix"
 )
 
 // decide adds a decision and returns its ID.
@@ -110,6 +114,59 @@ func TestDecisions(t *testing.T) {
 	h.told("decision-deleted", func(d gate.Document) bool { return d.At("imdsgate.decision.id") == second })
 	if out, code := h.imdsgate("decisions", "list"); code != 0 || out != "there are none" {
 		t.Errorf("%d, %s", code, out)
+	}
+}
+
+// On a full disk a decision and a mode are in force, it is said that a restart would undo them, and they are kept when
+// there is room: a daemon that is killed then comes back with both.
+func TestStateFull(t *testing.T) {
+	t.Parallel()
+	h := start(t, netlab.Options{}, "mode: audit\n")
+	h.Stop()
+	dir := h.State()
+	st, err := os.Stat(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, fmt.Sprintf("size=64k,mode=0755,uid=%d", st.Sys().(*syscall.Stat_t).Uid)); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(dir, unix.MNT_DETACH)
+	full := filepath.Join(dir, "full")
+	config := gate.Settings{Config: "mode: audit\n", Dir: h.Dir}
+	h.startWith(config)
+	if err := os.WriteFile(full, make([]byte, 64<<10), 0o600); !errors.Is(err, unix.ENOSPC) {
+		t.Fatalf("the disk is not full: %v", err)
+	}
+	deny, code := h.imdsgate("decisions", "add", "deny", "--exe", "/usr/bin/curl", "--for", "1h", "--reason", "INC-123")
+	if code != 0 || !strings.Contains(deny, "restart") || !strings.Contains(deny, "no space left") {
+		t.Errorf("%d, %s", code, deny)
+	}
+	mode, code := h.imdsgate("mode", "set", "enforce", "--for", "1h", "--reason", "INC-123")
+	if code != 0 || !strings.Contains(mode, "restart") || !strings.Contains(mode, "no space left") {
+		t.Errorf("%d, %s", code, mode)
+	}
+	h.asksAs("/usr/bin/curl", "403", 5*time.Second)
+	if out, _ := h.imdsgate("status"); strings.Count(out, "no space left") < 2 {
+		t.Errorf("%s", out)
+	}
+	if err := os.Remove(full); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		out, _ := h.imdsgate("status")
+		if !strings.Contains(out, "no space left") {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("there is room: %s", out)
+		}
+	}
+	h.Kill()
+	h.startWith(config)
+	h.asksAs("/usr/bin/curl", "403", 5*time.Second)
+	if s, err := h.Status(); err != nil || s.Mode != "enforce" || len(s.Decisions.All) != 1 {
+		t.Errorf("after a restart: %+v, %v", s.Decisions, err)
 	}
 }
 
