@@ -317,6 +317,34 @@ func (e *Engine) Observe(ev *event.Event) {
 		e.tell(a, ev, all[i].subject)
 	}
 	e.tell(a, ev, a.matched...)
+	p.settle(ev)
+}
+
+// ObserveAgain is Observe for an event that was observed, and then judged once more because
+// its subjects have changed. Rules as they are written are not given it a second time; what
+// they had matched, as the decision before has it, has still happened.
+func (e *Engine) ObserveAgain(ev *event.Event, before event.Decision) {
+	p, d := e.state.Load(), &ev.Decision
+	a := p.set.asker()
+	defer a.done()
+	for _, was := range before.Matches {
+		if !was.Literal {
+			continue
+		}
+		k := slices.IndexFunc(d.Matches, func(m event.Match) bool { return m.Rule == was.Rule && m.Subject == was.Subject })
+		if k < 0 {
+			d.Matches = append(d.Matches, was)
+			continue
+		}
+		d.Matches[k].Literal = true
+	}
+	e.tell(a, ev, ev.Subjects...)
+	p.settle(ev)
+}
+
+// settle says which matches raise an alert, and remembers whom a rule has blocked.
+func (p *state) settle(ev *event.Event) {
+	d := &ev.Decision
 	for k := range d.Matches {
 		match := &d.Matches[k]
 		if d.WouldBe == event.Deny && match.Bound && match.Rule == d.Rule && match.Action == actionNames[Block] {

@@ -77,6 +77,40 @@ func judge(e *Engine, ev *event.Event) *event.Event {
 	return ev
 }
 
+// What has matched an event as it was written is in its record also when it is judged once more, and sequences see it once.
+func TestObserveAgain(t *testing.T) {
+	rule := filepath.Join(t.TempDir(), "r.toml")
+	if err := os.WriteFile(rule, []byte(`[rule]
+rule_id = "twice"
+name = "asks twice"
+type = "eql"
+language = "eql"
+severity = "high"
+query = 'sequence by process.entity_id with maxspan=1m [network where true] [network where true]'
+`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	e := NewEngine(compile(t, Config{Mode: Enforce, Rules: RulesConfig{Paths: []string{rule}}}))
+	ev := judge(e, asking("/usr/bin/curl", nil))
+	if m, _ := matched(ev, oddClient); !m.Literal || !m.Alert {
+		t.Fatalf("%+v", ev.Decision.Matches)
+	}
+	before := ev.Decision
+	other := asking("/usr/sbin/cron", nil)
+	ev.Subjects = other.Subjects
+	e.Judge(ev)
+	e.ObserveAgain(ev, before)
+	if m, _ := matched(ev, oddClient); !m.Literal || !m.Alert {
+		t.Errorf("the alert is lost: %+v", ev.Decision.Matches)
+	}
+	if m, ok := matched(ev, "twice"); ok && m.Literal {
+		t.Error("one request counts twice")
+	}
+	if m, _ := matched(judge(e, asking("/usr/bin/curl", func(ev *event.Event, _ *event.Process) { ev.Time = ev.Time.Add(time.Second) })), "twice"); !m.Literal {
+		t.Error("two requests do not count twice")
+	}
+}
+
 func matched(ev *event.Event, id string) (m event.Match, ok bool) {
 	for _, m := range ev.Decision.Matches {
 		if m.Rule.ID == id {

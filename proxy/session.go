@@ -61,6 +61,7 @@ type session struct {
 
 	reset   bool         // the client's connection ends with a reset
 	guarded *event.Event // the request under way, if its answer may yet be withheld
+	unread  bool         // what is passed on is no request that can be read
 
 	half halfClosed // for the request under way
 
@@ -428,7 +429,7 @@ func (s *session) exchange(r *http1.Request) error {
 			s.in = s.in[size:]
 			return s.refused(ev, r)
 		}
-		if ev.Request.Guarded {
+		if search == whole {
 			s.guarded = ev
 		}
 	}

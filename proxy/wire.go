@@ -268,6 +268,9 @@ func (s *session) stale(err error) bool {
 func (s *session) forward(b []byte) error {
 	silent := time.Now().Add(s.p.silence)
 	for {
+		if s.unread && s.p.engine.Mode() == policy.Enforce { // since it waits
+			return loop.ErrCancelled
+		}
 		n, err := s.up.Write(b)
 		if b = b[n:]; err != loop.ErrAgain {
 			return err
@@ -392,7 +395,7 @@ var errSwitched = errors.New("the service switched protocols, which nobody asked
 // errWithheld says that whoever asked is not whoever would get the answer.
 var errWithheld = errors.New("the answer is withheld")
 
-// withheld judges a guarded request again before the first byte of its answer leaves, if
+// withheld judges a request that policy may refuse again before the first byte of its answer leaves, if
 // the connection has changed hands or programs since.
 func (s *session) withheld() (withheld bool) {
 	if s.guarded != nil {
@@ -408,7 +411,7 @@ func (s *session) changedHands() bool {
 	ev, before := s.guarded, *s.guarded
 	s.judge(ev, AttributeIn, whole)
 	if ev.Decision.Verdict == event.Deny {
-		s.p.engine.Observe(ev)
+		s.p.engine.ObserveAgain(ev, before.Decision)
 		return true
 	}
 	*ev = before // what the rules saw when they observed it
@@ -623,7 +626,7 @@ func (s *session) odd(why error, r *http1.Request) {
 // tunnel passes bytes both ways until both ends have ended, or nothing has
 // passed for long. In enforce mode nothing passes that cannot be read.
 func (s *session) tunnel() {
-	s.resent = true // or must not be: nobody knows what it does
+	s.resent, s.unread = true, true // or must not be: nobody knows what it does
 	if s.prepared && !s.owed {
 		s.hangUp() // it might have ended
 		s.up = nil

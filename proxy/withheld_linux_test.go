@@ -28,15 +28,23 @@ query = 'process where process.name == "cat"'
 `), 0o644); err != nil {
 		t.Fatal(err)
 	}
+	tail, err := filepath.EvalSymlinks("/usr/bin/tail")
+	if err != nil {
+		t.Fatal(err)
+	}
 	slow := &imdstest.Config{Now: func() time.Time { time.Sleep(300 * time.Millisecond); return fixed }}
 	r := newRig(t, setting{
-		policy: policy.Config{Mode: policy.Enforce, Rules: policy.RulesConfig{Paths: []string{rule}, WithoutShipped: true}},
-		lab:    netlab.Options{IMDS: slow},
+		policy: policy.Config{
+			Mode: policy.Enforce, Rules: policy.RulesConfig{Paths: []string{rule}, WithoutShipped: true},
+			Denies: []policy.Deny{{Name: "no tails", Who: policy.Who{Executable: []string{tail}}, Owner: "x", Reason: "x"}},
+		},
+		lab: netlab.Options{IMDS: slow},
 	})
+	path := "/latest/meta-data/iam/security-credentials/imdsgate-lab-role"
 	ask := func(then string) string {
 		t.Helper()
 		script := `exec 3<>/dev/tcp/169.254.169.254/80
-			printf 'GET /latest/meta-data/iam/security-credentials/imdsgate-lab-role HTTP/1.1\r\nHost: 169.254.169.254\r\nConnection: close\r\n\r\n' >&3
+			printf 'GET ` + path + ` HTTP/1.1\r\nHost: 169.254.169.254\r\nConnection: close\r\n\r\n' >&3
 			sleep 0.1; ` + then
 		out, err := exec.Command("bash", "-c", script).CombinedOutput()
 		if err != nil {
@@ -65,5 +73,13 @@ query = 'process where process.name == "cat"'
 	}
 	if ev.Decision.Verdict != event.Deny || !ev.Response.Refused || ev.Decision.Rule == nil || ev.Decision.Rule.ID != "cat" || ev.Response.AccessKeyID != "" {
 		t.Errorf("%+v, %+v", ev.Decision, ev.Response)
+	}
+	// Of what is not guarded either, if somebody is denied it.
+	path = "/latest/meta-data/instance-id"
+	if got, _ := last("while read -r line <&3; do echo \"$line\"; done"); !strings.HasPrefix(got, "HTTP/1.1 200") {
+		t.Errorf("the one who stays got %.60q", got)
+	}
+	if got, ev := last("exec tail -n +1 <&3"); !strings.HasPrefix(got, "HTTP/1.1 403") || ev.Decision.Verdict != event.Deny {
+		t.Errorf("one who is denied everything got %.60q: %+v", got, ev.Decision)
 	}
 }
