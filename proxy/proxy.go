@@ -256,6 +256,11 @@ func (p *Proxy) accept(t *loop.Task, from *net.TCPListener, forwarded bool) erro
 			continue
 		case exhausted(err):
 			ln.Pause()
+			if t.Cancelled() { // and waits for nothing any more; others shall end meanwhile
+				left -= p.options.MaxConns / 256
+				t.Away(func() { time.Sleep(exhaustedFor) })
+				continue
+			}
 			t.Sleep(exhaustedFor)
 			continue
 		case err != nil:
