@@ -73,12 +73,12 @@ type daemon struct {
 	found      iptables.Report // of the redirect, when it was last written
 	repairs    uint64
 	open       map[string]time.Time // ways past the redirect, and since when
-	reattached uint64          // BPF programs
-	loaded     time.Time       // the policy in force
-	refused    uint64          // policies
-	unserved   string          // why metrics are not
-	journal    *report.Journal // nil if it gets nothing; replaced, never changed
-	broken     error           // what the last check of attribution found
+	reattached uint64               // BPF programs
+	loaded     time.Time            // the policy in force
+	refused    uint64               // policies
+	unserved   string               // why metrics are not
+	journal    *report.Journal      // nil if it gets nothing; replaced, never changed
+	broken     error                // what the last check of attribution found
 	level      string
 }
 
