@@ -18,24 +18,26 @@ func TestNoMorePackets(t *testing.T) {
 	for _, c := range []struct {
 		name string
 		do   func(r *rig, direct bool)
+		late int // acknowledgements of their own
 	}{
+		// Whoever reads an answer before its end has come acknowledges each by itself, and we are faster than a client.
 		{"new connections", func(r *rig, direct bool) {
 			for range times {
 				talk(r.t, r.dial(direct), askB, time.Second)
 			}
-		}},
+		}, times},
 		{"one kept connection", func(r *rig, direct bool) {
 			conn := r.dial(direct)
 			for range times {
 				r.served("a client", conn, kept)
 			}
 			conn.Close()
-		}},
+		}, 1},
 		{"connections on which nothing is asked", func(r *rig, direct bool) {
 			for range times {
 				r.dial(direct).Close()
 			}
-		}},
+		}, times / 5},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}})
@@ -58,7 +60,7 @@ func TestNoMorePackets(t *testing.T) {
 			}
 			alone, through := sent(true), sent(false)
 			t.Logf("%d packets alone, %d through us", alone, through)
-			if alone < times || through > alone+alone/20 { // a late acknowledgement is one of its own
+			if alone < times || through > alone+c.late {
 				t.Errorf("%d packets alone, %d through us", alone, through)
 			}
 		})
