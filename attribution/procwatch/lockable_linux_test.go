@@ -32,6 +32,13 @@ func newProcesses(t *testing.T) *processes {
 	return p
 }
 
+// charged has somebody be charged for having made us wait.
+func (p *processes) charged(a account, took time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.charge(a, took)
+}
+
 // locked makes the directory of a process whose command line nobody can read before the function is called. It is a pipe
 // here; TestLockedMemory of package attribution has a real one.
 func (p *processes) locked(pid, uid int) (dir int, unlock func()) {
@@ -145,8 +152,8 @@ func TestLockableHeldUp(t *testing.T) {
 	if c.waited[account{owner{uid: 1000}, true}] == 0 {
 		t.Fatal("nothing was charged")
 	}
-	c.charge(account{owner{uid: 1000}, true}, maxWaited)
-	c.charge(account{owner{uid: 1000}, false}, maxWaited)
+	c.charged(account{owner{uid: 1000}, true}, maxWaited)
+	c.charged(account{owner{uid: 1000}, false}, maxWaited)
 	q := ask(1)
 	if _, ok := c.tryBegin(q); !ok || q.patience != shortly {
 		t.Errorf("%v, %+v", ok, q)
@@ -171,8 +178,8 @@ func TestLockableRoot(t *testing.T) {
 	c := newProcesses(t)
 	dir, unlock := c.locked(1, 0)
 	defer unlock()
-	c.charge(account{owner{uid: 0}, true}, maxWaited)
-	c.charge(account{owner{uid: 0}, false}, maxWaited)
+	c.charged(account{owner{uid: 0}, true}, maxWaited)
+	c.charged(account{owner{uid: 0}, false}, maxWaited)
 	if err := c.DoAmong(1, nil, func() {}); err != nil {
 		t.Error(err)
 	}
@@ -197,7 +204,7 @@ func TestLockableRoot(t *testing.T) {
 		t.Error(err)
 	}
 	// Nor is it known whose those are whose status cannot be read.
-	c.charge(account{owner{uid: unknownUser}, false}, maxWaited)
+	c.charged(account{owner{uid: unknownUser}, false}, maxWaited)
 	if err := c.DoAmong(2, nil, func() {}); err != nil {
 		t.Errorf("whose it is is not known: %v", err)
 	}
@@ -225,9 +232,16 @@ func TestLockableContainers(t *testing.T) {
 			if !begins(q) {
 				t.Errorf("process %d in %s is not asked", pid, cgroup)
 			}
+			c.mu.Lock()
 			q.late = true
+			c.mu.Unlock()
 			pid++
 		}
+	}
+	asked := func() int {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return len(c.asking)
 	}
 	late("/docker/one")
 	if before, ok := c.tryBegin(of(pid, "/docker/one")); ok || before != nil {
@@ -236,7 +250,7 @@ func TestLockableContainers(t *testing.T) {
 	pid++
 	late("/docker/two")
 	late("/system.slice/amazon-ssm-agent.service")
-	for len(c.asking) < maxAsking {
+	for asked() < maxAsking {
 		late(fmt.Sprintf("/docker/one/%d", pid))
 	}
 	if begins(of(pid, "/docker/one/more")) {
@@ -246,9 +260,11 @@ func TestLockableContainers(t *testing.T) {
 	if !begins(ask(pid + 1)) {
 		t.Error("he keeps a subordinate user from being asked about")
 	}
+	c.mu.Lock()
 	clear(c.asking)
+	c.mu.Unlock()
 	for i := range maxCrowd / maxWaited {
-		c.charge(account{owner{cgroup: fmt.Sprint(i)}, false}, maxWaited)
+		c.charged(account{owner{cgroup: fmt.Sprint(i)}, false}, maxWaited)
 	}
 	c.of(pid+2, 0)
 	if q := among(pid + 2); !begins(q) || q.patience != shortly {
@@ -347,14 +363,14 @@ func TestLockableSubordinates(t *testing.T) {
 		_, ok := c.tryBegin(among(2*maxAsking - 1))
 		return ok
 	}
-	c.charge(account{owner{uid: minSubordinate}, true}, maxWaited)
+	c.charged(account{owner{uid: minSubordinate}, true}, maxWaited)
 	for user := range uint32(maxCrowd / maxWaited) { // of whom the first, and who is not known, take no more than theirs
 		if !asks() {
 			t.Errorf("after %d users one of many others is not asked", user)
 		}
-		c.charge(account{owner{uid: minSubordinate + user}, false}, maxWaited)
-		c.charge(account{owner{uid: minSubordinate}, false}, maxCrowd)
-		c.charge(account{owner{uid: unknownUser}, false}, maxCrowd)
+		c.charged(account{owner{uid: minSubordinate + user}, false}, maxWaited)
+		c.charged(account{owner{uid: minSubordinate}, false}, maxCrowd)
+		c.charged(account{owner{uid: unknownUser}, false}, maxCrowd)
 	}
 	if asks() {
 		t.Error("one of many is asked")

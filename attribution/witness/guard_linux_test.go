@@ -79,8 +79,8 @@ func TestDetached(t *testing.T) {
 	// What was not seen waits to be accepted: on a busy machine that is thousands.
 	for end := time.Now().Add(10 * time.Second); round(100*time.Millisecond).named == 0 && time.Now().Before(end); {
 	}
-	round(100 * time.Millisecond) // one that connected while the others were already seen
-	if o := round(300 * time.Millisecond); o.named == 0 || o.none != 0 {
+	// On a busy machine each client may have been in the middle of a connect for so long.
+	if o := round(400 * time.Millisecond); o.named == 0 || o.none > len(clients) {
 		t.Errorf("attached again: %+v", o)
 	}
 	if names, err := w.Reattach(); len(names) != 0 || err != nil {
