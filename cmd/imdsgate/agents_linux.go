@@ -20,12 +20,7 @@ import (
 
 // ofAgents looks for programs that ask the service for a living, and lack a grant: without
 // its agent nobody gets at a host that enforces.
-func (d *diagnosis) ofAgents(o *options, c config.Config) {
-	running, err := executables()
-	if err != nil {
-		d.leave("agents of the platform: " + err.Error())
-		return
-	}
+func (d *diagnosis) ofAgents(o *options, c config.Config, running map[string]bool) {
 	dirs, used, err := o.profiles()
 	if err != nil {
 		return
@@ -55,11 +50,7 @@ func (d *diagnosis) ofAgents(o *options, c config.Config) {
 }
 
 // ofContainers looks for agents that give credentials to containers.
-func (d *diagnosis) ofContainers(rules iptables.Config) {
-	running, err := executables()
-	if err != nil {
-		d.leave("the ECS agent: " + err.Error())
-	}
+func (d *diagnosis) ofContainers(rules iptables.Config, running map[string]bool) {
 	for exe, endpoint := range map[string]string{"/usr/libexec/amazon-ecs-init": "169.254.170.2:80", "/agent": "169.254.170.2:80"} {
 		if running[exe] && !slices.Contains(rules.Endpoints, netip.MustParseAddrPort(endpoint)) {
 			d.find("container-endpoint", doubtful, "the ECS agent gives credentials to tasks at "+endpoint+", which nobody judges", "redirect.endpoints, docs/relay.md")

@@ -55,8 +55,12 @@ func (o *options) diagnose(ctx context.Context, d *diagnosis, preflight bool) er
 	d.ofRules(ctx, rules, running)
 	d.ofConfig(c)
 	d.ofHost()
-	d.ofAgents(o, c)
-	d.ofContainers(rules)
+	programs, err := executables()
+	if err != nil {
+		d.leave("agents that run: " + err.Error())
+	}
+	d.ofAgents(o, c, programs)
+	d.ofContainers(rules, programs)
 	switch {
 	case preflight:
 		d.leave("ways past the daemon: with --preflight none is expected")
