@@ -79,17 +79,14 @@ func judge(e *Engine, ev *event.Event) *event.Event {
 
 // What has matched an event as it was written is in its record also when it is judged once more, and sequences see it once.
 func TestObserveAgain(t *testing.T) {
-	rule := filepath.Join(t.TempDir(), "r.toml")
-	if err := os.WriteFile(rule, []byte(`[rule]
+	rule := write(t, "twice.toml", `[rule]
 rule_id = "twice"
 name = "asks twice"
 type = "eql"
 language = "eql"
 severity = "high"
 query = 'sequence by process.entity_id with maxspan=1m [network where true] [network where true]'
-`), 0o600); err != nil {
-		t.Fatal(err)
-	}
+`)
 	e := NewEngine(compile(t, Config{Mode: Enforce, Rules: RulesConfig{Paths: []string{rule}}}))
 	ev := judge(e, asking("/usr/bin/curl", nil))
 	if m, _ := matched(ev, oddClient); !m.Literal || !m.Alert {

@@ -117,13 +117,9 @@ func TestDecisions(t *testing.T) {
 	}
 }
 
-// On a full disk a decision and a mode are in force, it is said that a restart would undo them, and they are kept when
-// there is room: a daemon that is killed then comes back with both.
-func TestStateFull(t *testing.T) {
-	t.Parallel()
-	h := start(t, netlab.Options{}, "mode: audit\n")
-	h.Stop()
-	dir := h.State()
+// small puts a disk of 64 KiB in the place of one of the daemon's directories.
+func small(t *testing.T, dir string) (undo func()) {
+	t.Helper()
 	st, err := os.Stat(dir)
 	if err != nil {
 		t.Fatal(err)
@@ -131,7 +127,17 @@ func TestStateFull(t *testing.T) {
 	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, fmt.Sprintf("size=64k,mode=0755,uid=%d", st.Sys().(*syscall.Stat_t).Uid)); err != nil {
 		t.Fatal(err)
 	}
-	defer unix.Unmount(dir, unix.MNT_DETACH)
+	return func() { unix.Unmount(dir, unix.MNT_DETACH) }
+}
+
+// On a full disk a decision and a mode are in force, it is said that a restart would undo them, and they are kept when
+// there is room: a daemon that is killed then comes back with both.
+func TestStateFull(t *testing.T) {
+	t.Parallel()
+	h := start(t, netlab.Options{}, "mode: audit\n")
+	h.Stop()
+	dir := h.State()
+	defer small(t, dir)()
 	full := filepath.Join(dir, "full")
 	config := gate.Settings{Config: "mode: audit\n", Dir: h.Dir}
 	h.startWith(config)

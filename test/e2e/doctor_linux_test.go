@@ -417,14 +417,7 @@ func TestDoctorOfTheSpoiled(t *testing.T) {
 		t.Fatal(err)
 	}
 	dir := filepath.Dir(h.Events)
-	st, err := os.Stat(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, fmt.Sprintf("size=64k,mode=0755,uid=%d", st.Sys().(*syscall.Stat_t).Uid)); err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Unmount(dir, unix.MNT_DETACH)
+	defer small(t, dir)()
 	h.startWith(gate.Settings{Config: "mode: enforce\n", Dir: h.Dir})
 	var e examined
 	for range 20 {
