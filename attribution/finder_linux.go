@@ -37,9 +37,9 @@ const (
 	// long.
 	freshFor = 50 * time.Millisecond
 	// toldFor is the same where the kernel tells of every execve: what may be different
-	// unseen is then only what a program says or gives up itself. A connection may keep what another
-	// has read, together for twice as long. Shorter, and one in a hundred requests of a
-	// busy client waits for a reading.
+	// unseen is then only what a program says or gives up itself. A connection may keep
+	// what another has read, together for twice as long. Shorter, and one in a hundred
+	// requests of a busy client waits for a reading.
 	toldFor = time.Second
 	// ancestorFor is that for the parents of those who ask, of whom nobody asks for
 	// more than the program; it is the same program for as long as no execve was seen.

@@ -395,8 +395,8 @@ var errSwitched = errors.New("the service switched protocols, which nobody asked
 // errWithheld says that whoever asked is not whoever would get the answer.
 var errWithheld = errors.New("the answer is withheld")
 
-// withheld judges a request that policy may refuse again before the first byte of its answer leaves, if
-// the connection has changed hands or programs since.
+// withheld judges a request that policy may refuse again before the first byte of its
+// answer leaves, if the connection has changed hands or programs since.
 func (s *session) withheld() (withheld bool) {
 	if s.guarded != nil {
 		s.task.Away(func() { withheld = s.changedHands() })
