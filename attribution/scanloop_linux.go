@@ -26,9 +26,17 @@ type Stats struct {
 	Answered    uint64        // questions that those searches answered
 	Last        time.Duration // what the last one took
 	Descriptors int           // and how many it looked at
-	Largest     Table         // among them
+	Longest     Search        // of the last hour or so
 
 	NoWitness uint64 // connections that nobody was seen to make
+}
+
+// Search is one full search.
+type Search struct {
+	Ended       time.Time
+	Took        time.Duration
+	Descriptors int   // that it looked at
+	Largest     Table // among them
 }
 
 // Table is the descriptors of one process.
@@ -48,7 +56,12 @@ func (s *scanStats) read() Stats {
 func (s *scanStats) count(done *search, answered int, took time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.last = Stats{Scans: s.last.Scans + 1, Answered: s.last.Answered + uint64(answered), Last: took, Descriptors: done.seen, Largest: done.largest}
+	now := time.Now()
+	longest := s.last.Longest
+	if took >= longest.Took || now.Sub(longest.Ended) > time.Hour {
+		longest = Search{now, took, done.seen, done.largest}
+	}
+	s.last = Stats{Scans: s.last.Scans + 1, Answered: s.last.Answered + uint64(answered), Last: took, Descriptors: done.seen, Longest: longest}
 }
 
 // scan takes part in the next full search. It returns nil when ctx or the

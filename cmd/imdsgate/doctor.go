@@ -9,6 +9,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/imdsgate/imdsgate/cmd/report"
 	"github.com/imdsgate/imdsgate/control"
@@ -206,8 +207,8 @@ func (d *diagnosis) ofStatus(ctx context.Context, client *control.Client) (s rep
 	}
 	if a.Slow() {
 		d.find("attribution-slow", doubtful,
-			fmt.Sprintf("a search of the host takes longer than the %v that a request waits in enforce mode, so that credentials are refused: process %d has %d of %d descriptors",
-				a.Budget, a.Largest.PID, a.Largest.Descriptors, a.Descriptors),
+			fmt.Sprintf("at %s a search of the host took longer than the %v that a request waits in enforce mode, so that credentials that waited for it were refused: process %d had %d of %d descriptors",
+				a.Longest.Ended.Format(time.RFC3339), a.Budget, a.Longest.Largest.PID, a.Longest.Largest.Descriptors, a.Longest.Descriptors),
 			"ask whoever runs that process why it has so many; a kernel and capabilities for level 3 make the search short")
 	}
 	if n := s.Requests.LinkLocalExceeded; n != nil && *n > 0 {

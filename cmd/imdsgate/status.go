@@ -249,8 +249,8 @@ func printStatus(w io.Writer, s report.Status) error {
 	}
 	row("attribution", "level %s, %d full searches, the last %s in %v", by.Level, by.Scans, last, by.LastScan.Round(time.Microsecond))
 	if by.Slow() {
-		row("", "! a search may take %v: in enforce mode requests for credentials are refused when it is not over by then; process %d has %d of the descriptors",
-			by.Budget, by.Largest.PID, by.Largest.Descriptors)
+		row("", "! a search took %v, %v ago, and may take %v: in enforce mode requests for credentials are refused when it is not over by then; process %d had %d of %d descriptors",
+			by.Longest.Took.Round(time.Millisecond), time.Since(by.Longest.Ended).Round(time.Second), by.Budget, by.Longest.Largest.PID, by.Longest.Largest.Descriptors, by.Longest.Descriptors)
 	}
 	if by.Broken != "" {
 		row("", "! the kernel no longer tells what level %s needs, so that clients are unattributed: %s", by.Level, by.Broken)

@@ -214,7 +214,11 @@ func (d *daemon) attributionStatus() report.Attribution {
 	stats := d.finder.Stats()
 	a := report.Attribution{
 		Level: d.finder.Level().String(), Scans: stats.Scans, LastScan: stats.Last,
-		Descriptors: stats.Descriptors, Largest: report.Table(stats.Largest), Budget: proxy.AttributeIn,
+		Descriptors: stats.Descriptors, Budget: proxy.AttributeIn,
+		Longest: report.Search{
+			Ended: stats.Longest.Ended, Took: stats.Longest.Took,
+			Descriptors: stats.Longest.Descriptors, Largest: report.Table(stats.Longest.Largest),
+		},
 	}
 	a.Uncovered = d.config.Attribution.Uncovered.String()
 	if d.required > attribution.Level0 {

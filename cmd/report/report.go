@@ -160,11 +160,19 @@ type Attribution struct {
 	Missing   []Missing     `json:"missing,omitempty"`
 	Scans     uint64        `json:"full_searches"`
 	LastScan  time.Duration `json:"last_full_search_ns"`
-	// Descriptors is how many the last full search looked at. A search that takes
-	// longer than Budget is too late for a request in enforce mode.
-	Descriptors int           `json:"last_full_search_descriptors"`
-	Largest     Table         `json:"largest_descriptor_table"`
-	Budget      time.Duration `json:"full_search_budget_ns"`
+	// Descriptors is how many the last full search looked at.
+	Descriptors int    `json:"last_full_search_descriptors"`
+	Longest     Search `json:"longest_full_search"` // of the last hour or so
+	// A search that takes longer than Budget is too late for a request in enforce mode.
+	Budget time.Duration `json:"full_search_budget_ns"`
+}
+
+// Search is one search of all descriptors of the host.
+type Search struct {
+	Ended       time.Time     `json:"ended"`
+	Took        time.Duration `json:"took_ns"`
+	Descriptors int           `json:"descriptors"`
+	Largest     Table         `json:"largest_table"`
 }
 
 // Table is the descriptors of one process.
@@ -173,9 +181,9 @@ type Table struct {
 	Descriptors int `json:"descriptors"`
 }
 
-// Slow reports whether requests that need a full search are refused for want of
-// time.
-func (a Attribution) Slow() bool { return a.LastScan > a.Budget }
+// Slow reports whether requests that need a full search are, or were within the last
+// hour, refused for want of time.
+func (a Attribution) Slow() bool { return a.Longest.Took > a.Budget }
 
 // Hook is one program in the kernel.
 type Hook struct {

@@ -529,7 +529,7 @@ sys.stdin.read()
 	}
 	over()
 	t.Parallel()
-	if e := h.doctor(); !regexp.MustCompile(`process \d+ has \d{4,} of`).MatchString(e.message("attribution-slow")) {
+	if e := h.doctor(); !regexp.MustCompile(`process \d+ had \d{4,} of`).MatchString(e.message("attribution-slow")) {
 		t.Errorf("%q\n%s", e.message("attribution-slow"), e.text)
 	}
 }
