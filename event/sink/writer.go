@@ -107,7 +107,7 @@ func (w *writer) write(line []byte) error {
 		w.failed.Add(1)
 		return err
 	}
-	if len(w.buf) > 0 && len(w.buf)+len(line) > pieceSize {
+	if len(w.buf) > 0 && len(w.buf)+len(line) > bufferSize {
 		if err := w.flush(); err != nil {
 			w.failed.Add(1)
 			return err
