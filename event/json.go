@@ -42,6 +42,7 @@ func (v *View) appendRows(b []byte, rows []row, depth int) (_ []byte, lost loss)
 		r := &rows[i]
 		shared = min(shared, max(r.shared, depth))
 		var value Value
+		var one string
 		var whole written
 		switch {
 		case r.others:
@@ -61,10 +62,12 @@ func (v *View) appendRows(b []byte, rows []row, depth int) (_ []byte, lost loss)
 			if value = flag(true); lost&r.field.tells == 0 {
 				continue
 			}
-		case r.fixed == "":
-			if r.field.write != nil {
-				break
+		case r.fixed != "", r.field.write != nil:
+		case r.field.text != nil:
+			if one = r.field.text(v); one == "" {
+				continue
 			}
+		default:
 			if value = r.field.get(v); !value.Set {
 				continue
 			}
@@ -90,6 +93,9 @@ func (v *View) appendRows(b []byte, rows []row, depth int) (_ []byte, lost loss)
 		case r.field.write != nil:
 			b = append(b, r.field.key...)
 			b, more = r.field.write(v, b)
+		case r.field.text != nil:
+			b = append(b, r.field.key...)
+			b, more = r.field.appendText(b, one, maxText)
 		default:
 			b = append(b, r.field.key...)
 			b, more = r.field.append(b, &value)
