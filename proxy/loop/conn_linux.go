@@ -41,6 +41,8 @@ type Conn struct {
 	broken bool  // as Look says from then on
 	ended  bool  // by this side, as Aborted says
 	unread bool  // something has come that was not read
+	dry    bool  // nothing is there to read, and epoll tells when something is
+	urgent bool  // a read may end before what is there does (tcp(7))
 	task   *Task // that waits for it
 	want   Events
 }
@@ -67,7 +69,7 @@ func (c *Conn) Watch() error {
 	}
 	p := &l.places[c.place]
 	p.conn = c
-	what := uint32(unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLRDHUP | unix.EPOLLET)
+	what := uint32(unix.EPOLLIN | unix.EPOLLPRI | unix.EPOLLOUT | unix.EPOLLRDHUP | unix.EPOLLET)
 	if c.level {
 		what = unix.EPOLLIN
 	}
@@ -84,7 +86,7 @@ func (c *Conn) leave() {
 	p.conn = nil
 	p.generation++
 	c.loop.free = append(c.loop.free, uint32(c.place))
-	c.place = -1
+	c.place, c.dry = -1, false
 }
 
 // unwatch stops events until somebody waits again.
@@ -99,15 +101,21 @@ func (c *Conn) happened(what uint32) {
 	c.seen |= Events(what)
 	c.gone = c.gone || c.seen&Gone != 0
 	c.unread = c.unread || c.seen&unix.EPOLLIN != 0
+	c.dry = c.dry && what&uint32(In) == 0
+	c.urgent = c.urgent || what&unix.EPOLLPRI != 0
 	if c.task != nil && c.seen&c.want != 0 {
 		c.loop.makeReady(c.task)
 	}
 }
 
-// Read reads what is there. The error is io.EOF when the other side sends no more.
+// Read reads what is there, or was when a wait last looked. The error is io.EOF when
+// the other side sends no more.
 func (c *Conn) Read(b []byte) (int, error) {
 	if c.fd < 0 {
 		return 0, net.ErrClosed
+	}
+	if c.dry {
+		return 0, ErrAgain
 	}
 	for {
 		n, _, errno := unix.RawSyscall(unix.SYS_READ, uintptr(c.fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
@@ -115,7 +123,7 @@ func (c *Conn) Read(b []byte) (int, error) {
 		case errno == unix.EINTR:
 		case errno == unix.EAGAIN:
 			c.seen &^= In
-			c.unread = false
+			c.drained()
 			return 0, ErrAgain
 		case errno != 0:
 			c.failed(errno)
@@ -126,12 +134,15 @@ func (c *Conn) Read(b []byte) (int, error) {
 		default:
 			if int(n) < len(b) && !c.gone { // that was all; more is another event, but for the end that was seen
 				c.seen &^= unix.EPOLLIN
-				c.unread = false
+				c.drained()
 			}
 			return int(n), nil
 		}
 	}
 }
+
+// drained is called when there is no more to read.
+func (c *Conn) drained() { c.unread, c.dry = false, c.place >= 0 && !c.gone && !c.urgent }
 
 // Write writes as much as there is room for: less than all of it comes with
 // ErrAgain. On a connection that is being made it is ErrAgain, too.
@@ -193,7 +204,7 @@ func (c *Conn) Reset() {
 // failed notes what the kernel tells only once. EPIPE is no such thing: this side may
 // have said itself that it writes no more.
 func (c *Conn) failed(errno unix.Errno) {
-	c.gone = true
+	c.gone, c.dry = true, false
 	c.broken = c.broken || errno != unix.EPIPE
 	c.ended = c.ended || errno == unix.ECONNABORTED
 }
@@ -250,7 +261,9 @@ func (c *Conn) Look() State {
 	case errno != 0:
 		c.failed(errno)
 		return Broken
-	case n > 0:
+	}
+	c.dry = false
+	if n > 0 {
 		return Ready
 	}
 	return Ended

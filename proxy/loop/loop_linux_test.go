@@ -667,27 +667,9 @@ func TestStirred(t *testing.T) {
 // The kernel tells of a reset once, and Look each time. A write after CloseWrite fails,
 // too, and says nothing of the other side.
 func TestStaysBroken(t *testing.T) {
+	tcp, other := tcpPair(t)
 	l := run(t)
-	ln, err := net.Listen("tcp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	tcp, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Connect(tcp, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: ln.Addr().(*net.TCPAddr).Port}); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.SetNonblock(tcp, true); err != nil {
-		t.Fatal(err)
-	}
-	other, err := ln.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	other.(*net.TCPConn).SetLinger(0)
+	other.SetLinger(0)
 	other.Close()
 	fd, far := pair(t)
 	do(t, l, func(k *Task) {
@@ -708,5 +690,93 @@ func TestStaysBroken(t *testing.T) {
 		if s := half.Look(); s != Ready {
 			t.Errorf("%v, though the other side has answered", s)
 		}
+	})
+}
+
+// tcpPair is pair over TCP.
+func tcpPair(t testing.TB) (fd int, far *net.TCPConn) {
+	t.Helper()
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	if fd, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Connect(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: ln.Addr().(*net.TCPAddr).Port}); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.SetNonblock(fd, true); err != nil {
+		t.Fatal(err)
+	}
+	c, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return fd, c.(*net.TCPConn)
+}
+
+// Nothing stays unread because a read that ended early said that there is no more: not
+// what has come since, nor what is behind urgent data, nor an end.
+func TestReadsAll(t *testing.T) {
+	fd, far := tcpPair(t)
+	l := run(t)
+	raw, err := far.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	do(t, l, func(k *Task) {
+		c := k.Adopt(fd)
+		defer c.Close()
+		if err := c.Watch(); err != nil {
+			t.Fatal(err)
+		}
+		buf := make([]byte, 16)
+		// It does not wait: at urgent data a read may say that nothing is there when
+		// a signal comes.
+		read := func(want string, end error) {
+			t.Helper()
+			var got []byte
+			for limit := time.Now().Add(time.Second); ; time.Sleep(time.Millisecond) {
+				n, err := c.Read(buf)
+				if got = append(got, buf[:n]...); string(got) == want && err == end {
+					return
+				}
+				if err != nil && err != ErrAgain || time.Now().After(limit) {
+					t.Fatalf("%q, want %q: %v", got, want, err)
+				}
+			}
+		}
+		wait := func() {
+			t.Helper()
+			if err := k.Wait(time.Now().Add(time.Second), Interest{c, In}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		far.Write([]byte("a"))
+		read("a", ErrAgain)
+		far.Write([]byte("b"))
+		for limit := time.Now().Add(time.Second); c.Look() != Ready; {
+			if time.Now().After(limit) {
+				t.Fatal("nothing comes")
+			}
+		}
+		if n, err := c.Read(buf); n != 1 || err != nil {
+			t.Errorf("%d, %v, though Look has seen it", n, err)
+		}
+		far.Write([]byte("c"))
+		if err := raw.Control(func(fd uintptr) { err = unix.Sendto(int(fd), []byte("!"), unix.MSG_OOB, nil) }); err != nil {
+			t.Fatal(err)
+		}
+		far.Write([]byte("d"))
+		time.Sleep(10 * time.Millisecond) // all of it is there
+		wait()
+		read("cd", ErrAgain)
+		far.Write([]byte("e"))
+		far.CloseWrite()
+		wait()
+		read("e", io.EOF)
 	})
 }
