@@ -17,7 +17,7 @@ import (
 
 // BenchmarkLevel3 asks about a connection of a process that is known, as a client's second one within milliseconds is.
 func BenchmarkLevel3(b *testing.B) {
-	f, conn := level3(b)
+	f, conn, _ := level3(b)
 	ctx := context.Background()
 	b.Run("Accounted", func(b *testing.B) {
 		b.ReportAllocs()
@@ -58,8 +58,9 @@ func BenchmarkLevel3(b *testing.B) {
 	})
 }
 
-// level3 has a client connect to the endpoint of a lab, in whose cgroup this process is until the end of the test.
-func level3(t testing.TB) (*attribution.Finder, attribution.Conn) {
+// level3 has a client connect to the endpoint of a lab, in whose cgroup this process is until the end of the test. The last is the other end of the
+// connection.
+func level3(t testing.TB) (*attribution.Finder, attribution.Conn, *net.TCPConn) {
 	t.Helper()
 	endpoint := netip.MustParseAddrPort("169.254.169.254:80")
 	lab := labtest.Start(t, netlab.Options{NoIMDS: true})
@@ -123,5 +124,5 @@ func level3(t testing.TB) (*attribution.Finder, attribution.Conn) {
 	if _, err := bufio.NewReader(out).ReadString('\n'); err != nil {
 		t.Fatal(err)
 	}
-	return f, attribution.Conn{Client: c.RemoteAddr().(*net.TCPAddr).AddrPort(), Endpoint: endpoint}
+	return f, attribution.Conn{Client: c.RemoteAddr().(*net.TCPAddr).AddrPort(), Endpoint: endpoint}, c.(*net.TCPConn)
 }

@@ -41,6 +41,8 @@ type Lookup struct {
 	unseen     bool // nobody sees who writes on the socket
 	closed     bool
 	searched   bool // Search was called
+	settled    bool // the witness still had the connection, and no writers, at so many changes
+	at         uint64
 }
 
 // subject is one process to judge.
@@ -174,11 +176,11 @@ func (l *Lookup) by(via string) {
 	}
 }
 
-// ask sets socket, reason and err. It is called before the Lookup is shared,
-// or with l.mu held.
-func (l *Lookup) ask() {
+// ask sets socket, reason and err, and reports whether the witness knew without the
+// kernel. It is called before the Lookup is shared, or with l.mu held.
+func (l *Lookup) ask() (still bool) {
 	if l.reason != Attributed {
-		return
+		return false
 	}
 	t := diag.Tuple{Local: l.conn.Client, Remote: l.conn.Endpoint}
 	again := l.socket.Inode != 0
@@ -186,7 +188,7 @@ func (l *Lookup) ask() {
 	var err error
 	switch {
 	case again && l.still(t):
-		return
+		return true
 	case l.conn.Forwarded:
 		s, err = l.elsewhere(t)
 	case again:
@@ -211,6 +213,7 @@ func (l *Lookup) ask() {
 	default:
 		l.reason, l.err = Failed, err
 	}
+	return false
 }
 
 // still reports whether the witness has the connection as it was: its socket was not
@@ -592,8 +595,13 @@ func (l *Lookup) check() {
 	if l.f.host.table != nil {
 		l.f.host.table.Drain() // what is lost changes the marks, too
 	}
-	if l.ask(); l.reason != Attributed {
-		return
+	at, settled := l.changed()
+	if !l.settled {
+		still := l.ask()
+		if l.reason != Attributed {
+			return
+		}
+		settled = settled && still
 	}
 	for _, s := range slices.Clone(l.subjects) {
 		if s.lost {
@@ -648,7 +656,19 @@ func (l *Lookup) check() {
 		s.proc, s.image, s.at = proc, image, time.Now()
 		l.since(s)
 	}
-	l.written()
+	if !l.settled {
+		l.settled, l.at = l.written() && settled, at
+	}
+}
+
+// changed asks the witness for its changes, and whether it is settled, and notes if what
+// it was asked before may have changed. It is called with l.mu held.
+func (l *Lookup) changed() (at uint64, settled bool) {
+	if len(l.connectors) == 1 {
+		at, settled = l.f.witness.Changes()
+	}
+	l.settled = l.settled && settled && at == l.at
+	return at, settled
 }
 
 // holds reports whether a descriptor refers to the socket, or the process does not let

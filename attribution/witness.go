@@ -25,6 +25,11 @@ type Witness interface {
 	// Writers names who else than the connector wrote on a connected socket. With
 	// more of them than are kept, the error is ErrTooMany beside those that are.
 	Writers(socketCookie uint64) ([]Actor, error)
+	// Changes counts what may have changed about sockets that were seen to connect:
+	// that they still are, and their writers. It is settled if nothing changes at this
+	// moment. What was asked after it was settled is so for as long as the number is the
+	// same. It takes nanoseconds.
+	Changes() (n uint64, settled bool)
 	// Executed is the last execve of a process since the witness was there, or with
 	// the time 0 that of whoever forked it, if it has executed nothing itself; the
 	// error is ErrNoWitness if there was none.

@@ -242,12 +242,14 @@ func (l *Lookup) acted(a Actor, st stat) bool {
 // ticks is a time since boot as field 22 of /proc/PID/stat has it.
 func ticks(boot time.Duration) uint64 { return uint64(boot / (time.Second / ticksPerSecond)) }
 
-// written adds those who wrote on the socket. It is called with l.mu held.
-func (l *Lookup) written() {
+// written adds those who wrote on the socket, and reports whether it is known that
+// nobody has. It is called with l.mu held.
+func (l *Lookup) written() (nobody bool) {
 	w := l.f.witness
 	if w == nil || len(l.connectors) == 0 {
-		return
+		return false
 	}
+	nobody = true
 	for _, c := range l.connectors {
 		writers, err := w.Writers(c.SocketCookie)
 		switch {
@@ -257,10 +259,12 @@ func (l *Lookup) written() {
 		case l.level == Level3:
 			l.unseen = true // of this socket alone: MPTCP
 		}
+		nobody = nobody && err == nil && len(writers) == 0
 		for _, a := range writers {
 			l.actor(RoleWriter, a)
 		}
 	}
+	return nobody
 }
 
 // created adds who made a subject another's child. It is called with l.mu held, or

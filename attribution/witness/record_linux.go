@@ -136,6 +136,7 @@ type shared struct {
 	forksLost   uint64
 	writes      uint64 // by connectors
 	writersLost uint64
+	foreign     uint64 // writers that were noted, or could not be
 	bound       uint64 // that could not be unbound
 }
 

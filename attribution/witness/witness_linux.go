@@ -370,6 +370,20 @@ func (w *Witness) Connectors(t diag.Tuple, forwarded bool) ([]attribution.Connec
 	return found, nil
 }
 
+// Changes implements attribution.Witness. It reads memory. A removal counts before it
+// begins, and a writer after he is noted, and before he can write.
+func (w *Witness) Changes() (n uint64, settled bool) {
+	w.mu.RLock()
+	defer w.mu.RUnlock()
+	if w.closed {
+		return 0, false
+	}
+	s := w.shared
+	forgotten := s.count(&s.forgotten)
+	forgetting := s.count(&s.forgetting)
+	return forgetting + s.count(&s.foreign), forgotten == forgetting
+}
+
 // connector appends who connected l.tuple: see program_linux.go. While somebody else
 // removes entries all the time, what is the same twice counts, too: both copies would
 // have to be torn at the same place.

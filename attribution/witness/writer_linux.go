@@ -104,6 +104,7 @@ func (p *plan) write(l *layout) asm.Instructions {
 		asm.LoadMem(asm.R1, asm.R7, offFlags, asm.Word), asm.Or.Imm(asm.R1, flagMoreWriters),
 		asm.StoreMem(asm.R7, offFlags, asm.R1, asm.Word),
 	)
+	c.count(p.shared, unsafe.Offsetof(shared{}.foreign), 1)
 	c.exit(0)
 
 	c.here("append")
@@ -123,6 +124,7 @@ func (p *plan) write(l *layout) asm.Instructions {
 		asm.LoadMem(asm.R1, asm.R7, offWriters, asm.Word), asm.Add.Imm(asm.R1, 1),
 		asm.StoreMem(asm.R7, offWriters, asm.R1, asm.Word),
 	)
+	c.count(p.shared, unsafe.Offsetof(shared{}.foreign), 1)
 	c.exit(0)
 	return c.ins
 }
