@@ -6,7 +6,7 @@ set -eu
 missing=
 # The demo's thief runs as a user who may not see a Python in root's home.
 [ -x /usr/bin/python3 ] || missing=' python3'
-for tool in go gcc curl iptables-nft iptables-legacy nft conntrack nsenter haproxy nginx shellcheck busybox groff zsh fish rpm dpkg-deb promtool debootstrap systemd-nspawn systemd-analyze; do
+for tool in go gcc curl iptables-nft iptables-legacy nft conntrack nsenter haproxy nginx shellcheck busybox groff zsh fish rpm dpkg-deb promtool debootstrap systemd-nspawn systemd-analyze qemu-aarch64; do
 	# /usr/sbin is not on every user's PATH.
 	PATH="$PATH:/usr/sbin:/sbin" command -v "$tool" >/dev/null 2>&1 || missing="$missing $tool"
 done
@@ -31,6 +31,7 @@ if command -v apt-get >/dev/null 2>&1; then
 		nsenter) package=util-linux ;;
 		systemd-nspawn) package=systemd-container ;;
 		systemd-analyze) package=systemd ;;
+		qemu-aarch64) package=qemu-user ;;
 		*) package=$tool ;;
 		esac
 		packages="$packages $package"
@@ -62,15 +63,16 @@ elif command -v dnf >/dev/null 2>&1; then
 		shellcheck) package=ShellCheck ;;
 		systemd-nspawn) package=systemd-container ;;
 		systemd-analyze) package=systemd ;;
+		qemu-aarch64) package=qemu-user ;;
 		*) package=$tool ;;
 		esac
 		packages="$packages $package"
 	done
 	# Where there is no ShellCheck and no busybox, no test is skipped without them; without
-	# fish that of its completions is, without promtool those of metrics, and without
-	# debootstrap there is no make test-boot.
+	# fish that of its completions is, without promtool those of metrics, without qemu-user
+	# that of the packages for another machine, and without debootstrap there is no make test-boot.
 	for package in $packages; do
-		dnf install -y -q "$package" || case $package in ShellCheck | busybox | fish | golang-github-prometheus | debootstrap) ;; *) exit 1 ;; esac
+		dnf install -y -q "$package" || case $package in ShellCheck | busybox | fish | golang-github-prometheus | qemu-user | debootstrap) ;; *) exit 1 ;; esac
 	done
 else
 	echo "missing:$missing; install them, this host has neither apt-get nor dnf" >&2

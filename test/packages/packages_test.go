@@ -1,5 +1,6 @@
 // Package packages tests what packaging/packages.sh makes: that it makes the same bytes
-// anywhere, and that deb, rpm and tarball bring the same files.
+// anywhere, that deb, rpm and tarball bring the same files, and that those for another
+// machine are for that one.
 package packages
 
 import (
@@ -7,6 +8,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"crypto/sha256"
+	"debug/elf"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -26,8 +28,15 @@ import (
 
 const version = "1.2.3~rc.1+4.gabcdef0"
 
-// build copies the source to a directory of its own, and makes the packages of this
-// machine's architecture there.
+// machine is one of those that there are packages for.
+type machine struct {
+	arch, rpm, qemu string // as Go, rpm and qemu call it
+	elf             elf.Machine
+}
+
+var machines = []machine{{"amd64", "x86_64", "x86_64", elf.EM_X86_64}, {"arm64", "aarch64", "aarch64", elf.EM_AARCH64}}
+
+// build copies the source to a directory of its own, and makes the packages there.
 func build(t *testing.T, dir string) string {
 	t.Helper()
 	list := exec.Command("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
@@ -50,7 +59,7 @@ func build(t *testing.T, dir string) string {
 			t.Fatal(err)
 		}
 	}
-	run(t, dir, []string{"VERSION=" + version, "SOURCE_DATE_EPOCH=1700000000", "ARCHES=" + runtime.GOARCH}, filepath.Join(dir, "packaging/packages.sh"))
+	run(t, dir, []string{"VERSION=" + version, "SOURCE_DATE_EPOCH=1700000000"}, filepath.Join(dir, "packaging/packages.sh"))
 	return filepath.Join(dir, "bin/packages")
 }
 
@@ -68,16 +77,6 @@ func run(t *testing.T, dir string, env []string, name string, args ...string) st
 	return string(out)
 }
 
-// only is the one file in a directory whose name ends so.
-func only(t *testing.T, dir, suffix string) string {
-	t.Helper()
-	found, err := filepath.Glob(filepath.Join(dir, "*"+suffix))
-	if err != nil || len(found) != 1 {
-		t.Fatalf("*%s: %v, %v", suffix, found, err)
-	}
-	return found[0]
-}
-
 func TestPackages(t *testing.T) {
 	out := build(t, filepath.Join(t.TempDir(), "here"))
 	t.Run("reproducible", func(t *testing.T) {
@@ -92,9 +91,95 @@ func TestPackages(t *testing.T) {
 			t.Errorf("%d files have a sum, of %d", n, len(sums(t, out))-1)
 		}
 	})
-	t.Run("contents", func(t *testing.T) { contents(t, out) })
-	t.Run("bill of materials", func(t *testing.T) { bill(t, out) })
-	t.Run("scripts", func(t *testing.T) { scripts(t, out) })
+	var files []map[string]file
+	for _, m := range machines {
+		t.Run(m.arch, func(t *testing.T) {
+			root := t.TempDir()
+			run(t, "", nil, "dpkg-deb", "--extract", m.only(t, out, ".deb"), root)
+			t.Run("contents", func(t *testing.T) { files = append(files, m.contents(t, out)) })
+			t.Run("programs", func(t *testing.T) { m.programs(t, root) })
+			t.Run("run", func(t *testing.T) { m.run(t, root) })
+			t.Run("bill of materials", func(t *testing.T) { m.bill(t, out, root) })
+			t.Run("scripts", func(t *testing.T) { m.scripts(t, out) })
+		})
+	}
+	t.Run("same", func(t *testing.T) {
+		if len(files) != len(machines) {
+			t.Fatal("not all could be read")
+		}
+		for _, program := range programs {
+			if files[0][program].sum == files[1][program].sum {
+				t.Errorf("%s is the same for both", program)
+			}
+			delete(files[0], program)
+			delete(files[1], program)
+		}
+		if diff := cmp.Diff(files[0], files[1], cmp.AllowUnexported(file{})); diff != "" {
+			t.Errorf("besides the programs (-%s +%s):\n%s", machines[0].arch, machines[1].arch, diff)
+		}
+	})
+}
+
+// programs are those that are for one machine.
+var programs = []string{"usr/sbin/imdsgated", "usr/bin/imdsgate"}
+
+// only is the package of a machine whose name ends so.
+func (m machine) only(t *testing.T, dir, suffix string) string {
+	t.Helper()
+	arch := m.arch
+	if suffix == ".rpm" {
+		arch = m.rpm
+	}
+	found, err := filepath.Glob(filepath.Join(dir, "*"+arch+suffix))
+	if err != nil || len(found) != 1 {
+		t.Fatalf("*%s%s: %v, %v", arch, suffix, found, err)
+	}
+	return found[0]
+}
+
+// programs need nothing but the machine's kernel: no loader, no library.
+func (m machine) programs(t *testing.T, root string) {
+	for _, program := range programs {
+		f, err := elf.Open(filepath.Join(root, program))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if f.Machine != m.elf || f.Type != elf.ET_EXEC {
+			t.Errorf("%s is of %v, %v", program, f.Machine, f.Type)
+		}
+		for _, p := range f.Progs {
+			if p.Type == elf.PT_INTERP || p.Type == elf.PT_DYNAMIC {
+				t.Errorf("%s has %v", program, p.Type)
+			}
+		}
+		f.Close()
+	}
+}
+
+// run has the programs do what needs no host. Where the machine is another one than this,
+// qemu takes its place.
+func (m machine) run(t *testing.T, root string) {
+	var emulator []string
+	if m.arch != runtime.GOARCH {
+		emulator = []string{"qemu-" + m.qemu}
+		if _, err := exec.LookPath(emulator[0]); err != nil && os.Getenv("CI") == "" {
+			t.Skipf("needs %s, which test/deps.sh installs", emulator[0])
+		}
+	}
+	profiles, err := filepath.Abs("../../packaging/profiles")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct{ program, args, says string }{
+		{"usr/sbin/imdsgated", "-version", "imdsgated " + version + "\n"},
+		{"usr/bin/imdsgate", "version", "imdsgate " + version + " (" + runtime.Version() + ", linux/" + m.arch + ")\n"},
+		{"usr/bin/imdsgate", "test " + profiles, " passed, 0 failed, in "},
+	} {
+		args := slices.Concat(emulator, []string{filepath.Join(root, c.program)}, strings.Fields(c.args))
+		if out := run(t, "", nil, args[0], args[1:]...); !strings.Contains(out, c.says) {
+			t.Errorf("%v says\n%s", args, out)
+		}
+	}
 }
 
 func sums(t *testing.T, dir string) map[string]string {
@@ -117,8 +202,8 @@ func sums(t *testing.T, dir string) map[string]string {
 // file is what packages say of one.
 type file struct{ mode, group, sum string }
 
-func contents(t *testing.T, out string) {
-	deb := fromTar(t, strings.NewReader(run(t, "", nil, "dpkg-deb", "--fsys-tarfile", only(t, out, ".deb"))), "./")
+func (m machine) contents(t *testing.T, out string) map[string]file {
+	deb := fromTar(t, strings.NewReader(run(t, "", nil, "dpkg-deb", "--fsys-tarfile", m.only(t, out, ".deb"))), "./")
 	for _, path := range []string{"usr/share/doc/imdsgate/changelog.gz", "usr/share/lintian/overrides/imdsgate"} {
 		if _, ok := deb[path]; !ok {
 			t.Errorf("the deb has no %s", path)
@@ -126,7 +211,7 @@ func contents(t *testing.T, out string) {
 		delete(deb, path) // Debian's own
 	}
 	rpm := map[string]file{}
-	listing := run(t, "", nil, "rpm", "--query", "--package", "--queryformat", `[%{FILENAMES} %{FILEMODES:perms} %{FILEGROUPNAME} %{FILEDIGESTS}\n]`, only(t, out, ".rpm"))
+	listing := run(t, "", nil, "rpm", "--query", "--package", "--queryformat", `[%{FILENAMES} %{FILEMODES:perms} %{FILEGROUPNAME} %{FILEDIGESTS}\n]`, m.only(t, out, ".rpm"))
 	for line := range strings.Lines(listing) {
 		if f := strings.Fields(line); strings.HasPrefix(f[1], "-") {
 			rpm[strings.TrimPrefix(f[0], "/")] = file{perms(t, f[1]), f[2], f[3]}
@@ -135,7 +220,7 @@ func contents(t *testing.T, out string) {
 	if diff := cmp.Diff(deb, rpm, cmp.AllowUnexported(file{})); diff != "" {
 		t.Errorf("deb and rpm (-deb +rpm):\n%s", diff)
 	}
-	packed, err := os.Open(only(t, out, ".tar.gz"))
+	packed, err := os.Open(m.only(t, out, ".tar.gz"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -145,7 +230,7 @@ func contents(t *testing.T, out string) {
 		t.Fatal(err)
 	}
 	tarball := map[string]file{}
-	for path, f := range fromTar(t, unpacked, fmt.Sprintf("imdsgate-%s-linux-%s/", version, runtime.GOARCH)) {
+	for path, f := range fromTar(t, unpacked, fmt.Sprintf("imdsgate-%s-linux-%s/", version, m.arch)) {
 		if path, staged := strings.CutPrefix(path, "root/"); staged {
 			f.group = deb[path].group // install.sh gives it
 			tarball[path] = f
@@ -166,16 +251,20 @@ func contents(t *testing.T, out string) {
 			t.Errorf("%s is %s", path, f.mode)
 		}
 	}
-	if conf := run(t, "", nil, "rpm", "--query", "--package", "--queryformat", `[%{FILENAMES} %{FILEFLAGS:fflags}\n]`, only(t, out, ".rpm")); !strings.Contains(conf, "/etc/imdsgate/config.yaml cn\n") {
+	if conf := run(t, "", nil, "rpm", "--query", "--package", "--queryformat", `[%{FILENAMES} %{FILEFLAGS:fflags}\n]`, m.only(t, out, ".rpm")); !strings.Contains(conf, "/etc/imdsgate/config.yaml cn\n") {
 		t.Errorf("for rpm the configuration is not config(noreplace):\n%s", conf)
 	}
-	if conf := run(t, "", nil, "dpkg-deb", "--info", only(t, out, ".deb"), "conffiles"); conf != "/etc/imdsgate/config.yaml\n" {
+	if conf := run(t, "", nil, "dpkg-deb", "--info", m.only(t, out, ".deb"), "conffiles"); conf != "/etc/imdsgate/config.yaml\n" {
 		t.Errorf("dpkg's configuration files: %q", conf)
 	}
 	// What is installed says which version it is.
-	if got := run(t, "", nil, "dpkg-deb", "--field", only(t, out, ".deb"), "Version"); got != version+"\n" {
-		t.Errorf("version %q", got)
+	if got := run(t, "", nil, "dpkg-deb", "--field", m.only(t, out, ".deb"), "Version", "Architecture"); got != "Version: "+version+"\nArchitecture: "+m.arch+"\n" {
+		t.Errorf("for dpkg it is %q", got)
 	}
+	if got := run(t, "", nil, "rpm", "--query", "--package", "--queryformat", "%{ARCH}", m.only(t, out, ".rpm")); got != m.rpm {
+		t.Errorf("for rpm it is of %q", got)
+	}
+	return deb
 }
 
 func fromTar(t *testing.T, r io.Reader, prefix string) map[string]file {
@@ -221,11 +310,9 @@ func perms(t *testing.T, s string) string {
 
 // bill compares the modules of the CycloneDX document with those that go version -m reads in
 // the program. The license of each is there, too.
-func bill(t *testing.T, out string) {
-	root := t.TempDir()
-	run(t, "", nil, "dpkg-deb", "--extract", only(t, out, ".deb"), root)
+func (m machine) bill(t *testing.T, out, root string) {
 	licenses := run(t, "", nil, "gzip", "--decompress", "--stdout", filepath.Join(root, "usr/share/doc/imdsgate/third-party-licenses.gz"))
-	for _, program := range []string{"usr/sbin/imdsgated", "usr/bin/imdsgate"} {
+	for _, program := range programs {
 		want := map[string]bool{}
 		for line := range strings.Lines(run(t, "", nil, "go", "version", "-m", filepath.Join(root, program))) {
 			if f := strings.Fields(line); len(f) == 4 && f[0] == "dep" {
@@ -235,7 +322,7 @@ func bill(t *testing.T, out string) {
 				}
 			}
 		}
-		b, err := os.ReadFile(filepath.Join(out, fmt.Sprintf("%s-%s-linux-%s.cdx.json", filepath.Base(program), version, runtime.GOARCH)))
+		b, err := os.ReadFile(filepath.Join(out, fmt.Sprintf("%s-%s-linux-%s.cdx.json", filepath.Base(program), version, m.arch)))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -265,15 +352,15 @@ func bill(t *testing.T, out string) {
 }
 
 // scripts: deb and rpm have the same, and the user that they make is that of sysusers.d.
-func scripts(t *testing.T, out string) {
+func (m machine) scripts(t *testing.T, out string) {
 	control := t.TempDir()
-	run(t, "", nil, "dpkg-deb", "--control", only(t, out, ".deb"), control)
+	run(t, "", nil, "dpkg-deb", "--control", m.only(t, out, ".deb"), control)
 	for deb, rpm := range map[string]string{"preinst": "PREIN", "postinst": "POSTIN", "prerm": "PREUN", "postrm": "POSTUN"} {
 		b, err := os.ReadFile(filepath.Join(control, deb))
 		if err != nil {
 			t.Fatal(err)
 		}
-		if in := run(t, "", nil, "rpm", "--query", "--package", "--queryformat", "%{"+rpm+"}", only(t, out, ".rpm")); strings.TrimSpace(in) != strings.TrimSpace(string(b)) {
+		if in := run(t, "", nil, "rpm", "--query", "--package", "--queryformat", "%{"+rpm+"}", m.only(t, out, ".rpm")); strings.TrimSpace(in) != strings.TrimSpace(string(b)) {
 			t.Errorf("%s of rpm is not %s of dpkg: %q", rpm, deb, in)
 		}
 	}
