@@ -9,9 +9,11 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -19,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/imdsgate/imdsgate/proxy/imds/imdstest"
 	"github.com/imdsgate/imdsgate/test/debian"
 	"github.com/imdsgate/imdsgate/test/gate"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
@@ -256,14 +259,72 @@ type outcome struct {
 	Last                    time.Time     `json:"last_failure"`
 }
 
-// load asks for a while. The function waits for the end.
+// load asks for a while, as a unit of the machine. The function waits for the end.
 func (m *machine) load(lasts time.Duration, args ...string) func() outcome {
 	m.T.Helper()
+	return m.loading(func() (string, int) {
+		return m.Try(append([]string{"systemd-run", "--quiet", "--pipe", "--wait", "amazon-ssm-agent", "-for", lasts.String()}, args...)...)
+	})
+}
+
+// contained is load from the container behind the machine's bridge.
+func (m *machine) contained(lasts time.Duration, args ...string) func() outcome {
+	m.T.Helper()
+	return m.loading(func() (string, int) {
+		cmd := exec.Command(filepath.Join(m.Image, "layer/usr/bin/amazon-ssm-agent"), append([]string{"-for", lasts.String()}, args...)...)
+		var out bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &out, &out
+		m.Bridged.Run(cmd)
+		return out.String(), cmd.ProcessState.ExitCode()
+	})
+}
+
+// withContainer is a lab in which everywhere is: a container gets tokens, as far as its way goes.
+var withContainer = netlab.Options{Containers: true, IMDS: &imdstest.Config{HopLimit: 2}}
+
+// everywhere is load from the machine, where others try to get the ports meanwhile, and from a
+// container, over both families. The outcomes are by the addresses that asked.
+func (m *machine) everywhere(lasts time.Duration, args ...string) func() map[string]outcome {
+	m.T.Helper()
+	less := append([]string{"-rate", "20"}, args...)
+	less6 := append([]string{"-endpoint", "[fd00:ec2::254]"}, less...)
+	loads := map[string]func() outcome{
+		"172.31.0.10": m.load(lasts, append([]string{"-bind"}, args...)...), "fd00:ec2:1::10": m.load(lasts, less6...),
+		"172.17.0.2": m.contained(lasts, less...), "fd00:ec2:17::2": m.contained(lasts, less6...),
+	}
+	return func() map[string]outcome {
+		m.T.Helper()
+		all := map[string]outcome{}
+		for from, load := range loads {
+			all[from] = load()
+		}
+		return all
+	}
+}
+
+// served complains of outcomes that are not what everywhere has without a daemon in the way, or
+// of which no event tells.
+func (m *machine) served(all map[string]outcome) {
+	m.T.Helper()
+	told := map[any]int{}
+	for _, d := range m.Documents() {
+		told[d.At("source.ip")]++
+	}
+	for _, from := range slices.Sorted(maps.Keys(all)) {
+		o := all[from]
+		if want := map[bool]int{true: 250, false: 100}[from == "172.31.0.10"]; o.Requests < want || o.Failed != 0 || o.Taken != 0 || told[from] == 0 {
+			m.T.Errorf("from %s, of which %d events tell: %+v", from, told[from], o)
+		} else {
+			m.T.Logf("from %s: %d requests, %d failed, the slowest took %v", from, o.Requests, o.Failed, o.Slowest.Round(time.Millisecond))
+		}
+	}
+}
+
+// loading runs what prints an outcome.
+func (m *machine) loading(run func() (string, int)) func() outcome {
 	out, code := "", 0
 	var running sync.WaitGroup
-	running.Go(func() {
-		out, code = m.Try(append([]string{"systemd-run", "--quiet", "--pipe", "--wait", "amazon-ssm-agent", "-for", lasts.String()}, args...)...)
-	})
+	running.Go(func() { out, code = run() })
 	return func() outcome {
 		m.T.Helper()
 		running.Wait()

@@ -29,6 +29,7 @@ type Outcome struct {
 }
 
 func main() {
+	endpoint := flag.String("endpoint", "169.254.169.254", "whom to ask")
 	path := flag.String("path", "/latest/meta-data/instance-id", "what to ask for; with the name of the role behind it if that ends in a slash")
 	lasts := flag.Duration("for", 0, "how long; 0 is once")
 	rate := flag.Int("rate", 50, "requests a second")
@@ -40,7 +41,7 @@ func main() {
 	var all sync.WaitGroup
 	ask := func() {
 		begin := time.Now()
-		err := fetch(*path, *late)
+		err := fetch(*endpoint, *path, *late)
 		took := time.Since(begin)
 		mu.Lock()
 		defer mu.Unlock()
@@ -56,8 +57,8 @@ func main() {
 	if *bind {
 		all.Go(func() {
 			for end := time.Now().Add(*lasts); time.Now().Before(end); time.Sleep(time.Millisecond) {
-				for _, addr := range []string{"127.0.0.1:254", "169.254.213.80:253"} {
-					ln, err := net.Listen("tcp4", addr)
+				for _, addr := range []string{"127.0.0.1:254", "169.254.213.80:253", "[::1]:254", "[fd69:6d64:7367::80]:253"} {
+					ln, err := net.Listen("tcp", addr)
 					if err == nil {
 						ln.Close()
 						o.Taken++
@@ -84,7 +85,7 @@ func main() {
 var connections atomic.Int64
 
 // fetch asks with a session token. Each request has a connection of its own.
-func fetch(path string, late time.Duration) error {
+func fetch(endpoint, path string, late time.Duration) error {
 	client := &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
 			c, err := new(net.Dialer).DialContext(ctx, network, address)
@@ -93,19 +94,19 @@ func fetch(path string, late time.Duration) error {
 			}
 			return c, err
 		}}}
-	token, err := ask(client, http.MethodPut, "/latest/api/token", "")
+	token, err := ask(client, http.MethodPut, "http://"+endpoint+"/latest/api/token", "")
 	if err != nil {
 		return err
 	}
-	body, err := ask(client, http.MethodGet, path, token)
+	body, err := ask(client, http.MethodGet, "http://"+endpoint+path, token)
 	if err == nil && path[len(path)-1] == '/' {
-		_, err = ask(client, http.MethodGet, path+body, token)
+		_, err = ask(client, http.MethodGet, "http://"+endpoint+path+body, token)
 	}
 	return err
 }
 
-func ask(client *http.Client, method, path, token string) (string, error) {
-	r, err := http.NewRequestWithContext(context.Background(), method, "http://169.254.169.254"+path, nil)
+func ask(client *http.Client, method, url, token string) (string, error) {
+	r, err := http.NewRequestWithContext(context.Background(), method, url, nil)
 	if err != nil {
 		return "", err
 	}
@@ -119,7 +120,7 @@ func ask(client *http.Client, method, path, token string) (string, error) {
 	defer answer.Body.Close()
 	body, err := io.ReadAll(answer.Body)
 	if err == nil && answer.StatusCode != http.StatusOK {
-		err = fmt.Errorf("%s %s: %s", method, path, answer.Status)
+		err = fmt.Errorf("%s %s: %s", method, url, answer.Status)
 	}
 	return string(body), err
 }
