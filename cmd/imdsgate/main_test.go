@@ -81,12 +81,18 @@ func TestOffline(t *testing.T) {
 	}
 }
 
-// Every verb says what it does and what its exit codes mean.
+// Every verb says what it does and what its exit codes mean, and one that is misspelt in a
+// script does not look as if it had been done.
 func TestHelp(t *testing.T) {
 	root := newRoot()
 	for _, cmd := range root.Commands() {
 		if cmd.Short == "" {
 			t.Errorf("%s has no help", cmd.Name())
+		}
+		if cmd.HasAvailableSubCommands() {
+			if got, code := imdsgate(cmd.Name(), "misspelt"); code != 2 {
+				t.Errorf("%s misspelt: %d\n%s", cmd.Name(), code, got)
+			}
 		}
 	}
 	if got, code := imdsgate("redirect", "verify", "--help"); code != 0 || !strings.Contains(got, "Exit status") {

@@ -16,6 +16,8 @@ func newProfiles(o *options) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "profiles",
 		Short: "Show the grants that are shipped for programs of a platform",
+		Args:  cobra.NoArgs,
+		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.AddCommand(newProfilesList(o), newProfilesShow(o))
 	return cmd

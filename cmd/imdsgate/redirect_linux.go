@@ -22,6 +22,8 @@ func newRedirect(o *options) *cobra.Command {
 		Long: `The rules that bring metadata traffic to the daemon. The daemon installs and
 watches them by itself; these verbs are for looking, for images that are built
 before it runs, and for cleaning up after one that is gone.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.AddCommand(newPrint(o), newInstall(o), newVerify(o), newRemove(o))
 	return cmd
