@@ -38,6 +38,16 @@ type Image struct {
 // Package is where the image has the package, too.
 const Package = "/opt/imdsgate.deb"
 
+// Sealed is a script that fails where something would be the same on all instances of an image,
+// or our units would not be enabled, also where systemd applies presets at the first boot.
+const Sealed = `test -e /etc/machine-id -a ! -s /etc/machine-id
+test ! -e /var/lib/imdsgate -a ! -e /var/log/imdsgate -a ! -e /run/imdsgate
+! test -f /var/lib/dbus/machine-id || test -L /var/lib/dbus/machine-id
+test "$(systemctl is-enabled imdsgated.socket imdsgated.service | uniq)" = enabled
+systemctl preset imdsgated.socket imdsgated.service 2>/dev/null
+test "$(systemctl is-enabled imdsgated.socket imdsgated.service | uniq)" = enabled
+`
+
 // Main runs the tests of a package. Before that it removes images that runs have left which
 // were killed, and afterwards this one. It does not return.
 func (i *Image) Main(m *testing.M) {
