@@ -2,6 +2,7 @@ package attribution
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -124,6 +125,33 @@ func act(how string, args []string) error {
 		}
 		// The runtime does not copy the arguments.
 		copy(unsafe.Slice(unsafe.StringData(os.Args[2]), len(os.Args[2])), "another")
+		return connected()
+	case "user": // connects as root, and as another user with a socket that it made before and with one that it makes then
+		if _, err := dialRaw(address); err != nil {
+			return err
+		}
+		before, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+		if err != nil {
+			return err
+		}
+		fmt.Println("connected")
+		in := bufio.NewReader(os.Stdin)
+		if _, err := in.ReadByte(); err != nil {
+			return err
+		}
+		if err := errors.Join(syscall.Setresgid(ordinaryUser, ordinaryUser, ordinaryUser), syscall.Setresuid(ordinaryUser, ordinaryUser, ordinaryUser)); err != nil {
+			return err
+		}
+		if err := unix.Connect(before, &unix.SockaddrInet4{Port: address.Port, Addr: [4]byte(address.IP.To4())}); err != nil {
+			return err
+		}
+		fmt.Println("connected")
+		if _, err := in.ReadByte(); err != nil {
+			return err
+		}
+		if _, err := dialRaw(address); err != nil {
+			return err
+		}
 		return connected()
 	case "fork": // connects, and starts a child that has the socket, too
 		fd, err := dialRaw(address)

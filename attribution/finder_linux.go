@@ -374,7 +374,7 @@ func (f *Finder) Process(pid int) (*Process, error) {
 		return nil, err
 	}
 	defer f.host.unpin(p)
-	proc, _, err := f.host.read(p, st)
+	proc, _, err := f.host.read(p, st, nil)
 	return proc, err
 }
 

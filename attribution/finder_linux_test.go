@@ -829,7 +829,7 @@ func TestExecAfterReading(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer f.host.unpin(p)
-		proc, _, err := f.host.read(p, st)
+		proc, _, err := f.host.read(p, st, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -856,5 +856,58 @@ func TestExecAfterReading(t *testing.T) {
 	}
 	if soon == 0 {
 		t.Error("none was read so soon after that it could have been taken for what it was")
+	}
+}
+
+// Who becomes another user and makes a socket as that is judged as that at once. Who holds a socket of another's is read
+// for each of his connections, and not for each question about one.
+func TestOtherUser(t *testing.T) {
+	f := newLevel(t, Level1, Options{})
+	ln := listen(t, "127.0.0.1:0")
+	cmd := exec.Command(install(t, "client"), ln.Addr().String())
+	cmd.SysProcAttr = &syscall.SysProcAttr{}
+	c := start(t, cmd, "user")
+	connection := func() Conn {
+		t.Helper()
+		conn := accept(t, ln)
+		c.line(t)
+		return conn
+	}
+	next := func() {
+		t.Helper()
+		if _, err := c.in.Write([]byte("\n")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	owner := func(l *Lookup) *Process {
+		t.Helper()
+		o := l.Owner(within(t))
+		if len(o.Subjects) != 1 {
+			t.Fatalf("%+v", o)
+		}
+		return o.Subjects[0]
+	}
+	if p := owner(find(t, f, connection())); p.UID != [4]uint32{} {
+		t.Errorf("users %d at the beginning", p.UID)
+	}
+	next()
+	madeBefore := connection()
+	next()
+	const u = ordinaryUser
+	if p := owner(find(t, f, connection())); p.UID != [4]uint32{u, u, u, u} || p.GID != p.UID {
+		t.Errorf("users %d and groups %d, want %d", p.UID, p.GID, u)
+	}
+	was := owner(find(t, f, madeBefore))
+	begin := time.Now()
+	l := find(t, f, madeBefore)
+	is := owner(l)
+	if is == was {
+		t.Error("not read for a connection that another user's socket has")
+	}
+	for range 5 {
+		time.Sleep(2 * checkedFor) // an answer may be so old
+		if now := owner(l); now != is && time.Since(begin) < toldFor {
+			t.Fatal("read again for one connection")
+		}
 	}
 }

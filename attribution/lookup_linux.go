@@ -562,7 +562,7 @@ func (l *Lookup) keep(role Role, p *Process) bool {
 // add reads one subject. The Lookup has its pin from then on.
 func (l *Lookup) add(s *subject, st stat) bool {
 	var err error
-	s.proc, s.image, err = l.f.host.read(s.pin, st)
+	s.proc, s.image, err = l.f.host.read(s.pin, st, func(p *Process) bool { return l.asUser(s, p) })
 	if err != nil {
 		switch {
 		case denied(err):
@@ -582,6 +582,14 @@ func (l *Lookup) add(s *subject, st stat) bool {
 	l.since(s)
 	l.created(s)
 	return true
+}
+
+// asUser reports whether a subject was read as the user who made the socket, and who acted:
+// the kernel tells of no setresuid(2). Others hold sockets, too, and are read for each
+// connection.
+func (l *Lookup) asUser(s *subject, p *Process) bool {
+	a := s.acted
+	return p.UID[3] == l.socket.UID && (a == nil || a.UID == p.UID[0] && a.GID == p.GID[0])
 }
 
 // check compares everything that is known with the present: the socket, the
@@ -637,7 +645,7 @@ func (l *Lookup) check() {
 		if st.image == s.image && l.f.host.fresh(s.at) {
 			continue
 		}
-		proc, image, err := l.f.host.read(s.pin, st)
+		proc, image, err := l.f.host.read(s.pin, st, nil)
 		if denied(err) {
 			l.reason, l.err = AccessDenied, err
 			return

@@ -393,11 +393,18 @@ func denied(err error) bool { return errors.Is(err, fs.ErrPermission) }
 // read reads a process with its ancestors, and says which image it read: the
 // same before and after, or it is read again.
 //
-// What was read a moment ago serves again while the image is the same: a client
-// that fetches credentials asks three times within milliseconds.
-func (h *host) read(p *pin, st stat) (*Process, image, error) {
+// What was read a moment ago serves again while the image is the same, and if it fits
+// what else is known; nil is for nothing: a client that fetches credentials asks three
+// times within milliseconds.
+func (h *host) read(p *pin, st stat, fits func(*Process) bool) (*Process, image, error) {
 	if st.read != nil {
-		return st.read, st.image, nil
+		if fits == nil || fits(st.read) {
+			return st.read, st.image, nil
+		}
+		var err error
+		if st, err = h.stat(p); err != nil {
+			return nil, image{}, err
+		}
 	}
 	if err := h.identify(p, &st.image); err != nil {
 		return nil, image{}, err
@@ -408,7 +415,7 @@ func (h *host) read(p *pin, st stat) (*Process, image, error) {
 		last = nil
 	}
 	h.mu.Unlock()
-	if last != nil {
+	if last != nil && (fits == nil || fits(last)) {
 		return last, st.image, nil
 	}
 	for try := range maxTries {

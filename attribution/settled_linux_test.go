@@ -17,8 +17,10 @@ import (
 // settled has a client that was asked about so often that the witness need not be.
 func settled(t *testing.T) (*attribution.Lookup, attribution.Owner, *net.TCPConn) {
 	t.Helper()
-	f, conn, server := level3(t)
-	l := f.Find(conn)
+	s := level3(t)
+	_, out := s.start("plain")
+	conn, server := s.accept(out)
+	l := s.Find(conn)
 	t.Cleanup(l.Close)
 	var o attribution.Owner
 	for range 3 {
