@@ -157,15 +157,11 @@ func (a *ahead) tidy(before time.Time) (next time.Time) {
 	return next
 }
 
-// has reports whether an address is the near end of a connection that is ready. It may
-// be called from any goroutine.
-func (a *ahead) has(near netip.AddrPort) bool {
+// has reports whether a connection is one that is ready. It may be called from any
+// goroutine.
+func (a *ahead) has(e ends) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	for _, s := range a.stocks {
-		if slices.ContainsFunc(s.ready, func(p prepared) bool { return p.near == near }) {
-			return true
-		}
-	}
-	return false
+	s := a.stocks[e.far]
+	return s != nil && slices.ContainsFunc(s.ready, func(p prepared) bool { return p.near == e.near })
 }

@@ -5,35 +5,40 @@ import (
 	"sync"
 )
 
-// ours are the connections to the service that sessions have, by their near ends. Its
-// methods may be called from any goroutine.
+// ends are those of a connection of ours. Another one may begin at the same address and
+// port, if it leads to another endpoint, and so may a client's (inet_hash_connect in
+// net/ipv4/inet_hashtables.c).
+type ends struct{ near, far netip.AddrPort }
+
+// ours are the connections to the service that sessions have. Its methods may be called
+// from any goroutine.
 type ours struct {
 	mu   sync.Mutex // guards the following
-	near map[netip.AddrPort]*session
+	have map[ends]*session
 }
 
-func (o *ours) add(near netip.AddrPort, s *session) {
+func (o *ours) add(e ends, s *session) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.near == nil {
-		o.near = map[netip.AddrPort]*session{}
+	if o.have == nil {
+		o.have = map[ends]*session{}
 	}
-	o.near[near] = s
+	o.have[e] = s
 }
 
 // remove is called before the connection is closed: then somebody else may get its port.
 // It may be called again.
-func (o *ours) remove(near netip.AddrPort, s *session) {
+func (o *ours) remove(e ends, s *session) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.near[near] == s {
-		delete(o.near, near)
+	if o.have[e] == s {
+		delete(o.have, e)
 	}
 }
 
-// find is the session whose connection begins there, or nil.
-func (o *ours) find(near netip.AddrPort) *session {
+// find is the session whose connection that is, or nil.
+func (o *ours) find(e ends) *session {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.near[near]
+	return o.have[e]
 }

@@ -406,11 +406,11 @@ func (p *Proxy) looped(client *session) bool {
 	if uid, known := client.lookup.UID(); !known || uid != p.uid {
 		return false
 	}
-	if p.ahead.has(client.conn.Source) { // which learns it by being reset
+	if p.ahead.has(client.arrived()) { // which learns it by being reset
 		p.stats.Looped.Add(1)
 		return true
 	}
-	s := p.ours.find(client.conn.Source)
+	s := p.ours.find(client.arrived())
 	if s == nil {
 		return false
 	}
@@ -419,13 +419,13 @@ func (p *Proxy) looped(client *session) bool {
 	return true
 }
 
-// own reports whether an address is the near end of a connection of ours to the service.
-func (p *Proxy) own(a netip.AddrPort) bool { return p.ours.find(a) != nil || p.ahead.has(a) }
+// own reports whether a connection is one of ours to the service.
+func (p *Proxy) own(e ends) bool { return p.ours.find(e) != nil || p.ahead.has(e) }
 
-// For names the client for whom a connection of ours to the service is, by the near
-// end of that connection. It is false for every other connection.
-func (p *Proxy) For(near netip.AddrPort) (client netip.AddrPort, ok bool) {
-	s := p.ours.find(near)
+// For names the client for whom a connection of ours to the service is, by the ends of
+// that. It is false for every other connection.
+func (p *Proxy) For(near, endpoint netip.AddrPort) (client netip.AddrPort, ok bool) {
+	s := p.ours.find(ends{near, endpoint})
 	if s == nil {
 		return netip.AddrPort{}, false
 	}

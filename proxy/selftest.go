@@ -19,7 +19,7 @@ import (
 
 // A self-test goes the way of a client's request: through the redirect, into the backlog
 // of the listener, and through the event loop into a session. That session answers it
-// itself, and nothing reaches the service. It is known by the near end of its
+// itself, and nothing reaches the service. It is known by the ends of its
 // connection, which nobody else can have meanwhile, and by a secret that was made for
 // it alone. It is not recorded, and counted nowhere.
 
@@ -45,31 +45,33 @@ const (
 // selfTest has what is sent, and what is to come back.
 type selfTest struct{ ask, answer string }
 
-// selfTests are those that are under way, by the near ends of their connections. Its
-// methods may be called from any goroutine.
+// selfTests are those that are under way, by their connections. Its methods may be called
+// from any goroutine.
 type selfTests struct {
-	mu   sync.Mutex // guards near, and is held from before a near end is connected until it is there
-	near map[netip.AddrPort]selfTest
+	mu   sync.Mutex // guards open, and is held from before one connects until it is there
+	open map[ends]selfTest
 }
 
-func (a *selfTests) dial(dst netip.AddrPort, t selfTest) (fd int, near netip.AddrPort, err error) {
+func (a *selfTests) dial(dst netip.AddrPort, t selfTest) (fd int, e ends, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if fd, near, err = dial(dst, 0, 0); err == nil {
-		if a.near == nil {
-			a.near = map[netip.AddrPort]selfTest{}
+	fd, near, err := dial(dst, 0, 0)
+	e = ends{near, dst}
+	if err == nil {
+		if a.open == nil {
+			a.open = map[ends]selfTest{}
 		}
-		a.near[near] = t
+		a.open[e] = t
 	}
-	return fd, near, err
+	return fd, e, err
 }
 
 // take gives each away once.
-func (a *selfTests) take(near netip.AddrPort) (selfTest, bool) {
+func (a *selfTests) take(e ends) (selfTest, bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	t, ok := a.near[near]
-	delete(a.near, near)
+	t, ok := a.open[e]
+	delete(a.open, e)
 	return t, ok
 }
 
@@ -82,11 +84,11 @@ func (p *Proxy) SelfTest(ctx context.Context, endpoint netip.AddrPort) error {
 	accepted := p.acceptedOver(endpoint)
 	before := accepted.Load()
 	err := p.onLoop(ctx, func(t *loop.Task) error {
-		fd, near, err := p.selfTests.dial(endpoint, secret)
+		fd, e, err := p.selfTests.dial(endpoint, secret)
 		if err != nil {
 			return err
 		}
-		defer p.selfTests.take(near)
+		defer p.selfTests.take(e)
 		c := t.Adopt(fd)
 		defer c.Close()
 		until := time.Now().Add(selfTestIn)
@@ -100,7 +102,7 @@ func (p *Proxy) SelfTest(ctx context.Context, endpoint netip.AddrPort) error {
 		case err == nil && answer != secret.answer:
 			return ErrNotRedirected
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			if _, waits := p.selfTests.take(near); waits && accepted.Load() != before {
+			if _, waits := p.selfTests.take(e); waits && accepted.Load() != before {
 				return ErrBusy
 			}
 			return ErrUnanswered
@@ -191,7 +193,7 @@ func (s *session) testsItself() bool {
 	if s.forwarded {
 		return false
 	}
-	test, ok := s.p.selfTests.take(s.conn.Source)
+	test, ok := s.p.selfTests.take(s.arrived())
 	if !ok {
 		return false
 	}

@@ -25,7 +25,7 @@ func TestSelfTest(t *testing.T) {
 		t.Errorf("the service got %q", got)
 	}
 	r.proxy.selfTests.mu.Lock()
-	left := len(r.proxy.selfTests.near)
+	left := len(r.proxy.selfTests.open)
 	r.proxy.selfTests.mu.Unlock()
 	if n := r.proxy.Stats().Connections.Load(); n != 0 || left != 0 {
 		t.Errorf("%d connections were counted, %d tests are left", n, left)

@@ -152,8 +152,11 @@ func (s *session) ends() bool {
 // asks: where there is room for both, and it is none of ours that came back. Where
 // requests are counted it waits even for those, since it costs the service packets.
 func (s *session) early() bool {
-	return s.p.pace.each == 0 && !s.forwarded && s.room && !s.p.own(s.conn.Source)
+	return s.p.pace.each == 0 && !s.forwarded && s.room && !s.p.own(s.arrived())
 }
+
+// arrived are the ends of the client's connection as it made it.
+func (s *session) arrived() ends { return ends{s.conn.Source, s.conn.Destination} }
 
 // first reports whether the request is there, and may be read before it is known who
 // asks: where the kernel has kept who called connect.
@@ -288,7 +291,7 @@ func (s *session) dial() error {
 
 func (s *session) reached(up *loop.Conn, near netip.AddrPort, prepared bool) {
 	s.up, s.near, s.prepared, s.used = up, near, prepared, false
-	s.p.ours.add(near, s)
+	s.p.ours.add(ends{near, s.conn.Destination}, s)
 }
 
 // old reports whether the connection to the service may have waited for a request so
@@ -298,7 +301,7 @@ func (s *session) old() bool { return s.used || s.prepared }
 // hangUp ends the connection to the service.
 func (s *session) hangUp() {
 	if s.up != nil {
-		s.p.ours.remove(s.near, s)
+		s.p.ours.remove(ends{s.near, s.conn.Destination}, s)
 		s.up.Close()
 		s.half.told = false
 	}

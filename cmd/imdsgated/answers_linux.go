@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -236,14 +237,15 @@ func (d *daemon) whois(ctx context.Context, q control.Question) (any, error) {
 		return nil, fmt.Errorf("%w: %q is not an address with a port", control.ErrBadQuestion, q.Args.Get("client"))
 	}
 	client = netip.AddrPortFrom(client.Addr().Unmap(), client.Port())
-	if asker, ours := d.proxy.For(client); ours {
-		return nil, fmt.Errorf("%w: %v is our own connection to the service, for the client %v: ask for that", control.ErrBadQuestion, client, asker)
-	}
 	ctx, cancel := context.WithTimeout(ctx, whoisTakes)
 	defer cancel()
-	var none error
+	var own, none error
 	for _, endpoint := range d.rules.Endpoints {
 		if endpoint.Addr().Is4() != client.Addr().Is4() {
+			continue
+		}
+		if asker, ours := d.proxy.For(client, endpoint); ours {
+			own = fmt.Errorf("%w: %v is our own connection to the service, for the client %v: ask for that", control.ErrBadQuestion, client, asker)
 			continue
 		}
 		for _, forwarded := range []bool{false, true} {
@@ -272,10 +274,7 @@ func (d *daemon) whois(ctx context.Context, q control.Question) (any, error) {
 			return w, nil
 		}
 	}
-	if none == nil {
-		none = fmt.Errorf("%w: the service has no endpoint for clients like %v", control.ErrBadQuestion, client)
-	}
-	return nil, none
+	return nil, cmp.Or(own, none, fmt.Errorf("%w: the service has no endpoint for clients like %v", control.ErrBadQuestion, client))
 }
 
 // whoisTakes bounds the wait of a person for a search of the host.
