@@ -43,6 +43,7 @@ func (k *slowKernel) Connectors(t diag.Tuple, _ bool) ([]attribution.Connector, 
 }
 
 func (k *slowKernel) Writers(uint64) ([]attribution.Actor, error) { return nil, errors.ErrUnsupported }
+func (k *slowKernel) Changes() (uint64, bool)                     { return 0, false }
 func (k *slowKernel) Creator(int) (attribution.Actor, error) {
 	return attribution.Actor{}, errors.ErrUnsupported
 }
