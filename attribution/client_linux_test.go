@@ -77,6 +77,29 @@ func act(how string, args []string) error {
 		}
 		fmt.Println(c.LocalAddr(), c.RemoteAddr())
 		return connected()
+	case "crowd": // likewise, many times
+		if out, err := exec.Command("ip", "link", "set", "lo", "up").CombinedOutput(); err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		ln, err := net.Listen("tcp", args[0])
+		if err != nil {
+			return err
+		}
+		var all []net.Conn
+		defer func() { runtime.KeepAlive(all) }()
+		for range crowd {
+			c, err := net.Dial("tcp", ln.Addr().String())
+			if err != nil {
+				return err
+			}
+			other, err := ln.Accept()
+			if err != nil {
+				return err
+			}
+			all = append(all, c, other)
+			fmt.Println(c.LocalAddr(), c.RemoteAddr())
+		}
+		return connected()
 	case "plain":
 		if _, err := dialRaw(address); err != nil {
 			return err
@@ -261,6 +284,9 @@ func act(how string, args []string) error {
 	}
 	return fmt.Errorf("no such way")
 }
+
+// crowd is how many connections a client has that has many.
+const crowd = 3000
 
 // dialRaw connects without CLOEXEC.
 func dialRaw(a *net.TCPAddr) (int, error) {

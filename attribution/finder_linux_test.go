@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -496,6 +497,86 @@ func TestOtherNamespace(t *testing.T) {
 			t.Errorf("may enter %v, and %d sockets are kept", mayEnter, len(f.namespaces.conns))
 		}
 	}
+}
+
+// aCrowd is a Finder that may not enter a network namespace, in which a client has many connections.
+func aCrowd(t testing.TB) (f *Finder, conns []Conn) {
+	t.Helper()
+	f = newFinder(t)
+	f.namespaces.closed = true
+	cmd := exec.Command(install(t, "inside"), "127.0.0.1:0")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+	c := start(t, cmd, "crowd")
+	for range crowd {
+		ends := c.line(t)
+		conns = append(conns, Conn{Client: netip.MustParseAddrPort(ends[0]), Endpoint: netip.MustParseAddrPort(ends[1]), Forwarded: true})
+	}
+	return f, conns
+}
+
+// What many connections of a container ask at once about does not have its table read for each of them.
+func TestCrowdAsks(t *testing.T) {
+	f, conns := aCrowd(t)
+	var lookups []*Lookup
+	for _, conn := range conns[:64] {
+		l := find(t, f, conn)
+		if o := l.Owner(within(t)); !o.Attributed() {
+			t.Fatalf("%+v", o)
+		}
+		lookups = append(lookups, l)
+	}
+	spent := func(what func()) time.Duration {
+		var before, after unix.Rusage
+		unix.Getrusage(unix.RUSAGE_SELF, &before)
+		what()
+		unix.Getrusage(unix.RUSAGE_SELF, &after)
+		return time.Duration(after.Utime.Nano() + after.Stime.Nano() - before.Utime.Nano() - before.Stime.Nano())
+	}
+	changed := func(l *Lookup) {
+		if l.Changed() {
+			t.Error("changed")
+		}
+	}
+	one := spent(func() {
+		for _, l := range lookups[:8] {
+			changed(l)
+		}
+	}) / 8
+	all := spent(func() {
+		var asking sync.WaitGroup
+		for _, l := range lookups {
+			asking.Go(func() { changed(l) })
+		}
+		asking.Wait()
+	})
+	if t.Logf("one takes %v, and %d at once %v", one, len(lookups), all); all > one*time.Duration(len(lookups))/3 {
+		t.Error("it is read for each of them")
+	}
+}
+
+func BenchmarkCrowd(b *testing.B) {
+	f, conns := aCrowd(b)
+	l := find(b, f, conns[crowd/2])
+	b.Run("one", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			l.Changed()
+		}
+	})
+	var lookups []*Lookup
+	for _, conn := range conns[:64] {
+		lookups = append(lookups, find(b, f, conn))
+	}
+	b.Run("64 at once", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			var asking sync.WaitGroup
+			for _, l := range lookups {
+				asking.Go(func() { l.Changed() })
+			}
+			asking.Wait()
+		}
+	})
 }
 
 // A path that another mount namespace shows, and a file that another user

@@ -1,17 +1,9 @@
 package attribution
 
 import (
-	"bufio"
-	"bytes"
-	"encoding/binary"
 	"errors"
-	"fmt"
-	"io"
-	"net/netip"
-	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -37,6 +29,8 @@ type namespaces struct {
 
 	conns  map[uint64]*netnsConn // by the inode of the namespace
 	closed bool                  // to us: setns(2) is not permitted
+
+	tables tables // of those that are not kept
 }
 
 type netnsConn struct {
@@ -188,7 +182,7 @@ func (n *namespaces) wait(asked time.Time) {
 
 // elsewhere finds a client's socket in another network namespace: in that of the
 // process which was seen to connect it or, at levels without a witness, in all there
-// are. It reads the namespace's table, as long as its connections are many.
+// are. It may read the namespace's table.
 func (l *Lookup) elsewhere(t diag.Tuple) (diag.Socket, error) {
 	var found []diag.Socket
 	var err error
@@ -243,7 +237,7 @@ func (f *Finder) connections(candidates map[string]int, t diag.Tuple, all bool) 
 		if c, ok := f.namespaces.conn(f.host, pid, all); ok {
 			s, err = c.Find(t, 0)
 		} else {
-			s, err = f.host.connection(pid, t)
+			s, err = f.namespaces.tables.find(f.host, pid, t)
 		}
 		switch {
 		case err == nil:
@@ -253,72 +247,4 @@ func (f *Finder) connections(candidates map[string]int, t diag.Tuple, all bool) 
 		}
 	}
 	return found, nil
-}
-
-// connection reads the tables of a process's network namespace for one socket
-// (proc_pid_net(5)).
-func (h *host) connection(pid int, t diag.Tuple) (diag.Socket, error) {
-	files := []string{"net/tcp6"}
-	if t.Local.Addr().Is4() {
-		files = []string{"net/tcp", "net/tcp6"} // the second has sockets that speak IPv4 through IPv6
-	}
-	for i, name := range files {
-		file, err := os.Open(filepath.Join(h.proc, strconv.Itoa(pid), name))
-		if err != nil {
-			return diag.Socket{}, err
-		}
-		mapped := i == 1
-		s, err := connectionIn(file, t, mapped)
-		file.Close()
-		if !errors.Is(err, diag.ErrNotFound) {
-			return s, err
-		}
-	}
-	return diag.Socket{}, diag.ErrNotFound
-}
-
-// connectionIn finds the line of a socket. Lines that are about others are not
-// parsed, since whoever lives in the namespace can make many.
-func connectionIn(r io.Reader, t diag.Tuple, mapped bool) (diag.Socket, error) {
-	wanted := []byte(" " + hexAddr(t.Local, mapped) + " " + hexAddr(t.Remote, mapped) + " ")
-	lines := bufio.NewScanner(r)
-	for lines.Scan() {
-		if !bytes.Contains(lines.Bytes(), wanted) {
-			continue
-		}
-		fields := strings.Fields(lines.Text())
-		if len(fields) < 10 {
-			return diag.Socket{}, errors.New("not the format of /proc/net/tcp")
-		}
-		state, err1 := strconv.ParseUint(fields[3], 16, 8)
-		uid, err2 := strconv.ParseUint(fields[7], 10, 32)
-		inode, err3 := strconv.ParseUint(fields[9], 10, 32)
-		if err := errors.Join(err1, err2, err3); err != nil {
-			return diag.Socket{}, fmt.Errorf("not the format of /proc/net/tcp: %w", err)
-		}
-		if inode == 0 || !diag.State(state).Connected() {
-			return diag.Socket{}, diag.ErrGone
-		}
-		return diag.Socket{Tuple: t, State: diag.State(state), Inode: uint32(inode), UID: uint32(uid), Mapped: mapped}, nil
-	}
-	if err := lines.Err(); err != nil {
-		return diag.Socket{}, err
-	}
-	return diag.Socket{}, diag.ErrNotFound
-}
-
-// hexAddr writes an address as the kernel does there: as numbers of 32 bits, in the
-// byte order of the machine (net/ipv4/tcp_ipv4.c, get_tcp4_sock).
-func hexAddr(a netip.AddrPort, mapped bool) string {
-	b := a.Addr().AsSlice()
-	if mapped {
-		all := a.Addr().As16()
-		b = all[:]
-	}
-	var text strings.Builder
-	for ; len(b) > 0; b = b[4:] {
-		fmt.Fprintf(&text, "%08X", binary.NativeEndian.Uint32(b))
-	}
-	fmt.Fprintf(&text, ":%04X", a.Port())
-	return text.String()
 }
