@@ -4,7 +4,7 @@
 set -eu
 dir=$1
 suite=${2:-bookworm}
-packages=systemd,systemd-sysv,dbus,iptables,iproute2,curl,python3,procps
+packages=systemd,systemd-sysv,dbus,iptables,iproute2,curl,python3,procps,rpm
 # What the tree was made of, so that a change here makes it anew.
 recipe="$suite minbase $packages"
 

@@ -1,6 +1,7 @@
 // Package chroot tries packages and what is for images in a Debian of their own (tree.sh),
 // a fresh one for each test: installed, upgraded and removed they leave nothing, and the
-// programs that they are written for accept them. 'make test-packages' runs it.
+// programs that they are written for accept them. 'make test-packages' runs it, and 'make
+// test' what takes no more than the tree of test/boot: to install, upgrade and remove.
 package chroot
 
 import (
