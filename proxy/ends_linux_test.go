@@ -162,7 +162,7 @@ func TestClientFromSelfTestsPort(t *testing.T) {
 	goOn := r.hold()
 	undo := ports(t, 20203)
 	client := r.dialTo(another.String(), false) // accepted first
-	fd, at, err := r.proxy.selfTests.dial(imds.Endpoints[0], selfTest{"ask", "answer"})
+	fd, at, err := r.proxy.selfTests.dial(imds.Endpoints[0], 0, 0, selfTest{"ask", "answer"})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -52,10 +52,10 @@ type selfTests struct {
 	open map[ends]selfTest
 }
 
-func (a *selfTests) dial(dst netip.AddrPort, t selfTest) (fd int, e ends, err error) {
+func (a *selfTests) dial(dst netip.AddrPort, mark uint32, minTTL int, t selfTest) (fd int, e ends, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	fd, near, err := dial(dst, 0, 0)
+	fd, near, err := dial(dst, mark, minTTL)
 	e = ends{near, dst}
 	if err == nil {
 		if a.open == nil {
@@ -84,7 +84,7 @@ func (p *Proxy) SelfTest(ctx context.Context, endpoint netip.AddrPort) error {
 	accepted := p.acceptedOver(endpoint)
 	before := accepted.Load()
 	err := p.onLoop(ctx, func(t *loop.Task) error {
-		fd, e, err := p.selfTests.dial(endpoint, secret)
+		fd, e, err := p.selfTests.dial(endpoint, 0, 0, secret)
 		if err != nil {
 			return err
 		}

@@ -146,6 +146,23 @@ func (d *diagnosis) print(w io.Writer, quiet bool) error {
 	return p.err
 }
 
+// ofHopLimit has the daemon ask the service, since nobody else gets past the daemon.
+func (d *diagnosis) ofHopLimit(ctx context.Context, client *control.Client) {
+	ctx, cancel := context.WithTimeout(ctx, hopLimitTakes)
+	defer cancel()
+	var l report.HopLimit
+	switch err := client.Get(ctx, "hop-limit", nil, &l); {
+	case err != nil:
+		d.leave("the hop limit of the instance: " + err.Error())
+	case l.Beyond:
+		d.find("hop-limit", notable, "the hop limit of the instance is 2 or more: containers get session tokens, and with them credentials of the host's role, unless policy refuses",
+			"aws ec2 modify-instance-metadata-options --http-put-response-hop-limit 1; then containers get none, and need roles of their own (of the ECS task, of the EKS pod) or the host's network")
+	}
+}
+
+// hopLimitTakes is what the daemon takes for two endpoints that do not answer, and more.
+const hopLimitTakes = 12 * time.Second
+
 // ofStatus is what the daemon itself knows to be wrong. It reports whether one runs.
 func (d *diagnosis) ofStatus(ctx context.Context, client *control.Client) (s report.Status, running bool) {
 	ctx, cancel := context.WithTimeout(ctx, statusTakes)

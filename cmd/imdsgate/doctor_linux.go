@@ -69,7 +69,11 @@ func (o *options) diagnose(ctx context.Context, d *diagnosis, preflight bool) er
 	default:
 		d.attack(ctx, client, rules, running)
 	}
-	d.leave("the hop limit of the instance: it takes the EC2 API (aws ec2 describe-instances --query '…MetadataOptions')")
+	if running {
+		d.ofHopLimit(ctx, client)
+	} else {
+		d.leave("the hop limit of the instance: it takes a daemon that runs, or the EC2 API (aws ec2 describe-instances --query '…MetadataOptions')")
+	}
 	d.leave("whether other machines have the same machine-id: it takes the others")
 	d.leave("packet sockets (AF_PACKET): whoever has CAP_NET_RAW sends past every firewall of the host; SECURITY.md")
 	d.leave("containers with a network interface of the instance: from level 2 on their connections are seen when they are made")

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"slices"
 	"strconv"
 	"time"
 
@@ -16,6 +17,7 @@ import (
 	"github.com/imdsgate/imdsgate/cmd/report"
 	"github.com/imdsgate/imdsgate/control"
 	"github.com/imdsgate/imdsgate/event/sink"
+	"github.com/imdsgate/imdsgate/iptables"
 	"github.com/imdsgate/imdsgate/policy"
 	"github.com/imdsgate/imdsgate/proxy"
 	"github.com/prometheus/procfs"
@@ -31,6 +33,7 @@ func (d *daemon) routes() map[string]control.Route {
 		"credentials": {Answer: d.credentials},
 		"decisions":   {Answer: d.listDecisions},
 		"mode":        {Answer: d.answerMode},
+		"hop-limit":   {Answer: d.hopLimit},
 
 		"decisions/add":    {Change: true, Answer: d.addDecision},
 		"decisions/delete": {Change: true, Answer: d.deleteDecisions},
@@ -200,6 +203,21 @@ func (d *daemon) credentials(_ context.Context, q control.Question) (any, error)
 		c.Issued = append(c.Issued, i)
 	}
 	return c, nil
+}
+
+// hopLimit asks the instance's own service, at the first of its endpoints that answers.
+func (d *daemon) hopLimit(ctx context.Context, _ control.Question) (any, error) {
+	err := fmt.Errorf("%w: no endpoint of the instance is configured", control.ErrBadQuestion)
+	for _, e := range (iptables.Config{}).WithDefaults().Endpoints {
+		if !slices.Contains(d.rules.Endpoints, e) {
+			continue
+		}
+		var l report.HopLimit
+		if l.Beyond, err = d.proxy.BeyondHost(ctx, e); err == nil {
+			return l, nil
+		}
+	}
+	return nil, err
 }
 
 // explain judges the requests that a process could make.

@@ -34,6 +34,11 @@ type Status struct {
 	Files     Files           `json:"files"`
 }
 
+// HopLimit is how far session tokens come from the service.
+type HopLimit struct {
+	Beyond bool `json:"beyond_host"` // the instance's hop limit is 2 or more
+}
+
 // Files are what the daemon has read, and itself.
 type Files struct {
 	Loaded  []File   `json:"loaded"`

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -29,6 +30,7 @@ import (
 type examined struct {
 	Findings []struct{ ID, Severity, Message, Fix string }
 	Probes   []struct{ Way, As, From, Result, Detail string }
+	Left     []string `json:"not_looked_at"`
 	code     int
 	text     string
 }
@@ -148,6 +150,42 @@ func TestDoctor(t *testing.T) {
 			}
 		})
 	}
+}
+
+// The hop limit is measured, over whatever family answers, where the mode lets nobody else
+// past the daemon, and where the redirect is removed.
+func TestDoctorHopLimit(t *testing.T) {
+	t.Parallel()
+	var mute atomic.Bool
+	h := start(t, netlab.Options{IMDS: &imdstest.Config{TokensRequired: true, Fault: func(r *imdstest.Request) (f imdstest.Fault) {
+		if mute.Load() && r.Method == "PUT" {
+			f.Outcome = imdstest.Silence
+		}
+		return f
+	}}}, "mode: enforce\n")
+	finds := func(want bool, left string) {
+		t.Helper()
+		e := h.doctor()
+		if e.has("hop-limit") != want {
+			t.Errorf("%s", e.text)
+		}
+		if at := slices.IndexFunc(e.Left, func(l string) bool { return strings.HasPrefix(l, "the hop limit") }); (at >= 0) != (left != "") || at >= 0 && !strings.Contains(e.Left[at], left) {
+			t.Errorf("not looked at: %q", e.Left)
+		}
+	}
+	finds(false, "")
+	h.IMDS.SetHopLimit(2)
+	finds(true, "")
+	h.Instance.Do(func() error { return exec.Command("ip", "route", "replace", "unreachable", "169.254.169.254").Run() })
+	finds(true, "")
+	h.setMode("off", "--for", "5m")
+	finds(true, "")
+	h.IMDS.SetHopLimit(1)
+	finds(false, "")
+	mute.Store(true)
+	finds(false, "no answer")
+	h.Stop()
+	finds(false, "a daemon that runs")
 }
 
 // Each hole that somebody makes is found, by what gets through it.
