@@ -83,6 +83,17 @@ func (f *Field) Value(v *View) Value {
 	return f.get(v)
 }
 
+// Text is Value, of a field that is one text: "" for none. It reports false of any other.
+func (f *Field) Text(v *View) (text string, is bool) {
+	switch {
+	case f.text == nil:
+		return "", false
+	case f.docs&(1<<v.Document) == 0 || f.asked && v.Kind == Started:
+		return "", true
+	}
+	return f.text(v), true
+}
+
 // Lasting reports whether all documents of this kind that are about the same process of
 // the same host, seen as the child of the same parent, have the same value.
 func (f *Field) Lasting(d Document) bool { return (f.lasting|^f.docs)&(1<<d) != 0 }

@@ -23,7 +23,7 @@ func (e *Event) Views() []View {
 	if e.Repeats.Requests > 0 {
 		return []View{{Event: e, Document: RequestDecision, Subject: e.subject()}}
 	}
-	views := make([]View, 0, 4)
+	views := make([]View, 0, len(e.Starts)+len(e.Subjects)+1+len(e.Decision.Matches))
 	for _, p := range e.Starts {
 		views = append(views, View{Event: e, Document: ProcessStart, Subject: p})
 	}

@@ -57,6 +57,12 @@ func (d *document) Time() time.Time { return d.Timestamp() }
 
 func (d *document) Value(slot int) eql.Value {
 	f := &event.Fields[slot]
+	if text, is := f.Text(&d.View); is {
+		if text == "" {
+			return eql.Value{}
+		}
+		return eql.String(text)
+	}
 	v := f.Value(&d.View)
 	if !v.Set {
 		return eql.Value{}

@@ -152,11 +152,11 @@ func (h *Head) partial(b []byte) error {
 }
 
 func (r *Request) requestLine(line []byte) error {
-	parts := bytes.Split(line, []byte(" "))
-	if len(parts) != 3 {
-		return Malformed("request line of %d parts", len(parts))
+	method, rest, _ := bytes.Cut(line, []byte(" "))
+	target, version, _ := bytes.Cut(rest, []byte(" "))
+	if n := bytes.Count(line, []byte(" ")) + 1; n != 3 {
+		return Malformed("request line of %d parts", n)
 	}
-	method, target, version := parts[0], parts[1], parts[2]
 	if len(method) == 0 || len(method) > 32 || !isToken(method) {
 		return Malformed("method")
 	}
