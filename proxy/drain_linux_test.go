@@ -88,6 +88,32 @@ func TestDrain(t *testing.T) {
 	answer(later)
 }
 
+// What cannot be read waits for a connection to the service since audit mode, and is not sent in enforce mode.
+func TestTunnelBeginsTooLate(t *testing.T) {
+	r := newRig(t, setting{policy: policy.Config{Mode: policy.Audit}, lab: netlab.Options{NoIMDS: true}})
+	seen := make(chan string, 1)
+	serve(t, r, func(_ int, c *net.TCPConn, _ func() error) {
+		got, _ := io.ReadAll(c)
+		seen <- string(got)
+	})
+	drop := []string{"OUTPUT", "-d", "169.254.169.254", "-p", "tcp", "-m", "mark", "--mark", fmt.Sprint(testMark), "-j", "DROP"}
+	run(t, "iptables", append([]string{"-I"}, drop...)...)
+	c := r.dial(false)
+	fmt.Fprintf(c, "GET /latest/meta-data/instance-id HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n")
+	until(t, "waiting", func() (waits bool) {
+		r.each(func(s *session) { waits = s.unread })
+		return waits
+	})
+	r.engine.SetMode(policy.Enforce)
+	run(t, "iptables", append([]string{"-D"}, drop...)...)
+	if got, end := talk(t, c, "", 5*time.Second); got != "" || end != "RST" {
+		t.Errorf("the client got %q, %s", got, end)
+	}
+	if got := <-seen; got != "" {
+		t.Errorf("the service got %q", got)
+	}
+}
+
 // A client about whom the kernel is being asked has no slot yet, and perhaps an answer
 // of audit mode on its way. That is waited for, and not for ever.
 func TestDrainArriving(t *testing.T) {

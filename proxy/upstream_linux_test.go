@@ -18,6 +18,7 @@ import (
 	"github.com/imdsgate/imdsgate/proxy/imds/imdstest"
 	"github.com/imdsgate/imdsgate/proxy/loop"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
+	"golang.org/x/sys/unix"
 )
 
 // service stands in for the metadata service where a test says when it ends its
@@ -371,6 +372,42 @@ func TestShutdownAccepts(t *testing.T) {
 	}
 	time.Sleep(10 * time.Millisecond)
 	goOn()
+	if got, end := talk(t, c, "", 5*time.Second); !strings.Contains(got, " 200 OK\r\n") || end != "FIN" {
+		t.Errorf("%q, %s", got, end)
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+// The same when there are no descriptors, until others have ended.
+func TestShutdownAcceptsWithoutDescriptors(t *testing.T) {
+	r := newRig(t, setting{policy: policy.Config{Mode: policy.Audit}, lab: netlab.Options{IMDS: emulator()}})
+	goOn := r.hold()
+	c := r.dial(false)
+	io.WriteString(c, askA)
+	limit := func(n uint64) (was uint64) {
+		t.Helper()
+		var l unix.Rlimit
+		err := unix.Prlimit(0, unix.RLIMIT_NOFILE, nil, &l)
+		was, l.Cur = l.Cur, n
+		if err == nil {
+			err = unix.Prlimit(0, unix.RLIMIT_NOFILE, &l, nil)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return was
+	}
+	was := limit(3)
+	done := make(chan error)
+	go func() { done <- r.proxy.Shutdown(context.Background()) }()
+	for !r.proxy.closing.Load() {
+		time.Sleep(time.Millisecond)
+	}
+	goOn()
+	time.Sleep(200 * time.Millisecond)
+	limit(was)
 	if got, end := talk(t, c, "", 5*time.Second); !strings.Contains(got, " 200 OK\r\n") || end != "FIN" {
 		t.Errorf("%q, %s", got, end)
 	}
