@@ -88,6 +88,7 @@ type Finder struct {
 
 	conntrack *diag.Conntrack // nil where the witness tells the time
 	timed     bool            // it notes times because we told it to
+	origins   *diag.Conntrack // nil without SharedPorts
 	witness   Witness
 	older     map[uint64]bool // cookies of sockets that were connected before the witness was there
 	levels    []LevelState
@@ -118,6 +119,9 @@ func New(o Options) (*Finder, error) {
 	}
 	f.probe1(o)
 	f.probe2(o)
+	if err := f.openOrigins(o.Endpoints); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
 	if f.witness != nil && len(o.Endpoints) > 0 {
 		older, err := f.diag.Connected(o.Endpoints)
 		if err != nil {
@@ -218,6 +222,38 @@ func (f *Finder) probe2(o Options) {
 	f.levels = append(f.levels, LevelState{Level: Level2}, LevelState{Level3, probeLevel3(f.witness, f.host.self)})
 }
 
+// openOrigins opens what Origin asks.
+func (f *Finder) openOrigins(endpoints []netip.AddrPort) (err error) {
+	four := 0
+	for _, e := range endpoints {
+		if e.Addr().Is4() {
+			four++
+		}
+	}
+	if four > 1 || len(endpoints)-four > 1 {
+		f.origins, err = diag.OpenConntrack()
+	}
+	return err
+}
+
+// SharedPorts reports whether there are several endpoints of one family. Two clients may
+// begin at one port then. The later one comes here from another port, since both are led to
+// the same place, and it may be that of a third client.
+func (f *Finder) SharedPorts() bool { return f.origins != nil }
+
+// Origin is where the client of an accepted connection to an endpoint began, by both ends
+// as the acceptor has them. It is for where there are SharedPorts, and takes microseconds.
+func (f *Finder) Origin(local, peer, endpoint netip.AddrPort) (client netip.AddrPort, err error) {
+	t, err := f.origins.Origin(diag.Tuple{Local: local, Remote: peer})
+	if err == nil && t.Remote != endpoint {
+		err = fmt.Errorf("%w: it led to %v", diag.ErrMismatch, t.Remote)
+	}
+	if err != nil {
+		return netip.AddrPort{}, fmt.Errorf("find out where the connection from %v to %v began: %w", peer, endpoint, err)
+	}
+	return t.Local, nil
+}
+
 func (f *Finder) openConntrack() error {
 	c, err := diag.OpenConntrack()
 	if err != nil {
@@ -273,8 +309,10 @@ func (f *Finder) Close() error {
 	if f.timed {
 		errs = append(errs, diag.DisableTimestamps())
 	}
-	if f.conntrack != nil {
-		errs = append(errs, f.conntrack.Close())
+	for _, c := range []*diag.Conntrack{f.conntrack, f.origins} {
+		if c != nil {
+			errs = append(errs, c.Close())
+		}
 	}
 	return errors.Join(append(errs, f.diag.Close())...)
 }

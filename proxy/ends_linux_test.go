@@ -2,8 +2,10 @@ package proxy
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/netip"
@@ -11,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -21,15 +24,21 @@ import (
 )
 
 // another is a second endpoint of a rig, from which the same local port leads to another connection.
-var another = netip.MustParseAddrPort("169.254.169.254:81")
+var (
+	another = netip.MustParseAddrPort("169.254.169.254:81")
+	two     = append(slices.Clone(imds.Endpoints), another)
+)
 
 const askOnce = "GET /latest/meta-data/ami-id HTTP/1.1\r\n" + host + "Connection: close\r\n\r\n"
 
 func (r *rig) serveAnother() {
 	r.t.Helper()
-	r.proxy.options.Endpoints = append(slices.Clone(imds.Endpoints), another)
-	run(r.t, "iptables", "-t", "nat", "-A", "OUTPUT", "-d", another.Addr().String(), "-p", "tcp", "--dport", "81",
-		"-m", "mark", "!", "--mark", fmt.Sprint(testMark), "-j", "REDIRECT", "--to-ports", "254")
+	to := []string{"-d", another.Addr().String(), "-p", "tcp", "--dport", "81"}
+	run(r.t, "iptables", slices.Concat([]string{"-t", "nat", "-A", "OUTPUT"}, to,
+		[]string{"-m", "mark", "!", "--mark", fmt.Sprint(testMark), "-j", "REDIRECT", "--to-ports", "254"})...)
+	if r.lab.Bridged != nil {
+		run(r.t, "iptables", slices.Concat([]string{"-t", "nat", "-A", "PREROUTING"}, to, []string{"-j", "DNAT", "--to-destination", "172.17.0.1:254"})...)
+	}
 	ln, err := r.lab.Metadata.Listen(r.t.Context(), nil, "tcp", another.String())
 	if err != nil {
 		r.t.Fatal(err)
@@ -63,15 +72,12 @@ func ports(t *testing.T, port uint16) (undo func()) {
 	return undo
 }
 
-// keeps is a client from a port that has an answer and keeps its connection.
-func keeps(t *testing.T, port int, endpoint netip.AddrPort) net.Conn {
+// unused is a port that no test has had: a connection that has ended keeps it for a minute.
+func unused() uint16 { return uint16(21000 + rand.N(4000)) }
+
+// keeps has a client get an answer, and its connection kept.
+func keeps(t *testing.T, c net.Conn) {
 	t.Helper()
-	d := net.Dialer{Timeout: 3 * time.Second, LocalAddr: &net.TCPAddr{IP: net.ParseIP("172.31.0.10"), Port: port}}
-	c, err := d.Dial("tcp", endpoint.String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { c.Close() })
 	io.WriteString(c, askA)
 	c.SetReadDeadline(time.Now().Add(3 * time.Second))
 	resp, err := http.ReadResponse(bufio.NewReader(c), nil)
@@ -81,17 +87,21 @@ func keeps(t *testing.T, port int, endpoint netip.AddrPort) net.Conn {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return c
 }
 
 // Two connections of ours that begin at the same port and lead to two endpoints are told apart.
 func TestTwoFromOnePort(t *testing.T) {
-	r := newRig(t, setting{lab: netlab.Options{IMDS: &imdstest.Config{Persistence: imdstest.AlwaysKeep}}})
+	r := newRig(t, setting{lab: netlab.Options{IMDS: &imdstest.Config{Persistence: imdstest.AlwaysKeep}}, endpoints: two})
 	r.serveAnother()
-	const port = 20201
-	defer ports(t, port)()
+	goOn := r.hold()
+	first, second := r.dial(false), r.dialTo(another.String(), false)
+	port := unused()
+	undo := ports(t, port)
+	goOn()
+	keeps(t, first)
+	keeps(t, second)
+	undo()
 	near := netip.MustParseAddrPort(fmt.Sprint("172.31.0.10:", port))
-	first, second := keeps(t, 25101, imds.Endpoints[0]), keeps(t, 25102, another)
 	whose := func(endpoint netip.AddrPort) string {
 		client, ok := r.proxy.For(near, endpoint)
 		if !ok {
@@ -121,7 +131,7 @@ func TestClientFromOurPort(t *testing.T) {
 		from func(t *testing.T, r *rig) uint16 // begins a connection of ours to the first endpoint
 	}{
 		{"of a session", func(t *testing.T, r *rig) (port uint16) {
-			keeps(t, 25103, imds.Endpoints[0])
+			keeps(t, r.dial(false))
 			r.each(func(s *session) { port = s.near.Port() })
 			return port
 		}},
@@ -134,7 +144,7 @@ func TestClientFromOurPort(t *testing.T) {
 		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			r := newRig(t, setting{lab: netlab.Options{IMDS: &imdstest.Config{Persistence: imdstest.AlwaysKeep}}, ahead: 1})
+			r := newRig(t, setting{lab: netlab.Options{IMDS: &imdstest.Config{Persistence: imdstest.AlwaysKeep}}, ahead: 1, endpoints: two})
 			r.serveAnother()
 			port := c.from(t, r)
 			goOn := r.hold()
@@ -155,24 +165,63 @@ func TestClientFromOurPort(t *testing.T) {
 	}
 }
 
-// A client from the port of a self-test that leads to another endpoint is not taken for that.
+// A client from the port of a self-test that leads to another endpoint is not taken for that, and takes nothing from it.
 func TestClientFromSelfTestsPort(t *testing.T) {
-	r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}})
+	r := newRig(t, setting{lab: netlab.Options{IMDS: emulator()}, endpoints: two})
 	r.serveAnother()
 	goOn := r.hold()
-	undo := ports(t, 20203)
+	undo := ports(t, unused())
 	client := r.dialTo(another.String(), false) // accepted first
-	fd, at, err := r.proxy.selfTests.dial(imds.Endpoints[0], 0, 0, selfTest{"ask", "answer"})
+	fd, _, err := r.proxy.selfTests.dial(imds.Endpoints[0], 0, 0, selfTest{"ask", "answer"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer unix.Close(fd)
+	test := os.NewFile(uintptr(fd), "self-test")
+	defer test.Close()
 	undo()
 	goOn()
 	if got, end := talk(t, client, askOnce, 3*time.Second); !strings.HasSuffix(got, "of another") || end != "FIN" {
-		t.Errorf("%q, %s", got, end)
+		t.Errorf("the client: %q, %s", got, end)
 	}
-	if _, waits := r.proxy.selfTests.take(at); !waits {
-		t.Error("the self-test was taken for another")
+	test.SetDeadline(time.Now().Add(3 * time.Second))
+	io.WriteString(test, "ask")
+	if got, err := io.ReadAll(test); err != nil || string(got) != "answer" {
+		t.Errorf("the self-test: %q, %v", got, err)
 	}
+}
+
+// Of two clients that begin at one port and lead to two endpoints the tracker gives the later one another port, since both
+// are led to the same place. It is known by its own.
+func TestTwoClientsFromOnePort(t *testing.T) {
+	for _, forwarded := range []bool{false, true} {
+		t.Run(fmt.Sprint("forwarded ", forwarded), func(t *testing.T) {
+			r := newRig(t, setting{lab: netlab.Options{IMDS: &imdstest.Config{Persistence: imdstest.AlwaysKeep, HopLimit: 64}, Containers: forwarded}, endpoints: two})
+			r.serveAnother()
+			in := r.lab.Instance
+			if forwarded {
+				in = r.lab.Bridged
+			}
+			d := &net.Dialer{Timeout: 3 * time.Second, LocalAddr: &net.TCPAddr{Port: int(unused())}, Control: reuse}
+			for i, endpoint := range []netip.AddrPort{imds.Endpoints[0], another} {
+				c, err := in.Dial(t.Context(), d, "tcp4", endpoint.String())
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer c.Close()
+				if got, _ := talk(t, c.(*net.TCPConn), askA, 300*time.Millisecond); !strings.HasPrefix(got, "HTTP/1.1 200") {
+					t.Errorf("%v: %q", endpoint, got)
+				}
+				ev := r.recorded(i + 1)[i]
+				if near := unmap(c.LocalAddr().(*net.TCPAddr).AddrPort()); ev.Connection.Source != near || ev.Attribution.Reason == "no_socket" {
+					t.Errorf("%v: from %v, and known as %v (%s)", endpoint, near, ev.Connection.Source, ev.Attribution.Reason)
+				}
+			}
+		})
+	}
+}
+
+// reuse lets several sockets be bound to one port.
+func reuse(_, _ string, c syscall.RawConn) (err error) {
+	ctl := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) })
+	return errors.Join(ctl, err)
 }

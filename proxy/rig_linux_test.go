@@ -52,6 +52,8 @@ type setting struct {
 	conns  int
 	rate   int
 	ahead  int
+	// endpoints are more than the service's own; nil for those.
+	endpoints []netip.AddrPort
 	// silence bounds the silence of either side; 0 is as long as outside of tests.
 	silence time.Duration
 	// half bounds the wait for a client that sends no more; likewise.
@@ -71,7 +73,10 @@ func newRig(t testing.TB, s setting) *rig {
 	if err := netlink.ConntrackTableFlush(netlink.ConntrackTable); err != nil {
 		t.Fatal(err)
 	}
-	finder, err := attribution.New(attribution.Options{Witness: s.witness})
+	if s.endpoints == nil {
+		s.endpoints = imds.Endpoints
+	}
+	finder, err := attribution.New(attribution.Options{Witness: s.witness, Endpoints: s.endpoints})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -85,7 +90,7 @@ func newRig(t testing.TB, s setting) *rig {
 	}
 	r.engine = policy.NewEngine(p)
 	r.proxy = New(Options{
-		Endpoints: imds.Endpoints, Mark: testMark, MaxConns: s.conns, Rate: s.rate, DialAhead: s.ahead, Host: func() *event.Host { return testHost },
+		Endpoints: s.endpoints, Mark: testMark, MaxConns: s.conns, Rate: s.rate, DialAhead: s.ahead, Host: func() *event.Host { return testHost },
 		Forwardable: func(_, _ netip.AddrPort) error { return nil },
 		Record: func(ev *event.Event) {
 			r.mu.Lock()

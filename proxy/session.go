@@ -111,7 +111,7 @@ func (s *session) run() {
 	stats := &s.p.stats
 	dst, err := originalDst(s.client, s.conn.Source.Addr().Is4())
 	s.conn.Destination = dst
-	redirected := err == nil && s.p.serves(dst)
+	redirected := err == nil && s.p.serves(dst) && s.began()
 	if redirected && s.testsItself() {
 		return
 	}
@@ -140,6 +140,20 @@ func (s *session) run() {
 			return
 		}
 	}
+}
+
+// began corrects where the client began, if that need not be where it comes from.
+func (s *session) began() bool {
+	if !s.p.finder.SharedPorts() {
+		return true
+	}
+	var here netip.AddrPort
+	var err error
+	s.client.Control(func(fd int) { here, err = nearEnd(fd) })
+	if err == nil {
+		s.conn.Source, err = s.p.finder.Origin(here, s.conn.Source, s.conn.Destination)
+	}
+	return err == nil
 }
 
 // ends reports whether the connection shall end when nothing is under way. It may be

@@ -171,8 +171,34 @@ func (c *Conntrack) whyUntimed() error {
 	return ErrTimestampsOff
 }
 
+// Origin is what a connection was before any redirect, by what it is for who accepted it:
+// who opened it, and where it led. On its way the tracker may have given it another
+// destination and, where the answers of two would look alike, another source port
+// (nf_nat_used_tuple in net/netfilter/nf_nat_core.c).
+//
+// Errors are ErrNotFound, ErrMismatch, or what the netlink socket said.
+func (c *Conntrack) Origin(accepted Tuple) (Tuple, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	// It is looked for in either direction, and this is that of the answers.
+	e, err := c.ask(accepted)
+	if err == nil && (e.tuple == accepted || e.protocol != protoTCP) {
+		err = fmt.Errorf("%w: asked conntrack who opened %v, got %v of protocol %d", ErrMismatch, accepted, e.tuple, e.protocol)
+	}
+	return e.tuple, err
+}
+
 // get asks for one entry by its original tuple.
 func (c *Conntrack) get(t Tuple) (entry, error) {
+	e, err := c.ask(t)
+	if err != nil {
+		return entry{}, err
+	}
+	return e, e.check(t)
+}
+
+// ask asks for the entry that has a tuple, in whichever direction.
+func (c *Conntrack) ask(t Tuple) (entry, error) {
 	const (
 		ctGet = unix.NFNL_SUBSYS_CTNETLINK<<8 | 1 // IPCTNL_MSG_CT_GET
 		ctNew = unix.NFNL_SUBSYS_CTNETLINK << 8   // IPCTNL_MSG_CT_NEW
@@ -198,7 +224,7 @@ func (c *Conntrack) get(t Tuple) (entry, error) {
 	if err != nil {
 		return entry{}, fmt.Errorf("read what conntrack says of %v: %w", t, err)
 	}
-	return e, e.check(t)
+	return e, nil
 }
 
 // newClock returns a function that reads both clocks.
