@@ -2,17 +2,21 @@ package attribution
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/imdsgate/imdsgate/test/lab/labtest"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
+	"golang.org/x/sys/unix"
 )
 
 // TestDirect has a connection that is older than a redirect, and redirected ones of which the proxy has the other
@@ -118,6 +122,60 @@ func testDirect(t *testing.T, endpoint netip.AddrPort) {
 	}
 	if got, making := direct(uint32(os.Geteuid())); len(got) != 0 || making != 0 {
 		t.Errorf("ours: local ports %v; %d are being made", got, making)
+	}
+}
+
+// Of two clients that begin at one port and lead to two endpoints the tracker leads the later one here from another port.
+// It is redirected nevertheless.
+func TestDirectFromOnePort(t *testing.T) {
+	l := labtest.Start(t, netlab.Options{NoIMDS: true})
+	listener := netip.MustParseAddrPort("127.0.0.1:254")
+	endpoints := []netip.AddrPort{netip.MustParseAddrPort("169.254.169.254:80"), netip.MustParseAddrPort("169.254.169.254:81")}
+	var f *Finder
+	if err := l.Instance.Do(func() (err error) {
+		f, err = New(Options{Endpoints: endpoints})
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	ln, err := l.Instance.Listen(t.Context(), nil, "tcp", listener.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	peers := map[string]bool{}
+	var halves []io.Closer
+	for _, e := range endpoints {
+		if err := l.Instance.Run(exec.Command("iptables", "-t", "nat", "-A", "OUTPUT", "-d", e.Addr().String(), "-p", "tcp",
+			"--dport", strconv.Itoa(int(e.Port())), "-j", "REDIRECT", "--to-ports", "254")); err != nil {
+			t.Fatal(err)
+		}
+		d := &net.Dialer{LocalAddr: &net.TCPAddr{Port: 25120}, Control: func(_, _ string, c syscall.RawConn) (err error) {
+			ctl := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) })
+			return errors.Join(ctl, err)
+		}}
+		c, err := l.Instance.Dial(t.Context(), d, "tcp4", e.String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		accepted, err := ln.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer accepted.Close()
+		peers[accepted.RemoteAddr().String()] = true
+		halves = append(halves, c, accepted)
+	}
+	halves[0].Close() // so that nothing is left of the other half
+	halves[1].Close()
+	if len(peers) != 2 {
+		t.Fatalf("they come from %v: the test tests nothing", peers)
+	}
+	const nobody = 65534
+	if found, making, err := f.Direct(endpoints, []netip.AddrPort{listener}, nobody); err != nil || len(found)+len(making) > 0 {
+		t.Errorf("direct: %v, being made: %v, %v", found, making, err)
 	}
 }
 

@@ -350,12 +350,17 @@ func (f *Finder) Direct(endpoints, listeners []netip.AddrPort, uid uint32) (dire
 			making = append(making, s)
 			continue
 		}
-		redirected, half := false, false
+		redirected, half, from := false, false, s.Local
+		if f.origins != nil {
+			if a, err := f.origins.Accepted(s.Tuple); err == nil {
+				from = a.Remote
+			}
+		}
 		for _, l := range listeners {
 			if l.Addr().Is4() != s.Local.Addr().Is4() {
 				continue
 			}
-			other, err := f.diag.Find(diag.Tuple{Local: l, Remote: s.Local}, 0)
+			other, err := f.diag.Find(diag.Tuple{Local: l, Remote: from}, 0)
 			switch {
 			case err == nil && other.State == diag.SynRecv:
 				half = true

@@ -23,6 +23,7 @@ var ErrClockStepped = errors.New("the clock was set since the connection began")
 // An entry is what conntrack said about one connection.
 type entry struct {
 	tuple    Tuple // in the direction in which the connection was opened
+	answers  Tuple // in the other one, with what was translated
 	protocol byte
 	zone     bool   // in a zone of its own (the CT target of iptables)
 	start    uint64 // nanoseconds of CLOCK_REALTIME; 0 when not noted
@@ -32,9 +33,10 @@ type entry struct {
 const (
 	sizeofNfgen = 4 // struct nfgenmsg
 
-	ctaTupleOrig = 1
-	ctaZone      = 18
-	ctaTimestamp = 20
+	ctaTupleOrig  = 1
+	ctaTupleReply = 2
+	ctaZone       = 18
+	ctaTimestamp  = 20
 
 	ctaTupleIP    = 1
 	ctaTupleProto = 2
@@ -104,7 +106,9 @@ func parseEntry(b []byte) (entry, error) {
 	err := attrs(b[sizeofNfgen:], func(typ uint16, value []byte) (err error) {
 		switch typ {
 		case ctaTupleOrig:
-			err = e.parseTuple(value)
+			e.tuple, err = e.parseTuple(value)
+		case ctaTupleReply:
+			e.answers, err = new(entry).parseTuple(value)
 		case ctaZone:
 			e.zone = true // zone 0 is not mentioned
 		case ctaTimestamp:
@@ -120,7 +124,7 @@ func parseEntry(b []byte) (entry, error) {
 	return e, err
 }
 
-func (e *entry) parseTuple(b []byte) error {
+func (e *entry) parseTuple(b []byte) (Tuple, error) {
 	var src, dst netip.Addr
 	var srcPort, dstPort uint16
 	err := attrs(b, func(typ uint16, value []byte) error {
@@ -152,8 +156,7 @@ func (e *entry) parseTuple(b []byte) error {
 		}
 		return nil
 	})
-	e.tuple = Tuple{netip.AddrPortFrom(src, srcPort), netip.AddrPortFrom(dst, dstPort)}
-	return err
+	return Tuple{netip.AddrPortFrom(src, srcPort), netip.AddrPortFrom(dst, dstPort)}, err
 }
 
 // check compares an answer with the question. The kernel looks for the tuple in

@@ -188,6 +188,15 @@ func (c *Conntrack) Origin(accepted Tuple) (Tuple, error) {
 	return e.tuple, err
 }
 
+// Accepted is the other way round: what a connection is for who accepts it, by what it is
+// for who opened it. Errors are as above.
+func (c *Conntrack) Accepted(origin Tuple) (Tuple, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	e, err := c.get(origin)
+	return e.answers, err
+}
+
 // get asks for one entry by its original tuple.
 func (c *Conntrack) get(t Tuple) (entry, error) {
 	e, err := c.ask(t)
