@@ -150,10 +150,15 @@ func (s *session) began() bool {
 	var here netip.AddrPort
 	var err error
 	s.client.Control(func(fd int) { here, err = nearEnd(fd) })
-	if err == nil {
-		s.conn.Source, err = s.p.finder.Origin(here, s.conn.Source, s.conn.Destination)
+	if err != nil {
+		return false
 	}
-	return err == nil
+	client, err := s.p.finder.Origin(here, s.conn.Source, s.conn.Destination)
+	if err != nil {
+		return false // and the record has what is known
+	}
+	s.conn.Source = client
+	return true
 }
 
 // ends reports whether the connection shall end when nothing is under way. It may be
