@@ -17,6 +17,7 @@ import (
 	"github.com/imdsgate/imdsgate/iptables"
 	"github.com/imdsgate/imdsgate/policy"
 	"github.com/imdsgate/imdsgate/proxy"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -45,6 +46,15 @@ func (d *daemon) openAttribution(c config.Attribution, rules iptables.Config, co
 		o.Witness = d.witness
 	} else {
 		d.witness = nil
+	}
+	// BPF programs are loaded now or never. Linux before 5.19 asks for CAP_BPF at each
+	// question to a map, too. Nobody has been asked about other processes yet: see shed.
+	spare := []uint{unix.CAP_PERFMON}
+	if d.witness == nil {
+		spare = append(spare, unix.CAP_BPF)
+	}
+	if err := shed(spare...); err != nil {
+		d.log.Warn().Err(err).Msg("capabilities that are not needed any more are kept")
 	}
 	closeWitness := func() error {
 		if d.witness == nil {

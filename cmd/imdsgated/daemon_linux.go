@@ -315,41 +315,6 @@ func activated() (listeners []net.Listener, connector *os.File, err error) {
 	return listeners, connector, nil
 }
 
-// checkCapabilities names the capabilities that we lack (capabilities(7)), so
-// that nobody has to guess from what fails later.
-func checkCapabilities(activated bool) error {
-	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var data [2]unix.CapUserData
-	if err := unix.Capget(&header, &data[0]); err != nil {
-		return fmt.Errorf("read our capabilities: %w", err)
-	}
-	needed := []struct {
-		number  uint
-		purpose string
-	}{
-		{unix.CAP_NET_ADMIN, "CAP_NET_ADMIN (the redirect)"},
-		{unix.CAP_NET_RAW, "CAP_NET_RAW (the redirect with iptables-legacy)"},
-		{unix.CAP_SYS_PTRACE, "CAP_SYS_PTRACE (which program a client is)"},
-		{unix.CAP_DAC_READ_SEARCH, "CAP_DAC_READ_SEARCH (which process holds a socket)"},
-	}
-	if !activated {
-		needed = append(needed, struct {
-			number  uint
-			purpose string
-		}{unix.CAP_NET_BIND_SERVICE, "CAP_NET_BIND_SERVICE (the ports, unless imdsgated.socket holds them)"})
-	}
-	var missing []string
-	for _, c := range needed {
-		if data[c.number/32].Effective&(1<<(c.number%32)) == 0 {
-			missing = append(missing, c.purpose)
-		}
-	}
-	if len(missing) > 0 {
-		return fmt.Errorf("%w: missing %s; packaging/systemd/imdsgated.service shows how to give them", fs.ErrPermission, strings.Join(missing, ", "))
-	}
-	return nil
-}
-
 // controlGroup is the group that may ask: the one that is configured, or ours
 // if we have one of our own.
 func (d *daemon) controlGroup(c config.Config) int {

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -16,6 +17,7 @@ import (
 	"github.com/imdsgate/imdsgate/cmd/report"
 	"github.com/imdsgate/imdsgate/test/gate"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
+	"golang.org/x/sys/unix"
 )
 
 // Every level says what it is, what the next one lacks, and by which evidence a
@@ -77,6 +79,23 @@ func TestLevels(t *testing.T) {
 			}
 			if s.Attribution.Level != level.String() || !strings.Contains(missing, want.lacks) || (missing == "") != (lacks == 0) {
 				t.Errorf("status: level %s, missing %+v", s.Attribution.Level, s.Attribution.Missing)
+			}
+			// Loading programs has taken CAP_PERFMON; asking them takes CAP_BPF, on older kernels.
+			threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", h.PID()))
+			if err != nil || len(threads) < 2 {
+				t.Fatalf("threads of the daemon: %v, %v", threads, err)
+			}
+			for _, thread := range threads {
+				text, err := os.ReadFile(thread)
+				if err != nil {
+					continue // it has ended
+				}
+				_, permitted, _ := strings.Cut(string(text), "\nCapPrm:\t")
+				permitted, _, _ = strings.Cut(permitted, "\n")
+				set, err := strconv.ParseUint(permitted, 16, 64)
+				if err != nil || set>>unix.CAP_PERFMON&1 != 0 || set>>unix.CAP_BPF&1 != 0 != (level >= attribution.Level2) || set>>unix.CAP_NET_ADMIN&1 == 0 {
+					t.Errorf("%s: %s may have %q", level, thread, permitted)
+				}
 			}
 			t.Logf("%s: %v", level, d.At("imdsgate.attribution"))
 		})
