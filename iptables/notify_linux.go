@@ -23,8 +23,13 @@ type Writer struct {
 
 func (w Writer) String() string { return fmt.Sprintf("%s (pid %d)", w.Name, w.PID) }
 
-// maxWriters bounds those that are remembered between two looks.
-const maxWriters = 8
+const (
+	// maxWriters bounds those that a look tells of.
+	maxWriters = 8
+	// maxWritings bounds what is remembered between two looks. One reload of firewalld's, with iptables as its back end,
+	// is some dozens; with too few it would be told as having begun when all was last seen to be right.
+	maxWritings = 128
+)
 
 // writers remembers who has changed rules since the last look. Its methods may be called from any goroutine.
 type writers struct {
@@ -36,7 +41,7 @@ type writers struct {
 }
 
 type writing struct {
-	by   Writer
+	by   Writer // of pid 0 if the kernel does not name it
 	at   time.Time
 	ours bool // of our rules, or of a chain in which we have some
 }
@@ -58,7 +63,7 @@ func (w *writers) isOwn(pid int) bool {
 func (w *writers) add(by Writer, ours bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if len(w.recent) == 2*maxWriters {
+	if len(w.recent) == maxWritings {
 		w.recent = slices.Delete(w.recent, 0, 1)
 		w.missed = true
 	}
@@ -96,7 +101,7 @@ func (w *writers) take() (all []Writer) {
 	defer w.mu.Unlock()
 	anyOfOurs := slices.ContainsFunc(w.recent, func(one writing) bool { return one.ours })
 	for _, one := range w.recent {
-		if one.ours == anyOfOurs && len(all) < maxWriters && !slices.Contains(w.own[:], one.by.PID) && !slices.Contains(all, one.by) {
+		if one.by.PID != 0 && one.ours == anyOfOurs && len(all) < maxWriters && !slices.Contains(w.own[:], one.by.PID) && !slices.Contains(all, one.by) {
 			all = append(all, one.by)
 		}
 	}
@@ -212,6 +217,7 @@ func (t *transaction) end(m syscall.NetlinkMessage) (concerns bool) {
 		}
 	}
 	if by.PID == 0 || !t.initial {
+		t.redirect.writers.add(Writer{}, ours) // perhaps ourselves: since may be too early then, and never too late
 		return true
 	}
 	if t.redirect.writers.isOwn(by.PID) {
