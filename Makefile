@@ -5,7 +5,7 @@
 # make bench-attribution  times the naming of a connection's owner, beside ss and lsof
 # make test-load  12,000 connections for two minutes, while the service fails
 # make test-clients  runs AWS's SDKs and others, unmodified, and writes docs/clients.md
-# make test-boot  boots a Debian with our units: starts, restarts, crashes, a full disk
+# make test-boot  boots a Debian with our units: cloud-init, firewalld, restarts, crashes, a full disk
 # make test-soak  an hour of requests, while rules are reloaded and tables flushed
 # make test-vm   boots a Debian with its own kernel (Linux 6.1) under qemu: attacks, power cuts, clocks, suspend
 # make packages  deb, rpm and tarball for amd64 and arm64, in bin/packages
@@ -94,14 +94,15 @@ long: bin/toolchain/go
 
 test-boot: deps boot
 
-# The trees are made once, in bin/boot and bin/boot-trixie: 200 to 300 MB and a minute or two each. The second is for what a later
-# systemd (257) does otherwise: since 254 a crash fires OnFailure= although the unit is started again. To install, upgrade
-# and remove the packages takes no more than the first; what else test/chroot has, make test-packages.
+# The trees are made once, in bin/boot and bin/boot-trixie: 300 MB and a minute or two each. The second is for what a later
+# systemd (257) does otherwise: since 254 a crash fires OnFailure= although the unit is started again; and for cloud-init
+# of a single process. To install, upgrade and remove the packages takes no more than the first; what else test/chroot has,
+# make test-packages.
 boot: packages
 	./test/boot/tree.sh bin/boot
 	./test/boot/tree.sh bin/boot-trixie trixie
 	go test -count=1 -v -timeout 15m ./test/boot
-	IMDSGATE_BOOT_TREE=../../bin/boot-trixie go test -count=1 -v -timeout 5m -run 'Killed|CrashLoop' ./test/boot
+	IMDSGATE_BOOT_TREE=../../bin/boot-trixie go test -count=1 -v -timeout 5m -run 'FirstBoot|Killed|CrashLoop' ./test/boot
 	go test -count=1 -v -timeout 5m -run 'Deb|RPM|Tarball|Sysusers' ./test/chroot -args -tree $(CURDIR)/bin/boot/root -packages $(CURDIR)/bin/packages
 
 # Puts 700 MB into bin/boot and bin/vm the first time. Where the processor has to be emulated

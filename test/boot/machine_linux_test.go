@@ -33,12 +33,10 @@ var image = debian.Image{
 	Tree:   cmp.Or(os.Getenv("IMDSGATE_BOOT_TREE"), "../../bin/boot"),
 	Target: "test-boot",
 	Files: map[string]string{
-		"/etc/systemd/system/cloud-init-local.service": cloudInit,
 		"/etc/systemd/system/amazon-ssm-agent.service": ssmAgent,
-		"/usr/local/lib/first-boot.py":                 firstBoot,
 		"/etc/systemd/journald.conf.d/boot.conf":       "[Journal]\nStorage=volatile\nRateLimitBurst=0\n",
 	},
-	Units: []string{"cloud-init-local.service", "amazon-ssm-agent.service"},
+	Units: []string{"amazon-ssm-agent.service"},
 }
 
 // hierarchies are where cgroups may be: cgroup2, alone or beside version 1, and that which
@@ -51,32 +49,6 @@ func TestMain(m *testing.M) {
 	}
 	image.Main(m)
 }
-
-// As cloud-init's in Debian, which asks before there is a network of the distribution's.
-const cloudInit = `[Unit]
-Description=What asks first
-DefaultDependencies=no
-Wants=network-pre.target
-After=systemd-remount-fs.service
-Before=network-pre.target shutdown.target
-Conflicts=shutdown.target
-RequiresMountsFor=/var/lib
-
-[Service]
-Type=oneshot
-ExecStart=/usr/bin/python3 /usr/local/lib/first-boot.py
-RemainAfterExit=yes
-
-[Install]
-WantedBy=multi-user.target
-`
-
-const firstBoot = `import urllib.request
-ask = lambda method, path, **h: urllib.request.urlopen(urllib.request.Request(
-    "http://169.254.169.254/latest/" + path, method=method, headers={k.replace("_", "-"): v for k, v in h.items()}), timeout=5).read().decode()
-token = ask("PUT", "api/token", X_aws_ec2_metadata_token_ttl_seconds="60")
-open("/run/user-data", "w").write(ask("GET", "user-data", X_aws_ec2_metadata_token=token))
-`
 
 const ssmAgent = `[Unit]
 Description=What must have credentials at boot
@@ -96,8 +68,9 @@ WantedBy=multi-user.target
 type machine struct {
 	*debian.Machine
 	*netlab.Lab
-	cgroup string // below the mounts of cgroup2 and of systemd's hierarchy
-	leader int    // its systemd
+	unlease func()
+	cgroup  string // below the mounts of cgroup2 and of systemd's hierarchy
+	leader  int    // its systemd
 }
 
 // settings of a machine.
@@ -105,6 +78,7 @@ type settings struct {
 	config string
 	files  map[string]string // more, by name
 	lab    netlab.Options
+	bare   bool // it has no address of IPv4 until it asks for one, by DHCP
 }
 
 func boot(t testing.TB, s settings) *machine {
@@ -135,7 +109,7 @@ mount -t tmpfs tmpfs /run/systemd/nspawn # what it would leave there
 mount --bind "$4" "$2/netns"
 cd /
 exec unshare --pid --fork --kill-child --mount-proc -- systemd-nspawn -q --keep-unit --register=no --directory="$2/root" --machine="$3" --network-namespace-path="$2/netns" \
-	--capability=all --boot --console=pipe --link-journal=no
+	--capability=all --boot --console=pipe --link-journal=no --resolv-conf=off
 `
 
 // on switches it on. A machine that was off before has its disk, and nothing else.
@@ -144,6 +118,14 @@ func (m *machine) on(s settings) {
 	var err error
 	if m.Lab, err = netlab.New(s.lab); err != nil {
 		m.T.Fatal(err)
+	}
+	if s.bare {
+		if err := m.Instance.Run(exec.Command("ip", "-4", "address", "flush", "dev", "eth0")); err != nil {
+			m.T.Fatal(err)
+		}
+		if m.unlease, err = lease(m.Lab); err != nil {
+			m.T.Fatal(err)
+		}
 	}
 	m.cgroup = debian.Name(filepath.Base(m.Dir))
 	cmd := exec.Command("unshare", "--mount", "--propagation=private", "--", "sh", "-euc", power, "sh", m.Image, m.Dir, m.cgroup, m.Instance.Path())
@@ -168,10 +150,13 @@ func (m *machine) off() {
 	if m.Lab == nil {
 		return
 	}
+	if m.unlease != nil {
+		m.unlease()
+	}
 	if err := m.Lab.Close(); err != nil {
 		m.T.Error(err)
 	}
-	m.Lab = nil
+	m.Lab, m.unlease = nil, nil
 	for _, h := range hierarchies {
 		top := filepath.Join(h, m.cgroup)
 		for end := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
@@ -262,8 +247,14 @@ type outcome struct {
 // load asks for a while, as a unit of the machine. The function waits for the end.
 func (m *machine) load(lasts time.Duration, args ...string) func() outcome {
 	m.T.Helper()
+	return m.loadOf("root", lasts, args...)
+}
+
+// loadOf is load of somebody else's.
+func (m *machine) loadOf(user string, lasts time.Duration, args ...string) func() outcome {
+	m.T.Helper()
 	return m.loading(func() (string, int) {
-		return m.Try(append([]string{"systemd-run", "--quiet", "--pipe", "--wait", "amazon-ssm-agent", "-for", lasts.String()}, args...)...)
+		return m.Try(append([]string{"systemd-run", "--quiet", "--pipe", "--wait", "--uid=" + user, "amazon-ssm-agent", "-for", lasts.String()}, args...)...)
 	})
 }
 

@@ -38,6 +38,7 @@ var image = debian.Image{
 		"/etc/systemd/journald.conf.d/vm.conf":         "[Journal]\nStorage=volatile\nRateLimitBurst=0\n",
 		"/etc/modules-load.d/vm.conf":                  "virtio_console\n",
 		"/etc/imdsgate/config.yaml":                    config,
+		"/etc/cloud/cloud-init.disabled":               "",
 		"/etc/fstab":                                   "/dev/vda / ext4 defaults 0 1\n",
 		"/etc/systemd/system/getty@.service.d/no.conf": "[Unit]\nConditionPathExists=/nowhere\n",
 		"/usr/local/bin/go":                            built,

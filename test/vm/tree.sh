@@ -5,7 +5,7 @@
 set -eu
 dir=$1
 tree=$2
-packages='linux-image-cloud-amd64 nftables conntrack busybox kmod'
+packages='linux-image-cloud-amd64 conntrack busybox kmod'
 recipe="$(cat "$tree/recipe") $packages"
 
 if [ "$(cat "$dir/recipe" 2>/dev/null)" = "$recipe" ]; then
@@ -14,7 +14,6 @@ fi
 mkdir -p "$dir"
 rm -rf --one-file-system "$dir/root" "$dir/new" "$dir/recipe"
 cp -a "$tree/root" "$dir/new"
-echo force-unsafe-io >"$dir/new/etc/dpkg/dpkg.cfg.d/unsafe-io"
 # All modules would be half a minute of unpacking at each boot.
 mkdir -p "$dir/new/etc/initramfs-tools/conf.d"
 echo MODULES=list >"$dir/new/etc/initramfs-tools/conf.d/modules"
