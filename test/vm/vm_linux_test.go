@@ -60,6 +60,57 @@ func TestGuarded(t *testing.T) {
 	}
 }
 
+// A restart and a kill under load, with all that level L3 has to attach again. A restart fails
+// nobody; of a kill, those fail whom the daemon had in its hands.
+func TestWindows(t *testing.T) {
+	m := boot(t)
+	m.guards()
+	for _, c := range []struct{ mode, action string }{{"enforce", "requests-held"}, {"audit", "requests-unguarded"}} {
+		if c.mode == "audit" {
+			m.Do("imdsgate", "mode", "set", "audit", "--for", "1h", "--reason", "windows")
+		}
+		for _, how := range []string{"systemctl restart imdsgated.service", "systemctl kill --signal=KILL imdsgated.service"} {
+			seen := func() (n int, last gate.Document) {
+				for _, d := range m.Documents() {
+					if d.At("event.action") == c.action {
+						n, last = n+1, d
+					}
+				}
+				return n, last
+			}
+			before, _ := seen()
+			done := make(chan string, 1)
+			go func() {
+				out, _ := m.Run(5*time.Minute, "systemd-run", "--quiet", "--pipe", "--wait", "amazon-ssm-agent", "-for", "20s", "-rate", "10")
+				done <- out
+			}()
+			time.Sleep(2 * time.Second)
+			m.Do(strings.Fields(how)...)
+			var d gate.Document
+			m.Await("an event of "+how, func() bool {
+				n, last := seen()
+				d = last
+				return n > before
+			})
+			var o struct {
+				Requests, Failed int
+				Error            string
+				Slowest          time.Duration `json:"slowest_ns"`
+			}
+			out := <-done
+			if err := json.Unmarshal([]byte(out), &o); err != nil || o.Requests < 100 || o.Failed > o.Requests/20 || o.Failed > 0 && strings.Contains(how, "restart") {
+				t.Errorf("%s, %s: %v: %s", c.mode, how, err, out)
+			}
+			if status := m.Do("imdsgate", "status"); !strings.Contains(status, "attribution  level L3") {
+				t.Errorf("%s, %s: it is not at level L3\n%s", c.mode, how, status)
+			}
+			lasted, _ := d.At("event.duration").(float64)
+			t.Logf("%s, %s: %s for %v; %d requests, %d failed, the slowest took %v", c.mode, how, c.action, time.Duration(lasted).Round(time.Millisecond),
+				o.Requests, o.Failed, o.Slowest.Round(time.Millisecond))
+		}
+	}
+}
+
 // The tests that are about the kernel, inside of it. They have names of networks and of cgroups of
 // their own, and the machine to themselves.
 func TestKernel(t *testing.T) {
