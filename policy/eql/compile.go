@@ -287,9 +287,9 @@ func (c *compiler) constantFor(t Type, e syntax.Expr) Value {
 	switch {
 	case t == Date && v.kind == isString:
 		d, _ := parseDate(v.str())
-		return Time(d)
+		return instant(d)
 	case t == Date && v.kind == isInt:
-		return Time(time.UnixMilli(v.int()))
+		return instant(time.UnixMilli(v.int()))
 	}
 	return v
 }

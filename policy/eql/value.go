@@ -77,7 +77,20 @@ func Time(t time.Time) Value {
 	if t.IsZero() {
 		return Value{}
 	}
-	return Value{kind: isTime, lo: uint64(t.UnixNano())}
+	return instant(t)
+}
+
+// instant is Time, of the zero Time, too. What is before 1678 or after 2261, and no int64 of
+// nanoseconds, is before or after all other times.
+func instant(t time.Time) Value {
+	n := t.UnixNano()
+	switch year := t.UTC().Year(); {
+	case year < 1678:
+		n = math.MinInt64
+	case year > 2261:
+		n = math.MaxInt64
+	}
+	return Value{kind: isTime, lo: uint64(n)}
 }
 
 // List is several values of one field.
