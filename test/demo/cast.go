@@ -1,7 +1,9 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -68,19 +70,21 @@ type part struct {
 
 // props are the files that the cast needs.
 type props struct {
-	app, asker string // built
-	tmp        string // a directory in /tmp
-	created    []string
+	app, asker string   // built
+	tmp        string   // a directory in /tmp
+	created    []string // files before the directories that they are in
 }
 
 // put copies a program to where it plays, for its user.
 func (p *props) put(from, to string, uid int) error {
+	made := []string{to}
 	for dir := filepath.Dir(to); ; dir = filepath.Dir(dir) {
 		if _, err := os.Stat(dir); err == nil {
 			break
 		}
-		p.created = append(p.created, dir)
+		made = append(made, dir)
 	}
+	p.created = append(made, p.created...)
 	if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
 		return err
 	}
@@ -91,7 +95,6 @@ func (p *props) put(from, to string, uid int) error {
 	if err := os.WriteFile(to, b, 0o755); err != nil {
 		return err
 	}
-	p.created = append([]string{to}, p.created...)
 	if uid == 0 {
 		return nil
 	}
@@ -99,11 +102,14 @@ func (p *props) put(from, to string, uid int) error {
 }
 
 // strike takes everything away again that put had made.
-func (p *props) strike() {
+func (p *props) strike() error {
+	var errs []error
 	for _, path := range p.created {
-		os.Remove(path) // a directory only if it is empty
+		if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
 	}
-	os.RemoveAll(p.tmp)
+	return errors.Join(append(errs, os.RemoveAll(p.tmp))...)
 }
 
 // cast prepares the programs and says who plays what.

@@ -7,6 +7,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -69,7 +70,7 @@ func run(ctx context.Context, w io.Writer) (ok bool, err error) {
 	}
 	defer lab.Close()
 	files := &props{app: sdk, asker: asker}
-	defer files.strike()
+	defer func() { err = errors.Join(err, files.strike()) }()
 	parts, err := cast(files)
 	if err != nil {
 		return false, err
