@@ -179,6 +179,59 @@ func TestDirectFromOnePort(t *testing.T) {
 	}
 }
 
+// A connection that leads to the service is direct, also if another one that begins at its port is redirected.
+func TestDirectBesideAnother(t *testing.T) {
+	l := labtest.Start(t, netlab.Options{NoIMDS: true})
+	listener := netip.MustParseAddrPort("127.0.0.1:254")
+	endpoints := []netip.AddrPort{netip.MustParseAddrPort("169.254.169.254:80"), netip.MustParseAddrPort("169.254.169.254:81")}
+	var f *Finder
+	if err := l.Instance.Do(func() (err error) {
+		f, err = New(Options{Endpoints: endpoints})
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := l.Instance.Run(exec.Command("iptables", "-t", "nat", "-A", "OUTPUT", "-d", "169.254.169.254", "-p", "tcp",
+		"--dport", "81", "-j", "REDIRECT", "--to-ports", "254")); err != nil {
+		t.Fatal(err)
+	}
+	service, err := l.Metadata.Listen(t.Context(), nil, "tcp", endpoints[0].String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer service.Close()
+	ours, err := l.Instance.Listen(t.Context(), nil, "tcp", listener.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ours.Close()
+	for i, ln := range []net.Listener{service, ours} {
+		d := &net.Dialer{LocalAddr: &net.TCPAddr{Port: 25121}, Control: func(_, _ string, c syscall.RawConn) (err error) {
+			ctl := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) })
+			return errors.Join(ctl, err)
+		}}
+		c, err := l.Instance.Dial(t.Context(), d, "tcp4", endpoints[i].String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		accepted, err := ln.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer accepted.Close()
+		if port := accepted.RemoteAddr().(*net.TCPAddr).Port; port != 25121 {
+			t.Fatalf("one comes from %d: the test tests nothing", port)
+		}
+	}
+	const nobody = 65534
+	found, making, err := f.Direct(endpoints, []netip.AddrPort{listener}, nobody)
+	if err != nil || len(making) > 0 || len(found) != 1 || found[0].Tuple.Remote != endpoints[0] {
+		t.Errorf("direct: %v, being made: %v, %v", found, making, err)
+	}
+}
+
 // connecting counts the sockets in SYN-SENT.
 func connecting(t *testing.T, l *netlab.Lab, endpoint netip.AddrPort) int {
 	t.Helper()

@@ -353,6 +353,10 @@ func (f *Finder) Direct(endpoints, listeners []netip.AddrPort, uid uint32) (dire
 		redirected, half, from := false, false, s.Local
 		if f.origins != nil {
 			if a, err := f.origins.Accepted(s.Tuple); err == nil {
+				if !slices.Contains(listeners, a.Local) { // whoever else begins at its port
+					direct = append(direct, s)
+					continue
+				}
 				from = a.Remote
 			}
 		}
