@@ -26,7 +26,7 @@ type Stats struct {
 	Answered    uint64        // questions that those searches answered
 	Last        time.Duration // what the last one took
 	Descriptors int           // and how many it looked at
-	Longest     Search        // of the last hour or so
+	Longest     Search        // of the last half an hour at least, and an hour at most
 
 	NoWitness uint64 // connections that nobody was seen to make
 }
@@ -43,25 +43,37 @@ type Search struct {
 type Table struct{ PID, Descriptors int }
 
 type scanStats struct {
-	mu   sync.Mutex // guards the following
-	last Stats
+	mu             sync.Mutex // guards the following
+	last           Stats
+	recent, before Search    // the longest of this half hour, and of the one before
+	since          time.Time // of recent
 }
 
 func (s *scanStats) read() Stats {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.last
+	stats := s.last
+	for _, one := range []Search{s.before, s.recent} {
+		if time.Since(one.Ended) < 2*halfHour && one.Took >= stats.Longest.Took {
+			stats.Longest = one
+		}
+	}
+	return stats
 }
+
+const halfHour = 30 * time.Minute
 
 func (s *scanStats) count(done *search, answered int, took time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := time.Now()
-	longest := s.last.Longest
-	if took >= longest.Took || now.Sub(longest.Ended) > time.Hour {
-		longest = Search{now, took, done.seen, done.largest}
+	if now.Sub(s.since) > halfHour {
+		s.before, s.recent, s.since = s.recent, Search{}, now
 	}
-	s.last = Stats{Scans: s.last.Scans + 1, Answered: s.last.Answered + uint64(answered), Last: took, Descriptors: done.seen, Longest: longest}
+	if took >= s.recent.Took {
+		s.recent = Search{now, took, done.seen, done.largest}
+	}
+	s.last = Stats{Scans: s.last.Scans + 1, Answered: s.last.Answered + uint64(answered), Last: took, Descriptors: done.seen}
 }
 
 // scan takes part in the next full search. It returns nil when ctx or the
