@@ -47,12 +47,14 @@ func (p *Proxy) BeyondHost(ctx context.Context, endpoint netip.AddrPort) (beyond
 		}
 		return err
 	}
+	answered := make(chan bool, 1) // it may come when nobody waits any more
 	err = p.onLoop(ctx, func(t *loop.Task) error {
 		if err := try(t, 0, time.Now().Add(selfTestIn)); err != nil {
 			return err
 		}
 		err := try(t, 2, time.Now().Add(hopIn))
-		if beyond = err == nil; errors.Is(err, ErrUnanswered) {
+		answered <- err == nil
+		if errors.Is(err, ErrUnanswered) {
 			return nil
 		}
 		return err
@@ -60,5 +62,5 @@ func (p *Proxy) BeyondHost(ctx context.Context, endpoint netip.AddrPort) (beyond
 	if err != nil {
 		return false, fmt.Errorf("ask %v for a session token: %w", endpoint, err)
 	}
-	return beyond, nil
+	return <-answered, nil
 }
