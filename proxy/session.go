@@ -153,9 +153,10 @@ func (s *session) began() bool {
 	if err != nil {
 		return false
 	}
-	client, err := s.p.finder.Origin(here, s.conn.Source, s.conn.Destination)
+	var client netip.AddrPort
+	s.task.Away(func() { client, err = s.p.finder.Origin(here, s.conn.Source, s.conn.Destination) })
 	if err != nil {
-		return false // and the record has what is known
+		return false // the record has what is known; and what the tracker has forgotten gets no answer
 	}
 	s.conn.Source = client
 	return true
