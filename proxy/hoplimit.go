@@ -19,7 +19,7 @@ const hopIn = time.Second
 
 // BeyondHost asks the service for a session token twice, as anybody may, and reports whether
 // one gets beyond this host: the second answer is taken only if it could go one hop further,
-// as to a container (HttpPutResponseHopLimit). The status is read of each answer, and not the
+// as to a container (HttpPutResponseHopLimit). Without one it asks a third time, as it did first. The status is read of each answer, and not the
 // token. It may be called from any goroutine, once Serve is.
 func (p *Proxy) BeyondHost(ctx context.Context, endpoint netip.AddrPort) (beyond bool, err error) {
 	ask := "PUT /latest/api/token HTTP/1.1\r\nHost: " + endpoint.Addr().String() + "\r\nX-aws-ec2-metadata-token-ttl-seconds: 1\r\nConnection: close\r\n\r\n"
@@ -54,8 +54,8 @@ func (p *Proxy) BeyondHost(ctx context.Context, endpoint netip.AddrPort) (beyond
 		}
 		err := try(t, 2, time.Now().Add(hopIn))
 		answered <- err == nil
-		if errors.Is(err, ErrUnanswered) {
-			return nil
+		if errors.Is(err, ErrUnanswered) { // because of the hop limit, if a plain one is answered again
+			return try(t, 0, time.Now().Add(hopIn))
 		}
 		return err
 	})
