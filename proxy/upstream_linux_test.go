@@ -400,11 +400,10 @@ func TestShutdownAcceptsWithoutDescriptors(t *testing.T) {
 		return was
 	}
 	was := limit(3)
-	done := make(chan error)
+	t.Cleanup(func() { limit(was) })
+	done := make(chan error, 1)
 	go func() { done <- r.proxy.Shutdown(context.Background()) }()
-	for !r.proxy.closing.Load() {
-		time.Sleep(time.Millisecond)
-	}
+	until(t, "closing", r.proxy.closing.Load)
 	goOn()
 	time.Sleep(200 * time.Millisecond)
 	limit(was)
