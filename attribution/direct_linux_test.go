@@ -125,53 +125,70 @@ func testDirect(t *testing.T, endpoint netip.AddrPort) {
 	}
 }
 
-// Of two clients that begin at one port and lead to two endpoints the tracker leads the later one here from another port.
-// It is redirected nevertheless.
-func TestDirectFromOnePort(t *testing.T) {
+// fromOnePort has a client of each of two endpoints that begin at one port. The first is redirected or leads to the service,
+// and the second is redirected. It returns both ends of both, as they were made.
+func fromOnePort(t *testing.T, port int, redirected bool) (f *Finder, endpoints []netip.AddrPort, listener netip.AddrPort, made [][2]net.Conn) {
+	t.Helper()
 	l := labtest.Start(t, netlab.Options{NoIMDS: true})
-	listener := netip.MustParseAddrPort("127.0.0.1:254")
-	endpoints := []netip.AddrPort{netip.MustParseAddrPort("169.254.169.254:80"), netip.MustParseAddrPort("169.254.169.254:81")}
-	var f *Finder
+	listener = netip.MustParseAddrPort("127.0.0.1:254")
+	endpoints = []netip.AddrPort{netip.MustParseAddrPort("169.254.169.254:80"), netip.MustParseAddrPort("169.254.169.254:81")}
 	if err := l.Instance.Do(func() (err error) {
 		f, err = New(Options{Endpoints: endpoints})
 		return err
 	}); err != nil {
 		t.Fatal(err)
 	}
-	defer f.Close()
-	ln, err := l.Instance.Listen(t.Context(), nil, "tcp", listener.String())
+	t.Cleanup(func() { f.Close() })
+	ours, err := l.Instance.Listen(t.Context(), nil, "tcp", listener.String())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer ln.Close()
-	peers := map[string]bool{}
-	var halves []io.Closer
-	for _, e := range endpoints {
-		if err := l.Instance.Run(exec.Command("iptables", "-t", "nat", "-A", "OUTPUT", "-d", e.Addr().String(), "-p", "tcp",
-			"--dport", strconv.Itoa(int(e.Port())), "-j", "REDIRECT", "--to-ports", "254")); err != nil {
+	t.Cleanup(func() { ours.Close() })
+	listeners := []net.Listener{ours, ours}
+	if !redirected {
+		if listeners[0], err = l.Metadata.Listen(t.Context(), nil, "tcp", endpoints[0].String()); err != nil {
 			t.Fatal(err)
 		}
-		d := &net.Dialer{LocalAddr: &net.TCPAddr{Port: 25120}, Control: func(_, _ string, c syscall.RawConn) (err error) {
-			ctl := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) })
-			return errors.Join(ctl, err)
-		}}
-		c, err := l.Instance.Dial(t.Context(), d, "tcp4", e.String())
+		t.Cleanup(func() { listeners[0].Close() })
+	}
+	d := &net.Dialer{LocalAddr: &net.TCPAddr{Port: port}, Control: func(_, _ string, c syscall.RawConn) (err error) {
+		ctl := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) })
+		return errors.Join(ctl, err)
+	}}
+	for i, ln := range listeners { // before any client, so that the tracker is at work
+		if ln != ours {
+			continue
+		}
+		if err := l.Instance.Run(exec.Command("iptables", "-t", "nat", "-A", "OUTPUT", "-d", endpoints[i].Addr().String(), "-p", "tcp",
+			"--dport", strconv.Itoa(int(endpoints[i].Port())), "-j", "REDIRECT", "--to-ports", "254")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i, ln := range listeners {
+		c, err := l.Instance.Dial(t.Context(), d, "tcp4", endpoints[i].String())
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer c.Close()
+		t.Cleanup(func() { c.Close() })
 		accepted, err := ln.Accept()
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer accepted.Close()
-		peers[accepted.RemoteAddr().String()] = true
-		halves = append(halves, c, accepted)
+		t.Cleanup(func() { accepted.Close() })
+		made = append(made, [2]net.Conn{c, accepted})
 	}
-	halves[0].Close() // so that nothing is left of the other half
-	halves[1].Close()
-	if len(peers) != 2 {
-		t.Fatalf("they come from %v: the test tests nothing", peers)
+	return f, endpoints, listener, made
+}
+
+// Of two clients that begin at one port and lead to two endpoints the tracker leads the later one here from another port.
+// It is redirected nevertheless.
+func TestDirectFromOnePort(t *testing.T) {
+	f, endpoints, listener, made := fromOnePort(t, 25120, true)
+	for _, c := range made[0] {
+		c.Close() // so that nothing is left of the other half
+	}
+	if a, b := made[0][1].RemoteAddr().String(), made[1][1].RemoteAddr().String(); a == b {
+		t.Fatalf("both come from %s: the test tests nothing", a)
 	}
 	const nobody = 65534
 	if found, making, err := f.Direct(endpoints, []netip.AddrPort{listener}, nobody); err != nil || len(found)+len(making) > 0 {
@@ -181,48 +198,11 @@ func TestDirectFromOnePort(t *testing.T) {
 
 // A connection that leads to the service is direct, also if another one that begins at its port is redirected.
 func TestDirectBesideAnother(t *testing.T) {
-	l := labtest.Start(t, netlab.Options{NoIMDS: true})
-	listener := netip.MustParseAddrPort("127.0.0.1:254")
-	endpoints := []netip.AddrPort{netip.MustParseAddrPort("169.254.169.254:80"), netip.MustParseAddrPort("169.254.169.254:81")}
-	var f *Finder
-	if err := l.Instance.Do(func() (err error) {
-		f, err = New(Options{Endpoints: endpoints})
-		return err
-	}); err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	if err := l.Instance.Run(exec.Command("iptables", "-t", "nat", "-A", "OUTPUT", "-d", "169.254.169.254", "-p", "tcp",
-		"--dport", "81", "-j", "REDIRECT", "--to-ports", "254")); err != nil {
-		t.Fatal(err)
-	}
-	service, err := l.Metadata.Listen(t.Context(), nil, "tcp", endpoints[0].String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer service.Close()
-	ours, err := l.Instance.Listen(t.Context(), nil, "tcp", listener.String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ours.Close()
-	for i, ln := range []net.Listener{service, ours} {
-		d := &net.Dialer{LocalAddr: &net.TCPAddr{Port: 25121}, Control: func(_, _ string, c syscall.RawConn) (err error) {
-			ctl := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) })
-			return errors.Join(ctl, err)
-		}}
-		c, err := l.Instance.Dial(t.Context(), d, "tcp4", endpoints[i].String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer c.Close()
-		accepted, err := ln.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer accepted.Close()
-		if port := accepted.RemoteAddr().(*net.TCPAddr).Port; port != 25121 {
-			t.Fatalf("one comes from %d: the test tests nothing", port)
+	const port = 25121
+	f, endpoints, listener, made := fromOnePort(t, port, false)
+	for _, c := range made {
+		if got := c[1].RemoteAddr().(*net.TCPAddr).Port; got != port {
+			t.Fatalf("one comes from %d: the test tests nothing", got)
 		}
 	}
 	const nobody = 65534
