@@ -1,6 +1,7 @@
 package diag
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -25,6 +26,8 @@ type Conntrack struct {
 	on    *os.File // the setting that makes conntrack note times
 	clock func() clock
 	steps steps
+
+	untold error // why there is no such setting
 }
 
 // OpenConntrack opens a Conntrack in the network namespace of the calling
@@ -41,10 +44,8 @@ func OpenConntrack() (*Conntrack, error) {
 		c.Close()
 		return nil, fmt.Errorf("%w (is the kernel module nf_conntrack_netlink there?)", err)
 	}
-	c.on, err = os.Open(timestampFile)
-	if err != nil {
-		c.Close()
-		return nil, fmt.Errorf("see whether conntrack notes times: %w", err)
+	if c.on, err = os.Open(timestampFile); err != nil { // as without CONFIG_NF_CONNTRACK_TIMESTAMP
+		c.on, c.untold = nil, err
 	}
 	return c, nil
 }
@@ -152,7 +153,7 @@ func (c *Conntrack) Timestamps() (bool, error) {
 
 func (c *Conntrack) timestamps() (bool, error) {
 	if c.on == nil {
-		return false, fmt.Errorf("see whether conntrack notes times: %w", os.ErrClosed)
+		return false, fmt.Errorf("see whether conntrack notes times: %w", cmp.Or(c.untold, os.ErrClosed))
 	}
 	var b [1]byte
 	if _, err := c.on.ReadAt(b[:], 0); err != nil {
