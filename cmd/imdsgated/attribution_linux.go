@@ -168,6 +168,7 @@ func (d *daemon) checkAttribution(ctx context.Context) {
 	var doubts uint64
 	var broke time.Time
 	last := time.Now()
+	whole := last // the last time that all was as it should be
 	for {
 		select {
 		case <-ctx.Done():
@@ -187,7 +188,9 @@ func (d *daemon) checkAttribution(ctx context.Context) {
 				d.mu.Lock()
 				d.reattached += uint64(len(names))
 				d.mu.Unlock()
-				d.integrity("bpf-program-detached", "somebody has detached "+strings.Join(names, ", ")+"; attached again", err)
+				ev := d.noticed("bpf-program-detached", event.State{Message: "somebody has detached " + strings.Join(names, ", ") + "; attached again"}, err)
+				ev.Duration = time.Since(whole)
+				d.record(ev)
 			}
 			if err = d.check(ctx); err != nil {
 				err = errors.Join(err, againErr)
@@ -195,6 +198,9 @@ func (d *daemon) checkAttribution(ctx context.Context) {
 		}
 		if ctx.Err() != nil {
 			return
+		}
+		if err == nil {
+			whole = time.Now()
 		}
 		d.mu.Lock()
 		was := d.broken

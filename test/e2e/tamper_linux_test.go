@@ -217,6 +217,9 @@ func TestDetachedPrograms(t *testing.T) {
 	h.curl(client{uid: ordinaryUser}, role) // who has no witness, so that it is looked at once
 	d := h.found("bpf-program-detached", says("cgroup/connect4"))
 	t.Logf("after %v: %v", time.Since(began).Round(time.Millisecond), d.At("message"))
+	if n, _ := d.At("event.duration").(float64); n <= 0 || time.Duration(n) > time.Minute {
+		t.Errorf("for %v", d.At("event.duration"))
+	}
 	if s, err := h.Status(); err != nil || s.Attribution.Broken != "" {
 		t.Errorf("%+v, %v", s.Attribution, err)
 	}
