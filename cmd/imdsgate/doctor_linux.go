@@ -118,7 +118,7 @@ func (d *diagnosis) ofRules(ctx context.Context, rules iptables.Config, running 
 	}
 	for _, f := range found.Families {
 		if f.Skipped != "" {
-			d.find("family-skipped", notable, fmt.Sprintf("%s: %s", f.Family, f.Skipped), "")
+			d.find("family-skipped", notable, fmt.Sprintf("%s: %s", f.Family, f.Skipped), "none is needed for as long as nobody has the family")
 		}
 	}
 	if t := found.Conntrack; t.Crowded() {
