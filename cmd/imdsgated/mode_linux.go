@@ -59,7 +59,7 @@ type watching struct {
 // difference yet but to the engine.
 func (d *daemon) recallMode(dir string) {
 	m := &d.modes
-	m.file = kept{path: filepath.Join(dir, "mode.json")}
+	m.file = modeFile(dir)
 	m.since, m.configured = d.since, d.engine.Mode()
 	set := new(report.SetMode)
 	switch err := m.file.read(set); {
@@ -72,21 +72,7 @@ func (d *daemon) recallMode(dir string) {
 		return
 	}
 	now := time.Now()
-	why := ""
-	switch {
-	case !set.Until.IsZero() && !now.Before(set.Until):
-		why = "its time was over when the daemon started"
-	case now.Before(set.Since) && strictness(set.Mode) < strictness(m.configured):
-		why = "by the clock it is yet to be set"
-	case set.Until.IsZero() && set.Configured != m.configured:
-		why = "the configuration has another mode since"
-	case set.Until.IsZero() && m.configured == policy.Enforce:
-		why = "it has no end"
-	case set.Until.Sub(set.Since) > maxModeFor:
-		why = "its time is too long"
-	case set.Mode == m.configured:
-		why = "it is the configured one"
-	}
+	why := over(set, m.configured, now)
 	if why != "" {
 		d.change(event.State{Action: "mode-changed", Type: "change", Previous: set.Mode.String(), Reason: why,
 			Message: fmt.Sprintf("the mode is %s, as configured, and no longer %s, which %s had set", m.configured, set.Mode, set.By)}, nil)
@@ -100,6 +86,27 @@ func (d *daemon) recallMode(dir string) {
 	d.engine.SetMode(set.Mode)
 	d.log.Warn().Stringer("mode", set.Mode).Str("until", until(set.Until)).Stringer("by", set.By).Str("reason", set.Reason).Msg("the mode is the one that was set before the daemon started")
 }
+
+// over says why a mode that was set is not taken up by a daemon that starts; "" if it is.
+func over(set *report.SetMode, configured policy.Mode, now time.Time) string {
+	switch {
+	case !set.Until.IsZero() && !now.Before(set.Until):
+		return "its time was over when the daemon started"
+	case now.Before(set.Since) && strictness(set.Mode) < strictness(configured):
+		return "by the clock it is yet to be set"
+	case set.Until.IsZero() && set.Configured != configured:
+		return "the configuration has another mode since"
+	case set.Until.IsZero() && configured == policy.Enforce:
+		return "it has no end"
+	case set.Until.Sub(set.Since) > maxModeFor:
+		return "its time is too long"
+	case set.Mode == configured:
+		return "it is the configured one"
+	}
+	return ""
+}
+
+func modeFile(dir string) kept { return kept{path: filepath.Join(dir, "mode.json")} }
 
 // forgetMode goes back to the configured mode before anything runs in the other one.
 func (d *daemon) forgetMode(why error) {
@@ -339,6 +346,7 @@ func (d *daemon) leave(ctx context.Context, from policy.Mode, commit func()) (er
 		return fmt.Errorf("take the redirect away: %w", err)
 	}
 	commit()
+	d.keepRedirect(false)
 	d.state("redirect-removed", "change", "the redirect is removed: nothing is attributed, judged or recorded", nil)
 	return nil
 }

@@ -33,7 +33,7 @@ if [ -d /run/systemd/system ] && ! systemd-detect-virt --quiet --chroot; then
 fi
 rm -rf /var/log/imdsgate /var/lib/imdsgate
 # Elsewhere the directory may have more than ours: these files, rotated or put aside, too.
-for file in "$events" "$seen" "${seen%/*}/journal-cursor" "$state/decisions.json" "$state/mode.json"; do
+for file in "$events" "$seen" "${seen%/*}/journal-cursor" "$state/decisions.json" "$state/mode.json" "$state/redirect.json"; do
 	rm -f "$file" "$file".*
 done
 

@@ -287,28 +287,60 @@ func (m *machine) refusedOrOpen(mode string) {
 	m.T.Logf("%s: with the unit failed a request took %v: %s", mode, o.Slowest.Round(time.Microsecond), o.Error)
 }
 
-// A configuration that is refused is not tried again, and what the host lacks is said.
+// A daemon that cannot start is not tried again, and says why. What that means is the
+// mode's, also in a boot that has had no redirect: that of the configuration, or if it is
+// refused, of the last daemon.
 func TestDoesNotStart(t *testing.T) {
-	for name, c := range map[string]struct{ config, says string }{
-		"a level that is not there": {"mode: enforce\nattribution:\n  require_level: L2\n", "attribution.require_level is L2 and this host has L0"},
-		"a key that is unknown":     {"mod: enforce\n", "mod: enforce"},
+	const unknown = "mod: enforce\n"
+	const refused = "mode: enforce\nrules:\n  paths: [/etc/none]\n"
+	for name, c := range map[string]struct {
+		before string // of a boot in which the daemon starts; "" for none
+		set    string // then
+		config string
+		dropIn string
+		says   string
+		mode   string
+	}{
+		"a level that is not there": {config: config("enforce") + "attribution:\n  require_level: L2\n",
+			says: "attribution.require_level is L2 and this host has L0", mode: "enforce"},
+		"a key that is unknown, at the first boot":              {config: unknown, says: "mod: enforce", mode: "audit"},
+		"a key that is unknown in a drop-in, at the first boot": {config: config("enforce"), dropIn: unknown, says: "mod: enforce", mode: "enforce"},
+		"a key that is unknown":                                 {before: "enforce", config: unknown, says: "mod: enforce", mode: "enforce"},
+		"a key that is unknown, and audit set for a time":       {before: "enforce", set: "audit", config: unknown, says: "mod: enforce", mode: "audit"},
+		"rules that are refused":                                {config: refused, says: "/etc/none", mode: "enforce"},
+		"rules that are refused, and off set for a time":        {before: "enforce", set: "off", config: refused, says: "/etc/none", mode: "audit"},
 	} {
-		m := boot(t, settings{config: c.config})
-		m.Await("the unit to fail", func() bool { return m.Property("imdsgated.service", "ActiveState") == "failed" })
-		if got := m.Property("imdsgated.service", "ExecMainStatus"); got != "78" {
-			t.Errorf("%s: exit %s", name, got)
-		}
-		if n := m.Property("imdsgated.service", "NRestarts"); n != "0" {
-			t.Errorf("%s: it was started %s times more", name, n)
-		}
-		if log := m.Do("journalctl", "--no-pager", "-u", "imdsgated.service"); !strings.Contains(log, c.says) {
-			t.Errorf("%s: the journal says\n%s", name, log)
-		}
-		m.Await("the ports to be given up", func() bool { return m.Property("imdsgated.socket", "ActiveState") != "active" })
-		// Nothing of ours has been in the way in this boot.
-		if o := m.load(0)(); o.Failed != 0 {
-			t.Errorf("%s: %+v", name, o)
-		}
+		t.Run(name, func(t *testing.T) {
+			s := settings{config: c.config}
+			if c.dropIn != "" {
+				s.files = map[string]string{"/etc/imdsgate/config.d/10.yaml": c.dropIn}
+			}
+			if c.before != "" {
+				s.config = config(c.before)
+			}
+			m := boot(t, s)
+			if c.before != "" {
+				if c.set != "" {
+					m.Do("imdsgate", "mode", "set", c.set, "--for", "1h", "--reason", "before a reboot")
+				}
+				m.off()
+				if err := debian.Write(filepath.Join(m.Dir, "own"), map[string]string{"/etc/imdsgate/config.yaml": c.config}); err != nil {
+					t.Fatal(err)
+				}
+				m.on(s)
+			}
+			m.Await("the unit to fail", func() bool { return m.Property("imdsgated.service", "ActiveState") == "failed" })
+			if got := m.Property("imdsgated.service", "ExecMainStatus"); got != "78" {
+				t.Errorf("exit %s", got)
+			}
+			if n := m.Property("imdsgated.service", "NRestarts"); n != "0" {
+				t.Errorf("it was started %s times more", n)
+			}
+			if log := m.Do("journalctl", "--no-pager", "-b", "-u", "imdsgated.service"); !strings.Contains(log, c.says) {
+				t.Errorf("the journal says\n%s", log)
+			}
+			m.refusedOrOpen(c.mode)
+		})
 	}
 }
 
