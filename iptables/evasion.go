@@ -15,10 +15,17 @@ type Evasion struct {
 	Store, Table, Chain, Rule string // as in Lock
 }
 
-func (e Evasion) String() string {
+// String names the rule, what it does and what to do about it.
+func (e Evasion) String() string { return e.Message() + ": " + e.Fix() }
+
+// Message names the rule and what it does.
+func (e Evasion) Message() string {
 	return fmt.Sprintf("%s, table %s, chain %s, rule %q keeps packets to the metadata service from the connection tracker, so that they "+
-		"are not redirected: delete it (%s, %s hook)", e.Store, e.Table, e.Chain, e.Rule, e.Family, e.Hook)
+		"are not redirected (%s, %s hook)", e.Store, e.Table, e.Chain, e.Rule, e.Family, e.Hook)
 }
+
+// Fix says what to do about it.
+func (e Evasion) Fix() string { return "delete it, or leave out packets to the metadata service" }
 
 // evades notes a rule that untracks packets to an endpoint: those by name, or all that there are.
 func (j *judge) evades(s stop) {

@@ -67,29 +67,45 @@ type Lock struct {
 	Rule         string // as its store prints it; "" is the chain's policy
 }
 
-// String names the rule and says what to do.
-func (l Lock) String() string {
+// String names the rule, what it does and what to do about it.
+func (l Lock) String() string { return l.Message() + ": " + l.Fix() }
+
+// Message names the rule and what it does.
+func (l Lock) Message() string {
 	rule := fmt.Sprintf("rule %q", l.Rule)
 	if l.Rule == "" {
 		rule = "its policy"
 	}
-	var why string
+	var does string
 	switch l.Kind {
 	case Refuses:
-		why = "keeps packets from the metadata service, and redirected packets would not meet it: " +
-			"remove it, or set redirect.override_foreign: true so that policy decides instead"
+		does = "keeps packets from the metadata service, and redirected packets would not meet it"
 	case Redirects:
-		why = "sends metadata traffic elsewhere, and redirected packets would not meet it: " +
-			"remove it, or set redirect.override_foreign: true"
+		does = "sends metadata traffic elsewhere, and redirected packets would not meet it"
 	case DropsRedirected:
-		why = "would drop redirected packets: accept them there (iptables: -m conntrack --ctstate DNAT; nft: ct status dnat)"
+		does = "would drop redirected packets"
 	case DropsDaemon:
-		why = "would drop the daemon's packets to the metadata service: accept those of its user there"
+		does = "would drop the daemon's packets to the metadata service"
 	case UntracksAnswers:
-		why = "would keep the connection tracker from the answers to redirected clients, which would not reach them: " +
-			"leave out packets from the listener's port"
+		does = "would keep the connection tracker from the answers to redirected clients, which would not reach them"
 	}
-	return fmt.Sprintf("%s, table %s, chain %s, %s %s (%s, %s hook)", l.Store, l.Table, l.Chain, rule, why, l.Family, l.Hook)
+	return fmt.Sprintf("%s, table %s, chain %s, %s %s (%s, %s hook)", l.Store, l.Table, l.Chain, rule, does, l.Family, l.Hook)
+}
+
+// Fix says what to do about it.
+func (l Lock) Fix() string {
+	switch l.Kind {
+	case Refuses:
+		return "remove it, or set redirect.override_foreign: true so that policy decides instead"
+	case Redirects:
+		return "remove it, or set redirect.override_foreign: true"
+	case DropsRedirected:
+		return "accept them there (iptables: -m conntrack --ctstate DNAT; nft: ct status dnat)"
+	case DropsDaemon:
+		return "accept those of its user there"
+	default: // UntracksAnswers
+		return "leave out packets from the listener's port"
+	}
 }
 
 // rules are everybody's rules but ours, in all stores, ready to be asked. They are not changed once made.

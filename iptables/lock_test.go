@@ -172,10 +172,22 @@ func TestLocksInAnotherStore(t *testing.T) {
 func TestLockString(t *testing.T) {
 	l := Lock{IPv4, ForwardedHook, Refuses, "iptables-nft", "filter", "DOCKER-USER", "-d 169.254.169.254/32 -j DROP"}
 	const want = `iptables-nft, table filter, chain DOCKER-USER, rule "-d 169.254.169.254/32 -j DROP" keeps packets from ` +
-		`the metadata service, and redirected packets would not meet it: remove it, or set redirect.override_foreign: true ` +
-		`so that policy decides instead (IPv4, forwarded hook)`
+		`the metadata service, and redirected packets would not meet it (IPv4, forwarded hook): remove it, or set redirect.override_foreign: ` +
+		`true so that policy decides instead`
 	if got := l.String(); got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
+	}
+}
+
+// Each kind has a fix of its own.
+func TestLockFix(t *testing.T) {
+	kinds := map[string]LockKind{}
+	for kind := range lockKindNames {
+		l := Lock{Kind: LockKind(kind)}
+		if other, known := kinds[l.Fix()]; known || l.Fix() == "" {
+			t.Errorf("%v is to be dealt with like %v: %q", l.Kind, other, l.Fix())
+		}
+		kinds[l.Fix()] = l.Kind
 	}
 }
 

@@ -53,7 +53,7 @@ func (d *diagnosis) ofAgents(o *options, c config.Config, running map[string]boo
 func (d *diagnosis) ofContainers(rules iptables.Config, running map[string]bool) {
 	for exe, endpoint := range map[string]string{"/usr/libexec/amazon-ecs-init": "169.254.170.2:80", "/agent": "169.254.170.2:80"} {
 		if running[exe] && !slices.Contains(rules.Endpoints, netip.MustParseAddrPort(endpoint)) {
-			d.find("container-endpoint", doubtful, "the ECS agent gives credentials to tasks at "+endpoint+", which nobody judges", "redirect.endpoints, docs/relay.md")
+			d.find("container-endpoint", doubtful, "the ECS agent gives credentials to tasks at "+endpoint+", which nobody judges", "add it to redirect.endpoints: docs/relay.md says what then holds")
 			break
 		}
 	}
@@ -64,7 +64,7 @@ func (d *diagnosis) ofContainers(rules iptables.Config, running map[string]bool)
 	for _, endpoint := range []string{"169.254.170.23:80", "[fd00:ec2::23]:80"} {
 		e := netip.MustParseAddrPort(endpoint)
 		if slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return a.IP.Equal(e.Addr().AsSlice()) }) && !slices.Contains(rules.Endpoints, e) {
-			d.find("container-endpoint", doubtful, "the EKS Pod Identity agent gives credentials to pods at "+endpoint+", which nobody judges", "redirect.endpoints, docs/relay.md")
+			d.find("container-endpoint", doubtful, "the EKS Pod Identity agent gives credentials to pods at "+endpoint+", which nobody judges", "add it to redirect.endpoints: docs/relay.md says what then holds")
 		}
 	}
 }

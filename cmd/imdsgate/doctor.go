@@ -34,7 +34,7 @@ type symptom struct {
 	ID       string   `json:"id"`
 	Severity severity `json:"severity"`
 	Message  string   `json:"message"`
-	Fix      string   `json:"fix"`
+	Fix      string   `json:"fix"` // each has one
 }
 
 // diagnosis is all that doctor has found.
@@ -117,10 +117,7 @@ Exit status: 0 no errors, 1 errors, 2 it could not look.`,
 func (d *diagnosis) print(w io.Writer, quiet bool) error {
 	p := &printer{w: w}
 	for _, f := range d.Findings {
-		p.line("%-7s  %s: %s", f.Severity, f.ID, shown(f.Message))
-		if f.Fix != "" {
-			p.line("         fix: %s", shown(f.Fix))
-		}
+		p.line("%-7s  %s: %s\n         fix: %s", f.Severity, f.ID, shown(f.Message), shown(f.Fix))
 	}
 	if len(d.Findings) == 0 {
 		p.line("nothing is wrong that can be seen from here")
@@ -190,16 +187,16 @@ func (d *diagnosis) ofStatus(ctx context.Context, client *control.Client) (s rep
 		d.find("mode-wrong", failing, s.Modes.Error, "imdsgate mode; systemctl restart imdsgated")
 	}
 	if s.Redirect.Error != "" {
-		d.find("redirect-failed", failing, s.Redirect.Error, "imdsgate redirect verify")
+		d.find("redirect-failed", failing, s.Redirect.Error, "iptables-save and iptables-restore, and those of ip6tables, must work for the daemon: journalctl -u imdsgated; imdsgate redirect verify says what is missing")
 	}
 	for _, x := range s.Redirect.Differences {
 		d.find("redirect-changed", failing, x, "the daemon repairs it within 15 seconds; if it does not, another program writes the rules again: imdsgate events --rule integrity.redirect")
 	}
 	for _, x := range s.Redirect.Locks {
-		d.find("redirect-lock", failing, x, "what the message says")
+		d.find("redirect-lock", failing, x.Message, x.Fix)
 	}
 	for _, x := range s.Redirect.Evasions {
-		d.find("redirect-evaded", failing, x, "what the message says")
+		d.find("redirect-evaded", failing, x.Message, x.Fix)
 	}
 	if x := s.Redirect.Contested; x != "" {
 		d.find("redirect-contested", failing, x, "have the other program leave our rules alone: imdsgate events --rule integrity.redirect names it, if nftables can tell")
@@ -210,7 +207,7 @@ func (d *diagnosis) ofStatus(ctx context.Context, client *control.Client) (s rep
 		}
 	}
 	if s.SelfTest.Error != "" {
-		d.find("self-test", failing, s.SelfTest.Error, "imdsgate status; journalctl -u imdsgated")
+		d.find("self-test", failing, s.SelfTest.Error, "imdsgate redirect verify, if the request did not come; if nobody answers it, whether ip route get 169.254.169.254 leads there; journalctl -u imdsgated says since when")
 	}
 	if s.SelfTest.NoRoute != "" {
 		d.find("no-route", notable, s.SelfTest.NoRoute, "none is needed before the network is up")

@@ -44,7 +44,7 @@ func (o *options) diagnose(ctx context.Context, d *diagnosis, preflight bool) er
 	case errors.Is(err, fs.ErrPermission):
 		d.leave("what the daemon was told: " + err.Error() + "; ask as root, or as a member of the group imdsgate")
 	case err != nil:
-		d.find("config-refused", failing, err.Error(), "imdsgate check")
+		d.find("config-refused", failing, err.Error(), "imdsgate check shows the line; correct it there")
 	}
 	client := control.NewClient(cmp.Or(o.socket, c.Control.Socket))
 	s, running := report.Status{}, false
@@ -103,10 +103,10 @@ func (d *diagnosis) ofRules(ctx context.Context, rules iptables.Config, running 
 	}
 	if !running { // which tells of them itself
 		for _, l := range found.Locks {
-			d.find("redirect-lock", failing, l.String(), "what the message says")
+			d.find("redirect-lock", failing, l.Message(), l.Fix())
 		}
 		for _, e := range found.Evasions {
-			d.find("redirect-evaded", failing, e.String(), "what the message says")
+			d.find("redirect-evaded", failing, e.Message(), e.Fix())
 		}
 	}
 	for _, w := range found.Warnings {
@@ -177,7 +177,7 @@ func (d *diagnosis) ofConfig(c config.Config) {
 			d.find("spool-space", doubtful, fmt.Sprintf("%s has %d MB free, and events may take %d MB", dir, free>>20, size*(keep+1)>>20), "events.max_size and events.keep, or a larger disk: on a full one the oldest events go")
 		}
 		if err == nil && fs.Flags&unix.ST_RDONLY != 0 {
-			d.find("spool-read-only", failing, dir+" is mounted read-only, and events are to be written there", "events.path")
+			d.find("spool-read-only", failing, dir+" is mounted read-only, and events are to be written there", "events.path: a file on a disk that can be written")
 		}
 		break
 	}

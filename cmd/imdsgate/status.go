@@ -222,12 +222,13 @@ func printStatus(w io.Writer, s report.Status) error {
 	if s.Mode != "off" {
 		row("redirect", "%s: %s; %d repairs", s.Redirect.Backend, strings.Join(s.Redirect.Covered, ", "), s.Redirect.Repairs)
 	}
-	for _, problem := range [][]string{{s.Redirect.Error, s.Redirect.Contested}, s.Redirect.Differences, s.Redirect.Locks, s.Redirect.Evasions} {
-		for _, p := range problem {
-			if p != "" {
-				row("", "! %s", p)
-			}
+	for _, problem := range slices.Concat([]string{s.Redirect.Error, s.Redirect.Contested}, s.Redirect.Differences) {
+		if problem != "" {
+			row("", "! %s", problem)
 		}
+	}
+	for _, rule := range slices.Concat(s.Redirect.Locks, s.Redirect.Evasions) {
+		row("", "! %s", rule)
 	}
 	for _, n := range s.Redirect.Notes {
 		row("", "%s", n)

@@ -148,10 +148,10 @@ func (d *daemon) redirectStatus(ctx context.Context) report.Redirect {
 		}
 	}
 	for _, lock := range found.Locks {
-		r.Locks = append(r.Locks, lock.String())
+		r.Locks = append(r.Locks, report.Foreign{Message: lock.Message(), Fix: lock.Fix()})
 	}
 	for _, e := range found.Evasions {
-		r.Evasions = append(r.Evasions, e.String())
+		r.Evasions = append(r.Evasions, report.Foreign{Message: e.Message(), Fix: e.Fix()})
 	}
 	for _, w := range found.Ways {
 		r.Ways = append(r.Ways, w.String())

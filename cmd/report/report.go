@@ -126,15 +126,23 @@ type Rule struct {
 	Exclusions []string `json:"exclusions_that_do_not_excuse,omitempty"`
 }
 
+// Foreign is a rule of somebody else, and what to do about it.
+type Foreign struct {
+	Message string `json:"message"`
+	Fix     string `json:"fix"`
+}
+
+func (f Foreign) String() string { return f.Message + ": " + f.Fix }
+
 // Redirect is whether traffic comes to the daemon.
 type Redirect struct {
-	Installed   bool     `json:"installed"`
-	Backend     string   `json:"backend,omitempty"`
-	Covered     []string `json:"covered"`
-	Differences []string `json:"differences,omitempty"`
-	Locks       []string `json:"locks,omitempty"`
+	Installed   bool      `json:"installed"`
+	Backend     string    `json:"backend,omitempty"`
+	Covered     []string  `json:"covered"`
+	Differences []string  `json:"differences,omitempty"`
+	Locks       []Foreign `json:"locks,omitempty"`
 	// Evasions are rules of others by which packets go past the redirect.
-	Evasions []string `json:"evasions,omitempty"`
+	Evasions []Foreign `json:"evasions,omitempty"`
 	// Contested says that somebody changes it again and again; "" if nobody does.
 	Contested string `json:"contested,omitempty"`
 	// Ways are how packets get from here to the service. A change is an event.
