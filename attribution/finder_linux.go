@@ -78,6 +78,10 @@ type Options struct {
 	// Endpoints are what clients connect to. Their connections that are older than
 	// the Witness are known by that, and attributed without it.
 	Endpoints []netip.AddrPort
+	// TimedNote is a file that is there while conntrack notes times because a Finder told
+	// it to, so that those of one that was killed are known; "" for none. It must not
+	// outlive the boot.
+	TimedNote string
 }
 
 // Finder finds the owners of connections. Its methods may be called from any
@@ -87,7 +91,8 @@ type Finder struct {
 	diag *diag.Conn
 
 	conntrack *diag.Conntrack // nil where the witness tells the time
-	timed     bool            // it notes times because we told it to
+	timed     bool            // it notes times because we told it to, or one before us
+	timedNote string          // see Options.TimedNote
 	origins   *diag.Conntrack // nil without SharedPorts
 	witness   Witness
 	older     map[uint64]bool // cookies of sockets that were connected before the witness was there
@@ -151,7 +156,7 @@ func open(o Options) (*Finder, error) {
 		return nil, err
 	}
 	f := &Finder{host: h, diag: d, older: map[uint64]bool{}, turns: newTurns(), levels: []LevelState{{Level: Level0}},
-		urgent: make(chan scanRequest), idle: make(chan scanRequest), stop: make(chan struct{})}
+		timedNote: o.TimedNote, urgent: make(chan scanRequest), idle: make(chan scanRequest), stop: make(chan struct{})}
 	return f, nil
 }
 
@@ -261,13 +266,37 @@ func (f *Finder) openConntrack() error {
 	}
 	f.conntrack = c
 	if on, err := c.Timestamps(); on && err == nil {
+		_, err := os.Stat(f.timedNote)
+		f.timed = err == nil
 		return nil
+	}
+	if f.timedNote != "" && os.WriteFile(f.timedNote, nil, 0o600) != nil {
+		f.timedNote = "" // if we are killed, it stays as it is
 	}
 	if err := diag.EnableTimestamps(); err != nil {
 		return err
 	}
 	f.timed = true
 	return nil
+}
+
+// Untime has conntrack note no times any more if a Finder with this TimedNote told it to,
+// and was killed. There must be none. It needs what diag.EnableTimestamps needs.
+func Untime(note string) error {
+	if _, err := os.Stat(note); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return untime(note)
+}
+
+func untime(note string) error {
+	if err := diag.DisableTimestamps(); err != nil && !errors.Is(err, fs.ErrNotExist) { // the tracker may be unloaded
+		return err
+	}
+	if note == "" {
+		return nil
+	}
+	return os.Remove(note)
 }
 
 // Check reports whether every level that is there still is: whether the kernel still
@@ -307,7 +336,7 @@ func (f *Finder) Close() error {
 		errs = append(errs, f.host.table.Close())
 	}
 	if f.timed {
-		errs = append(errs, diag.DisableTimestamps())
+		errs = append(errs, untime(f.timedNote))
 	}
 	for _, c := range []*diag.Conntrack{f.conntrack, f.origins} {
 		if c != nil {

@@ -17,7 +17,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/imdsgate/imdsgate/attribution/diag"
 	"github.com/imdsgate/imdsgate/test/lab/labtest"
+	"github.com/imdsgate/imdsgate/test/lab/netlab"
 	"github.com/prometheus/procfs"
 	"golang.org/x/sys/unix"
 )
@@ -789,6 +791,62 @@ func newLevel(t testing.TB, level Level, o Options) *Finder {
 		t.Fatalf("level %s, want %s: %v", got, level, f.Levels())
 	}
 	return f
+}
+
+// Conntrack notes no times any more after a Finder that has told it to, also one that was
+// killed, and goes on if somebody else has.
+func TestTimed(t *testing.T) {
+	l := labtest.Start(t, netlab.Options{NoIMDS: true})
+	note := filepath.Join(t.TempDir(), "timed")
+	const file = "/proc/sys/net/netfilter/nf_conntrack_timestamp"
+	for name, c := range map[string]struct {
+		noted  bool
+		before string
+		opened bool // a Finder follows
+		after  string
+	}{
+		"off":                            {before: "0", opened: true, after: "0"},
+		"somebody else's":                {before: "1", opened: true, after: "1"},
+		"of one that was killed":         {noted: true, before: "1", opened: true, after: "0"},
+		"killed, and it is off":          {noted: true, before: "0", opened: true, after: "0"},
+		"of one that was killed, alone":  {noted: true, before: "1", after: "0"},
+		"nobody has ever told it, alone": {before: "1", after: "1"},
+	} {
+		if c.noted {
+			if err := os.WriteFile(note, nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var got []byte
+		if err := l.Instance.Do(func() (err error) {
+			if err := errors.Join(diag.EnableTimestamps(), os.WriteFile(file, []byte(c.before), 0)); err != nil {
+				return err
+			}
+			if !c.opened {
+				err = Untime(note)
+			} else {
+				f, openErr := New(Options{TimedNote: note})
+				if openErr != nil {
+					return openErr
+				}
+				if on, err := f.conntrack.Timestamps(); !on || err != nil {
+					t.Errorf("%s: the Finder has no times: %v", name, err)
+				}
+				err = f.Close()
+			}
+			var readErr error
+			got, readErr = os.ReadFile(file)
+			return errors.Join(err, readErr)
+		}); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if string(got) != c.after+"\n" {
+			t.Errorf("%s: it is %q, want %s", name, got, c.after)
+		}
+		if _, err := os.Stat(note); err == nil {
+			t.Errorf("%s: the note is left", name)
+		}
+	}
 }
 
 func waitFor(t testing.TB, what func() bool) {

@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/cmd/config"
 	"github.com/imdsgate/imdsgate/cmd/report"
 	"github.com/imdsgate/imdsgate/control"
@@ -158,6 +159,11 @@ func (d *daemon) afterwards(ctx context.Context, stdout io.Writer, givenUp bool)
 	if !enforcing {
 		since = bootTime() // until then they waited
 	}
+	if !enforcing || givenUp {
+		if err := attribution.Untime(timedNote(d.socket())); err != nil {
+			fmt.Fprintln(stdout, err)
+		}
+	}
 	// A daemon in mode off had nothing to take away, and is not missed.
 	missed := why != bySuccess || removed || enforcing
 	if err := d.amend(absence{Since: since, Open: !enforcing, Why: why}, missed, givenUp); err != nil { // which is no reason for the unit to fail
@@ -253,14 +259,18 @@ func enforced(c config.Config, refused error) (*iptables.Config, error) {
 	return &rules, nil
 }
 
+// socket is the control socket of the daemon that has ended.
+func (d *daemon) socket() string {
+	if c, err := config.Load(d.path); err == nil { // or else it may be why it has ended
+		return c.Control.Socket
+	}
+	return control.DefaultSocket
+}
+
 // amend remembers an absence that begins, or that it goes on. One that begins and that
 // nobody misses is none.
 func (d *daemon) amend(begins absence, missed, givenUp bool) error {
-	socket := control.DefaultSocket
-	if c, err := config.Load(d.path); err == nil { // or else it may be why the daemon has ended
-		socket = c.Control.Socket
-	}
-	file := absenceFile(socket)
+	file := absenceFile(d.socket())
 	var dir unix.Stat_t
 	if err := unix.Stat(filepath.Dir(file.path), &dir); err == nil {
 		file.owner = dir.Uid // the daemon's, who could replace what is in there

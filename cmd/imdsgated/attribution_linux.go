@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -33,12 +34,15 @@ const (
 // errLevel says that this host cannot give the evidence that enforce mode needs.
 var errLevel = errors.New("the level of attribution that enforce mode requires is not there")
 
+// timedNote is attribution.Options.TimedNote, for the daemon with that control socket.
+func timedNote(socket string) string { return filepath.Join(filepath.Dir(socket), "conntrack-timed") }
+
 // openAttribution starts what finds the owners of connections, at the highest level
 // that this host has. The function that it returns ends it.
 func (d *daemon) openAttribution(c config.Attribution, rules iptables.Config, connector *os.File) (func() error, error) {
 	d.required = c.RequireLevel
 	enforce := d.engine.Mode() == policy.Enforce
-	o := attribution.Options{Endpoints: rules.Endpoints, Connector: connector, Executed: d.executed}
+	o := attribution.Options{Endpoints: rules.Endpoints, Connector: connector, Executed: d.executed, TimedNote: timedNote(d.config.Control.Socket)}
 	d.witness, o.NoWitness = witness.Open(witness.Options{
 		Endpoints: rules.Endpoints, Mark: rules.Mark, Deny: enforce, DenyUncovered: c.Uncovered == config.Deny, Report: d.sighted,
 	})
