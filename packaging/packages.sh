@@ -1,13 +1,13 @@
 #!/bin/sh
 # packages.sh: makes everything that is released, in bin/packages: deb, rpm and tarball for
 # amd64 and arm64, lists of what is in the programs (CycloneDX), and SHA256SUMS. Two runs on
-# the same commit make the same bytes, wherever the source is. ARCHES, VERSION and
-# SOURCE_DATE_EPOCH may be set.
+# the same commit make the same bytes, wherever the source is. ARCHES, VERSION,
+# SOURCE_DATE_EPOCH and OUT, which is emptied before, may be set.
 set -eu
 umask 022
 cd "$(dirname "$0")/.."
 repository=$PWD
-out=$repository/bin/packages
+out=${OUT:-$repository/bin/packages}
 go=$repository/test/go.sh
 
 VERSION=${VERSION:-$(packaging/version.sh)}

@@ -106,7 +106,7 @@ func TestImageBuilder(t *testing.T) {
 	}
 	put := func(name, text string) {
 		t.Helper()
-		if err := os.WriteFile(fmt.Sprintf("/proc/%d/root%s", m.leader, name), []byte(text), 0o644); err != nil {
+		if err := os.WriteFile(m.file(name), []byte(text), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"maps"
 	"os"
 	"os/exec"
@@ -192,6 +193,9 @@ func (m *machine) run(within time.Duration, args ...string) (out string, code in
 	b, _ := cmd.CombinedOutput()
 	return string(bytes.TrimSpace(b)), cmd.ProcessState.ExitCode()
 }
+
+// file is where a file of the machine is for the host that runs the test.
+func (m *machine) file(name string) string { return fmt.Sprintf("/proc/%d/root%s", m.leader, name) }
 
 // monotonic is a property that is a time since the boot.
 func (m *machine) monotonic(unit, name string) time.Duration {
