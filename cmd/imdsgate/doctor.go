@@ -143,22 +143,32 @@ func (d *diagnosis) print(w io.Writer, quiet bool) error {
 	return p.err
 }
 
-// ofHopLimit has the daemon ask the service, since nobody else gets past the daemon.
-func (d *diagnosis) ofHopLimit(ctx context.Context, client *control.Client) {
-	ctx, cancel := context.WithTimeout(ctx, hopLimitTakes)
+// ofInstance has the daemon ask the service, since nobody else gets past the daemon.
+func (d *diagnosis) ofInstance(ctx context.Context, client *control.Client) {
+	ctx, cancel := context.WithTimeout(ctx, 2*instanceTakes)
 	defer cancel()
+	var v1 report.IMDSv1
+	if err := client.Get(ctx, "imds-v1", nil, &v1); err != nil {
+		d.leave("whether the service requires session tokens: " + err.Error())
+	} else if v1.Answered {
+		d.findV1()
+	}
 	var l report.HopLimit
-	switch err := client.Get(ctx, "hop-limit", nil, &l); {
-	case err != nil:
+	if err := client.Get(ctx, "hop-limit", nil, &l); err != nil {
 		d.leave("the hop limit of the instance: " + err.Error())
-	case l.Beyond:
+	} else if l.Beyond {
 		d.find("hop-limit", notable, "the hop limit of the instance is 2 or more: containers get session tokens, and with them credentials of the host's role, unless policy refuses",
 			"aws ec2 modify-instance-metadata-options --http-put-response-hop-limit 1; then containers get none, and need roles of their own (of the ECS task, of the EKS pod) or the host's network")
 	}
 }
 
-// hopLimitTakes is what the daemon takes for two endpoints that do not answer, and more.
-const hopLimitTakes = 12 * time.Second
+// instanceTakes is what the daemon takes for two endpoints that do not answer, and more.
+const instanceTakes = 12 * time.Second
+
+func (d *diagnosis) findV1() {
+	d.find("imds-v1", doubtful, "the service answers without a session token: a proxy that can be made to fetch a URL gets credentials (IMDSv1)",
+		`aws ec2 modify-instance-metadata-options --http-tokens required, once nobody needs it: imdsgate eql 'any where imdsgate.request.api == "v1" and process.name != "imdsgate"' /var/log/imdsgate/events.ndjson*`)
+}
 
 // ofStatus is what the daemon itself knows to be wrong. It reports whether one runs.
 func (d *diagnosis) ofStatus(ctx context.Context, client *control.Client) (s report.Status, running bool) {

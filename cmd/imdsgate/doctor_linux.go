@@ -70,7 +70,7 @@ func (o *options) diagnose(ctx context.Context, d *diagnosis, preflight bool) er
 		d.attack(ctx, client, rules, running)
 	}
 	if running {
-		d.ofHopLimit(ctx, client)
+		d.ofInstance(ctx, client)
 	} else {
 		d.leave("the hop limit of the instance: it takes a daemon that runs, or the EC2 API (aws ec2 describe-instances --query '…MetadataOptions')")
 	}
@@ -368,7 +368,7 @@ func (d *diagnosis) attack(ctx context.Context, client *control.Client, rules ip
 
 // judge makes findings of what came of the attempts.
 func (d *diagnosis) judge(judging bool, each func(func(place, attempt, outcome, bool))) {
-	answered, past, behind := 0, map[string][]string{}, time.Duration(0)
+	answered, v1, past, behind := 0, false, map[string][]string{}, time.Duration(0)
 	each(func(p place, a attempt, o outcome, seen bool) {
 		t := probed{Way: a.Way, As: p.as, From: p.from, Result: noAnswer, Detail: o.Error}
 		if o.Status != 0 {
@@ -382,13 +382,9 @@ func (d *diagnosis) judge(judging bool, each func(func(place, attempt, outcome, 
 				key := a.To.Addr().String() + " from " + p.from
 				past[key] = append(past[key], fmt.Sprintf("%s, as %s", strings.TrimPrefix(a.Way, a.To.String()+" "), p.as))
 			}
-			if strings.HasSuffix(a.Way, " plainly") && a.To.Addr().Is4() && p.netns == "" && p.as != "root" && !p.userns {
-				switch o.Status {
-				case 404:
-					d.find("imds-v1", doubtful, "the service answers without a session token: a proxy that can be made to fetch a URL gets credentials (IMDSv1)", "aws ec2 modify-instance-metadata-options --http-tokens required")
-				case 403:
-					d.leave("whether the service requires session tokens: it was refused before")
-				}
+			if !judging && o.Status == http.StatusNotFound && !v1 { // or else the daemon asks
+				d.findV1()
+				v1 = true
 			}
 		}
 		d.Probes = append(d.Probes, t)

@@ -33,7 +33,14 @@ func (d *daemon) routes() map[string]control.Route {
 		"credentials": {Answer: d.credentials},
 		"decisions":   {Answer: d.listDecisions},
 		"mode":        {Answer: d.answerMode},
-		"hop-limit":   {Answer: d.hopLimit},
+		"hop-limit": {Answer: d.ofInstance(func(ctx context.Context, e netip.AddrPort) (any, error) {
+			beyond, err := d.proxy.BeyondHost(ctx, e)
+			return report.HopLimit{Beyond: beyond}, err
+		})},
+		"imds-v1": {Answer: d.ofInstance(func(ctx context.Context, e netip.AddrPort) (any, error) {
+			answered, err := d.proxy.WithoutToken(ctx, e)
+			return report.IMDSv1{Answered: answered}, err
+		})},
 
 		"decisions/add":    {Change: true, Answer: d.addDecision},
 		"decisions/delete": {Change: true, Answer: d.deleteDecisions},
@@ -205,19 +212,20 @@ func (d *daemon) credentials(_ context.Context, q control.Question) (any, error)
 	return c, nil
 }
 
-// hopLimit asks the instance's own service, at the first of its endpoints that answers.
-func (d *daemon) hopLimit(ctx context.Context, _ control.Question) (any, error) {
-	err := fmt.Errorf("%w: no endpoint of the instance is configured", control.ErrBadQuestion)
-	for _, e := range (iptables.Config{}).WithDefaults().Endpoints {
-		if !slices.Contains(d.rules.Endpoints, e) {
-			continue
+// ofInstance asks the instance's own service, at the first of its endpoints that answers.
+func (d *daemon) ofInstance(ask func(context.Context, netip.AddrPort) (any, error)) func(context.Context, control.Question) (any, error) {
+	return func(ctx context.Context, _ control.Question) (answer any, err error) {
+		err = fmt.Errorf("%w: no endpoint of the instance is configured", control.ErrBadQuestion)
+		for _, e := range (iptables.Config{}).WithDefaults().Endpoints {
+			if !slices.Contains(d.rules.Endpoints, e) {
+				continue
+			}
+			if answer, err = ask(ctx, e); err == nil {
+				return answer, nil
+			}
 		}
-		var l report.HopLimit
-		if l.Beyond, err = d.proxy.BeyondHost(ctx, e); err == nil {
-			return l, nil
-		}
+		return nil, err
 	}
-	return nil, err
 }
 
 // explain judges the requests that a process could make.

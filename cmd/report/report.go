@@ -39,6 +39,11 @@ type HopLimit struct {
 	Beyond bool `json:"beyond_host"` // the instance's hop limit is 2 or more
 }
 
+// IMDSv1 is whether the service answers without a session token.
+type IMDSv1 struct {
+	Answered bool `json:"answered"` // tokens are optional
+}
+
 // Files are what the daemon has read, and itself.
 type Files struct {
 	Loaded  []File   `json:"loaded"`

@@ -137,7 +137,7 @@ func TestDoctor(t *testing.T) {
 					t.Errorf("a user namespace: %+v", p)
 				}
 			}
-			if mode == "audit" && !e.has("imds-v1") || e.has("clock-wrong") {
+			if e.has("clock-wrong") {
 				t.Errorf("about the service: %s", e.text)
 			}
 			if !strings.Contains(e.text, "the network namespace of sleep") {
@@ -186,6 +186,43 @@ func TestDoctorHopLimit(t *testing.T) {
 	finds(false, "no answer")
 	h.Stop()
 	finds(false, "a daemon that runs")
+}
+
+// Whether the service answers without a token is found out in every mode, also where policy would refuse doctor's own
+// question; without a daemon by what is tried.
+func TestDoctorIMDSv1(t *testing.T) {
+	t.Parallel()
+	h := start(t, netlab.Options{}, "")
+	finds := func(when string) {
+		t.Helper()
+		for _, required := range []bool{true, false} {
+			h.IMDS.SetTokens(required)
+			e := h.doctor()
+			if strings.Count(e.message("imds-v1"), "\n") != map[bool]int{true: 0, false: 1}[required] {
+				t.Errorf("%s, tokens required: %v\n%s", when, required, e.text)
+			}
+			if slices.ContainsFunc(e.Left, func(l string) bool { return strings.Contains(l, "requires session tokens") }) {
+				t.Errorf("%s: %q", when, e.Left)
+			}
+		}
+	}
+	finds("audit")
+	h.setMode("off", "--for", "5m")
+	finds("off")
+	h.setMode("enforce", "--for", "5m")
+	finds("enforce")
+	h.IMDS.Update(func(c *imdstest.Config) {
+		c.Fault = func(*imdstest.Request) imdstest.Fault { return imdstest.Fault{Outcome: imdstest.Silence} }
+	})
+	if e := h.doctor(); e.has("imds-v1") || !slices.ContainsFunc(e.Left, func(l string) bool {
+		return strings.HasPrefix(l, "whether the service requires session tokens") && strings.Contains(l, "no answer")
+	}) {
+		t.Errorf("not looked at: %q\n%s", e.Left, e.text)
+	}
+	h.IMDS.Update(func(c *imdstest.Config) { c.Fault = nil })
+	h.setMode("audit")
+	h.Stop()
+	finds("no daemon")
 }
 
 // Each hole that somebody makes is found, by what gets through it.
