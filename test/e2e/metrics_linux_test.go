@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -140,30 +141,130 @@ func TestMetrics(t *testing.T) {
 	promtool(t, text, "check", "metrics")
 
 	// What Grafana and Prometheus ask for is there.
-	exposed := func(name string) bool {
-		for _, suffix := range []string{"", "_bucket", "_count", "_sum"} {
-			if base, ok := strings.CutSuffix(name, suffix); ok && strings.Contains(text, "# TYPE "+base+" ") {
-				return true
+	text += "imdsgate_linklocal_allowance_exceeded_total 0\n" // of a driver that a namespace has not
+	for _, file := range []string{alertRules, dashboard} {
+		asksFor(t, file, series(t, text))
+	}
+	panels(t, series(t, text))
+}
+
+// series are the labels of each series of an exposition, by the name of the metric.
+func series(t *testing.T, text string) map[string][]map[string]string {
+	t.Helper()
+	all := map[string][]map[string]string{}
+	for line := range strings.Lines(text) {
+		if strings.HasPrefix(line, "#") || strings.TrimSpace(line) == "" {
+			continue
+		}
+		m := regexp.MustCompile(`^(\w+)(?:\{(.*)\})? \S+\n$`).FindStringSubmatch(line)
+		if m == nil {
+			t.Fatalf("no series: %q", line)
+		}
+		labels := map[string]string{}
+		for _, l := range regexp.MustCompile(`(\w+)="([^"]*)"`).FindAllStringSubmatch(m[2], -1) {
+			labels[l[1]] = l[2]
+		}
+		all[m[1]] = append(all[m[1]], labels)
+	}
+	return all
+}
+
+// ofPrometheus are labels that are not the daemon's.
+var ofPrometheus = map[string]bool{"instance": true, "job": true}
+
+// asksFor compares the metrics, labels and values that a file names with those that the daemon has.
+func asksFor(t *testing.T, file string, has map[string][]map[string]string) {
+	t.Helper()
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := strings.ReplaceAll(string(b), `\"`, `"`)
+	uses := regexp.MustCompile(`\b((?:imdsgate|process|go)_[a-z_]+[a-z])(?:\{([^}]*)\})?`).FindAllStringSubmatch(text, -1)
+	if len(uses) < 10 {
+		t.Errorf("%s asks for %v", file, uses)
+	}
+	known := map[string]bool{}
+	for _, use := range uses {
+		name := use[1]
+		if len(has[name]) == 0 {
+			t.Errorf("%s asks for %s, which the daemon does not have", filepath.Base(file), name)
+		}
+		for _, labels := range has[name] {
+			for label := range labels {
+				known[label] = true
 			}
 		}
-		return false
+		for _, l := range regexp.MustCompile(`(\w+)=~?"([^"]*)"`).FindAllStringSubmatch(use[2], -1) {
+			for value := range strings.SplitSeq(l[2], "|") {
+				if !ofPrometheus[l[1]] && !slices.ContainsFunc(has[name], func(labels map[string]string) bool { return labels[l[1]] == value }) {
+					t.Errorf("%s asks for %s with %s %q, which the daemon does not have", filepath.Base(file), name, l[1], value)
+				}
+			}
+		}
 	}
-	for _, file := range []string{alertRules, dashboard} {
-		b, err := os.ReadFile(file)
+	for _, by := range regexp.MustCompile(`by \(([^)]*)\)`).FindAllStringSubmatch(text, -1) {
+		for label := range strings.SplitSeq(by[1], ", ") {
+			if !ofPrometheus[label] && !known[label] {
+				t.Errorf("%s sums by %s, which no metric of it has", filepath.Base(file), label)
+			}
+		}
+	}
+}
+
+// panels has Prometheus ask what each panel of the dashboard does, of the series that there are: an expression that is
+// none is refused, and each has an answer.
+func panels(t *testing.T, has map[string][]map[string]string) {
+	t.Helper()
+	b, err := os.ReadFile(dashboard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var board struct {
+		Panels []struct {
+			Title   string
+			Targets []struct{ Expr string }
+		}
+	}
+	if err := json.Unmarshal(b, &board); err != nil {
+		t.Fatal(err)
+	}
+	type object = map[string]any
+	var rules, cases, input []object
+	for name, all := range has {
+		for _, labels := range all {
+			one := []string{`instance="here"`, `job="imdsgate"`}
+			for label, value := range labels {
+				one = append(one, fmt.Sprintf("%s=%q", label, value))
+			}
+			input = append(input, object{"series": name + "{" + strings.Join(one, ",") + "}", "values": "0+1x20"})
+		}
+	}
+	variables := strings.NewReplacer("$instance", "here", "$__rate_interval", "5m")
+	for _, panel := range board.Panels {
+		for i, target := range panel.Targets {
+			name := fmt.Sprintf("%s %d", panel.Title, i)
+			rules = append(rules, object{"alert": name, "expr": "count(" + variables.Replace(target.Expr) + ") > 0"})
+			cases = append(cases, object{"alertname": name, "eval_time": "15m", "exp_alerts": []object{{"exp_labels": object{}}}})
+		}
+	}
+	if len(rules) < 20 {
+		t.Errorf("the dashboard asks for %v", rules)
+	}
+	dir := t.TempDir()
+	for file, content := range map[string]object{ // JSON is YAML
+		"rules.yaml": {"groups": []object{{"name": "dashboard", "rules": rules}}},
+		"test.yaml":  {"rule_files": []string{"rules.yaml"}, "evaluation_interval": "1m", "tests": []object{{"interval": "1m", "input_series": input, "alert_rule_test": cases}}},
+	} {
+		b, err := json.Marshal(content)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(dir, file), b, 0o600)
+		}
 		if err != nil {
 			t.Fatal(err)
 		}
-		names := regexp.MustCompile(`\b(imdsgate|process|go)_[a-z_]+[a-z]`).FindAllString(string(b), -1)
-		if len(names) < 10 {
-			t.Errorf("%s asks for %v", file, names)
-		}
-		for _, name := range names {
-			// There is no such driver in a namespace.
-			if name != "imdsgate_linklocal_allowance_exceeded_total" && !exposed(name) {
-				t.Errorf("%s asks for %s, which the daemon does not have", filepath.Base(file), name)
-			}
-		}
 	}
+	promtool(t, "", "test", "rules", filepath.Join(dir, "test.yaml"))
 }
 
 // A client that is gone before anybody looks is counted among those of whom nobody
@@ -223,10 +324,6 @@ func TestAlertRules(t *testing.T) {
 		if n := strings.Count(string(cases), "alertname: "+alert[1]+"\n"); n < 2 {
 			t.Errorf("%s has %d cases, want one that fires and one that does not", alert[1], n)
 		}
-	}
-	b, err := os.ReadFile(dashboard)
-	if err != nil || !json.Valid(b) {
-		t.Errorf("the dashboard is no JSON: %v", err)
 	}
 }
 
