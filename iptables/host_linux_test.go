@@ -223,26 +223,28 @@ func TestOverrideForeign(t *testing.T) {
 	})
 }
 
-// TestEnforcing asks the rules in which mode they were installed.
-func TestEnforcing(t *testing.T) {
+// TestInstalled asks the rules whether they are there, and in which mode they were installed.
+func TestInstalled(t *testing.T) {
 	onHosts(t, func(s *site, b Backend) {
-		enforcing := func() (is bool) {
-			s.do(func() (err error) {
-				is, err = Enforcing(context.Background())
+		expect := func(when string, wantInstalled, wantEnforcing bool) {
+			s.Helper()
+			s.do(func() error {
+				installed, enforcing, err := Installed(context.Background())
+				if installed != wantInstalled || enforcing != wantEnforcing {
+					s.Errorf("%s: installed %v, enforcing %v", when, installed, enforcing)
+				}
 				return err
 			})
-			return is
 		}
-		for _, want := range []bool{false, true, false} {
-			s.install(s.open(Config{UID: uid, Backend: b, Enforce: want}))
-			if enforcing() != want {
-				s.Errorf("enforcing: %v", !want)
-			}
+		expect("before", false, false)
+		for _, enforce := range []bool{false, true, false} {
+			s.install(s.open(Config{UID: uid, Backend: b, Enforce: enforce}))
+			expect("installed", true, enforce)
 		}
+		s.do(func() error { return Release(context.Background()) })
+		expect("released", true, false)
 		s.remove()
-		if enforcing() {
-			s.Error("enforcing after removal")
-		}
+		expect("removed", false, false)
 	})
 }
 
@@ -705,7 +707,7 @@ func play(r string) error {
 		if err := withoutNetfilter(); err != nil {
 			return err
 		}
-		enforcing, err := Enforcing(ctx)
+		_, enforcing, err := Installed(ctx)
 		released := Release(ctx)
 		removed, removeErr := Remove(ctx)
 		fmt.Printf("%v %v, %v, %v %v", enforcing, err, released, removed, removeErr)

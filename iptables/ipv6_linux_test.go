@@ -186,11 +186,11 @@ func TestEnforcingWithoutIPv6(t *testing.T) {
 			s.sh(allOff)
 		}
 		err := s.lab.Instance.Do(func() error {
-			_, err := Enforcing(context.Background())
+			_, _, err := Installed(context.Background())
 			return err
 		})
 		if (err == nil) != off {
-			s.Errorf("Enforcing with IPv6 off %v: %v", off, err)
+			s.Errorf("Installed with IPv6 off %v: %v", off, err)
 		}
 		err = s.lab.Instance.Do(func() error {
 			_, err := Remove(context.Background())

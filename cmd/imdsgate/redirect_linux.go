@@ -71,7 +71,7 @@ func (o *options) plan(ctx context.Context) (iptables.Config, error) {
 
 // leftBehind says what becomes of requests while no daemon runs.
 func leftBehind(ctx context.Context) string {
-	switch enforcing, err := iptables.Enforcing(ctx); {
+	switch _, enforcing, err := iptables.Installed(ctx); {
 	case err != nil || os.Geteuid() != 0 && !enforcing:
 		return "what becomes of requests root can see (imdsgate doctor)"
 	case enforcing:

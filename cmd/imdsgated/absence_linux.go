@@ -127,12 +127,12 @@ func (d *daemon) afterwards(ctx context.Context, stdout io.Writer, givenUp bool)
 		why += ", " + os.Getenv("EXIT_CODE") + " " + status
 	}
 	since := bootTime() // a moment after its end: as soon as systemd knew
-	enforcing, err := iptables.Enforcing(ctx)
+	installed, enforcing, err := iptables.Installed(ctx)
 	if err != nil {
 		return err
 	}
 	removed, back := false, false
-	if !enforcing && (givenUp || why != bySuccess) {
+	if !installed && (givenUp || why != bySuccess) {
 		if back, err = d.putBack(ctx, stdout); err != nil {
 			fmt.Fprintf(stdout, "the redirect of enforce mode cannot be put back, and clients reach the service itself: %v\n", err)
 		}

@@ -365,7 +365,6 @@ func TestKilledInEnforce(t *testing.T) {
 	if out, code := h.ended(); code != 0 || !strings.Contains(out, "stays") {
 		t.Errorf("%d, %s", code, out)
 	}
-	old := h.Daemon
 	h.start("mode: enforce\n")
 	if got := h.curl(client{}, instanceID); got != "200" {
 		t.Errorf("with its successor: %s", got)
@@ -385,14 +384,20 @@ func TestKilledInEnforce(t *testing.T) {
 	if got := h.curl(client{}, role); got != "200" {
 		t.Errorf("without the redirect: %s", got)
 	}
-	_ = old
+	if out, code := h.ended(); code != 0 || !strings.Contains(out, "put back") {
+		t.Errorf("%d, %s", code, out)
+	}
+	if got := h.curl(client{}, role); got != "000" {
+		t.Errorf("with the redirect that was put back: %s", got)
+	}
 }
 
-// The daemon dies in audit mode: what the unit runs then takes the redirect away,
-// and clients reach the service.
+// The daemon dies in audit mode, whatever the configuration says: what the unit runs then
+// takes the redirect away, and clients reach the service.
 func TestKilledInAudit(t *testing.T) {
 	t.Parallel()
-	h := start(t, netlab.Options{}, "")
+	h := prepare(t, netlab.Options{})
+	h.start("mode: enforce\n", "--mode", "audit")
 	h.Kill()
 	if out, code := h.ended(); code != 0 || !strings.Contains(out, "is released") {
 		t.Errorf("%d, %s", code, out)
