@@ -21,7 +21,7 @@ systemctl daemon-reload || true
 if [ -n "$upgrade" ] && systemctl --quiet is-active imdsgated.service; then
 	# The socket unit keeps the ports: who connects now waits until the new daemon answers.
 	if ! imdsgated -check >/dev/null; then
-		echo "imdsgated: the new version refuses the configuration, see above, and the old one keeps running; then: systemctl restart imdsgated.service" >&2
+		echo "imdsgated: the new version refuses the configuration, see above; the old one keeps running, but nothing starts after it, nor at a boot. Correct it, and then: systemctl restart imdsgated.service" >&2
 	elif ! systemctl try-restart imdsgated.service; then
 		echo "imdsgated: the new version did not start: journalctl -u imdsgated.service" >&2
 	fi

@@ -157,3 +157,69 @@ func TestUpgradeAndPurge(t *testing.T) {
 		})
 	}
 }
+
+// A version that refuses the configuration does not take the place of one that runs, and says
+// so: the package manager has installed it, and the old one serves on, until somebody has
+// corrected the configuration.
+func TestUpgradeRefused(t *testing.T) {
+	for mode, refused := range map[string]string{"audit": "200", "enforce": "403"} {
+		t.Run(mode, func(t *testing.T) {
+			m := boot(t, settings{config: config(mode), lab: withContainer})
+			deb := m.next(".deb")
+			// It no longer has a profile that the configuration names.
+			m.Do("sh", "-ec", "dpkg-deb --raw-extract $0 /opt/next; rm $0 /opt/next/usr/lib/imdsgate/profiles/cloud-init.yaml; dpkg-deb -Zgzip -z1 --build /opt/next $0", deb)
+			old := m.daemon()
+			load := m.everywhere(8 * time.Second)
+			time.Sleep(time.Second)
+			out := m.Do("dpkg", "--install", deb)
+			for _, says := range []string{"/etc/imdsgate/config.yaml:2:12: no profile \"cloud-init\"", "the old one keeps running", "then: systemctl restart imdsgated.service"} {
+				if !strings.Contains(out, says) {
+					t.Errorf("it does not say %s:\n%s", says, out)
+				}
+			}
+			m.served(load())
+			if m.daemon() != old {
+				t.Error("the old version does not run any more")
+			}
+			if status, _ := m.Try("imdsgate", "status"); !strings.Contains(status, "cloud-init.yaml is gone") || !strings.Contains(status, "imdsgated is not what is in force") {
+				t.Errorf("status:\n%s", status)
+			}
+			m.Event("program-changed")
+			if got := m.Curl("nobody", role); got != refused {
+				t.Errorf("a thief got %s", got)
+			}
+
+			m.Do("sed", "-i", "s/cloud-init, //", "/etc/imdsgate/config.yaml")
+			m.Do("systemctl", "restart", "imdsgated.service")
+			if status := m.Do("imdsgate", "status", "--json"); !strings.Contains(status, `"version":"`+nextVersion+`"`) {
+				t.Errorf("afterwards:\n%s", status)
+			}
+			if got := m.Curl("nobody", role); got != refused {
+				t.Errorf("from the new version a thief got %s", got)
+			}
+		})
+	}
+}
+
+// What only the start of the new version finds out is told, too. In enforce mode clients are
+// refused then: the operator has said that there is to be no less.
+func TestUpgradeDoesNotStart(t *testing.T) {
+	m := boot(t, settings{config: config("enforce")})
+	deb := m.next(".deb")
+	level := "attribution:\n  require_level: L2\n"
+	if err := os.WriteFile(m.file("/etc/imdsgate/config.yaml"), []byte(config("enforce")+level), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	out := m.Do("dpkg", "--force-confold", "--install", deb)
+	if !strings.Contains(out, "the new version did not start: journalctl -u imdsgated.service") {
+		t.Errorf("it does not say so:\n%s", out)
+	}
+	m.refusedOrOpen("enforce")
+	m.Do("sed", "-i", "s/L2/L0/", "/etc/imdsgate/config.yaml")
+	m.Do("systemctl", "reset-failed", "imdsgated.socket", "imdsgated.service")
+	m.Do("systemctl", "start", "imdsgated.service")
+	m.Event("requests-refused")
+	if o := m.load(0)(); o.Failed != 0 {
+		t.Errorf("afterwards: %+v", o)
+	}
+}
