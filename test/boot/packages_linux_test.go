@@ -34,126 +34,175 @@ func (m *machine) next(suffix string) (path string) {
 		m.T.Fatalf("of %s there are %v, %v", suffix, packed, err)
 	}
 	path = "/opt/next" + suffix
-	b, err := os.ReadFile(packed[0])
+	m.put(path, packed[0])
+	return path
+}
+
+// put copies a file into the machine.
+func (m *machine) put(path, from string) {
+	m.T.Helper()
+	b, err := os.ReadFile(from)
 	if err == nil {
 		err = os.WriteFile(m.file(path), b, 0o644)
 	}
 	if err != nil {
 		m.T.Fatal(err)
 	}
-	return path
 }
 
 // journald are its units: of one that is stopped alone, the others start it again.
 const journald = "systemd-journald.socket systemd-journald-dev-log.socket systemd-journald-audit.socket systemd-journald.service"
 
-// An upgrade to a later version under load refuses nobody, and what is the operator's and the
-// daemon's stays, also what is not passed on yet. A purge takes all that is ours, and clients
-// reach the service itself.
+// upgradable is the configuration of a machine that is upgraded.
+var upgradable = map[string]string{
+	"/etc/imdsgate/config.yaml":           config("audit") + "events: {journal: true}\n",
+	"/etc/imdsgate/config.d/50-mine.yaml": "denies:\n  - {name: mine, user: games, reason: x}\n",
+}
+
+// upgrade installs a later version under load, which refuses nobody, and what is the operator's
+// and the daemon's stays, also what is not passed on yet.
+func (m *machine) upgrade(mode string, install ...string) {
+	t := m.T
+	t.Helper()
+	if mode == "enforce" {
+		m.Do("imdsgate", "mode", "set", mode, "--for", "1h", "--reason", "x")
+	}
+	m.Do("imdsgate", "decisions", "add", "deny", "--user", "daemon", "--for", "1h", "--reason", "x")
+	refused := map[string]string{"audit": "200", "enforce": "403"}[mode]
+	kept := func() string {
+		t.Helper()
+		var mode struct {
+			Mode, Configured string
+			Set              any
+		}
+		if err := json.Unmarshal([]byte(m.Do("imdsgate", "mode", "--json")), &mode); err != nil {
+			t.Error(err)
+		}
+		return fmt.Sprintln(mode) + m.Do("imdsgate", "decisions", "list", "--json") +
+			m.Do("sh", "-ec", "find /etc/imdsgate -type f -exec stat -c '%n %a %U %G' {} + -exec sha256sum {} +") +
+			m.Do("systemctl", "is-enabled", "imdsgated.socket", "imdsgated.service")
+	}
+	before, old := kept(), m.daemon()
+
+	// What the journal does not take is to come when it does.
+	m.Do("sh", "-ec", "systemctl stop "+journald)
+	for _, user := range []string{"daemon", "games"} {
+		if got := m.Curl(user, role); got != refused {
+			t.Errorf("before the upgrade %s got %s", user, got)
+		}
+	}
+	var status struct {
+		Version string
+		Events  struct{ Journal struct{ Error string } }
+	}
+	ask := func() {
+		t.Helper()
+		if err := json.Unmarshal([]byte(m.Do("imdsgate", "status", "--json")), &status); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var waiting []any
+	m.Await("the events of both, which nobody takes", func() bool {
+		if ask(); status.Events.Journal.Error == "" {
+			return false
+		}
+		waiting = waiting[:0]
+		for _, d := range m.Documents() {
+			if d.At("url.path") == role && d.At("data_stream.dataset") == "imdsgate.decision" {
+				waiting = append(waiting, d.At("event.id"))
+			}
+		}
+		return len(waiting) == 2
+	})
+	spool := m.Spool()
+	if m.daemon() != old {
+		t.Error("a daemon whose log nobody takes has ended")
+	}
+
+	load := m.everywhere(8*time.Second, "-late", late)
+	time.Sleep(time.Second)
+	m.Do(install...)
+	m.guarded(old)
+	m.served(load())
+	window := map[string]string{"audit": "requests-unguarded", "enforce": "requests-held"}[mode]
+	t.Logf("%s", m.Event(window).At("message"))
+	if n := m.count(window); n != 1 {
+		t.Errorf("%d events tell of a time without a daemon", n)
+	}
+
+	if ask(); status.Version != nextVersion {
+		t.Errorf("the version %s runs", status.Version)
+	}
+	if after := kept(); after != before {
+		t.Errorf("before the upgrade:\n%s\nafter it:\n%s", before, after)
+	}
+	if !strings.HasPrefix(m.Spool(), spool) {
+		t.Errorf("what was recorded before the upgrade is not all there:\n%s\nafter it:\n%s", spool, m.Spool())
+	}
+	for _, user := range []string{"daemon", "games"} {
+		if got := m.Curl(user, role); got != refused {
+			t.Errorf("after the upgrade %s got %s", user, got)
+		}
+	}
+	m.Do("sh", "-ec", "systemctl start "+journald)
+	for _, id := range waiting {
+		m.Await("the event in the journal, once", func() bool {
+			return m.Do("journalctl", "--no-pager", "--output=cat", "--output-fields=IMDSGATE_EVENT_ID", fmt.Sprintf("IMDSGATE_EVENT_ID=%s", id)) == id
+		})
+	}
+}
+
+// unguarded complains where clients do not reach the service itself, or our rules are there.
+func (m *machine) unguarded() {
+	m.T.Helper()
+	if left := m.Do("iptables-save") + m.Do("ip6tables-save"); strings.Contains(left, "IMDSGATE") {
+		m.T.Errorf("left:\n%s", left)
+	}
+	for from, o := range m.everywhere(0)() {
+		if o.Failed != 0 {
+			m.T.Errorf("after the removal, from %s: %+v", from, o)
+		}
+	}
+}
+
+// A purge takes all that is ours, after an upgrade, too.
 func TestUpgradeAndPurge(t *testing.T) {
-	for mode, window := range map[string]string{"audit": "requests-unguarded", "enforce": "requests-held"} {
+	for _, mode := range []string{"audit", "enforce"} {
 		t.Run(mode, func(t *testing.T) {
-			m := boot(t, settings{config: config("audit") + "events: {journal: true}\n", lab: withContainer, files: map[string]string{
-				"/etc/imdsgate/config.d/50-mine.yaml": "denies:\n  - {name: mine, user: games, reason: x}\n",
-			}})
-			if mode == "enforce" {
-				m.Do("imdsgate", "mode", "set", mode, "--for", "1h", "--reason", "x")
-			}
-			m.Do("imdsgate", "decisions", "add", "deny", "--user", "daemon", "--for", "1h", "--reason", "x")
-			refused := map[string]string{"audit": "200", "enforce": "403"}[mode]
-			kept := func() string {
-				t.Helper()
-				var mode struct {
-					Mode, Configured string
-					Set              any
-				}
-				if err := json.Unmarshal([]byte(m.Do("imdsgate", "mode", "--json")), &mode); err != nil {
-					t.Error(err)
-				}
-				return fmt.Sprintln(mode) + m.Do("imdsgate", "decisions", "list", "--json") +
-					m.Do("sh", "-ec", "find /etc/imdsgate -type f -exec stat -c '%n %a %U %G' {} + -exec sha256sum {} +") +
-					m.Do("systemctl", "is-enabled", "imdsgated.socket", "imdsgated.service")
-			}
-			before, old, deb := kept(), m.daemon(), m.next(".deb")
-
-			// What the journal does not take is to come when it does.
-			m.Do("sh", "-ec", "systemctl stop "+journald)
-			for _, user := range []string{"daemon", "games"} {
-				if got := m.Curl(user, role); got != refused {
-					t.Errorf("before the upgrade %s got %s", user, got)
-				}
-			}
-			var waiting []any
-			var status struct {
-				Version string
-				Events  struct{ Journal struct{ Error string } }
-			}
-			ask := func() {
-				t.Helper()
-				if err := json.Unmarshal([]byte(m.Do("imdsgate", "status", "--json")), &status); err != nil {
-					t.Fatal(err)
-				}
-			}
-			m.Await("the events of both, which nobody takes", func() bool {
-				if ask(); status.Events.Journal.Error == "" {
-					return false
-				}
-				waiting = waiting[:0]
-				for _, d := range m.Documents() {
-					if d.At("url.path") == role && d.At("data_stream.dataset") == "imdsgate.decision" {
-						waiting = append(waiting, d.At("event.id"))
-					}
-				}
-				return len(waiting) == 2
-			})
-			spool := m.Spool()
-			if m.daemon() != old {
-				t.Error("a daemon whose log nobody takes has ended")
-			}
-
-			load := m.everywhere(8*time.Second, "-late", late)
-			time.Sleep(time.Second)
-			m.Do("dpkg", "--force-confold", "--install", deb)
-			m.guarded(old)
-			m.served(load())
-			t.Logf("%s", m.Event(window).At("message"))
-			if n := m.count(window); n != 1 {
-				t.Errorf("%d events tell of a time without a daemon", n)
-			}
-
-			if ask(); status.Version != nextVersion {
-				t.Errorf("the version %s runs", status.Version)
-			}
-			if after := kept(); after != before {
-				t.Errorf("before the upgrade:\n%s\nafter it:\n%s", before, after)
-			}
-			if !strings.HasPrefix(m.Spool(), spool) {
-				t.Errorf("what was recorded before the upgrade is not all there:\n%s\nafter it:\n%s", spool, m.Spool())
-			}
-			for _, user := range []string{"daemon", "games"} {
-				if got := m.Curl(user, role); got != refused {
-					t.Errorf("after the upgrade %s got %s", user, got)
-				}
-			}
-			m.Do("sh", "-ec", "systemctl start "+journald)
-			for _, id := range waiting {
-				m.Await("the event in the journal, once", func() bool {
-					return m.Do("journalctl", "--no-pager", "--output=cat", "--output-fields=IMDSGATE_EVENT_ID", fmt.Sprintf("IMDSGATE_EVENT_ID=%s", id)) == id
-				})
-			}
-
+			m := boot(t, settings{files: upgradable, lab: withContainer})
+			m.upgrade(mode, "dpkg", "--force-confold", "--install", m.next(".deb"))
 			m.Do("dpkg", "--purge", "imdsgate")
-			if left := m.Do("iptables-save") + m.Do("ip6tables-save"); strings.Contains(left, "IMDSGATE") {
-				t.Errorf("left:\n%s", left)
-			}
 			if left := m.Do("sh", "-c", "find / -xdev -iname '*imdsgate*' -not -path '/proc/*' -not -path '"+debian.Package+"'; ls -d /run/imdsgate 2>&- || true; getent passwd imdsgate || true"); left != "" {
 				t.Errorf("left:\n%s", left)
 			}
-			for from, o := range m.everywhere(0)() {
-				if o.Failed != 0 {
-					t.Errorf("after the purge, from %s: %+v", from, o)
+			m.unguarded()
+		})
+	}
+}
+
+// The same with Debian's rpm in place of dpkg. It does not look for iptables, which dpkg has brought.
+func TestRPM(t *testing.T) {
+	packed, err := filepath.Glob("../../bin/packages/*." + map[string]string{"amd64": "x86_64", "arm64": "aarch64"}[runtime.GOARCH] + ".rpm")
+	if err != nil || len(packed) != 1 {
+		t.Fatalf("%v, %v", packed, err)
+	}
+	for _, mode := range []string{"audit", "enforce"} {
+		t.Run(mode, func(t *testing.T) {
+			m := boot(t, settings{config: config("audit"), lab: withContainer})
+			m.put("/opt/this.rpm", packed[0])
+			m.Do("sh", "-ec", "dpkg --purge imdsgate; rpm --initdb; rpm --install --nodeps /opt/this.rpm")
+			if out, code := m.Try("systemctl", "is-enabled", "imdsgated.socket", "imdsgated.service"); code == 0 || out != "disabled\ndisabled" || m.redirected() {
+				t.Errorf("after the installation the units are %s", out)
+			}
+			for name, text := range upgradable {
+				if err := os.WriteFile(m.file(name), []byte(text), 0o640); err != nil {
+					t.Fatal(err)
 				}
 			}
+			m.Do("sh", "-ec", "chgrp -R imdsgate /etc/imdsgate; systemctl enable --now imdsgated.socket imdsgated.service")
+			m.upgrade(mode, "rpm", "--upgrade", "--nodeps", m.next(".rpm"))
+			m.Do("rpm", "--erase", "imdsgate")
+			m.unguarded()
 		})
 	}
 }
