@@ -10,14 +10,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// cgroupMounts says where each hierarchy of cgroups is mounted: "" is cgroup2, the
-// others are as in hierarchy.
-type cgroupMounts map[string]string
+// CgroupMounts says where each hierarchy of cgroups is mounted: "" is cgroup2, the
+// others are v1's, by "name=systemd" or a controller. It is not changed once read.
+type CgroupMounts map[string]string
 
-// readCgroupMounts reads those that this process sees. In a cgroup namespace of its own
+// ReadCgroupMounts reads those that this process sees, by a mount of /proc. In a cgroup namespace of its own
 // (systemd.exec(5), ProtectControlGroups=private) it sees paths that are relative to
 // its own, "/../x", and finds no directory for them: nothing is trusted then.
-func readCgroupMounts(proc string) (cgroupMounts, error) {
+func ReadCgroupMounts(proc string) (CgroupMounts, error) {
 	b, err := os.ReadFile(filepath.Join(proc, "self/mountinfo"))
 	if err != nil {
 		return nil, fmt.Errorf("see where cgroups are mounted: %w", err)
@@ -27,8 +27,8 @@ func readCgroupMounts(proc string) (cgroupMounts, error) {
 
 // parseCgroupMounts reads a mountinfo (proc_pid_mountinfo(5)). Of what is mounted
 // twice the first counts, and what shows only a part of a hierarchy does not.
-func parseCgroupMounts(b []byte) cgroupMounts {
-	m := cgroupMounts{}
+func parseCgroupMounts(b []byte) CgroupMounts {
+	m := CgroupMounts{}
 	add := func(name, dir string) {
 		if m[name] == "" {
 			m[name] = dir
@@ -52,8 +52,8 @@ func parseCgroupMounts(b []byte) cgroupMounts {
 	return m
 }
 
-// of reads a /proc/PID/cgroup.
-func (m cgroupMounts) of(file []byte) Cgroup {
+// Of reads a /proc/PID/cgroup (cgroups(7)).
+func (m CgroupMounts) Of(file []byte) Cgroup {
 	h, agreed := pickHierarchy(parseHierarchies(file))
 	if !agreed {
 		return cgroupOf(h.path, 0)
@@ -71,7 +71,7 @@ func (m cgroupMounts) of(file []byte) Cgroup {
 
 // rootOwned counts the leading directories of a cgroup path that belong to root,
 // and in which nobody else can make one.
-func (m cgroupMounts) rootOwned(h hierarchy) int {
+func (m CgroupMounts) rootOwned(h hierarchy) int {
 	dir := m[h.name]
 	if dir == "" {
 		return 0

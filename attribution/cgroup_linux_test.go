@@ -18,7 +18,7 @@ import (
 // nobody else, names it.
 func TestCgroupOfProcess(t *testing.T) {
 	labtest.RequireRoot(t)
-	mounts, err := readCgroupMounts("/proc")
+	mounts, err := ReadCgroupMounts("/proc")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -81,7 +81,7 @@ func TestCgroupOfProcess(t *testing.T) {
 				t.Fatal(err)
 			}
 			test.want.Path = path
-			if diff := cmp.Diff(test.want, mounts.of(file)); diff != "" {
+			if diff := cmp.Diff(test.want, mounts.Of(file)); diff != "" {
 				t.Errorf("%s(-want +got):\n%s", file, diff)
 			}
 		})
@@ -92,7 +92,7 @@ func TestCgroupOfProcess(t *testing.T) {
 func TestCgroupOfV1(t *testing.T) {
 	labtest.RequireRoot(t)
 	root := t.TempDir()
-	mounts := cgroupMounts{}
+	mounts := CgroupMounts{}
 	for _, name := range []string{"", "name=systemd", "memory", "pids", "cpu"} {
 		mounts[name] = filepath.Join(root, "at-"+name)
 	}
@@ -131,7 +131,7 @@ func TestCgroupOfV1(t *testing.T) {
 		{"delegated below a container", "1:name=systemd:" + docker + "/mine\n", Cgroup{Path: docker + "/mine"}},
 		{"not mounted", "1:devices:" + docker + "\n", Cgroup{Path: docker}},
 	} {
-		if diff := cmp.Diff(test.want, mounts.of([]byte(test.file))); diff != "" {
+		if diff := cmp.Diff(test.want, mounts.Of([]byte(test.file))); diff != "" {
 			t.Errorf("%s (-want +got):\n%s", test.name, diff)
 		}
 	}
@@ -159,13 +159,13 @@ cut off
 
 func BenchmarkCgroup(b *testing.B) {
 	file := []byte("0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-" + slice + "/cri-containerd-" + inner + ".scope\n")
-	mounts := cgroupMounts{"": b.TempDir()}
+	mounts := CgroupMounts{"": b.TempDir()}
 	if err := os.MkdirAll(filepath.Join(mounts[""], parseCgroup(file)), 0o755); err != nil {
 		b.Fatal(err)
 	}
 	b.ReportAllocs()
 	for b.Loop() {
-		if os.Geteuid() == 0 && mounts.of(file).Container != inner {
+		if os.Geteuid() == 0 && mounts.Of(file).Container != inner {
 			b.Fatal("no container")
 		}
 	}

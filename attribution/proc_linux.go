@@ -45,7 +45,7 @@ const (
 // goroutine.
 type host struct {
 	proc    string // where proc(5) is mounted
-	cgroups cgroupMounts
+	cgroups CgroupMounts
 	cgroup2 string // where cgroup2 is mounted, or systemd's hierarchy; "" if neither
 	bootID  string
 	self    int
@@ -110,7 +110,7 @@ func newHost(proc string) (*host, error) {
 		return nil, fmt.Errorf("tell sockets from files: %w", err)
 	}
 	h.lockable.Insist = !numbered
-	if h.cgroups, err = readCgroupMounts(proc); err != nil {
+	if h.cgroups, err = ReadCgroupMounts(proc); err != nil {
 		return nil, err
 	}
 	for _, dir := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd"} {
@@ -596,7 +596,7 @@ func (h *host) readImage(p *pin, st stat) (*Process, error) {
 	if err := check("cgroup", err); err != nil {
 		return nil, err
 	}
-	proc.Cgroup = h.cgrouped.get(string(b), func() (Cgroup, bool) { return h.cgroups.of(b), true })
+	proc.Cgroup = h.cgrouped.get(string(b), func() (Cgroup, bool) { return h.cgroups.Of(b), true })
 	return proc, nil
 }
 

@@ -167,18 +167,3 @@ func runs(named string, running map[string]bool) bool {
 	}
 	return false
 }
-
-// executables are those of all processes that can be looked at.
-func executables() (map[string]bool, error) {
-	entries, err := os.ReadDir("/proc")
-	if err != nil {
-		return nil, err
-	}
-	all := map[string]bool{}
-	for _, e := range entries {
-		if exe, err := os.Readlink("/proc/" + e.Name() + "/exe"); err == nil {
-			all[strings.TrimSuffix(exe, " (deleted)")] = true // it was upgraded since
-		}
-	}
-	return all, nil
-}

@@ -55,12 +55,17 @@ func (o *options) diagnose(ctx context.Context, d *diagnosis, preflight bool) er
 	d.ofRules(ctx, rules, running)
 	d.ofConfig(c)
 	d.ofHost()
-	programs, err := executables()
+	all, err := processes()
 	if err != nil {
-		d.leave("agents that run: " + err.Error())
+		d.leave("processes: " + err.Error())
+	}
+	programs := map[string]bool{}
+	for _, p := range all {
+		programs[p.exe] = true
 	}
 	d.ofAgents(o, c, programs)
 	d.ofContainers(rules, programs)
+	d.ofNeighbours(all)
 	switch {
 	case preflight:
 		d.leave("ways past the daemon: with --preflight none is expected")
@@ -75,7 +80,6 @@ func (o *options) diagnose(ctx context.Context, d *diagnosis, preflight bool) er
 		d.leave("the hop limit of the instance: it takes a daemon that runs, or the EC2 API (aws ec2 describe-instances --query '…MetadataOptions')")
 	}
 	d.leave("whether other machines have the same machine-id: it takes the others")
-	d.leave("packet sockets (AF_PACKET): whoever has CAP_NET_RAW sends past every firewall of the host; SECURITY.md")
 	d.leave("containers with a network interface of the instance: from level 2 on their connections are seen when they are made")
 	return nil
 }

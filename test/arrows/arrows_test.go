@@ -35,6 +35,7 @@ var arrows = []struct{ from, to, reason string }{
 	{"cmd/imdsgate", "cmd/config", "reads what the operator wrote"},
 	{"cmd/imdsgate", "cmd/report", "shows what the daemon answers"},
 	{"cmd/imdsgate", "control", "asks the daemon"},
+	{"cmd/imdsgate", "attribution", "names the containers and units of processes"},
 	{"cmd/imdsgate", "event/sink", "reads events without the daemon"},
 	{"cmd/imdsgate", "event", "reads what was recorded, and makes up processes to explain"},
 	{"cmd/imdsgate", "iptables", "prints, installs and removes the redirect without the daemon"},

@@ -43,13 +43,13 @@ func (h *host) doctor(args ...string) examined {
 }
 
 // doctorWith runs it with a configuration after a script, in a mount namespace that only
-// the two see.
+// the two see, and with the lab's cgroup for the root of all.
 func (h *host) doctorWith(config, script string, args ...string) examined {
 	h.t.Helper()
 	var e examined
 	// A process of each container, which it sees.
 	script += "\n" + `exec "$@"`
-	cmd := exec.Command("unshare", "--fork", "--pid", "--mount-proc", "--kill-child", "--", "sh", "-ec")
+	cmd := exec.Command("unshare", "--fork", "--pid", "--mount-proc", "--cgroup", "--kill-child", "--", "sh", "-ec")
 	for _, n := range []*netlab.Namespace{h.Bridged, h.Routed} {
 		if n == nil {
 			continue
@@ -431,6 +431,62 @@ func TestDoctorFinds(t *testing.T) {
 	var clock unix.Timex
 	if _, err := unix.Adjtimex(&clock); err != nil || clean.has("clock-unsynchronised") != (clock.Status&unix.STA_UNSYNC != 0) {
 		t.Errorf("the clock's status is %#x, %v\n%s", clock.Status, err, clean.text)
+	}
+}
+
+// Who shares the network of the host, and is not root: named are those who can send past the redirect, and no others.
+func TestDoctorOfNeighbours(t *testing.T) {
+	t.Parallel()
+	h := start(t, netlab.Options{}, "")
+	h.Stop()
+	const script = `
+mount -t tmpfs tmpfs /opt; chmod 755 /opt
+for name in ambient elsewhere mapped boxed podded rooted served guest; do cp /bin/sleep /opt/$name; done
+mkdir /opt/cgroups; mount -t cgroup2 cgroup2 /opt/cgroups; cd /opt/cgroups
+within() { mkdir -p $1; echo $$ >$1/cgroup.procs; shift; "$@" >/dev/null 2>&1 & echo $$ >cgroup.procs; }
+raw='setpriv --reuid=4321 --regid=4321 --clear-groups --inh-caps=+net_raw --ambient-caps=+net_raw'
+usual='setpriv --bounding-set=-all,+net_raw,+chown --inh-caps=-all'
+/opt/rooted 60 >/dev/null 2>&1 &
+$raw /opt/ambient 60 >/dev/null 2>&1 &
+unshare -n $raw /opt/elsewhere 60 >/dev/null 2>&1 &
+setpriv --reuid=4321 --regid=4321 --clear-groups unshare -Ur /opt/mapped 60 >/dev/null 2>&1 &
+within system.slice/served.service $raw /opt/served 60
+within docker/BOXED $usual /opt/boxed 60
+within docker/ELSEWHERE unshare -n /opt/elsewhere 60
+within kubepods/burstable/podPOD/ELSEWHERE setpriv --bounding-set=-net_raw /opt/podded 60
+unshare --pid --fork --kill-child /opt/guest 60 >/dev/null 2>&1 &
+python3 -c 'import os, socket, time
+s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+os.setgid(4322); os.setuid(4322); time.sleep(60)' >/dev/null 2>&1 &
+sleep 1
+`
+	boxed, elsewhere, pod := strings.Repeat("b0", 32), strings.Repeat("e1", 32), "12345678-1234-1234-1234-123456789abc"
+	e := h.doctorWith(h.Config, strings.NewReplacer("BOXED", boxed, "ELSEWHERE", elsewhere, "POD", pod).Replace(script), "--preflight")
+	const past = " can send packets past every firewall of this host, our rules among them, to the metadata service, too: "
+	python, err := exec.Command("python3", "-c", "import os; print(os.path.basename(os.readlink('/proc/self/exe')), end='')").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	others := []string{
+		"ambient (no unit, uid 4321): CAP_NET_RAW", "boxed (container " + boxed[:12] + ", uid 0): CAP_NET_RAW", "guest (no unit, uid 0): CAP_NET_RAW",
+		string(python) + " (no unit, uid 4322): a packet socket",
+	}
+	for severity, want := range map[string]string{
+		"warning": "programs that are no services of this host" + past + strings.Join(others, "; "),
+		"info":    "services that do not run as root" + past + "served (served.service, uid 4321): CAP_NET_RAW",
+	} {
+		var got []string
+		for _, f := range e.Findings {
+			if f.ID == "raw-sockets" && f.Severity == severity {
+				got = append(got, f.Message)
+			}
+		}
+		if !slices.Equal(got, []string{want}) {
+			t.Errorf("%s: %q, want %q\n%s", severity, got, want, e.text)
+		}
+	}
+	if e := h.doctor("--preflight"); e.has("raw-sockets") {
+		t.Errorf("without them: %s", e.text)
 	}
 }
 
