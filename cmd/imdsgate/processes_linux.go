@@ -101,14 +101,14 @@ func (p *process) where() string {
 	return "no unit"
 }
 
-// maxNamed bounds how many programs a finding names.
+// maxNamed bounds how many programs or containers a finding names.
 const maxNamed = 8
 
 // listed names each once.
-func listed(all []string) string {
+func listed(all []string, between string) string {
 	all = slices.Compact(slices.Sorted(slices.Values(all)))
 	if more := len(all) - maxNamed; more > 0 {
 		all = append(all[:maxNamed:maxNamed], strconv.Itoa(more)+" more")
 	}
-	return strings.Join(all, "; ")
+	return strings.Join(all, between)
 }

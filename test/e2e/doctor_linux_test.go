@@ -434,14 +434,14 @@ func TestDoctorFinds(t *testing.T) {
 	}
 }
 
-// Who shares the network of the host, and is not root: named are those who can send past the redirect, and no others.
+// Who shares the network of the host, and is not root: named are those who can send past the redirect, and containers that the hop limit does not hold, and no others.
 func TestDoctorOfNeighbours(t *testing.T) {
 	t.Parallel()
 	h := start(t, netlab.Options{}, "")
 	h.Stop()
 	const script = `
 mount -t tmpfs tmpfs /opt; chmod 755 /opt
-for name in ambient elsewhere mapped boxed podded rooted served guest; do cp /bin/sleep /opt/$name; done
+for name in ambient elsewhere mapped boxed podded rooted served guest sidecar; do cp /bin/sleep /opt/$name; done
 mkdir /opt/cgroups; mount -t cgroup2 cgroup2 /opt/cgroups; cd /opt/cgroups
 within() { mkdir -p $1; echo $$ >$1/cgroup.procs; shift; "$@" >/dev/null 2>&1 & echo $$ >cgroup.procs; }
 raw='setpriv --reuid=4321 --regid=4321 --clear-groups --inh-caps=+net_raw --ambient-caps=+net_raw'
@@ -454,6 +454,7 @@ within system.slice/served.service $raw /opt/served 60
 within docker/BOXED $usual /opt/boxed 60
 within docker/ELSEWHERE unshare -n /opt/elsewhere 60
 within kubepods/burstable/podPOD/ELSEWHERE setpriv --bounding-set=-net_raw /opt/podded 60
+within kubepods/burstable/podPOD/BOXED setpriv --bounding-set=-net_raw /opt/sidecar 60
 unshare --pid --fork --kill-child /opt/guest 60 >/dev/null 2>&1 &
 python3 -c 'import os, socket, time
 s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
@@ -485,7 +486,11 @@ sleep 1
 			t.Errorf("%s: %q, want %q\n%s", severity, got, want, e.text)
 		}
 	}
-	if e := h.doctor("--preflight"); e.has("raw-sockets") {
+	contained := []string{"container " + boxed[:12] + ": boxed", "no unit: guest", "pod " + pod + ": podded, sidecar"}
+	if m := e.message("host-network-containers"); !strings.HasSuffix(m, " from them: "+strings.Join(contained, "; ")+"\n") {
+		t.Errorf("%q, want %q\n%s", m, contained, e.text)
+	}
+	if e := h.doctor("--preflight"); e.has("raw-sockets") || e.has("host-network-containers") {
 		t.Errorf("without them: %s", e.text)
 	}
 }
