@@ -2,7 +2,9 @@ package boot
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -11,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/imdsgate/imdsgate/test/debian"
 )
 
@@ -165,15 +168,63 @@ func (m *machine) unguarded() {
 	}
 }
 
-// A purge takes all that is ours, after an upgrade, too.
+// others is what others have on the host, in the same places as we. Where they have rules of
+// iptables, its built-in chains are there, which stay when ours have gone.
+const others = `for ip in iptables ip6tables; do
+	for table in raw nat filter; do
+		$ip -t $table -N OTHERS
+		$ip -t $table -A OUTPUT -p tcp --dport 8080 -j OTHERS
+	done
+done
+nft add table inet others
+nft add chain inet others output '{ type filter hook output priority 0; }'
+nft add rule inet others output tcp dport 8080 counter
+ip link add others type bridge # not every kernel has dummy
+echo 'net.ipv4.ip_forward = 1' >/etc/sysctl.d/others.conf
+`
+
+// host prints what of a host we, or a removal, could change: rules, links, addresses and routes,
+// what /proc/sys says of the network, and files that are not ours in /etc.
+const host = `for save in iptables-save ip6tables-save iptables-legacy-save ip6tables-legacy-save; do $save | sed '/^#/d; s/ \[[0-9:]*\]$//'; done
+nft list table inet others | sed 's/packets.*//'
+ip -brief link
+ip -brief address
+for ip in "ip -4" "ip -6"; do $ip rule; $ip route show table all | sort; done
+grep -rs . /proc/sys/net/core /proc/sys/net/ipv4/conf /proc/sys/net/ipv6/conf /proc/sys/net/netfilter | grep -v nf_conntrack_count | sort
+find /etc -type f -not -path '/etc/imdsgate/*' -not -path '/etc/*-' -not -regex '/etc/\(passwd\|group\|shadow\|gshadow\)' -exec sha256sum {} + | sort -k 2
+`
+
+// A purge takes all that is ours, after an upgrade, too, and nothing else: the host is as it was
+// before the daemon had run for the first time, and has the users of one without the package.
 func TestUpgradeAndPurge(t *testing.T) {
+	const later = "/etc/systemd/system/imdsgated.service.d"
 	for _, mode := range []string{"audit", "enforce"} {
 		t.Run(mode, func(t *testing.T) {
-			m := boot(t, settings{files: upgradable, lab: withContainer})
+			files := maps.Clone(upgradable)
+			files[later+"/later.conf"] = "[Unit]\nConditionPathExists=/nowhere\n"
+			m := boot(t, settings{files: files, lab: withContainer})
+			m.Do("sh", "-ec", "rm -r "+later+"; systemctl daemon-reload\n"+others)
+			before := m.Do("sh", "-ec", host)
+			m.Do("systemctl", "start", "imdsgated.service")
 			m.upgrade(mode, "dpkg", "--force-confold", "--install", m.next(".deb"))
+			if during := m.Do("sh", "-ec", host); !strings.Contains(during, "nf_conntrack_timestamp:1\n") || !strings.Contains(during, "IMDSGATE") {
+				t.Errorf("nothing of ours is there:\n%s", cmp.Diff(before, during))
+			}
+
 			m.Do("dpkg", "--purge", "imdsgate")
-			if left := m.Do("sh", "-c", "find / -xdev -iname '*imdsgate*' -not -path '/proc/*' -not -path '"+debian.Package+"'; ls -d /run/imdsgate 2>&- || true; getent passwd imdsgate || true"); left != "" {
+			if left := m.Do("sh", "-c", "find / /run /tmp /dev/shm /sys/fs/cgroup -xdev -iname '*imdsgate*' -not -path '/proc/*' -not -path '"+debian.Package+"'; "+
+				"systemctl --all --plain --no-legend list-units '*imdsgate*'; systemctl --no-legend list-unit-files '*imdsgate*'; ss -Hltn 'sport = 253 or sport = 254'; dpkg --list imdsgate 2>&- || true"); left != "" {
 				t.Errorf("left:\n%s", left)
+			}
+			if after := m.Do("sh", "-ec", host); after != before {
+				t.Errorf("before (-) and after (+):\n%s", cmp.Diff(before, after))
+			}
+			for _, name := range []string{"/etc/passwd", "/etc/group", "/etc/shadow", "/etc/gshadow"} {
+				without, err := os.ReadFile(filepath.Join(image.Tree, "root", name))
+				with, err2 := os.ReadFile(m.file(name))
+				if err := errors.Join(err, err2); err != nil || string(with) != string(without) {
+					t.Errorf("%s: %v\n%s", name, err, cmp.Diff(string(without), string(with)))
+				}
 			}
 			m.unguarded()
 		})
