@@ -77,7 +77,8 @@ changed. Each finding has an ID that does not change, a severity and what to do.
 
 The tries are requests for names that the service does not have, with a nonce in
 each: over every endpoint and spelling, as an ordinary user, as root, with the
-daemon's mark, past the route, and from the other network namespaces of the host.
+daemon's mark, past the route, straight at where the daemon listens, and from the
+other network namespaces of the host.
 What is answered and not in the events has got past the daemon. They are in the
 events afterwards, as imdsgate-doctor-NONCE. As root it can try everything; as
 another user, what that user can.

@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -283,22 +282,14 @@ const (
 	maxSkew = time.Minute
 	// maxNamespaces bounds how many other network namespaces are tried from.
 	maxNamespaces = 32
+	// maxSpelled bounds from how many of them each spelling is tried.
+	maxSpelled = 8
 )
 
 // attack tries to get past the daemon.
 func (d *diagnosis) attack(ctx context.Context, client *control.Client, rules iptables.Config, judging bool) {
-	var seed [5]byte
-	rand.Read(seed[:])
-	n := 0
-	nonce := func() string {
-		n++
-		return fmt.Sprintf("%s%x-%d-", nonceIn, seed, n)
-	}
-	type batch struct {
-		place
-		attempts []attempt
-	}
-	var batches []batch
+	n := newNonces()
+	var all []batch
 	here := place{as: "uid " + strconv.Itoa(os.Geteuid()), from: "this host", uid: -1}
 	root := os.Geteuid() == 0
 	ordinary := here
@@ -318,52 +309,58 @@ func (d *diagnosis) attack(ctx context.Context, client *control.Client, rules ip
 	inside := place{as: "root of a user namespace", from: ordinary.from, uid: ordinary.uid, userns: true}
 	for _, e := range endpoints {
 		device := deviceTo(e.Addr())
-		batches = append(batches, batch{ordinary, ways(e, rules.Mark, device, false, nonce)}, batch{inside, ways(e, rules.Mark, device, true, nonce)})
+		all = append(all, batch{place: ordinary, attempts: ways(e, device, 0, true, n)}, batch{place: inside, attempts: ways(e, device, rules.Mark, false, n)})
 		if root {
-			batches = append(batches, batch{here, ways(e, rules.Mark, device, true, nonce)})
+			all = append(all, batch{place: here, attempts: ways(e, device, rules.Mark, true, n)})
 		}
 	}
+	host, forwarded := listeners(rules)
+	from := func(p place, spelled bool, listeners ...netip.AddrPort) {
+		b := batch{place: p}
+		for _, l := range listeners {
+			b.attempts = append(b.attempts, straight(l, n)...)
+		}
+		if p.netns != "" {
+			for _, e := range endpoints {
+				b.attempts = append(b.attempts, ways(e, "", rules.Mark, spelled, n)...)
+			}
+		}
+		all = append(all, b)
+	}
+	from(ordinary, false, slices.Concat(host, forwarded)...)
 	if root {
+		from(here, false, slices.Concat(host, forwarded)...)
 		others, err := otherNamespaces()
 		if err != nil || len(others) == maxNamespaces {
 			d.leave(fmt.Sprintf("some network namespaces: tried from the first %d (%v)", len(others), err))
 		}
-		for _, other := range others {
-			var all []attempt
-			for _, e := range endpoints {
-				all = append(all, ways(e, rules.Mark, "", true, nonce)...)
-			}
-			batches = append(batches, batch{other, all})
+		if len(others) > maxSpelled {
+			d.leave(fmt.Sprintf("spellings from some network namespaces: tried from the first %d", maxSpelled))
 		}
-		fresh := place{as: "root", from: "a new network namespace", uid: -1, netns: newNamespace}
-		var all []attempt
-		for _, e := range endpoints {
-			all = append(all, ways(e, rules.Mark, "", true, nonce)...)
+		for i, other := range others {
+			from(other, i < maxSpelled, forwarded...)
 		}
-		batches = append(batches, batch{fresh, all})
+		from(place{as: "root", from: "a new network namespace", uid: -1, netns: newNamespace}, false, forwarded...)
 	}
-	outcomes := make([][]outcome, len(batches))
-	var nonces []string
-	for i, b := range batches {
-		out, err := b.try(ctx, b.attempts)
-		if err != nil {
-			d.leave(err.Error())
-			continue
+	tryAll(ctx, all)
+	var answered []string
+	for _, b := range all {
+		if b.err != nil {
+			d.leave(b.err.Error())
 		}
-		outcomes[i] = out
-		for k, one := range out {
+		for k, one := range b.out {
 			if one.Status != 0 {
-				nonces = append(nonces, b.attempts[k].Nonce)
+				answered = append(answered, b.attempts[k].Nonce)
 			}
 		}
 	}
 	seen := map[string]bool{}
-	if judging && len(nonces) > 0 {
-		seen = recorded(ctx, client, nonces)
+	if judging && len(answered) > 0 {
+		seen = n.recorded(ctx, client, answered)
 	}
 	d.judge(judging, func(yield func(place, attempt, outcome, bool)) {
-		for i, b := range batches {
-			for k, one := range outcomes[i] {
+		for _, b := range all {
+			for k, one := range b.out {
 				yield(b.place, b.attempts[k], one, seen[b.attempts[k].Nonce])
 			}
 		}
@@ -372,21 +369,27 @@ func (d *diagnosis) attack(ctx context.Context, client *control.Client, rules ip
 
 // judge makes findings of what came of the attempts.
 func (d *diagnosis) judge(judging bool, each func(func(place, attempt, outcome, bool))) {
-	answered, v1, past, behind := 0, false, map[string][]string{}, time.Duration(0)
+	answered, v1, past, direct, behind := 0, false, map[string][]string{}, map[string]bool{}, time.Duration(0)
 	each(func(p place, a attempt, o outcome, seen bool) {
 		t := probed{Way: a.Way, As: p.as, From: p.from, Result: noAnswer, Detail: o.Error}
 		if o.Status != 0 {
-			answered++
 			t.Detail = strconv.Itoa(o.Status)
-			if o.Status != http.StatusForbidden && o.Behind.Abs() > behind.Abs() { // that may be the daemon's, by this clock
+			if !a.Direct {
+				answered++
+			}
+			if !a.Direct && o.Status != http.StatusForbidden && o.Behind.Abs() > behind.Abs() { // that may be the daemon's, by this clock
 				behind = o.Behind
 			}
 			if t.Result = wasSeen; !seen {
 				t.Result = gotPast
 				key := a.To.Addr().String() + " from " + p.from
+				if a.Direct {
+					key = a.To.String() + ", where the daemon listens, from " + p.from
+					direct[key] = true
+				}
 				past[key] = append(past[key], fmt.Sprintf("%s, as %s", strings.TrimPrefix(a.Way, a.To.String()+" "), p.as))
 			}
-			if !judging && o.Status == http.StatusNotFound && !v1 { // or else the daemon asks
+			if !judging && !a.Direct && o.Status == http.StatusNotFound && !v1 { // or else the daemon asks
 				d.findV1()
 				v1 = true
 			}
@@ -406,7 +409,10 @@ func (d *diagnosis) judge(judging bool, each func(func(place, attempt, outcome, 
 		}
 		message := "requests to " + key + " are answered, and the daemon has recorded none of them: " + strings.Join(which, "; ")
 		fix := "imdsgate redirect verify and iptables-save: a rule of ours is missing, or another one comes before it"
-		if !judging {
+		switch {
+		case direct[key]:
+			fix = "ss -tlnp says who listens there, and iptables-save, ip6tables-save and nft list ruleset which rule leads packets elsewhere"
+		case !judging:
 			message, fix = "requests to "+key+" are answered, and no daemon judges them", "start imdsgated"
 		}
 		d.find("got-past", failing, message, fix)

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -21,7 +23,9 @@ import (
 	"time"
 
 	"github.com/imdsgate/imdsgate/control"
+	"github.com/imdsgate/imdsgate/iptables"
 	"github.com/spf13/cobra"
+	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
@@ -32,6 +36,7 @@ type attempt struct {
 	Way     string
 	Nonce   string
 	To      netip.AddrPort
+	Direct  bool   // To is where the daemon listens, not an endpoint
 	Mapped  bool   // the IPv4 address in an IPv6 socket
 	Mark    uint32 // SO_MARK
 	Device  string // SO_BINDTODEVICE
@@ -232,19 +237,47 @@ func (p place) within(start func() error) error {
 	return <-failed
 }
 
-// recorded asks the daemon for the lines that tell of what was tried.
-func recorded(ctx context.Context, client *control.Client, nonces []string) map[string]bool {
+// nonces makes those of one run, which have a beginning in common.
+type nonces struct {
+	begin string
+	last  int
+}
+
+func newNonces() *nonces {
+	var seed [5]byte
+	rand.Read(seed[:])
+	return &nonces{begin: fmt.Sprintf("%s%x-", nonceIn, seed)}
+}
+
+func (n *nonces) next() string {
+	n.last++
+	return n.begin + strconv.Itoa(n.last) + "-"
+}
+
+// in calls found with each of them that a line has.
+func (n *nonces) in(line []byte, found func(string)) {
+	for {
+		_, rest, ok := bytes.Cut(line, []byte(n.begin))
+		if !ok {
+			return
+		}
+		if number, _, ends := bytes.Cut(rest, []byte("-")); ends {
+			found(n.begin + string(number) + "-")
+		}
+		line = rest
+	}
+}
+
+// recorded asks the daemon for the lines that tell of what was answered.
+func (n *nonces) recorded(ctx context.Context, client *control.Client, answered []string) map[string]bool {
 	seen := map[string]bool{}
 	for end := time.Now().Add(3 * time.Second); ; {
 		err := client.Stream(ctx, "events", url.Values{"last": {"5000"}}, func(line []byte) error {
-			for _, n := range nonces {
-				if !seen[n] && bytes.Contains(line, []byte(n)) {
-					seen[n] = true
-				}
-			}
+			n.in(line, func(one string) { seen[one] = true })
 			return nil
 		})
-		if err != nil || len(seen) == len(nonces) || time.Now().After(end) {
+		missing := slices.ContainsFunc(answered, func(one string) bool { return !seen[one] })
+		if err != nil || !missing || time.Now().After(end) {
 			return seen
 		}
 		select {
@@ -255,48 +288,124 @@ func recorded(ctx context.Context, client *control.Client, nonces []string) map[
 	}
 }
 
-// ways are the attempts on an endpoint: plainly, by each spelling, and past what the
-// routing of this host has in mind for it.
-func ways(to netip.AddrPort, mark uint32, device string, privileged bool, nonce func() string) []attempt {
-	host := to.Addr().String()
-	if to.Addr().Is6() {
-		host = "[" + host + "]"
+// batch are the attempts that are made in one place, at once.
+type batch struct {
+	place
+	attempts []attempt
+	out      []outcome
+	err      error
+}
+
+const (
+	// placesAtOnce bounds how long silence takes: each batch that nobody answers takes attemptTakes.
+	placesAtOnce = 8
+	// attemptEvery bounds what the attempts take from everybody else: the network card drops
+	// what goes beyond 1,024 packets a second to link-local addresses, and each is about five.
+	attemptEvery = 10 * time.Millisecond
+)
+
+// tryAll makes the attempts of all batches.
+func tryAll(ctx context.Context, all []batch) {
+	room := make(chan struct{}, placesAtOnce)
+	var wait sync.WaitGroup
+	for i := range all {
+		b := &all[i]
+		room <- struct{}{}
+		wait.Go(func() {
+			b.out, b.err = b.try(ctx, b.attempts)
+			<-room
+		})
+		select {
+		case <-ctx.Done():
+		case <-time.After(time.Duration(len(b.attempts)) * attemptEvery):
+		}
 	}
+	wait.Wait()
+}
+
+// request asks for a path, in which NONCE stands for a nonce.
+func request(path, host, nonce string) string {
+	return "GET " + strings.ReplaceAll(path, "NONCE", nonce) + " HTTP/1.1\r\nHost: " + host + "\r\nUser-Agent: imdsgate-doctor\r\nConnection: close\r\n\r\n"
+}
+
+// unspelled is the path as clients write it.
+const unspelled = "/latest/meta-data/NONCE"
+
+func hostOf(a netip.Addr) string {
+	if a.Is6() {
+		return "[" + a.String() + "]"
+	}
+	return a.String()
+}
+
+// ways are the attempts on an endpoint: plainly, past what the routing of this host has in mind for it, unless device
+// is "", with a mark, unless it is 0, and by each spelling.
+func ways(to netip.AddrPort, device string, mark uint32, spelled bool, n *nonces) []attempt {
+	host := hostOf(to.Addr())
 	var all []attempt
 	add := func(way, path, host string, change func(*attempt)) {
-		n := nonce()
-		a := attempt{Way: fmt.Sprintf("%v %s", to, way), Nonce: n, To: to, Request: "GET " + strings.ReplaceAll(path, "NONCE", n) + " HTTP/1.1\r\nHost: " + host + "\r\nUser-Agent: imdsgate-doctor\r\nConnection: close\r\n\r\n"}
+		a := attempt{Way: fmt.Sprintf("%v %s", to, way), Nonce: n.next(), To: to}
+		a.Request = request(path, host, a.Nonce)
 		if change != nil {
 			change(&a)
 		}
 		all = append(all, a)
 	}
-	const plain = "/latest/meta-data/NONCE"
-	add("plainly", plain, host, nil)
+	add("plainly", unspelled, host, nil)
 	if device != "" {
-		add("bound to "+device, plain, host, func(a *attempt) { a.Device = device })
+		add("bound to "+device, unspelled, host, func(a *attempt) { a.Device = device })
 	}
-	if privileged {
-		add("with the mark of the daemon", plain, host, func(a *attempt) { a.Mark = mark })
+	if mark != 0 {
+		add("with the mark of the daemon", unspelled, host, func(a *attempt) { a.Mark = mark })
+	}
+	if !spelled {
 		return all
 	}
 	for _, s := range []struct{ what, path string }{
 		{"doubled slashes", "//latest//meta-data//NONCE"}, {"a dot", "/latest/./meta-data/NONCE"}, {"dots", "/latest/x/../meta-data/NONCE"},
-		{"an escape", "/latest/meta%2ddata/NONCE"}, {"a slash at the end", plain + "/"}, {"a dot at the end", plain + "."}, {"capitals", "/LATEST/META-DATA/NONCE"},
-		{"a query", plain + "?a=b"}, {"the whole URL", "http://" + host + plain}, {"a date as version", "/2021-03-23/meta-data/NONCE"},
+		{"an escape", "/latest/meta%2ddata/NONCE"}, {"a slash at the end", unspelled + "/"}, {"a dot at the end", unspelled + "."}, {"capitals", "/LATEST/META-DATA/NONCE"},
+		{"a query", unspelled + "?a=b"}, {"the whole URL", "http://" + host + unspelled}, {"a date as version", "/2021-03-23/meta-data/NONCE"},
 	} {
 		add("path with "+s.what, s.path, host, nil)
 	}
 	if to.Addr().Is4() {
-		add("in an IPv6 socket (::ffff:)", plain, host, func(a *attempt) { a.Mapped = true })
+		add("in an IPv6 socket (::ffff:)", unspelled, host, func(a *attempt) { a.Mapped = true })
 		b := to.Addr().As4()
 		n := uint64(b[0])<<24 | uint64(b[1])<<16 | uint64(b[2])<<8 | uint64(b[3])
 		for _, name := range []string{
 			strconv.FormatUint(n, 10), fmt.Sprintf("0x%x", n), fmt.Sprintf("0%o.0%o.0%o.0%o", b[0], b[1], b[2], b[3]),
 			fmt.Sprintf("[::ffff:%x:%x]", n>>16, n&0xffff), host + ".", "instance-data",
 		} {
-			add("host spelled "+name, plain, name, nil)
+			add("host spelled "+name, unspelled, name, nil)
 		}
 	}
 	return all
+}
+
+// straight are the attempts on where the daemon listens. Who asks there was not redirected.
+func straight(to netip.AddrPort, n *nonces) []attempt {
+	all := []attempt{{Way: fmt.Sprintf("%v straight", to), To: to}}
+	if to.Addr().Is4() {
+		all = append(all, attempt{Way: fmt.Sprintf("%v straight in an IPv6 socket (::ffff:)", to), To: to, Mapped: true})
+	}
+	for i := range all {
+		a := &all[i]
+		a.Direct, a.Nonce = true, n.next()
+		a.Request = request(unspelled, "169.254.169.254", a.Nonce)
+	}
+	return all
+}
+
+// listeners are where the daemon listens: for clients of this host, and for those of other
+// network namespaces. Addresses that this host does not have are left out.
+func listeners(rules iptables.Config) (host, forwarded []netip.AddrPort) {
+	for _, a := range []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()} {
+		host = append(host, netip.AddrPortFrom(a, rules.HostPort))
+	}
+	for _, a := range rules.ForwardedAddrs {
+		if routes, err := netlink.RouteGet(a.AsSlice()); err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL {
+			forwarded = append(forwarded, netip.AddrPortFrom(a, rules.ForwardedPort))
+		}
+	}
+	return host, forwarded
 }

@@ -129,9 +129,19 @@ func TestDoctor(t *testing.T) {
 					t.Errorf("%+v", f)
 				}
 			}
+			tried := map[string]bool{}
 			for _, p := range e.Probes {
-				if strings.Contains(p.From, "sleep") && strings.HasSuffix(p.Way, "plainly") && p.Result != "recorded" {
-					t.Errorf("a container: %+v", p)
+				if strings.Contains(p.From, "sleep") || p.As == "root" && p.From == "this host" {
+					tried[strings.SplitN(p.From, " (", 2)[0]+p.Way] = true
+					if !strings.Contains(p.Way, "straight") && !strings.Contains(p.Way, "mark") && p.Result != "recorded" {
+						t.Errorf("a container, or root: %+v", p)
+					}
+				}
+				if strings.Contains(p.Way, "straight") {
+					tried[p.As+" "+p.Way] = true
+					if p.Result != "none" {
+						t.Errorf("where the daemon listens: %+v", p)
+					}
 				}
 				if p.As == "root of a user namespace" && (strings.HasSuffix(p.Way, "plainly") && p.Result != "recorded" || strings.Contains(p.Way, "mark") && !strings.Contains(p.Detail, "SO_MARK")) {
 					t.Errorf("a user namespace: %+v", p)
@@ -140,8 +150,19 @@ func TestDoctor(t *testing.T) {
 			if e.has("clock-wrong") {
 				t.Errorf("about the service: %s", e.text)
 			}
-			if !strings.Contains(e.text, "the network namespace of sleep") {
-				t.Error("nothing was tried from containers")
+			for _, from := range []string{"the network namespace of sleep", "this host"} {
+				for _, way := range []string{"169.254.169.254:80 in an IPv6 socket (::ffff:)", "169.254.169.254:80 host spelled 2852039166", "169.254.169.254:80 path with a dot", "[fd00:ec2::254]:80 path with an escape", "169.254.213.80:253 straight", "[fd69:6d64:7367::80]:253 straight"} {
+					if !tried[from+way] {
+						t.Errorf("%s was not tried from %s", way, from)
+					}
+				}
+			}
+			for _, as := range []string{"an ordinary user", "root"} {
+				for _, way := range []string{"127.0.0.1:254 straight", "127.0.0.1:254 straight in an IPv6 socket (::ffff:)", "[::1]:254 straight", "169.254.213.80:253 straight", "[fd69:6d64:7367::80]:253 straight"} {
+					if !tried[as+" "+way] {
+						t.Errorf("%s was not tried as %s", way, as)
+					}
+				}
 			}
 			for _, want := range []string{"ordinary user", "root", "mark of the daemon", "bound to eth0", "root of a user namespace", "::ffff:", "2852039166", "0251.0376", "new network namespace", "[fd00:ec2::254]:80", "escape"} {
 				if !strings.Contains(e.text, want) {
@@ -244,11 +265,32 @@ func TestDoctorFindsHoles(t *testing.T) {
 		{"IPv6 is left out", "redirect: {endpoints: ['169.254.169.254:80']}\n", "", []string{"got-past"}, "[fd00:ec2::254]:80 plainly", "169.254.169.254:80 plainly"},
 		{"a rule keeps one user's packets from the connection tracker", "", "iptables -t raw -I OUTPUT -d 169.254.169.254 -m owner --uid-owner 4322 -j NOTRACK", []string{"redirect-evaded"}, "", "169.254.169.254:80 plainly"},
 		{"a rule keeps packets from the connection tracker", "", "iptables -t raw -I OUTPUT -d 169.254.169.254 -j NOTRACK", []string{"got-past"}, "169.254.169.254:80 plainly", "[fd00:ec2::254]:80 plainly"},
+		{"a rule keeps root's packets from it", "", "iptables -t raw -I OUTPUT -d 169.254.169.254 -m owner --uid-owner 0 -j NOTRACK", []string{"got-past"}, "169.254.169.254:80 in an IPv6 socket (::ffff:), as root, from this host", "169.254.169.254:80 in an IPv6 socket (::ffff:), as an ordinary user"},
+		{"a rule keeps root's packets of IPv6 from it", "", "ip6tables -t raw -I OUTPUT -d fd00:ec2::254 -m owner --uid-owner 0 -j NOTRACK", []string{"got-past"}, "[fd00:ec2::254]:80 path with an escape, as root, from this host", "169.254.169.254:80"},
+		{"a rule keeps containers' packets of IPv6 from it", "", "ip6tables -t raw -I PREROUTING -d fd00:ec2::254 -i br-lab -j NOTRACK", []string{"got-past"}, "[fd00:ec2::254]:80 path with capitals, as root, from the network namespace of sleep", "169.254.169.254:80"},
+		{"a container has a network interface of the instance", "", `ip link add own type veth peer name ec2b
+			ip link set own netns BRIDGED; ip link set ec2b netns METADATA
+			nsenter --net=METADATA sh -ec 'ip link set ec2b up; ip route add 172.31.0.99 dev ec2b'
+			nsenter --net=BRIDGED sh -ec 'ip link set own up; ip addr add 172.31.0.99/32 dev own; ip route add 169.254.169.254 dev own src 172.31.0.99'`,
+			[]string{"got-past"}, "169.254.169.254:80 host spelled 0xa9fea9fe, as root, from the network namespace of sleep", "[fd00:ec2::254]:80"},
+		{"a rule leads containers from the daemon's port to the service", "", "iptables -t nat -A PREROUTING -d 169.254.213.80 -p tcp --dport 253 -j DNAT --to-destination 169.254.169.254:80", []string{"got-past"}, "169.254.213.80:253 straight, as root, from the network namespace of sleep", "169.254.169.254:80"},
+		{"a rule leads from the daemon's port to the service", "", `sysctl -qw net.ipv4.conf.all.route_localnet=1
+			iptables -t nat -A OUTPUT -d 127.0.0.1 -p tcp --dport 254 -j DNAT --to-destination 169.254.169.254:80
+			iptables -t nat -A POSTROUTING -d 169.254.169.254 -j MASQUERADE`, []string{"got-past"}, "127.0.0.1:254 straight in an IPv6 socket (::ffff:), as an ordinary user, from this host", "169.254.169.254:80"},
+		{"somebody answers in the daemon's place", "", "ip6tables -t nat -A OUTPUT -d ::1 -p tcp --dport 254 -j REDIRECT --to-ports 9254", []string{"got-past"}, "[::1]:254 straight, as an ordinary user, from this host", "[fd00:ec2::254]:80"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			h := start(t, netlab.Options{}, c.config)
+			h := start(t, netlab.Options{Containers: strings.Contains(c.name, "container")}, c.config)
 			h.t = t
 			h.logged("serving")
+			impostor, err := h.Instance.Listen(t.Context(), nil, "tcp", "[::1]:9254")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer imdstest.Serve(imdstest.Config{}, impostor).Close()
+			if h.Bridged != nil {
+				c.script = strings.NewReplacer("BRIDGED", h.Bridged.Path(), "METADATA", h.Metadata.Path()).Replace(c.script)
+			}
 			var e examined
 			for range 20 { // until the first look is over, which would repair it
 				if c.script != "" {
@@ -271,6 +313,23 @@ func TestDoctorFindsHoles(t *testing.T) {
 				t.Errorf("exit status %d", e.code)
 			}
 		})
+	}
+}
+
+// However many namespaces there are, and however silent what they are connected to, it ends.
+func TestDoctorIsBounded(t *testing.T) {
+	t.Parallel()
+	h := start(t, netlab.Options{}, "")
+	h.t = t
+	began := time.Now()
+	e := h.doctorWith(h.Config, `for i in $(seq 40); do
+	unshare -n sh -ec 'ip link set lo up; ip link add void type bridge; ip link set void up; ip addr add 10.0.0.1/24 dev void; ip addr add fd00::1/64 dev void nodad; ip route add default dev void; ip -6 route add default dev void; exec sleep 300' >/dev/null 2>&1 &
+done; sleep 3`)
+	if took := time.Since(began); took > 40*time.Second { // one after the other they take 80
+		t.Errorf("it took %v", took)
+	}
+	if len(e.Probes) < 32*8 || !strings.Contains(e.text, "tried from the first 32") || !strings.Contains(e.text, "tried from the first 8") {
+		t.Errorf("%d tries\n%s", len(e.Probes), e.text)
 	}
 }
 
