@@ -1,7 +1,7 @@
 #!/bin/sh
 # seal-image: the last step before an image is made of a host that has imdsgate. Takes out
 # what belongs to this host alone, so that no two instances are the same one in the events:
-# what was recorded and remembered here, and the machine id. The configuration stays.
+# what was recorded and remembered here, the journal, and the machine id. The configuration stays.
 set -eu
 
 if [ "$(id -u)" != 0 ]; then
@@ -30,12 +30,18 @@ if [ -d /run/systemd/system ] && ! systemd-detect-virt --quiet --chroot; then
 	systemctl stop imdsgated.service imdsgated.socket
 	imdsgate redirect remove
 	rm -rf /run/imdsgate
+	# Until it is off, journald writes to /run, and not to /var/log/journal anew. Old ones cannot be told.
+	journalctl --relinquish-var 2>/dev/null || true
 fi
 rm -rf /var/log/imdsgate /var/lib/imdsgate
 # Elsewhere the directory may have more than ours: these files, rotated or put aside, too.
 for file in "$events" "$seen" "${seen%/*}/journal-cursor" "$state/decisions.json" "$state/mode.json" "$state/redirect.json"; do
 	rm -f "$file" "$file".*
 done
+
+# It has events, too, and under another machine id nobody would ever rotate it. Without the directory
+# an instance would have no journal that outlives a boot (journald.conf(5), Storage=).
+rm -rf /var/log/journal/*
 
 # Empty, and not away: then systemd makes a new one, and does not apply presets as it does at
 # the first boot of all, machine-id(5).

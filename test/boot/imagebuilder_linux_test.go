@@ -91,7 +91,7 @@ func steps(t *testing.T, parameters map[string]string) map[string][]string {
 // Each step of the component does what it is for: build and validate on the host of which
 // an image is made, and test on one that begins as the image.
 func TestImageBuilder(t *testing.T) {
-	s := settings{config: config("enforce")}
+	s := settings{config: config("enforce"), files: map[string]string{"/etc/systemd/journald.conf.d/boot.conf": "[Journal]\nStorage=persistent\n"}}
 	m := boot(t, s)
 	// A host without the package, which was made of an image that had it, and reaches no archive.
 	m.Do("sh", "-euc", "dpkg --purge imdsgate; rm -rf /etc/apt/sources.list*; mkdir -p /srv/source /var/log/imdsgate /var/lib/imdsgate; echo '{}' >/var/log/imdsgate/events.ndjson")
@@ -135,8 +135,10 @@ func TestImageBuilder(t *testing.T) {
 	}
 	m.Do("test", "!", "-e", "/usr/sbin/imdsgated")
 
+	m.Do("sh", "-euc", "journalctl --sync; test -s /var/log/journal/$(cat /etc/machine-id)/system.journal")
 	m.Do("cp", debian.Package, "/srv/source/"+deb)
 	phase("build")
+	m.Do("sh", "-euc", "logger this is the host of which the image was made; journalctl --rotate; logger again; journalctl --sync")
 	phase("validate")
 	m.Do("sh", "-euc", debian.Sealed)
 	m.Do("sh", "-euc", "grep -q amazon-ssm-agent /etc/imdsgate/config.yaml; test \"$(stat -c '%a %G' /etc/imdsgate/config.yaml)\" = '640 imdsgate'")
@@ -146,4 +148,7 @@ func TestImageBuilder(t *testing.T) {
 	m.off()
 	m.on(s)
 	phase("test")
+	if out := m.Do("sh", "-euc", "journalctl --sync; test \"$(ls /var/log/journal)\" = $(cat /etc/machine-id); journalctl --no-pager --output=cat"); strings.Contains(out, "of which the image was made") || !strings.Contains(out, "imdsgated") {
+		t.Errorf("the journal of the instance:\n%s", out)
+	}
 }

@@ -42,6 +42,7 @@ const Package = "/opt/imdsgate.deb"
 // or our units would not be enabled, also where systemd applies presets at the first boot.
 const Sealed = `test -e /etc/machine-id -a ! -s /etc/machine-id
 test ! -e /var/lib/imdsgate -a ! -e /var/log/imdsgate -a ! -e /run/imdsgate
+test -z "$(ls -A /var/log/journal 2>&-)"
 ! test -f /var/lib/dbus/machine-id || test -L /var/lib/dbus/machine-id
 test "$(systemctl is-enabled imdsgated.socket imdsgated.service | uniq)" = enabled
 systemctl preset imdsgated.socket imdsgated.service 2>/dev/null

@@ -14,6 +14,7 @@ import (
 // is /stuck. The imdsgate that reads the configuration is the real one.
 var commands = map[string]string{
 	"systemctl":           `echo "systemctl $*" >>/asked`,
+	"journalctl":          `echo "journalctl $*" >>/asked`,
 	"systemd-detect-virt": `test -e /chroot`,
 	"imdsgate": `case $1 in config) exec /built/imdsgate "$@" ;; esac
 		echo "imdsgate $*" >>/asked
@@ -65,7 +66,9 @@ func TestScripts(t *testing.T) {
 			ls -d /run/imdsgate; cat /asked`, "/run/imdsgate\n"},
 		{"/run of another system, in an image", `
 			touch /chroot
+			mkdir -p /var/log/journal/0123456789abcdef0123456789abcdef
 			sh /source/images/seal.sh
+			ls -A /var/log/journal
 			ls -d /run/imdsgate /var/log/imdsgate /var/lib/imdsgate 2>/dev/null || cat /asked`, "/run/imdsgate\nsystemctl --quiet is-enabled imdsgated.service\n"},
 		{"an image of a host that records elsewhere", `
 			mkdir -p '/data/the log' /data/state
