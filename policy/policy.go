@@ -22,6 +22,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"unicode"
 
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/policy/eql"
@@ -31,6 +32,11 @@ import (
 // Config is the policy as an operator writes it. The zero value is the policy
 // of an installation that nobody has configured.
 type Config struct {
+	// Name and Revision are what operators call the policy, such as a group of hosts and
+	// the commit that it was made from: to see which host has which. They decide nothing.
+	Name     string `yaml:"name"`
+	Revision string `yaml:"revision"`
+
 	Mode    Mode         `yaml:"mode"`
 	Posture Posture      `yaml:"posture"`
 	Rules   RulesConfig  `yaml:"rules"`
@@ -77,6 +83,8 @@ type RuleAction struct {
 
 // Policy is a compiled Config.
 type Policy struct {
+	Name, Revision string // of Config, and "" where nobody has set them
+
 	Mode    Mode // that the configuration asks for
 	Posture Posture
 	Digest  string  // of all that was configured, to compare hosts
@@ -109,6 +117,9 @@ type rule struct {
 	alertsOnly   bool       // of counts and of what did not come before: neither says anything of one process
 }
 
+// maxCalled bounds a label of metrics, and a line of status. A commit has 40 bytes, or 64.
+const maxCalled = 64
+
 //go:embed rules/*.toml
 var shipped embed.FS
 
@@ -116,8 +127,13 @@ var shipped embed.FS
 // the names of the classes that requests can have. All errors come together, as
 // far as they can be found in one go.
 func Compile(c Config, classes []string) (*Policy, error) {
-	p := &Policy{Mode: c.Mode, Posture: c.Posture, classes: c.Classes, grants: slices.Clone(c.Grants), denies: c.Denies, denied: newDenyTable(c.Denies), tokenScope: c.Tokens.Scope, decisive: map[string]bool{}}
+	p := &Policy{Name: c.Name, Revision: c.Revision, Mode: c.Mode, Posture: c.Posture, classes: c.Classes, grants: slices.Clone(c.Grants), denies: c.Denies, denied: newDenyTable(c.Denies), tokenScope: c.Tokens.Scope, decisive: map[string]bool{}}
 	var errs []error
+	for _, of := range []struct{ key, text string }{{"name", c.Name}, {"revision", c.Revision}} {
+		if len(of.text) > maxCalled || strings.ContainsFunc(of.text, func(r rune) bool { return !unicode.IsGraphic(r) }) {
+			errs = append(errs, &KeyError{Key: of.key, Err: fmt.Errorf("what a policy is called has at most %d bytes, each of which can be seen", maxCalled)})
+		}
+	}
 	var loaded []*Rule
 	if !c.Rules.WithoutShipped {
 		rules, err := ParseRules(shipped, "rules")

@@ -72,6 +72,11 @@ func (p *Policy) Changes(to *Policy) (lines []string) {
 	diff(p.rules, to.rules, (*rule).name, (*rule).same, "rule", changed)
 	diff(pointers(p.grants), pointers(to.grants), func(g *Grant) string { return g.Name }, func(a, b *Grant) bool { return reflect.DeepEqual(a, b) }, "grant", changed)
 	diff(pointers(p.denies), pointers(to.denies), func(d *Deny) string { return d.Name }, func(a, b *Deny) bool { return reflect.DeepEqual(a, b) }, "deny", changed)
+	for _, of := range []struct{ what, before, after string }{{"name", p.Name, to.Name}, {"revision", p.Revision, to.Revision}} {
+		if of.before != of.after {
+			lines = append(lines, fmt.Sprintf("%s %q, was %q", of.what, of.after, of.before))
+		}
+	}
 	if p.Posture != to.Posture {
 		lines = append(lines, fmt.Sprintf("posture %s, was %s", to.Posture, p.Posture))
 	}

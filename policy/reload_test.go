@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -113,20 +114,43 @@ func TestChanges(t *testing.T) {
 	other := b
 	other.Executable = OneOrMore{"/opt/b", "/opt/b2"}
 	log := Log
-	before := compile(t, Config{Grants: []Grant{a, b}, Denies: []Deny{{Name: "d", Who: Who{User: "x"}, Reason: "r"}}, Classes: map[string]Posture{"token": Default}})
-	after := compile(t, Config{Posture: Strict, Grants: []Grant{other, c}, Tokens: TokensConfig{Scope: event.ScopeProcess},
+	before := compile(t, Config{Revision: "1", Grants: []Grant{a, b}, Denies: []Deny{{Name: "d", Who: Who{User: "x"}, Reason: "r"}}, Classes: map[string]Posture{"token": Default}})
+	after := compile(t, Config{Revision: "2", Posture: Strict, Grants: []Grant{other, c}, Tokens: TokensConfig{Scope: event.ScopeProcess},
 		Rules: RulesConfig{Actions: map[string]RuleAction{oddClient: {Action: &log}}}, Classes: map[string]Posture{"inventory": Strict}})
 	got := strings.Join(before.Changes(after), "\n")
 	for _, want := range []string{"~ rule " + oddClient, "~ grant b", "+ grant c", "- grant a", "- deny d", "posture strict, was default",
-		"posture of inventory: strict, was not set", "posture of token: not set, was default", "scope of tokens process, was unit"} {
+		"posture of inventory: strict, was not set", "posture of token: not set, was default", "scope of tokens process, was unit", `revision "2", was "1"`} {
 		if !strings.Contains(got, want) {
 			t.Errorf("%q is not in\n%s", want, got)
 		}
 	}
-	if n := len(strings.Split(got, "\n")); n != 9 {
+	if n := len(strings.Split(got, "\n")); n != 10 {
 		t.Errorf("%d changes:\n%s", n, got)
 	}
 	if got := before.Changes(before); got != nil {
 		t.Errorf("no change: %v", got)
+	}
+}
+
+// What a policy is called fits a label and a line.
+func TestCalled(t *testing.T) {
+	long := strings.Repeat("a", 65)
+	for _, c := range []struct {
+		config Config
+		wrong  string // key
+	}{
+		{Config{Name: "web-tier (eu)", Revision: strings.Repeat("0", 64)}, ""},
+		{Config{Name: long}, "name"},
+		{Config{Revision: long}, "revision"},
+		{Config{Name: "a\nb"}, "name"},
+		{Config{Revision: "\x1b[2J"}, "revision"},
+	} {
+		p, err := Compile(c.config, nil)
+		if key, ok := errors.AsType[*KeyError](err); ok != (c.wrong != "") || ok && key.Key != c.wrong {
+			t.Errorf("%q: %v", c.config.Name+c.config.Revision, err)
+		}
+		if err == nil && (p.Name != c.config.Name || p.Revision != c.config.Revision) {
+			t.Errorf("it is %q %q", p.Name, p.Revision)
+		}
 	}
 }

@@ -126,6 +126,7 @@ func TestSchema(t *testing.T) {
 		"actions of a rule":  {"rules: {actions: {x: {action: log, classes: {token: block}, alert_on: either}}}", true},
 		"a number of a user": {"denies: [{name: a, user: 1000, group: 7, reason: r}]", true},
 		"a duration":         {"events: {max_age: 48h, fsync: never, layout: defend}", true},
+		"a name":             {"name: web\nrevision: \"12e4567\"", true},
 		"an unknown action":  {"rules: {actions: {x: {action: deny}}}", false},
 	} {
 		var v any

@@ -186,7 +186,11 @@ func printStatus(w io.Writer, s report.Status) error {
 	if s.Modes.Error != "" {
 		row("", "! %s", s.Modes.Error)
 	}
-	row("policy", "posture %s, %d rules, %d grants, %.19s", s.Policy.Posture, len(s.Policy.Rules), len(s.Policy.Grants), s.Policy.Digest)
+	called := strings.TrimSpace(s.Policy.Name + " " + s.Policy.Revision)
+	if called != "" {
+		called += ", "
+	}
+	row("policy", "%sposture %s, %d rules, %d grants, %.19s", called, s.Policy.Posture, len(s.Policy.Rules), len(s.Policy.Grants), s.Policy.Digest)
 	for _, e := range s.Policy.Expiring {
 		row("", "! grant %s ends with %s", e.Name, e.Expires)
 	}

@@ -98,7 +98,7 @@ func (d *daemon) status(ctx context.Context, _ control.Question) (any, error) {
 const expiresSoon = 14 * 24 * time.Hour
 
 func policyReport(p *policy.Policy) report.Policy {
-	r := report.Policy{Posture: p.Posture.String(), Digest: p.Digest, Skipped: len(p.Skipped)}
+	r := report.Policy{Name: p.Name, Revision: p.Revision, Posture: p.Posture.String(), Digest: p.Digest, Skipped: len(p.Skipped)}
 	for _, loaded := range p.Rules() {
 		rule := report.Rule{ID: loaded.ID, Name: loaded.Name, Version: loaded.Version, File: loaded.File}
 		for _, x := range loaded.Excluded {

@@ -96,7 +96,7 @@ func newState(d *daemon) *state {
 		return one
 	}
 	s.mode = desc("mode", "1 for the mode in force: audit blocks nothing, off has no redirect.", "mode")
-	s.policyInfo = desc("policy_info", "Always 1; the labels say which policy is in force.", "digest", "posture")
+	s.policyInfo = desc("policy_info", "Always 1; the labels say which policy is in force.", "name", "revision", "digest", "posture")
 	s.policyLoaded = desc("policy_last_success_timestamp_seconds", "When the policy in force was loaded.")
 	s.policyRules = desc("policy_rules", "Rules in force.")
 	s.policyGrants = desc("policy_grants", "Grants in force.")
@@ -159,7 +159,7 @@ func (s *state) Collect(to chan<- prometheus.Metric) {
 	for _, m := range []policy.Mode{policy.Off, policy.Audit, policy.Enforce} {
 		gauge(s.mode, one(m == mode), m.String())
 	}
-	gauge(s.policyInfo, 1, p.Digest, p.Posture.String())
+	gauge(s.policyInfo, 1, p.Name, p.Revision, p.Digest, p.Posture.String())
 	gauge(s.policyRules, float64(len(p.Rules())))
 	gauge(s.policyGrants, float64(len(p.Grants())))
 	count(s.forgottenTerms, d.terms.Stats().Forgotten)

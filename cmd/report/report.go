@@ -106,6 +106,9 @@ type Reload struct {
 
 // Policy is the policy in force.
 type Policy struct {
+	Name     string `json:"name,omitempty"`
+	Revision string `json:"revision,omitempty"`
+
 	Posture string   `json:"posture"`
 	Digest  string   `json:"digest"`
 	Rules   []Rule   `json:"rules"`

@@ -80,6 +80,9 @@ func TestMetrics(t *testing.T) {
 	t.Parallel()
 	h := start(t, netlab.Options{}, "mode: enforce\nmetrics: {listen: '127.0.0.1:9254'}\n")
 	before, value := h.scrape()
+	if s, err := h.Status(); err != nil || value(fmt.Sprintf(`imdsgate_policy_info{digest=%q,name="",posture="default",revision=""}`, s.Policy.Digest)) != 1 {
+		t.Errorf("which policy: %v\n%s", err, before)
+	}
 	const denied = `imdsgate_requests_total{api="v1",class="credentials",mode="enforce",verdict="deny"}`
 	if got := value(denied); got != 0 {
 		t.Errorf("before any request: %v", got)

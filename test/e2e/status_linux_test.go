@@ -58,7 +58,7 @@ func TestStatus(t *testing.T) {
 			return h
 		}, 0},
 		{"enforce", 0, func(t *testing.T) *host {
-			h := start(t, netlab.Options{}, "mode: enforce\nposture: strict\n")
+			h := start(t, netlab.Options{}, "name: web\nrevision: 3f2a9c1\nmode: enforce\nposture: strict\n")
 			h.curl(client{uid: ordinaryUser}, role)
 			h.decided(role, "curl")
 			return h
