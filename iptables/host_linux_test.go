@@ -554,7 +554,7 @@ func TestProhibitRoute(t *testing.T) {
 	s.sh("ip route add 169.254.169.254 dev eth0 table 100; ip route replace prohibit 169.254.169.254")
 	r := s.open(Config{UID: uid})
 	s.daemon(r)
-	warned := func() string { return strings.Join(s.install(r).Warnings, "\n") }
+	warned := func() string { return fmt.Sprint(s.install(r).Prohibitions) }
 	if got := warned(); !strings.Contains(got, "a route prohibits 169.254.169.254") || !strings.Contains(got, "so do the daemon's, in spite of its mark 0x7fff0815") {
 		s.Errorf("warnings: %q", got)
 	}

@@ -68,6 +68,8 @@ type Report struct {
 	Evasions []Evasion // hooks are taken in spite of these
 	Ways     []Way     // how packets get from here to the service
 
+	Prohibitions []Prohibition // that routing makes, of its own
+
 	Conntrack Conntrack
 	Warnings  []string // each a sentence for the operator
 
@@ -296,11 +298,13 @@ func (r *Redirect) hooks(f Family, foreign rules, s *survey) (Hooks, error) {
 		w, err := r.way(e.Addr(), 0)
 		reachable = reachable || !errors.Is(err, unix.ENETUNREACH)
 		if errors.Is(err, unix.EACCES) {
-			sentence := fmt.Sprintf("a route prohibits %s, as systemd's metadata lock does: local connections fail before they reach the redirect", e.Addr())
+			p := Prohibition{Endpoint: e.Addr(), Mark: r.config.Mark}
 			if _, err := r.way(e.Addr(), r.config.Mark); err != nil {
-				sentence += fmt.Sprintf(", and so do the daemon's, in spite of its mark %#x (%v)", r.config.Mark, err)
+				p.Daemon = err.Error()
 			}
-			report.Warnings = append(report.Warnings, sentence)
+			if !slices.Contains(report.Prohibitions, p) { // of each port of one address
+				report.Prohibitions = append(report.Prohibitions, p)
+			}
 		}
 		ways[e] = w
 	}

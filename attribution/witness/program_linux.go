@@ -148,7 +148,10 @@ func (p *plan) connect(v6 bool, see sight) asm.Instructions {
 			asm.JNE.Imm32(asm.R1, int32(p.mark), "unmarked"),
 			asm.Mov.Reg(asm.R1, asm.R9), asm.RSh.Imm(asm.R1, 32),
 			asm.JEq.Imm(asm.R1, int32(p.pid), "unmarked"), // our probe
+			asm.FnGetCurrentUidGid.Call(), asm.LSh.Imm(asm.R0, 32), asm.RSh.Imm(asm.R0, 32), asm.Add.Imm(asm.R0, 1),
 		)
+		c.setting(asm.R1, p.shared, unsafe.Offsetof(shared{}.markUser))
+		c.emit(asm.JEq.Reg(asm.R0, asm.R1, "unmarked"))
 		c.setting(asm.R7, p.shared, unsafe.Offsetof(shared{}.denyMarked))
 		c.emit()
 		c.flag(flagMarked)
@@ -613,6 +616,11 @@ func (c *code) markedLate(p *plan) {
 		asm.LoadMem(asm.R1, asm.R1, sockMark, asm.Word),
 		asm.JNE.Imm32(asm.R1, int32(p.mark), "in order"),
 		asm.LoadMem(asm.R1, asm.R7, offPID, asm.Word), asm.JEq.Imm(asm.R1, int32(p.pid), "in order"),
+		asm.LoadMem(asm.R2, asm.R7, offUID, asm.Word), asm.Add.Imm(asm.R2, 1),
+	)
+	c.setting(asm.R1, p.shared, unsafe.Offsetof(shared{}.markUser))
+	c.emit(
+		asm.JEq.Reg(asm.R2, asm.R1, "in order"),
 		asm.LoadMem(asm.R9, asm.R7, offFlags, asm.Word),
 		asm.Mov.Reg(asm.R1, asm.R9), asm.And.Imm(asm.R1, flagMarked), asm.JNE.Imm(asm.R1, 0, "in order"), // connect said so
 		asm.Or.Imm(asm.R9, flagMarked),

@@ -117,6 +117,7 @@ type shared struct {
 	// written here
 	denyMarked    uint64
 	denyUncovered uint64
+	markUser      uint64           // who may have the mark, by his uid + 1
 	wanted        [holdings]uint64 // inodes of Holding
 
 	// written by the programs

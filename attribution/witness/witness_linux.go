@@ -314,6 +314,21 @@ func (w *Witness) SetDeny(deny bool) {
 	w.shared.set(&w.shared.denyUncovered, b(deny && w.opts.DenyUncovered))
 }
 
+// SetMarkUser says who may connect with the mark of the daemon, unseen and not refused, beside it: 0, as at first, is
+// nobody. Who it is must not be able to become the daemon's user, for whom the mark is an exemption from the redirect.
+func (w *Witness) SetMarkUser(uid uint32) {
+	w.mu.RLock()
+	defer w.mu.RUnlock()
+	if w.closed {
+		return
+	}
+	user := uint64(uid)
+	if user != 0 {
+		user++
+	}
+	w.shared.set(&w.shared.markUser, user)
+}
+
 // Stats reads the counters. It is zero after Close.
 func (w *Witness) Stats() Stats {
 	w.mu.RLock()

@@ -486,6 +486,36 @@ func TestMarked(t *testing.T) {
 	if got := forger.line(); got != "ok" {
 		t.Errorf("no longer denying: %s", got)
 	}
+	// One user may have it, and nobody else.
+	w.SetDeny(true)
+	if s := <-sightings; s.Refused {
+		t.Errorf("%+v", s)
+	}
+	w.SetMarkUser(4323)
+	forger.tell()
+	if got := forger.line(); got != unix.EPERM.Error() {
+		t.Errorf("root, where another user may: %s", got)
+	}
+	caps := []uintptr{unix.CAP_NET_ADMIN}
+	may := startAs(t, &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 4323, Gid: 4321}, AmbientCaps: caps}, "marked", strconv.Itoa(0x1234))
+	if got := may.line(); got != "ok" {
+		t.Errorf("the user who may: %s", got)
+	}
+	w.SetMarkUser(0)
+	may.tell()
+	if got := may.line(); got != unix.EPERM.Error() {
+		t.Errorf("the user who might: %s", got)
+	}
+	for _, pid := range []int{forger.pid(), may.pid()} {
+		if s := <-sightings; !s.Refused || s.Connector.PID != pid {
+			t.Errorf("%+v, want process %d", s, pid)
+		}
+	}
+	w.SetDeny(false)
+	forger.tell()
+	if got := forger.line(); got != "ok" {
+		t.Errorf("no longer denying: %s", got)
+	}
 	// Our own upstream sockets have it.
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
 	if err == nil {

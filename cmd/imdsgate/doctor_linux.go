@@ -112,6 +112,13 @@ func (d *diagnosis) ofRules(ctx context.Context, rules iptables.Config, running 
 			d.find("redirect-evaded", failing, e.Message(), e.Fix())
 		}
 	}
+	for _, p := range found.Prohibitions {
+		s := doubtful
+		if p.Daemon != "" {
+			s = failing
+		}
+		d.find("imds-locked", s, p.Message(), p.Fix())
+	}
 	for _, w := range found.Warnings {
 		d.find("rules-doubtful", doubtful, w, "read the rule: can it concern packets to the metadata service, or to the daemon's ports?")
 	}

@@ -151,6 +151,9 @@ somebody else's rule decides about it.`,
 				for _, w := range found.Warnings {
 					p.line("warning: %s", w)
 				}
+				for _, pr := range found.Prohibitions {
+					p.line("warning: %s", pr)
+				}
 				if found.Conntrack.First {
 					p.line("connection tracking is on from now on, for these rules only: %d sockets are open, it has room for %d", found.Conntrack.Sockets, found.Conntrack.Max)
 				}
@@ -178,10 +181,11 @@ Exit status: 0 they are as they should be, 1 they are not.`,
 				return err
 			}
 			defer r.Close()
-			differences, err := r.Verify(cmd.Context())
+			found, err := r.Status(cmd.Context())
 			if err != nil {
 				return err
 			}
+			differences := found.Differences
 			if o.json {
 				err = json.NewEncoder(cmd.OutOrStdout()).Encode(differences)
 			} else {
@@ -191,6 +195,9 @@ Exit status: 0 they are as they should be, 1 they are not.`,
 				}
 				if len(differences) == 0 {
 					p.line("the rules are as they should be")
+				}
+				for _, pr := range found.Prohibitions {
+					p.line("but %s", pr)
 				}
 				err = p.err
 			}

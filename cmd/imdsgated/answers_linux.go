@@ -165,6 +165,9 @@ func (d *daemon) redirectStatus(ctx context.Context) report.Redirect {
 	}
 	r.Contested = d.contest()
 	r.Notes = append(r.Notes, found.Warnings...)
+	for _, p := range found.Prohibitions {
+		r.Notes = append(r.Notes, p.String())
+	}
 	if found.Conntrack.First {
 		r.Notes = append(r.Notes, fmt.Sprintf("connection tracking is on for our rules only: %d sockets, room for %d", found.Conntrack.Sockets, found.Conntrack.Max))
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/user"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -48,6 +49,7 @@ func (d *daemon) openAttribution(c config.Attribution, rules iptables.Config, co
 	})
 	if o.NoWitness == nil {
 		o.Witness = d.witness
+		d.admitMark()
 	} else {
 		d.witness = nil
 	}
@@ -95,6 +97,20 @@ func (d *daemon) openAttribution(c config.Attribution, rules iptables.Config, co
 		d.log.Warn().Err(err).Msg("in enforce mode the daemon would not start")
 	}
 	return closeAll, nil
+}
+
+// admitMark lets systemd-imdsd have its mark, which is ours, too, so that systemd's lock lets both pass (FWMARK_DEFAULT
+// in src/imds/imdsd.c, User= in units/systemd-imdsd@.service.in). Not where the redirect exempts without our cgroup, by mark and
+// user alone: who may change his user could make a socket as ours, and connect as that one.
+func (d *daemon) admitMark() {
+	if d.witness == nil || d.rules.Cgroup == "" {
+		return
+	}
+	uid := uint64(0)
+	if u, err := user.Lookup("systemd-imds"); err == nil {
+		uid, _ = strconv.ParseUint(u.Uid, 10, 32)
+	}
+	d.witness.SetMarkUser(uint32(uid))
 }
 
 // levelNow is "" until attribution is open: the kernel may have told of something by

@@ -485,6 +485,9 @@ func (d *daemon) install(ctx context.Context, enforce bool) error {
 	for _, w := range report.Warnings {
 		d.log.Warn().Msg(w)
 	}
+	for _, p := range report.Prohibitions {
+		d.log.Warn().Msg(p.String())
+	}
 	d.notTaken(report)
 	d.evaded(report.Evasions, event.Actor{}, "")
 	d.opened(report)
@@ -593,6 +596,7 @@ func (d *daemon) reload(ctx context.Context) (report.Reload, error) {
 	d.loaded = time.Now()
 	d.mu.Unlock()
 	d.tookUp(c, p)
+	d.admitMark()
 	if p.Mode != was.Configured {
 		line := fmt.Sprintf("mode %s, was %s", p.Mode, was.Configured)
 		if now := d.modesNow(); now.Mode != p.Mode {

@@ -24,7 +24,8 @@ func (h *host) verified() (string, bool) {
 	if err := os.WriteFile(passwd, []byte("root:x:0:0::/root:/bin/sh\nimdsgate:x:61080:61080::/:/bin/false\n"), 0o644); err != nil {
 		h.t.Fatal(err)
 	}
-	out, code := h.run(client{args: []string{"unshare", "-m", "sh", "-c", "mount --bind " + passwd + " /etc/passwd && exec " + h.gate.Command + " --config " + h.Config + " redirect verify"}})
+	// In the daemon's cgroup namespace, where the cgroup that the rules name is.
+	out, code := h.run(client{args: []string{"nsenter", "-t", fmt.Sprint(h.PID()), "-m", "-C", "--", "unshare", "-m", "sh", "-c", "mount --bind " + passwd + " /etc/passwd && exec " + h.gate.Command + " --config " + h.Config + " redirect verify"}})
 	return out, code == 0
 }
 

@@ -40,9 +40,12 @@ var capabilities = map[attribution.Level]string{
 // privileged runs a program as the daemon's user with some capabilities, in a
 // cgroup namespace of its own: the lab's cgroup is the root of all that it sees.
 // With a directory, what that has is where packages put the files of the daemon.
-const privileged = `caps=$1 uid=$2 hidepid=$3 home=$4; shift 4
+const privileged = `caps=$1 uid=$2 hidepid=$3 home=$4 unit=$5; shift 5
 umount --lazy /sys/fs/cgroup || true # not twice on one another, where the host has cgroup2 alone
 mount -t cgroup2 none /sys/fs/cgroup
+if [ -n "$unit" ]; then
+	mkdir -p "/sys/fs/cgroup/$unit"; echo $$ >"/sys/fs/cgroup/$unit/cgroup.procs"
+fi
 if [ -n "$home" ]; then
 	mkdir "$home/layers"; mount -t tmpfs none "$home/layers"
 	for at in etc var/lib; do
@@ -78,7 +81,7 @@ func command(s Settings, home string, b Binaries, args ...string) *exec.Cmd {
 	if s.Suspended > 0 {
 		unshare = append(unshare, "--time", fmt.Sprintf("--boottime=%d", int(s.Suspended.Seconds())))
 	}
-	unshare = append(unshare, "--", "sh", "-ec", privileged, "sh", caps, strconv.Itoa(UID), hidepid, home, program)
+	unshare = append(unshare, "--", "sh", "-ec", privileged, "sh", caps, strconv.Itoa(UID), hidepid, home, s.Unit, program)
 	return exec.Command("unshare", append(unshare, args...)...)
 }
 
@@ -143,6 +146,10 @@ type Settings struct {
 	// /run/imdsgate are etc, lib, log and run of its directory, and nothing else is in
 	// /run and /var/log. See Operator.
 	Installed bool
+	// Unit is the cgroup that it runs in, as "system.slice/imdsgated.service", below that
+	// of the lab, which it takes for the root; "" for the root. With one the redirect
+	// exempts it by that, too.
+	Unit string
 	// Syscalls are all that it may make; nil for any (UnitSyscalls).
 	Syscalls []string
 }
