@@ -95,7 +95,9 @@ func TestForeignRules(t *testing.T) {
 		for _, file := range []string{"docker", "kube-proxy", "firewalld", "cis"} {
 			s.load(b, IPv4, readLockCase(s.T, "testdata/locks/"+file+".rules").rules)
 		}
-		s.load(b, IPv6, "*filter\n:THEIRS - [0:0]\n-A FORWARD -j THEIRS\n-A THEIRS -j RETURN\nCOMMIT\n")
+		for _, file := range []string{"docker-ipv6", "kube-proxy-ipv6", "cis-ipv6"} {
+			s.load(b, IPv6, readLockCase(s.T, "testdata/locks/"+file+".rules").rules)
+		}
 		s.sh("nft -f testdata/native/firewalld.nft")
 		before, native := s.rules(b), s.sh("nft list table inet firewalld")
 
@@ -111,16 +113,20 @@ func TestForeignRules(t *testing.T) {
 		s.install(r)
 		s.load(b, IPv4, "*nat\n-I OUTPUT 1 -d 10.9.9.9/32 -j RETURN\n-A OUTPUT -d 10.9.9.8/32 -j RETURN\nCOMMIT\n"+
 			"*filter\n-I INPUT 2 -s 10.9.9.9/32 -j DROP\n-D FORWARD -j DOCKER-USER\n-I FORWARD 1 -j DOCKER-USER\nCOMMIT\n")
+		s.load(b, IPv6, "*nat\n-I PREROUTING 1 -d fd99::9/128 -j RETURN\nCOMMIT\n*filter\n-D FORWARD -j DOCKER-USER\n-I FORWARD 1 -j DOCKER-USER\nCOMMIT\n")
 		s.expect("differences", inWords(s.verify(r)), strings.Join([]string{
 			`IPv4 filter FORWARD: jump at place 2 instead of 1; have "-d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j IMDSGATE-FORWARD"`,
 			`IPv4 filter INPUT: jump at place 3 instead of 2; have "-d 169.254.213.80/32 -p tcp -m tcp --dport 253 -j IMDSGATE-INPUT"`,
 			`IPv4 nat OUTPUT: jump at place 2 instead of 1; have "-d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j IMDSGATE-OUTPUT"`,
+			`IPv6 filter FORWARD: jump at place 2 instead of 1; have "-d fd00:ec2::254/128 -p tcp -m tcp --dport 80 -j IMDSGATE-FORWARD"`,
+			`IPv6 nat PREROUTING: jump at place 2 instead of 1; have "-d fd00:ec2::254/128 ! -i lo -p tcp -m tcp --dport 80 -j IMDSGATE-PREROUTING"`,
 		}, "\n"))
 		s.install(r)
 		s.expect("differences", inWords(s.verify(r)), "")
 		s.remove()
 		s.load(b, IPv4, "*nat\n-D OUTPUT -d 10.9.9.9/32 -j RETURN\n-D OUTPUT -d 10.9.9.8/32 -j RETURN\nCOMMIT\n"+
 			"*filter\n-D INPUT -s 10.9.9.9/32 -j DROP\n-D FORWARD -j DOCKER-USER\n-I FORWARD 1 -j DOCKER-USER\nCOMMIT\n")
+		s.load(b, IPv6, "*nat\n-D PREROUTING -d fd99::9/128 -j RETURN\nCOMMIT\n*filter\n-D FORWARD -j DOCKER-USER\n-I FORWARD 1 -j DOCKER-USER\nCOMMIT\n")
 		s.expect("their rules after removal", s.rules(b), before)
 		s.expect("their native rules", s.sh("nft list table inet firewalld"), native)
 	})

@@ -364,16 +364,19 @@ func from(port int) func(fd int) error {
 func TestInputDrop(t *testing.T) {
 	forBackends(t, func(s *site, b Backend) {
 		s.load(b, IPv4, readLockCase(s.T, "testdata/locks/cis.rules").rules)
+		s.load(b, IPv6, readLockCase(s.T, "testdata/locks/cis-ipv6.rules").rules)
 		r := s.open(Config{UID: uid})
 		if r.use.backend != b {
 			s.Errorf("back end %s, want the one with the host's rules", r.use.backend)
 		}
 		s.daemon(r)
 		s.install(r)
-		s.expect("host client", s.ask(s.lab.Instance, client{}, endpoint[IPv4]), "host 169.254.169.254:80")
-		s.expect("bridged container", s.ask(s.lab.Bridged, client{}, endpoint[IPv4]), "forwarded 169.254.169.254:80")
-		s.expect("container on a link without addresses", s.ask(s.lab.Routed, client{}, endpoint[IPv4]), "forwarded 169.254.169.254:80")
-		s.expect("the daemon", s.ask(s.lab.Instance, client{uid: uid, mark: defaultMark}, endpoint[IPv4]), "metadata")
+		for _, f := range Families {
+			s.expect("host client", s.ask(s.lab.Instance, client{}, endpoint[f]), "host "+endpoint[f].String())
+			s.expect("bridged container", s.ask(s.lab.Bridged, client{}, endpoint[f]), "forwarded "+endpoint[f].String())
+			s.expect("container on a link without addresses", s.ask(s.lab.Routed, client{}, endpoint[f]), "forwarded "+endpoint[f].String())
+			s.expect("the daemon", s.ask(s.lab.Instance, client{uid: uid, mark: defaultMark}, endpoint[f]), "metadata")
+		}
 	})
 }
 
