@@ -14,6 +14,7 @@ import (
 
 	"github.com/imdsgate/imdsgate/attribution/diag"
 	"github.com/imdsgate/imdsgate/attribution/procwatch"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -266,14 +267,21 @@ func (f *Finder) openConntrack() error {
 	}
 	f.conntrack = c
 	if on, err := c.Timestamps(); on && err == nil {
-		_, err := os.Stat(f.timedNote)
+		_, err := os.Lstat(f.timedNote)
 		f.timed = err == nil
 		return nil
 	}
-	if f.timedNote != "" && os.WriteFile(f.timedNote, nil, 0o600) != nil {
-		f.timedNote = "" // if we are killed, it stays as it is
+	if f.timedNote != "" {
+		note, err := os.OpenFile(f.timedNote, os.O_WRONLY|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+		if err == nil {
+			err = note.Close()
+		}
+		if err != nil {
+			f.timedNote = "" // if we are killed, it stays as it is
+		}
 	}
 	if err := diag.EnableTimestamps(); err != nil {
+		os.Remove(f.timedNote)
 		return err
 	}
 	f.timed = true
@@ -283,7 +291,7 @@ func (f *Finder) openConntrack() error {
 // Untime has conntrack note no times any more if a Finder with this TimedNote told it to,
 // and was killed. There must be none. It needs what diag.EnableTimestamps needs.
 func Untime(note string) error {
-	if _, err := os.Stat(note); errors.Is(err, fs.ErrNotExist) {
+	if _, err := os.Lstat(note); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	return untime(note)
@@ -293,10 +301,10 @@ func untime(note string) error {
 	if err := diag.DisableTimestamps(); err != nil && !errors.Is(err, fs.ErrNotExist) { // the tracker may be unloaded
 		return err
 	}
-	if note == "" {
-		return nil
+	if err := os.Remove(note); note != "" && !errors.Is(err, fs.ErrNotExist) {
+		return err
 	}
-	return os.Remove(note)
+	return nil
 }
 
 // Check reports whether every level that is there still is: whether the kernel still

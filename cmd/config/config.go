@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
@@ -105,6 +106,14 @@ type Control struct {
 	Socket string `yaml:"socket"`
 	Group  string `yaml:"group"` // that may ask; the group imdsgate, if there is one
 }
+
+// TimedNote is attribution.Options.TimedNote of the daemon that is asked there. Like what
+// else is beside its socket it does not outlive the boot.
+func (c Control) TimedNote() string { return filepath.Join(filepath.Dir(c.Socket), "conntrack-timed") }
+
+// RemovedNote is a file that is there since an operator has removed the redirect, until a
+// daemon starts: nothing else puts it back meanwhile.
+func (c Control) RemovedNote() string { return filepath.Join(filepath.Dir(c.Socket), "removed") }
 
 // Limits of the proxy.
 type Limits struct {

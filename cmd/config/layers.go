@@ -14,6 +14,7 @@ import (
 	"strings"
 
 	"github.com/goccy/go-yaml/ast"
+	"github.com/imdsgate/imdsgate/iptables"
 	"github.com/imdsgate/imdsgate/policy"
 	"github.com/imdsgate/imdsgate/policy/yamlfile"
 )
@@ -46,7 +47,9 @@ const (
 const DefaultPath = operatorDir + "/" + mainFile
 
 // Load reads the configuration: of the file at path alone, or of all that there are if
-// that is "". What is wrong in any of them is said at once.
+// that is "". What is wrong in any of them is said at once. After an error there is what
+// is right, and of a file that is wrong mode, redirect, state and control alone: for who
+// cleans up after a daemon.
 func Load(path string) (Config, error) {
 	if path != "" {
 		return LoadFiles(path)
@@ -106,7 +109,10 @@ func load(files []string, optional bool) (Config, error) {
 			errs = append(errs, fmt.Errorf("read the configuration: %w", err))
 			continue
 		}
-		errs = append(errs, c.add(path, text))
+		if err := c.add(path, text); err != nil {
+			errs = append(errs, err)
+			c.salvage(path, text)
+		}
 	}
 	c.complete()
 	return c, errors.Join(errs...)
@@ -147,6 +153,25 @@ func (c *Config) add(name string, text []byte) error {
 	all.layers = append(slices.Clip(c.layers), s)
 	*c = all
 	return nil
+}
+
+// salvage puts what is right of a file that is wrong over what there is: see Load.
+func (c *Config) salvage(name string, text []byte) {
+	s, err := yamlfile.Parse(name, text)
+	if err != nil {
+		return
+	}
+	type saved struct {
+		Mode     policy.Mode     `yaml:"mode"`
+		Redirect iptables.Config `yaml:"redirect"`
+		State    State           `yaml:"state"`
+		Control  Control         `yaml:"control"`
+	}
+	var own saved
+	s.Decode(&own) // which refuses all other keys, and leaves out what is wrong
+	all := saved{c.Mode, c.Redirect, c.State, c.Control}
+	put(reflect.ValueOf(&all).Elem(), reflect.ValueOf(own), s.Root)
+	c.Mode, c.Redirect, c.State, c.Control = all.Mode, all.Redirect, all.State, all.Control
 }
 
 // put sets what a mapping says, below keys of mappings one by one. One that takes in

@@ -3,16 +3,21 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/user"
 	"path/filepath"
 	"strconv"
 
+	"github.com/imdsgate/imdsgate/attribution"
+	"github.com/imdsgate/imdsgate/cmd/config"
 	"github.com/imdsgate/imdsgate/cmd/report"
 	"github.com/imdsgate/imdsgate/iptables"
 	"github.com/imdsgate/imdsgate/policy"
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 )
 
 func newRedirect(o *options) *cobra.Command {
@@ -209,13 +214,22 @@ Exit status: 0 they are as they should be, 1 they are not.`,
 	}
 }
 
-func newRemove(*options) *cobra.Command {
+func newRemove(o *options) *cobra.Command {
 	return &cobra.Command{
 		Use:   "remove",
 		Short: "Remove everything that any installation has left, and nothing else",
-		Args:  cobra.NoArgs,
+		Long: `Remove everything that any installation has left, and nothing else. It stays
+removed until a daemon starts; one that runs puts it back.`,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, _ := config.Load(o.config) // also where it is wrong
+			if err := o.noteRemoval(cmd.Context(), c.Control); err != nil {
+				return err
+			}
 			removed, err := iptables.Remove(cmd.Context())
+			if err == nil {
+				err = attribution.Untime(c.Control.TimedNote())
+			}
 			if err != nil {
 				return err
 			}
@@ -227,4 +241,21 @@ func newRemove(*options) *cobra.Command {
 			return err
 		},
 	}
+}
+
+// noteRemoval has what the unit runs after a daemon leave the redirect removed. A daemon
+// that runs does not.
+func (o *options) noteRemoval(ctx context.Context, at config.Control) error {
+	var now report.Modes
+	if client, err := o.client(); err == nil && client.Get(ctx, "mode", nil, &now) == nil {
+		return nil
+	}
+	f, err := os.OpenFile(at.RemovedNote(), os.O_WRONLY|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	if errors.Is(err, fs.ErrNotExist) { // no daemon was started since the boot
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return f.Close()
 }

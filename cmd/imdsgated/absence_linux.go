@@ -1,24 +1,14 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
-	"os"
 	"path/filepath"
-	"reflect"
-	"syscall"
 	"time"
 
-	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/cmd/config"
-	"github.com/imdsgate/imdsgate/cmd/report"
-	"github.com/imdsgate/imdsgate/control"
 	"github.com/imdsgate/imdsgate/event"
-	"github.com/imdsgate/imdsgate/iptables"
-	"github.com/imdsgate/imdsgate/policy"
 	"golang.org/x/sys/unix"
 )
 
@@ -30,8 +20,8 @@ type absence struct {
 	// Since and Refused are of CLOCK_BOOTTIME, which nobody sets, and which goes on while
 	// the host is suspended.
 	Since time.Duration `json:"since"`
-	// Open says that the redirect was taken away, so that clients reached the service
-	// itself. Otherwise they waited for a daemon, where the socket unit held the ports,
+	// Open says that the redirect was taken away, be it for a part of the time, so that
+	// clients reached the service itself. Otherwise they waited for a daemon, where the socket unit held the ports,
 	// or were refused.
 	Open bool `json:"open"`
 	// Refused is since when nobody holds the ports; 0 if somebody does.
@@ -112,159 +102,10 @@ func (d *daemon) absent(action, message string, a absence, lasted time.Duration)
 	d.record(ev)
 }
 
-// afterwards is what the unit runs, as root, when a daemon has ended, whatever ended it.
-// In audit mode nothing of ours may stand between a client and the service from then
-// on. In enforce mode the redirect stays, and is put back where it is not there, as after
-// a boot. givenUp says that systemd will not start
-// another one, and has closed the ports: then it runs once more, since the first may have
-// been killed with the daemon.
-func (d *daemon) afterwards(ctx context.Context, stdout io.Writer, givenUp bool) error {
-	why := os.Getenv("SERVICE_RESULT")
-	switch status := os.Getenv("EXIT_STATUS"); {
-	case why == "":
-		why = "for a reason that is not known"
-	case why != bySuccess && status != "":
-		why += ", " + os.Getenv("EXIT_CODE") + " " + status
-	}
-	since := bootTime() // a moment after its end: as soon as systemd knew
-	installed, enforcing, err := iptables.Installed(ctx)
-	if err != nil {
-		return err
-	}
-	removed, back := false, false
-	if !installed && (givenUp || why != bySuccess) {
-		if back, err = d.putBack(ctx, stdout); err != nil {
-			fmt.Fprintf(stdout, "the redirect of enforce mode cannot be put back, and clients reach the service itself: %v\n", err)
-		}
-		enforcing = back
-	}
-	switch {
-	case back:
-		fmt.Fprintln(stdout, "the redirect is put back, as enforce mode asks for")
-	case enforcing:
-		fmt.Fprintln(stdout, "the redirect stays: its rules are those of enforce mode")
-	case givenUp || why == bySuccess:
-		if removed, err = iptables.Remove(ctx); err != nil {
-			return err
-		}
-		fmt.Fprintln(stdout, "the redirect is removed")
-	default:
-		// Who waits for the next daemon in the backlog of the ports would be reset if all
-		// of it went.
-		if err := iptables.Release(ctx); err != nil {
-			return err
-		}
-		fmt.Fprintln(stdout, "the redirect is released: new connections reach the service itself")
-	}
-	if !enforcing {
-		since = bootTime() // until then they waited
-	}
-	if !enforcing || givenUp {
-		if err := attribution.Untime(timedNote(d.socket())); err != nil {
-			fmt.Fprintln(stdout, err)
-		}
-	}
-	// A daemon in mode off had nothing to take away, and is not missed.
-	missed := why != bySuccess || removed || enforcing
-	if err := d.amend(absence{Since: since, Open: !enforcing, Why: why}, missed, givenUp); err != nil { // which is no reason for the unit to fail
-		fmt.Fprintf(stdout, "how long there is no daemon will not be known: %v\n", err)
-	}
-	return nil
-}
-
-// redirectFile has the redirect, for as long as it is that of enforce mode.
-func redirectFile(dir string) kept { return kept{path: filepath.Join(dir, "redirect.json")} }
-
-// keepRedirect remembers the redirect for a boot in which no daemon starts. What it
-// cannot write, such a boot does not have.
-func (d *daemon) keepRedirect(enforce bool) {
-	file := redirectFile(d.config.State.Dir)
-	var was iptables.Config
-	rules := d.rules
-	rules.Enforce = true
-	err := file.read(&was)
-	switch {
-	case !enforce:
-		err = file.remove()
-	case err != nil || !reflect.DeepEqual(was, rules):
-		err = file.write(rules)
-	}
-	if err != nil {
-		d.log.Warn().Err(err).Msg("a boot in which the daemon does not start may have another redirect than this one")
-	}
-}
-
-// putBack installs the redirect of enforce mode where a daemon would have been in that
-// mode, and reports whether it has: a boot begins without rules.
-func (d *daemon) putBack(ctx context.Context, stdout io.Writer) (bool, error) {
-	rules, err := enforced(config.Load(d.path))
-	if err != nil || rules == nil {
-		return false, err
-	}
-	rules.Cgroup = ownCgroup() // in which no daemon is, and nobody is exempt
-	r, err := iptables.Open(ctx, *rules)
-	if err != nil {
-		return false, err
-	}
-	defer r.Close()
-	found, err := r.Install(ctx)
-	if err != nil {
-		return false, err
-	}
-	for _, l := range found.Locks {
-		fmt.Fprintf(stdout, "not taken: %s\n", l)
-	}
-	return true, nil
-}
-
-// enforced is the redirect of a daemon that would have been in enforce mode, or nil. If
-// the configuration is refused, what the last daemon had counts, and before there was
-// one, those files of it that are right.
-func enforced(c config.Config, refused error) (*iptables.Config, error) {
-	dir, err := os.Stat(c.State.Dir)
-	if errors.Is(err, fs.ErrNotExist) { // no daemon was ever started
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	owner := dir.Sys().(*syscall.Stat_t).Uid // the daemon's
-	var set report.SetMode
-	file := modeFile(c.State.Dir)
-	file.owner = owner
-	unset := file.decode(&set)
-
-	rules := c.Redirect.WithDefaults()
-	rules.UID, rules.SocketActivated, rules.Enforce = owner, true, true
-	if refused != nil {
-		file := redirectFile(c.State.Dir)
-		file.owner = owner
-		var last iptables.Config
-		switch err := file.decode(&last); {
-		case errors.Is(err, fs.ErrNotExist):
-		case err != nil:
-			return nil, err
-		case unset == nil:
-			rules, c.Mode = last, set.Configured
-		default:
-			rules, c.Mode = last, policy.Enforce
-		}
-	}
-	if unset == nil && over(&set, c.Mode, time.Now()) == "" {
-		c.Mode = set.Mode
-	}
-	if c.Mode != policy.Enforce {
-		return nil, nil
-	}
-	return &rules, nil
-}
-
 // socket is the control socket of the daemon that has ended.
 func (d *daemon) socket() string {
-	if c, err := config.Load(d.path); err == nil { // or else it may be why it has ended
-		return c.Control.Socket
-	}
-	return control.DefaultSocket
+	c, _ := config.Load(d.path) // that it is wrong may be why it has ended
+	return c.Control.Socket
 }
 
 // amend remembers an absence that begins, or that it goes on. One that begins and that
@@ -285,6 +126,7 @@ func (d *daemon) amend(begins absence, missed, givenUp bool) error {
 	default:
 		a = begins
 	}
+	a.Open = a.Open || begins.Open
 	switch {
 	case !givenUp:
 		a.Ends++

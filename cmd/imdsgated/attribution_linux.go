@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"os/user"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -35,15 +34,12 @@ const (
 // errLevel says that this host cannot give the evidence that enforce mode needs.
 var errLevel = errors.New("the level of attribution that enforce mode requires is not there")
 
-// timedNote is attribution.Options.TimedNote, for the daemon with that control socket.
-func timedNote(socket string) string { return filepath.Join(filepath.Dir(socket), "conntrack-timed") }
-
 // openAttribution starts what finds the owners of connections, at the highest level
 // that this host has. The function that it returns ends it.
 func (d *daemon) openAttribution(c config.Attribution, rules iptables.Config, connector *os.File) (func() error, error) {
 	d.required = c.RequireLevel
 	enforce := d.engine.Mode() == policy.Enforce
-	o := attribution.Options{Endpoints: rules.Endpoints, Connector: connector, Executed: d.executed, TimedNote: timedNote(d.config.Control.Socket)}
+	o := attribution.Options{Endpoints: rules.Endpoints, Connector: connector, Executed: d.executed, TimedNote: d.config.Control.TimedNote()}
 	d.witness, o.NoWitness = witness.Open(witness.Options{
 		Endpoints: rules.Endpoints, Mark: rules.Mark, Deny: enforce, DenyUncovered: c.Uncovered == config.Deny, Report: d.sighted,
 	})
@@ -67,6 +63,11 @@ func (d *daemon) openAttribution(c config.Attribution, rules iptables.Config, co
 			return nil
 		}
 		return d.witness.Close()
+	}
+	if d.witness != nil { // of which conntrack is not asked, as a daemon may have that was killed
+		if err := attribution.Untime(o.TimedNote); err != nil {
+			d.log.Warn().Err(err).Msg("conntrack goes on to note times")
+		}
 	}
 	var err error
 	if d.finder, err = attribution.New(o); err != nil {

@@ -424,7 +424,7 @@ func (d *daemon) start(ctx context.Context) error {
 	d.state("daemon-started", "info", fmt.Sprintf("imdsgated %s started in %s mode", version, mode), nil)
 	if mode == policy.Off {
 		_, err := iptables.Remove(ctx)
-		d.keepRedirect(false)
+		d.keepStanding(mode)
 		d.returned()
 		return err
 	}
@@ -481,7 +481,11 @@ func (d *daemon) install(ctx context.Context, enforce bool) error {
 		return fmt.Errorf("install the redirect: %w", err)
 	}
 	d.redirected(true)
-	d.keepRedirect(enforce)
+	if enforce {
+		d.keepStanding(policy.Enforce)
+	} else {
+		d.keepStanding(policy.Audit)
+	}
 	for _, w := range report.Warnings {
 		d.log.Warn().Msg(w)
 	}

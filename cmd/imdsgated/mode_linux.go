@@ -346,7 +346,7 @@ func (d *daemon) leave(ctx context.Context, from policy.Mode, commit func()) (er
 		return fmt.Errorf("take the redirect away: %w", err)
 	}
 	commit()
-	d.keepRedirect(false)
+	d.keepStanding(policy.Off)
 	d.state("redirect-removed", "change", "the redirect is removed: nothing is attributed, judged or recorded", nil)
 	return nil
 }

@@ -186,7 +186,13 @@ func (h *host) imdsgate(args ...string) (out string, code int) {
 // ended runs what the unit runs after a daemon.
 func (h *host) ended() (out string, code int) {
 	h.t.Helper()
-	return h.run(client{args: []string{h.gate.Daemon, "-config", h.Config, "-ended"}, env: []string{"SERVICE_RESULT=signal", "EXIT_CODE=killed", "EXIT_STATUS=KILL"}})
+	return h.afterwards("-ended")
+}
+
+// afterwards runs what the unit runs when there is no daemon.
+func (h *host) afterwards(which string) (out string, code int) {
+	h.t.Helper()
+	return h.run(client{args: []string{h.gate.Daemon, "-config", h.Config, which}, env: []string{"SERVICE_RESULT=signal", "EXIT_CODE=killed", "EXIT_STATUS=KILL"}})
 }
 
 // decided waits for the record of a request.

@@ -1,0 +1,100 @@
+package e2e
+
+import (
+	"errors"
+	"os/exec"
+	"strings"
+	"testing"
+
+	"github.com/imdsgate/imdsgate/test/lab/netlab"
+)
+
+// While there is no daemon the mode of the last one holds, whatever rules others have
+// flushed or restored, until an operator removes the redirect.
+func TestWithoutDaemon(t *testing.T) {
+	t.Parallel()
+	h := prepare(t, netlab.Options{Containers: true})
+	expect := func(when, want string) {
+		t.Helper()
+		for name, c := range map[string]client{"IPv4": {}, "bridged": {in: h.Bridged}, "routed": {in: h.Routed}} {
+			if got := h.curl(c, instanceID); got != want {
+				t.Errorf("%s: %s: %s", when, name, got)
+			}
+		}
+		if got := h.curl(client{}, service6+instanceID); got != want {
+			t.Errorf("%s: IPv6: %s", when, got)
+		}
+	}
+	says := func(which, want string) {
+		t.Helper()
+		if out, code := h.afterwards(which); code != 0 || !strings.Contains(out, want) {
+			t.Errorf("%s: %d, %s", which, code, out)
+		}
+	}
+	h.start("mode: enforce\n")
+	h.Kill()
+	if err := h.Instance.Do(func() error {
+		return errors.Join(exec.Command("iptables", "-F").Run(), exec.Command("ip6tables", "-F").Run())
+	}); err != nil {
+		t.Fatal(err)
+	}
+	expect("flushed", "000") // since the redirect leads to nobody
+	says("-ended", "put back")
+	expect("put back", "000")
+	says("-ended", "stays")
+
+	// Nobody holds the ports any more: who takes them gets nothing.
+	says("-failed", "requests are refused")
+	for _, at := range []string{"127.0.0.1:254", "[::1]:254", "169.254.213.80:253"} {
+		ln, err := h.Instance.Listen(t.Context(), nil, "tcp", at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close()
+		go func() {
+			for {
+				c, err := ln.Accept()
+				if err != nil {
+					return
+				}
+				t.Errorf("%v asks at %s", c.RemoteAddr(), at)
+				c.Close()
+			}
+		}()
+	}
+	expect("given up", "000")
+
+	if out, code := h.imdsgate("redirect", "remove"); code != 0 || out != "removed" {
+		t.Errorf("%d, %s", code, out)
+	}
+	expect("removed", "200")
+	says("-failed", "removed")
+	expect("removed, and given up once more", "200")
+}
+
+// Rules of enforce mode that a tool has saved do not refuse anybody in audit mode.
+func TestSavedRules(t *testing.T) {
+	t.Parallel()
+	h := prepare(t, netlab.Options{})
+	h.start("mode: enforce\n")
+	saved := h.output("iptables-save")
+	h.Stop()
+	h.start("mode: audit\n")
+	h.Kill()
+	if err := h.Instance.Do(func() error {
+		restore := exec.Command("iptables-restore")
+		restore.Stdin = strings.NewReader(saved)
+		return restore.Run()
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if got := h.curl(client{}, instanceID); got != "000" {
+		t.Errorf("%s: the test tests nothing", got)
+	}
+	if out, code := h.ended(); code != 0 || !strings.Contains(out, "is removed") {
+		t.Errorf("%d, %s", code, out)
+	}
+	if got := h.curl(client{}, instanceID); got != "200" {
+		t.Errorf("afterwards: %s", got)
+	}
+}
