@@ -3,12 +3,14 @@ package e2e
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"strconv"
 	"strings"
 	"syscall"
@@ -30,7 +32,28 @@ func (h *host) found(action string, ok func(gate.Document) bool) gate.Document {
 	if err != nil {
 		h.t.Fatal(err)
 	}
+	threat := [][2]any{{"threat.framework", nil}, {"threat.tactic.id", nil}, {"threat.tactic.name", nil}, {"threat.technique.id", nil}, {"threat.technique.name", nil}}
+	if t := techniques[action]; t != [2]string{} {
+		threat = [][2]any{{"threat.framework", "MITRE ATT&CK"}, {"threat.tactic.id", []any{"TA0112"}}, {"threat.tactic.name", []any{"Defense Impairment"}},
+			{"threat.technique.id", []any{t[0]}}, {"threat.technique.name", []any{t[1]}}}
+	}
+	for _, field := range threat {
+		if got := d.At(field[0].(string)); !reflect.DeepEqual(got, field[1]) {
+			h.t.Errorf("%s: %s is %v, want %v", action, field[0], got, field[1])
+		}
+	}
 	return d
+}
+
+// techniques are what somebody does of whom an event tells, by ATT&CK v19 (attack.mitre.org/tactics/TA0112). Of the others it may be
+// an operator, or nobody.
+var techniques = map[string][2]string{
+	"redirect-rule-changed": {"T1686", "Disable or Modify System Firewall"},
+	"redirect-contested":    {"T1686", "Disable or Modify System Firewall"},
+	"redirect-evaded":       {"T1686", "Disable or Modify System Firewall"},
+	"bpf-program-detached":  {"T1685", "Disable or Modify Tools"},
+	"attribution-broken":    {"T1685", "Disable or Modify Tools"},
+	"imds-mark-forged":      {"T1685", "Disable or Modify Tools"},
 }
 
 func says(text string) func(gate.Document) bool {
@@ -231,12 +254,95 @@ func TestDetachedPrograms(t *testing.T) {
 	}
 	detach()
 	h.curl(client{uid: ordinaryUser}, role)
-	h.found("attribution-broken", says("no longer tells"))
+	d = h.found("attribution-broken", says("no longer tells"))
+	broke, err := time.Parse(time.RFC3339Nano, fmt.Sprint(d.At("@timestamp")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	broke = broke.Add(-10 * time.Millisecond) // the event is made a moment later
 	if e := h.doctor(); !strings.Contains(e.message("attribution-broken"), "connect4") || e.code != 1 {
 		t.Errorf("%d\n%s", e.code, e.text)
 	}
 	if out, code := h.imdsgate("status"); code != 1 || !strings.HasPrefix(out, "NOT protected") {
 		t.Errorf("%d\n%s", code, out)
+	}
+
+	// It is moved back.
+	moved := time.Now()
+	if err := os.WriteFile(h.Cgroup.Path()+"/cgroup.procs", []byte(strconv.Itoa(h.PID())), 0); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(100 * time.Millisecond) { // it looks every 30 s
+		if s, err := h.Status(); err == nil && s.Attribution.Broken == "" {
+			break
+		}
+	}
+	d = h.found("attribution-restored", says("works again"))
+	if n, _ := d.At("event.duration").(float64); time.Duration(n) < moved.Sub(broke) || time.Duration(n) > time.Since(broke) {
+		t.Errorf("it was broken for %v, and that began %v ago", d.At("event.duration"), time.Since(broke))
+	}
+	if s, err := h.Status(); err != nil || s.Attribution.Broken != "" {
+		t.Errorf("%+v, %v", s.Attribution, err)
+	}
+	if e := h.doctor(); e.has("attribution-broken") || len(e.past()) > 0 {
+		t.Errorf("afterwards: %s", e.text)
+	}
+}
+
+// unforced starts a program for which SO_RCVBUFFORCE is not permitted, as in a container with a user namespace of its
+// own, however many capabilities it has there (sk_setsockopt in net/core/sock.c).
+const unforced = `#!/usr/bin/env python3
+import ctypes, os, platform, struct, sys
+setsockopt = {'x86_64': 54, 'aarch64': 208}[platform.machine()]
+code = b''.join(struct.pack('HBBI', *i) for i in [
+	(0x20, 0, 0, 0), (0x15, 0, 5, setsockopt),
+	(0x20, 0, 0, 24), (0x15, 0, 3, 1), # SOL_SOCKET
+	(0x20, 0, 0, 32), (0x15, 0, 1, 33), # SO_RCVBUFFORCE
+	(0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x7fff0000)])
+class Program(ctypes.Structure): _fields_ = [('len', ctypes.c_ushort), ('filter', ctypes.c_char_p)]
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, ctypes.byref(Program(len(code)//8, code)), 0, 0): sys.exit(os.strerror(ctypes.get_errno()))
+os.execv('DAEMON', ['DAEMON'] + sys.argv[1:])
+`
+
+// The kernel does not tell a daemon of changes. It serves, and says that nobody looks.
+func TestNotWatched(t *testing.T) {
+	t.Parallel()
+	h := prepare(t, netlab.Options{})
+	dir, err := os.MkdirTemp("/opt", "imdsgate-e2e")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	daemon := filepath.Join(dir, "imdsgated")
+	if err := errors.Join(os.Chmod(dir, 0o755), os.WriteFile(daemon, []byte(strings.ReplaceAll(unforced, "DAEMON", h.gate.Daemon)), 0o755), os.Chmod(daemon, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	h.gate.Daemon = daemon
+	h.start("mode: enforce\nredirect: {backend: nft}\n")
+	d := h.found("redirect-not-watched", says("not watched any more"))
+	if reason, _ := d.At("event.reason").(string); !strings.Contains(reason, "subscribe to changes: operation not permitted") {
+		t.Errorf("why is not said: %v", d)
+	}
+	if got := h.curl(client{uid: ordinaryUser}, instanceID); got != "200" {
+		t.Errorf("a client: %s", got)
+	}
+	if got := h.curl(client{uid: ordinaryUser}, role); got != "403" {
+		t.Errorf("a thief: %s", got)
+	}
+	if s, err := h.Status(); err != nil || !strings.Contains(s.Redirect.Error, "the redirect is not watched: subscribe") {
+		t.Errorf("%v, %+v", err, s.Redirect)
+	}
+	if out, code := h.imdsgate("status"); code != 1 || !strings.Contains(out, "not watched") {
+		t.Errorf("%d\n%s", code, out)
+	}
+	if e := h.doctor(); !strings.Contains(e.message("redirect-failed"), "not watched") || e.code != 1 {
+		t.Errorf("%d\n%s", e.code, e.text)
+	}
+	h.output("iptables-nft", "-t", "nat", "-F", "IMDSGATE-OUTPUT")
+	time.Sleep(time.Second) // in which a daemon that is told repairs it
+	if out, intact := h.verified(); intact || !strings.Contains(out, "IPv4 nat IMDSGATE-OUTPUT") {
+		t.Errorf("it is watched: %s", out)
 	}
 }
 
