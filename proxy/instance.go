@@ -16,8 +16,7 @@ import (
 // What the service itself answers to this host, past the redirect. Of each answer the status is read, and nothing else.
 // These may be called from any goroutine, once Serve is.
 
-// hopIn is how long the answer may take that has to come one hop further. The one before,
-// which needs not, has come by then. Shorter, and a slow service seems to have a hop limit
+// hopIn is how long an answer may take, be it the one that has to come one hop further. Shorter, and a slow service seems to have a hop limit
 // of 1; where it is 1, who asks waits for so long.
 const hopIn = time.Second
 
@@ -26,8 +25,8 @@ const hopIn = time.Second
 // as to a container (HttpPutResponseHopLimit). Without one it asks a third time, as it did first.
 func (p *Proxy) BeyondHost(ctx context.Context, endpoint netip.AddrPort) (beyond bool, err error) {
 	ask := "PUT /latest/api/token HTTP/1.1\r\nHost: " + endpoint.Addr().String() + "\r\nX-aws-ec2-metadata-token-ttl-seconds: 1\r\nConnection: close\r\n\r\n"
-	try := func(t *loop.Task, minTTL int, takes time.Duration) error {
-		status, err := p.direct(t, endpoint, ask, minTTL, takes)
+	try := func(t *loop.Task, minTTL int) error {
+		status, err := p.direct(t, endpoint, ask, minTTL, hopIn)
 		if err == nil && status != "200" {
 			return fmt.Errorf("it answers %q", status)
 		}
@@ -35,13 +34,13 @@ func (p *Proxy) BeyondHost(ctx context.Context, endpoint netip.AddrPort) (beyond
 	}
 	answered := make(chan bool, 1) // it may come when nobody waits any more
 	err = p.onLoop(ctx, func(t *loop.Task) error {
-		if err := try(t, 0, selfTestIn); err != nil {
+		if err := try(t, 0); err != nil {
 			return err
 		}
-		err := try(t, 2, hopIn)
+		err := try(t, 2)
 		answered <- err == nil
 		if errors.Is(err, ErrUnanswered) { // because of the hop limit, if a plain one is answered again
-			return try(t, 0, hopIn)
+			return try(t, 0)
 		}
 		return err
 	})

@@ -322,6 +322,10 @@ func (d *diagnosis) attack(ctx context.Context, client *control.Client, rules ip
 		}
 	}
 	host, forwarded := listeners(rules)
+	if !judging { // where imdsgated.socket listens, who asks starts the daemon
+		d.leave("tries straight at where the daemon listens: none is at work")
+		host, forwarded = nil, nil
+	}
 	from := func(p place, spelled bool, listeners ...netip.AddrPort) {
 		b := batch{place: p}
 		for _, l := range listeners {

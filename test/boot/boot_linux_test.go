@@ -324,7 +324,7 @@ func TestDoesNotStart(t *testing.T) {
 		"a key that is unknown in a drop-in, at the first boot": {config: config("enforce"), dropIn: unknown, says: "mod: enforce", mode: "enforce"},
 		"a key that is unknown":                                 {before: "enforce", config: unknown, says: "mod: enforce", mode: "enforce"},
 		"a key that is unknown, and audit set for a time":       {before: "enforce", set: "audit", config: unknown, says: "mod: enforce", mode: "audit"},
-		"rules that are refused, and audit before":        {before: "audit", config: refused, says: "/etc/none", mode: "audit"},
+		"rules that are refused, and audit before":              {before: "audit", config: refused, says: "/etc/none", mode: "audit"},
 		"rules that are refused":                                {config: refused, says: "/etc/none", mode: "enforce"},
 		"rules that are refused, and off set for a time":        {before: "enforce", set: "off", config: refused, says: "/etc/none", mode: "audit"},
 	} {
