@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"flag"
@@ -14,6 +15,7 @@ import (
 	"runtime"
 	"syscall"
 
+	"github.com/coreos/go-systemd/v22/journal"
 	"github.com/imdsgate/imdsgate/cmd/config"
 	"github.com/imdsgate/imdsgate/policy"
 	"github.com/rs/zerolog"
@@ -102,7 +104,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stdout, "%d rules, %d grants, mode %s\n", len(p.Rules()), len(p.Grants()), p.Mode)
 		return 0
 	}
-	d.log = zerolog.New(stderr).Level(level).With().Timestamp().Logger()
+	d.log = zerolog.New(logStream{stderr}).Level(level).With().Timestamp().Logger()
 	for _, w := range warnings(p) {
 		d.log.Warn().Msg(w)
 	}
@@ -117,6 +119,19 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return exitFailed
 	}
 	return 0
+}
+
+// logStream is standard error. Of a journald that was stopped it stays a broken pipe, and
+// lines go to the socket that the next one makes.
+type logStream struct{ io.Writer }
+
+func (l logStream) Write(line []byte) (int, error) {
+	n, err := l.Writer.Write(line)
+	if errors.Is(err, syscall.EPIPE) {
+		err = journal.Send(string(bytes.TrimSuffix(line, []byte("\n"))), journal.PriInfo, nil)
+		n = len(line)
+	}
+	return n, err
 }
 
 // load reads the configuration and compiles the policy, with the mode of the

@@ -362,6 +362,22 @@ func TestDoesNotStart(t *testing.T) {
 	}
 }
 
+// A journald that was stopped has the daemon's log again when there is one.
+func TestJournaldStopped(t *testing.T) {
+	m := boot(t, settings{config: config("enforce")})
+	old := m.daemon()
+	m.Do("sh", "-ec", "systemctl stop "+journald)
+	m.Do("imdsgate", "reload") // which is logged
+	m.Do("sh", "-ec", "systemctl start "+journald)
+	m.Do("imdsgate", "mode", "set", "audit", "--for", "1h", "--reason", "of the log")
+	m.Await("the daemon's line", func() bool {
+		return strings.Contains(m.Do("journalctl", "--no-pager", "-u", "imdsgated.service"), "of the log")
+	})
+	if m.daemon() != old {
+		t.Error("the daemon has ended")
+	}
+}
+
 // A daemon that hangs is killed and replaced. Who waited for it is served, in audit mode, too,
 // where clients reach the service itself as soon as it is killed.
 func TestHung(t *testing.T) {
