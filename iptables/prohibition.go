@@ -35,5 +35,5 @@ func (p Prohibition) Fix() string {
 		}
 		return fmt.Sprintf("delete the route, or give the mark a way past it: ip %[1]sroute add %[2]s dev DEVICE table %[3]d; ip %[1]srule add fwmark %#[3]x lookup %[3]d", family, p.Endpoint, p.Mark)
 	}
-	return "systemd.imds.network=unlocked on the kernel's command line has policy decide instead; with the lock nobody is served but systemd-imdsd, and who else takes its mark is refused in enforce mode"
+	return "systemd.imds.network=unlocked on the kernel's command line has policy decide instead; with the lock nobody is served but systemd-imdsd, and below level 2 of attribution who takes its mark"
 }

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/test/gate"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
 )
@@ -85,6 +86,23 @@ func TestMarkWithoutUnit(t *testing.T) {
 	h.has("systemd-imds", 4323)
 	if got := h.asMarked(4323, service, instanceID); got != "Operation not permitted" {
 		t.Errorf("systemd-imdsd: %s", got)
+	}
+}
+
+// Where no hook sees the mark, it takes nobody past the redirect.
+func TestMarkBelowLevel2(t *testing.T) {
+	t.Parallel()
+	h := prepare(t, netlab.Options{})
+	h.startWith(gate.Settings{Config: "mode: enforce\n", Unit: "system.slice/imdsgated.service", Lacks: attribution.Level2})
+	for _, base := range []string{service, service6} {
+		for _, uid := range []int{0, ordinaryUser, gate.UID} {
+			if got := h.asMarked(uid, base, instanceID); got != "200" {
+				t.Errorf("uid %d asks %s: %s", uid, base, got)
+			}
+			if got := h.asMarked(uid, base, role); got != "403" {
+				t.Errorf("uid %d asks %s for credentials: %s", uid, base, got)
+			}
+		}
 	}
 }
 
