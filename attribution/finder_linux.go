@@ -271,6 +271,11 @@ func (f *Finder) openConntrack() error {
 		f.timed = err == nil
 		return nil
 	}
+	return f.noteTimes()
+}
+
+// noteTimes has conntrack note when connections begin.
+func (f *Finder) noteTimes() error {
 	if f.timedNote != "" {
 		note, err := os.OpenFile(f.timedNote, os.O_WRONLY|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 		if err == nil {
@@ -316,6 +321,9 @@ func (f *Finder) Check(ctx context.Context) error {
 	}
 	if f.conntrack != nil {
 		f.conntrack.Look()
+		if on, err := f.conntrack.Timestamps(); err == nil && !on { // somebody has switched it off
+			errs = append(errs, f.noteTimes())
+		}
 	}
 	f.namespaces.tidy()
 	if f.witness != nil {

@@ -829,8 +829,13 @@ func TestTimed(t *testing.T) {
 				if openErr != nil {
 					return openErr
 				}
-				if on, err := f.conntrack.Timestamps(); !on || err != nil {
-					t.Errorf("%s: the Finder has no times: %v", name, err)
+				for _, when := range []string{"first", "after somebody has switched it off"} {
+					if on, err := f.conntrack.Timestamps(); !on || err != nil {
+						t.Errorf("%s: %s: the Finder has no times: %v", name, when, err)
+					}
+					if c.after == "0" {
+						err = errors.Join(err, os.WriteFile(file, []byte("0"), 0), f.Check(t.Context()))
+					}
 				}
 				err = f.Close()
 			}

@@ -132,7 +132,7 @@ func (d *diagnosis) print(w io.Writer, quiet bool) error {
 	}
 	for _, t := range d.Probes {
 		if t.Result == gotPast || !quiet {
-			p.line("  %-8s  %s, as %s, from %s: %s", t.Result, t.Way, t.As, t.From, shown(t.Detail))
+			p.line("  %-8s  %s, as %s, from %s: %s", t.Result, t.Way, t.As, shown(t.From), shown(t.Detail))
 		}
 	}
 	if len(d.Left) > 0 && !quiet {

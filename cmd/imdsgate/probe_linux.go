@@ -53,6 +53,9 @@ type outcome struct {
 // attemptTakes bounds each part of a try; they run beside each other.
 const attemptTakes = 2 * time.Second
 
+// maxAnswer bounds what is read of an answer, which may be anybody's.
+const maxAnswer = 64 << 10
+
 // make connects as the attempt says, and asks.
 func (a attempt) make() outcome {
 	o, err := a.ask()
@@ -75,7 +78,7 @@ func (a attempt) ask() (o outcome, err error) {
 	if _, err := io.WriteString(conn, a.Request); err != nil {
 		return o, err
 	}
-	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	resp, err := http.ReadResponse(bufio.NewReader(io.LimitReader(conn, maxAnswer)), nil)
 	if err != nil {
 		return o, err
 	}

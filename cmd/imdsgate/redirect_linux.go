@@ -10,6 +10,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"strconv"
+	"time"
 
 	"github.com/imdsgate/imdsgate/attribution"
 	"github.com/imdsgate/imdsgate/cmd/config"
@@ -219,15 +220,18 @@ func newRemove(o *options) *cobra.Command {
 		Use:   "remove",
 		Short: "Remove everything that any installation has left, and nothing else",
 		Long: `Remove everything that any installation has left, and nothing else. It stays
-removed until a daemon starts; one that runs puts it back.`,
+removed until a daemon starts, or the next boot; one that runs puts it back.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, _ := config.Load(o.config) // also where it is wrong
-			if err := o.noteRemoval(cmd.Context(), c.Control); err != nil {
-				return err
+			runs := o.runs(cmd.Context())
+			if !runs {
+				if err := noteRemoval(c.Control); err != nil {
+					fmt.Fprintf(cmd.ErrOrStderr(), "what the unit runs after a daemon may put it back: %v\n", err)
+				}
 			}
 			removed, err := iptables.Remove(cmd.Context())
-			if err == nil {
+			if err == nil && !runs {
 				err = attribution.Untime(c.Control.TimedNote())
 			}
 			if err != nil {
@@ -243,14 +247,18 @@ removed until a daemon starts; one that runs puts it back.`,
 	}
 }
 
-// noteRemoval has what the unit runs after a daemon leave the redirect removed. A daemon
-// that runs does not.
-func (o *options) noteRemoval(ctx context.Context, at config.Control) error {
+// runs reports whether a daemon answers.
+func (o *options) runs(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
 	var now report.Modes
-	if client, err := o.client(); err == nil && client.Get(ctx, "mode", nil, &now) == nil {
-		return nil
-	}
-	f, err := os.OpenFile(at.RemovedNote(), os.O_WRONLY|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	client, err := o.client()
+	return err == nil && client.Get(ctx, "mode", nil, &now) == nil
+}
+
+// noteRemoval has what the unit runs after a daemon leave the redirect removed.
+func noteRemoval(at config.Control) error {
+	f, err := os.OpenFile(at.RemovedNote(), os.O_WRONLY|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
 	if errors.Is(err, fs.ErrNotExist) { // no daemon was started since the boot
 		return nil
 	}

@@ -635,8 +635,9 @@ func (d *daemon) takeUp(ctx context.Context, p *policy.Policy) error {
 		}
 	}
 	m.mu.Lock()
-	defer m.mu.Unlock()
 	m.configured = p.Mode
+	m.mu.Unlock()
+	d.keepStanding(d.engine.Mode())
 	return nil
 }
 

@@ -9,8 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
-	"strings"
-	"syscall"
 	"time"
 
 	"github.com/imdsgate/imdsgate/attribution"
@@ -18,43 +16,54 @@ import (
 	"github.com/imdsgate/imdsgate/cmd/report"
 	"github.com/imdsgate/imdsgate/iptables"
 	"github.com/imdsgate/imdsgate/policy"
+	"golang.org/x/sys/unix"
 )
 
-// standing is the redirect of the last daemon that had one, or had none in mode off. It
-// is kept beside what operators have decided, because a boot begins without rules, or
-// with those that another tool has saved.
+// standing is the redirect of the last daemon, and in which mode it was and is to be. It
+// is kept in two places: beside the control socket, where it ends with the boot, and
+// beside what operators have decided, for a boot in which no daemon starts.
 type standing struct {
-	Boot  string          `json:"boot"` // boot_id of random(4)
-	Mode  policy.Mode     `json:"mode"`
-	Rules iptables.Config `json:"rules"`
+	Mode       policy.Mode     `json:"mode"`
+	Configured policy.Mode     `json:"configured"`
+	Set        *report.SetMode `json:"set,omitempty"` // by an operator
+	Rules      iptables.Config `json:"rules"`
 }
 
 func standingFile(dir string) kept { return kept{path: filepath.Join(dir, "redirect.json")} }
 
-func bootID() (string, error) {
-	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	return strings.TrimSpace(string(b)), err
-}
-
 // keepStanding remembers what the redirect is from now on.
 func (d *daemon) keepStanding(mode policy.Mode) {
+	m := &d.modes
+	m.mu.Lock()
+	now := standing{mode, m.configured, m.set, d.rules}
+	m.mu.Unlock()
+	for _, dir := range []string{filepath.Dir(d.config.Control.Socket), d.config.State.Dir} {
+		file := standingFile(dir)
+		var was standing
+		if file.decode(&was) == nil && reflect.DeepEqual(was, now) {
+			continue
+		}
+		if err := file.write(now); err != nil { // what is not true any more is worse than nothing
+			err = errors.Join(err, file.remove())
+			d.log.Warn().Err(err).Msg("what becomes of the redirect without this daemon is known less well")
+		}
+	}
 	if err := os.Remove(d.config.Control.RemovedNote()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		d.log.Warn().Err(err).Msg("it is not forgotten that an operator had removed the redirect")
 	}
-	file := standingFile(d.config.State.Dir)
-	boot, err := bootID()
-	now := standing{boot, mode, d.rules}
-	var was standing
-	if err == nil && file.decode(&was) == nil && reflect.DeepEqual(was, now) {
-		return
+}
+
+// readStanding trusts whom the directory belongs to, the daemon's user, who could replace
+// what is in there.
+func readStanding(dir string) (s standing, owner uint32, err error) {
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil {
+		return s, 0, fmt.Errorf("stat %s: %w", dir, err)
 	}
-	if err == nil {
-		err = file.write(now)
-	}
-	if err != nil { // what is not true any more is worse than nothing
-		err = errors.Join(err, file.remove())
-		d.log.Warn().Err(err).Msg("if this daemon is killed, or the next boot has none, the configuration alone says what becomes of the redirect")
-	}
+	file := standingFile(dir)
+	file.owner = st.Uid
+	err = file.decode(&s)
+	return s, st.Uid, err
 }
 
 // afterwards is what the unit runs, as root, when a daemon has ended, whatever ended it.
@@ -103,7 +112,7 @@ func (d *daemon) afterwards(ctx context.Context, stdout io.Writer, givenUp bool)
 		}
 	}
 	// A daemon in mode off had nothing to take away, and is not missed.
-	missed := why != bySuccess || removed || enforcing
+	missed := enforcing || removed || why != bySuccess && mode != policy.Off
 	if err := d.amend(absence{Since: since, Open: !enforcing, Why: why}, missed, givenUp); err != nil { // which is no reason for the unit to fail
 		fmt.Fprintf(stdout, "how long there is no daemon will not be known: %v\n", err)
 	}
@@ -113,36 +122,27 @@ func (d *daemon) afterwards(ctx context.Context, stdout io.Writer, givenUp bool)
 // stay has the redirect of enforce mode in place. When nobody holds its ports any more,
 // where anybody could answer in the daemon's place, it leads nowhere: the guard refuses.
 func stay(ctx context.Context, stdout io.Writer, rules iptables.Config, givenUp bool) error {
-	_, enforcing, err := iptables.Installed(ctx)
+	rules.Enforce = true
+	rules.Cgroup = ownCgroup() // in which no daemon is, and nobody is exempt
+	r, err := iptables.Open(ctx, rules)
 	if err != nil {
 		return err
 	}
-	if !enforcing {
-		rules.Cgroup = ownCgroup() // in which no daemon is, and nobody is exempt
-		rules.Enforce = true
-		r, err := iptables.Open(ctx, rules)
-		if err != nil {
-			return err
-		}
-		defer r.Close()
-		found, err := r.Install(ctx)
-		if err != nil {
-			return err
-		}
-		for _, l := range found.Locks {
-			fmt.Fprintf(stdout, "not taken: %s\n", l.Message())
-		}
-		fmt.Fprintln(stdout, "the redirect is put back, as enforce mode asks for")
+	defer r.Close()
+	found, err := r.Install(ctx)
+	if err != nil {
+		return err
+	}
+	for _, l := range found.Locks {
+		fmt.Fprintf(stdout, "not taken: %s\n", l.Message())
 	}
 	if givenUp {
-		if err := iptables.Release(ctx); err != nil {
-			return err
-		}
-		fmt.Fprintln(stdout, "requests are refused, as enforce mode asks for")
-	} else if enforcing {
-		fmt.Fprintln(stdout, "the redirect stays: its rules are those of enforce mode")
+		err = iptables.Release(ctx)
 	}
-	return nil
+	if err == nil {
+		fmt.Fprintln(stdout, map[bool]string{false: "the redirect stays, as enforce mode asks for", true: "requests are refused, as enforce mode asks for"}[givenUp])
+	}
+	return err
 }
 
 // takeAway ends what stands between clients and the service. Unless that is for good, who
@@ -169,53 +169,50 @@ func takeAway(ctx context.Context, stdout io.Writer, forGood bool) (removed bool
 // without is which mode counts for as long as there is no daemon, and its redirect. In a
 // boot that had a daemon it is that of the last one. Else it is what the configuration
 // asks for, or an operator has set for a time; but not enforce mode if the last daemon
-// had another: what has never been in force on this host keeps nobody out. If the
+// was not to be in it: what has never been in force on this host keeps nobody out. If the
 // configuration is refused, that of the last daemon counts, and before there was one what
 // is right of it (see config.Load).
 func without(c config.Config, refused error) (policy.Mode, iptables.Config, error) {
+	now := time.Now()
+	if last, _, err := readStanding(filepath.Dir(c.Control.Socket)); err == nil {
+		mode := last.Mode
+		if set := last.Set; set != nil && over(set, last.Configured, now) != "" {
+			mode = last.Configured
+		}
+		return mode, last.Rules, nil
+	}
+	if refused == nil {
+		_, refused = c.Policy()
+	}
+	last, owner, err := readStanding(c.State.Dir)
 	rules := c.Redirect.WithDefaults()
-	rules.SocketActivated = true
-	dir, err := os.Stat(c.State.Dir)
-	if errors.Is(err, fs.ErrNotExist) { // no daemon was ever started
-		return policy.Off, rules, nil
+	rules.UID, rules.SocketActivated = owner, true
+	if rules.Validate() != nil {
+		rules = iptables.Config{UID: owner, SocketActivated: true}.WithDefaults()
 	}
-	boot, bootErr := bootID()
-	if err = errors.Join(err, bootErr); err != nil {
-		return policy.Off, rules, err
+	set := last.Set
+	if err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			err = nil
+		}
+		if owner == 0 { // no daemon was ever started
+			return policy.Off, rules, err
+		}
+		set = new(report.SetMode)
+		file := modeFile(c.State.Dir)
+		file.owner = owner
+		if file.decode(set) != nil {
+			set = nil
+		}
+		last.Mode = policy.Enforce // it may have been
+	} else if refused != nil {
+		c.Mode, rules = last.Configured, last.Rules
 	}
-	rules.UID = dir.Sys().(*syscall.Stat_t).Uid // the daemon's
-	var last standing
-	file := standingFile(c.State.Dir)
-	file.owner = rules.UID
-	lastErr := file.decode(&last)
-	switch {
-	case errors.Is(lastErr, fs.ErrNotExist):
-		return c.Mode, rules, nil
-	case lastErr != nil:
-		return c.Mode, rules, lastErr
-	case last.Boot == boot:
-		return last.Mode, last.Rules, nil
-	case refused != nil:
-		rules = last.Rules
-	}
-
-	var set report.SetMode
-	file = modeFile(c.State.Dir)
-	file.owner = rules.UID
-	isSet := file.decode(&set) == nil
-	switch {
-	case refused == nil:
-	case isSet:
-		c.Mode = set.Configured
-	default:
-		c.Mode = last.Mode
-	}
-	inForce := last.Mode == policy.Enforce || isSet && set.Configured == policy.Enforce
-	if isSet && over(&set, c.Mode, time.Now()) == "" {
+	if set != nil && over(set, c.Mode, now) == "" {
 		c.Mode = set.Mode
 	}
-	if c.Mode == policy.Enforce && !inForce {
+	if c.Mode == policy.Enforce && last.Mode != policy.Enforce && last.Configured != policy.Enforce {
 		c.Mode = last.Mode
 	}
-	return c.Mode, rules, nil
+	return c.Mode, rules, err
 }

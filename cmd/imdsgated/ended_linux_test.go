@@ -56,6 +56,13 @@ func TestWithout(t *testing.T) {
 		"refused, enforce for a time":      {config: "mod: x\n", when: before, last: policy.Enforce, set: until(policy.Enforce, policy.Audit, soon), want: policy.Enforce, port: 1},
 		"refused, enforce for a time over": {config: "mod: x\n", when: before, last: policy.Enforce, set: until(policy.Enforce, policy.Audit, past)},
 
+		"refused by the policy":            {config: "mode: audit\nname: \"\\e\"\n", when: before, last: policy.Enforce, want: policy.Enforce, port: 1},
+		"refused by the redirect":          {config: "mode: enforce\nredirect:\n  host_port: 2000\n", when: before, last: policy.Enforce, want: policy.Enforce, port: 1},
+		"first: refused by the redirect":   {config: "mode: enforce\nredirect:\n  host_port: 2000\n", want: policy.Enforce, port: 254},
+		"first: audit for a time":          {config: "mode: enforce\n", set: until(policy.Audit, policy.Enforce, soon)},
+		"of this boot, audit, over":        {config: "mode: enforce\n", when: earlier, last: policy.Audit, set: until(policy.Audit, policy.Enforce, past), want: policy.Enforce, port: 1},
+		"of this boot, enforce, over":      {config: "mode: audit\n", when: earlier, last: policy.Enforce, set: until(policy.Enforce, policy.Audit, past)},
+		"of this boot, audit for a time":   {config: "mode: enforce\n", when: earlier, last: policy.Audit, set: until(policy.Audit, policy.Enforce, soon)},
 		"a daemon of this boot in enforce": {config: "mode: audit\n", when: earlier, last: policy.Enforce, want: policy.Enforce, port: 1},
 		"a daemon of this boot in audit":   {config: "mode: enforce\n", when: earlier, last: policy.Audit},
 		"a daemon of this boot in off":     {config: "mode: enforce\n", when: earlier, last: policy.Off, want: policy.Off},
@@ -63,27 +70,25 @@ func TestWithout(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
 			path := filepath.Join(dir, "config.yaml")
-			if err := os.WriteFile(path, []byte(c.config+"state:\n  dir: "+dir+"\n"), 0o644); err != nil {
+			if err := os.WriteFile(path, []byte(c.config+"state:\n  dir: "+dir+"/state\ncontrol:\n  socket: "+dir+"/run/socket\n"), 0o644); err != nil {
 				t.Fatal(err)
 			}
-			conf, refused := config.Load(path) // which knows the directory also of one that is refused
+			conf, refused := config.Load(path) // which knows the directories also of one that is refused
 			d := &daemon{config: conf, rules: iptables.Config{HostPort: 1, UID: nobody}.WithDefaults(), log: zerolog.Nop()}
-			file := standingFile(dir)
-			if c.when != none {
+			if d.modes.configured = c.last; c.set != nil {
+				d.modes.configured = c.set.Configured
+			}
+			switch {
+			case c.when != none:
+				d.modes.set = c.set
 				d.keepStanding(c.last)
-			}
-			if c.when == before {
-				var s standing
-				if err := file.read(&s); err != nil {
-					t.Fatal(err)
-				}
-				s.Boot = "another"
-				if err := file.write(s); err != nil {
+			case c.set != nil:
+				if err := modeFile(conf.State.Dir).write(c.set); err != nil {
 					t.Fatal(err)
 				}
 			}
-			if c.set != nil {
-				if err := modeFile(dir).write(c.set); err != nil {
+			if c.when != earlier {
+				if err := errors.Join(os.RemoveAll(filepath.Join(dir, "run")), os.MkdirAll(conf.State.Dir, 0o750)); err != nil {
 					t.Fatal(err)
 				}
 			}

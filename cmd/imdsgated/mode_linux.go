@@ -222,6 +222,7 @@ func (d *daemon) goTo(ctx context.Context, to policy.Mode, set *report.SetMode, 
 	}
 	d.keepMode()
 	m.mu.Unlock()
+	d.keepStanding(to)
 	d.change(said, nil)
 	d.log.Warn().Stringer("mode", to).Stringer("previous", from).Str("by", by.UserName).Str("until", until(said.Until)).Str("reason", reason).Msg("the mode has changed")
 	return nil

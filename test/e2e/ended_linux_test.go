@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"errors"
 	"os/exec"
 	"strings"
 	"testing"
@@ -33,18 +32,29 @@ func TestWithoutDaemon(t *testing.T) {
 	}
 	h.start("mode: enforce\n")
 	h.Kill()
-	if err := h.Instance.Do(func() error {
-		return errors.Join(exec.Command("iptables", "-F").Run(), exec.Command("ip6tables", "-F").Run())
-	}); err != nil {
+	says("-ended", "stays")
+	for _, flush := range []string{"iptables -F; ip6tables -F", "iptables -F; iptables -t nat -F", "ip6tables -F OUTPUT; ip6tables -t nat -F OUTPUT", "iptables -t nat -F PREROUTING; iptables -F FORWARD"} {
+		if err := h.Instance.Do(func() error { return exec.Command("sh", "-ec", flush).Run() }); err != nil {
+			t.Fatal(err)
+		}
+		says("-ended", "stays")
+		expect("after "+flush, "000")
+		if rules := h.output("iptables-save") + h.output("ip6tables-save"); strings.Count(rules, "-j REDIRECT --to-ports 254") != 2 {
+			t.Errorf("after %s there is no redirect:\n%s", flush, rules)
+		}
+	}
+	// Whatever the configuration says by now.
+	if err := h.Write("mode: audit\n"); err != nil {
 		t.Fatal(err)
 	}
-	expect("flushed", "000") // since the redirect leads to nobody
-	says("-ended", "put back")
-	expect("put back", "000")
 	says("-ended", "stays")
+	expect("reconfigured", "000")
 
 	// Nobody holds the ports any more: who takes them gets nothing.
 	says("-failed", "requests are refused")
+	if rules := h.output("iptables-save") + h.output("ip6tables-save"); strings.Contains(rules, "-j REDIRECT") {
+		t.Errorf("it is led somewhere:\n%s", rules)
+	}
 	for _, at := range []string{"127.0.0.1:254", "[::1]:254", "169.254.213.80:253"} {
 		ln, err := h.Instance.Listen(t.Context(), nil, "tcp", at)
 		if err != nil {
