@@ -1,14 +1,17 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"time"
 
 	"github.com/imdsgate/imdsgate/cmd/config"
 	"github.com/imdsgate/imdsgate/event"
+	"github.com/imdsgate/imdsgate/iptables"
 	"golang.org/x/sys/unix"
 )
 
@@ -57,8 +60,21 @@ func (d *daemon) leaves(open bool) {
 	}
 }
 
-// returned tells for how long the guard was gone.
-func (d *daemon) returned() {
+// wasOpen reports whether the way to the service is open now, though a time without a
+// daemon is under way in which it should not be: an operator or a tool has taken away what
+// enforce mode has left. It is asked before the redirect is made again.
+func (d *daemon) wasOpen(ctx context.Context) bool {
+	var a absence
+	if err := absenceFile(d.config.Control.Socket).decode(&a); err != nil || a.Open {
+		return false
+	}
+	_, noted := os.Lstat(d.config.Control.RemovedNote())
+	_, enforcing, err := iptables.Installed(ctx)
+	return noted == nil || err == nil && !enforcing
+}
+
+// returned tells for how long the guard was gone; open is what wasOpen has said.
+func (d *daemon) returned(open bool) {
 	file := absenceFile(d.config.Control.Socket)
 	var a absence
 	err := file.read(&a)
@@ -75,6 +91,8 @@ func (d *daemon) returned() {
 	switch {
 	case a.Open:
 		d.absent("requests-unguarded", fmt.Sprintf("for %v requests reached the metadata service unguarded: the redirect was removed", short(lasted)), a, lasted)
+	case open:
+		d.absent("requests-unguarded", fmt.Sprintf("for %v there was no daemon, and at the end of that nothing kept requests from the metadata service: somebody had removed what enforce mode had left", short(lasted)), a, lasted)
 	case a.Refused != 0:
 		d.absent("requests-refused", fmt.Sprintf("for %v requests were refused, after they had waited for %v: the redirect stayed, as enforce mode asks for",
 			short(now-a.Refused), short(a.Refused-a.Since)), a, lasted)

@@ -217,7 +217,7 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 	if err := freeStart(); err != nil {
 		d.log.Debug().Err(err).Msg("memory that only the start has needed is kept")
 	}
-	sd.SdNotify(false, sd.SdNotifyReady)
+	sd.SdNotify(false, sd.SdNotifyReady+"\n"+d.statusText())
 	d.log.Info().Str("version", version).Stringer("mode", d.engine.Mode()).Int("rules", len(p.Rules())).Int("grants", len(p.Grants())).
 		Stringer("attribution", d.finder.Level()).Str("events", c.Events.Path).Msg("serving")
 	if d.engine.Mode() == policy.Enforce && d.engine.Policy().Posture != policy.Strict {
@@ -229,6 +229,12 @@ func (d *daemon) run(ctx context.Context, c config.Config, p *policy.Policy) (er
 		return context.Cause(ctx)
 	}
 	return nil
+}
+
+// statusText is what systemctl status shows of us (STATUS= in sd_notify(3)).
+func (d *daemon) statusText() string {
+	p := d.engine.Policy()
+	return fmt.Sprintf("STATUS=%s mode, attribution %s, %d rules, %d grants", d.engine.Mode(), d.finder.Level(), len(p.Rules()), len(p.Grants()))
 }
 
 // readOnly says what to do about a file that cannot be written where it is configured.
@@ -425,9 +431,10 @@ func (d *daemon) start(ctx context.Context) error {
 	if mode == policy.Off {
 		_, err := iptables.Remove(ctx)
 		d.keepStanding(mode)
-		d.returned()
+		d.returned(false)
 		return err
 	}
+	open := d.wasOpen(ctx)
 	older, err := d.bring(ctx, mode)
 	if err != nil {
 		return err
@@ -439,7 +446,7 @@ func (d *daemon) start(ctx context.Context) error {
 	if err := d.settle(older); err != nil {
 		return err
 	}
-	d.returned()
+	d.returned(open)
 	d.guards = true
 	return nil
 }
@@ -559,7 +566,7 @@ func (d *daemon) reloadOnHangup(ctx context.Context, hangup <-chan os.Signal) {
 			if changed, err := d.reload(ctx); err == nil && changed.Refused != "" {
 				d.log.Error().Str("error", changed.Refused).Msg("the new configuration is refused, the old one stays in force")
 			}
-			sd.SdNotify(false, sd.SdNotifyReady)
+			sd.SdNotify(false, sd.SdNotifyReady+"\n"+d.statusText())
 		}
 	}
 }

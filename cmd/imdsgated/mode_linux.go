@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	sd "github.com/coreos/go-systemd/v22/daemon"
 	"github.com/imdsgate/imdsgate/attribution/diag"
 	"github.com/imdsgate/imdsgate/cmd/report"
 	"github.com/imdsgate/imdsgate/control"
@@ -223,6 +224,7 @@ func (d *daemon) goTo(ctx context.Context, to policy.Mode, set *report.SetMode, 
 	d.keepMode()
 	m.mu.Unlock()
 	d.keepStanding(to)
+	sd.SdNotify(false, d.statusText())
 	d.change(said, nil)
 	d.log.Warn().Stringer("mode", to).Stringer("previous", from).Str("by", by.UserName).Str("until", until(said.Until)).Str("reason", reason).Msg("the mode has changed")
 	return nil

@@ -456,10 +456,10 @@ func TestAcceptAndPause(t *testing.T) {
 			ended <- err
 			return
 		}
-		defer from.Close()
 		for n := 1; ; n++ {
 			c, peer, err := k.Accept(from)
 			if err != nil {
+				from.Close()
 				ended <- err
 				return
 			}

@@ -58,6 +58,8 @@ runcmd: [echo done >/run/user-data]
 // distribution's, and Systems Manager.
 func TestFirstBoot(t *testing.T) {
 	files, asks := ec2()
+	files["/etc/systemd/system/plain.service"] = "[Service]\nType=oneshot\nExecStart=/bin/true\nRemainAfterExit=yes\n"
+	files["/etc/systemd/system/multi-user.target.d/plain.conf"] = "[Unit]\nWants=plain.service\n"
 	for _, mode := range []string{"audit", "enforce"} {
 		m := boot(t, settings{config: config(mode), files: files, bare: true, lab: netlab.Options{IMDS: &imdstest.Config{UserData: []byte(userData)}}})
 		begun, ready := m.monotonic("imdsgated.service", "ExecMainStartTimestamp"), m.monotonic("imdsgated.service", "ActiveEnterTimestamp")
@@ -67,6 +69,12 @@ func TestFirstBoot(t *testing.T) {
 		}
 		if pre := m.monotonic("network-pre.target", "ActiveEnterTimestamp"); pre < ready {
 			t.Errorf("%s: the network was made %v before the daemon was ready", mode, ready-pre)
+		}
+		if first := m.monotonic("plain.service", "ExecMainStartTimestamp"); first < ready {
+			t.Errorf("%s: an ordinary unit began %v before the daemon was ready", mode, ready-first)
+		}
+		if got := m.Property("imdsgated.service", "StatusText"); !strings.HasPrefix(got, mode+" mode, attribution L0, ") {
+			t.Errorf("%s: systemctl status has %q", mode, got)
 		}
 		if got := m.Property("amazon-ssm-agent.service", "Result"); got != "success" || m.Property("amazon-ssm-agent.service", "ActiveState") != "active" {
 			t.Errorf("%s: amazon-ssm-agent: %s\n%s", mode, got, m.Do("journalctl", "--no-pager", "-u", "amazon-ssm-agent", "-u", "imdsgated"))
@@ -358,6 +366,16 @@ func TestDoesNotStart(t *testing.T) {
 				t.Errorf("the journal says\n%s", log)
 			}
 			m.refusedOrOpen(c.mode)
+			time.Sleep(time.Second)
+			m.Do("sh", "-ec", "rm -f /etc/imdsgate/config.d/10.yaml; echo 'mode: enforce' >/etc/imdsgate/config.yaml")
+			m.Do("systemctl", "reset-failed", "imdsgated.service", "imdsgated.socket")
+			m.Do("systemctl", "start", "imdsgated.service")
+			if c.set == "off" { // which nobody misses
+				return
+			}
+			if d := m.Event(map[string]string{"audit": "requests-unguarded", "enforce": "requests-refused"}[c.mode]); lasted(d) < time.Second {
+				t.Errorf("%v", d)
+			}
 		})
 	}
 }
@@ -492,28 +510,32 @@ func TestReboot(t *testing.T) {
 
 // A disk that is full costs events, and no request.
 func TestDiskFull(t *testing.T) {
-	m := boot(t, settings{config: config("enforce"), files: map[string]string{
-		"/etc/systemd/system/var-log-imdsgate.mount":        "[Unit]\nDefaultDependencies=no\nBefore=local-fs.target\n[Mount]\nWhat=tmpfs\nWhere=/var/log/imdsgate\nType=tmpfs\nOptions=size=512k\n",
-		"/etc/systemd/system/imdsgated.service.d/disk.conf": "[Unit]\nRequires=var-log-imdsgate.mount\nAfter=var-log-imdsgate.mount\n",
-	}})
-	load := m.load(10*time.Second, "-rate", "100")
-	o := load()
-	if o.Requests < 700 || o.Failed != 0 {
-		t.Errorf("%+v", o)
+	for mode, want := range map[string]string{"audit": "200", "enforce": "403"} {
+		t.Run(mode, func(t *testing.T) {
+			m := boot(t, settings{config: config(mode), files: map[string]string{
+				"/etc/systemd/system/var-log-imdsgate.mount":        "[Unit]\nDefaultDependencies=no\nBefore=local-fs.target\n[Mount]\nWhat=tmpfs\nWhere=/var/log/imdsgate\nType=tmpfs\nOptions=size=512k\n",
+				"/etc/systemd/system/imdsgated.service.d/disk.conf": "[Unit]\nRequires=var-log-imdsgate.mount\nAfter=var-log-imdsgate.mount\n",
+			}})
+			load := m.load(10*time.Second, "-rate", "100")
+			o := load()
+			if o.Requests < 700 || o.Failed != 0 {
+				t.Errorf("%+v", o)
+			}
+			var status struct {
+				Events struct{ Written, Dropped, Failed, Removed uint64 }
+			}
+			if err := json.Unmarshal([]byte(m.Do("imdsgate", "status", "--json")), &status); err != nil || status.Events.Removed+status.Events.Failed == 0 {
+				t.Errorf("the disk was not full: %+v, %v", status, err)
+			}
+			if got := m.Curl("nobody", role); got != want {
+				t.Errorf("a thief got %s", got)
+			}
+			if m.Property("imdsgated.service", "NRestarts") != "0" {
+				t.Error("the daemon was restarted")
+			}
+			t.Logf("%d requests, %d failed; events: %+v", o.Requests, o.Failed, status.Events)
+		})
 	}
-	var status struct {
-		Events struct{ Written, Dropped, Failed, Removed uint64 }
-	}
-	if err := json.Unmarshal([]byte(m.Do("imdsgate", "status", "--json")), &status); err != nil || status.Events.Removed+status.Events.Failed == 0 {
-		t.Errorf("the disk was not full: %+v, %v", status, err)
-	}
-	if got := m.Curl("nobody", role); got != "403" {
-		t.Errorf("a thief got %s", got)
-	}
-	if m.Property("imdsgated.service", "NRestarts") != "0" {
-		t.Error("the daemon was restarted")
-	}
-	t.Logf("%d requests, %d failed; events: %+v", o.Requests, o.Failed, status.Events)
 }
 
 // The kernel kills a daemon that may have no more memory. That is a death like others.

@@ -1,10 +1,12 @@
 package e2e
 
 import (
+	"net"
 	"os/exec"
 	"strings"
 	"testing"
 
+	"github.com/imdsgate/imdsgate/test/gate"
 	"github.com/imdsgate/imdsgate/test/lab/netlab"
 )
 
@@ -55,12 +57,13 @@ func TestWithoutDaemon(t *testing.T) {
 	if rules := h.output("iptables-save") + h.output("ip6tables-save"); strings.Contains(rules, "-j REDIRECT") {
 		t.Errorf("it is led somewhere:\n%s", rules)
 	}
+	var impostors []net.Listener
 	for _, at := range []string{"127.0.0.1:254", "[::1]:254", "169.254.213.80:253"} {
 		ln, err := h.Instance.Listen(t.Context(), nil, "tcp", at)
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer ln.Close()
+		impostors = append(impostors, ln)
 		go func() {
 			for {
 				c, err := ln.Accept()
@@ -80,6 +83,23 @@ func TestWithoutDaemon(t *testing.T) {
 	expect("removed", "200")
 	says("-failed", "removed")
 	expect("removed, and given up once more", "200")
+
+	for _, ln := range impostors {
+		ln.Close()
+	}
+	h.startWith(gate.Settings{Config: "mode: enforce\n", Dir: h.Dir})
+	expect("with its successor", "200")
+	h.Kill()
+	says("-ended", "stays")
+	if out, code := h.imdsgate("redirect", "remove"); code != 0 || out != "removed" {
+		t.Errorf("%d, %s", code, out)
+	}
+	h.startWith(gate.Settings{Config: "mode: enforce\n", Dir: h.Dir})
+	if d, err := h.Await("that it was open", func(d gate.Document) bool { return d.At("event.action") == "requests-unguarded" }); err != nil {
+		t.Error(err)
+	} else if !strings.Contains(d.At("message").(string), "somebody had removed") {
+		t.Error(d.At("message"))
+	}
 }
 
 // Rules of enforce mode that a tool has saved do not refuse anybody in audit mode.
