@@ -113,7 +113,8 @@ func TestImageBuilder(t *testing.T) {
 	put("/srv/source/SHA256SUMS", string(sums))
 	put("/srv/source/config.yaml", s.config)
 	version := strings.Split(deb, "_")[1]
-	phases := steps(t, map[string]string{"Source": "file:///srv/source", "Digest": fmt.Sprintf("%x", sha256.Sum256(sums)), "Version": version})
+	phases := steps(t, map[string]string{"Source": "file:///srv/source", "Digest": fmt.Sprintf("%x", sha256.Sum256(sums)),
+		"ConfigDigest": fmt.Sprintf("%x", sha256.Sum256([]byte(s.config))), "Version": version})
 	step := func(script string) (string, int) {
 		t.Helper()
 		put("/root/step.sh", script)
@@ -137,6 +138,14 @@ func TestImageBuilder(t *testing.T) {
 
 	m.Do("sh", "-euc", "journalctl --sync; test -s /var/log/journal/$(cat /etc/machine-id)/system.journal")
 	m.Do("cp", debian.Package, "/srv/source/"+deb)
+	put("/srv/source/config.yaml", "mode: audit\n")
+	if out, code := step(phases["build"][0]); code == 0 || !strings.Contains(out, "config.yaml: FAILED") {
+		t.Errorf("another configuration: exit %d\n%s", code, out)
+	}
+	if got := m.Property("imdsgated.service", "UnitFileState"); got == "enabled" {
+		t.Error("with another configuration the daemon is enabled")
+	}
+	put("/srv/source/config.yaml", s.config)
 	phase("build")
 	m.Do("sh", "-euc", "logger this is the host of which the image was made; journalctl --rotate; logger again; journalctl --sync")
 	phase("validate")
