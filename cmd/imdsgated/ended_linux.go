@@ -92,14 +92,14 @@ func (d *daemon) afterwards(ctx context.Context, stdout io.Writer, givenUp bool)
 		_, err := os.Lstat(c.Control.RemovedNote())
 		return mode == policy.Enforce && errors.Is(err, fs.ErrNotExist)
 	}
-	enforcing, removed := false, false
+	removed, stands := false, true
 	if wanted() {
-		if err := stay(ctx, stdout, rules, givenUp); err != nil {
-			fmt.Fprintf(stdout, "enforce mode does not hold without a daemon, and clients reach the service itself: %v\n", err)
-		} else {
-			enforcing = wanted() // still
+		if err := stay(ctx, stdout, rules, givenUp); err != nil { // and what is there stays
+			fmt.Fprintf(stdout, "the redirect of enforce mode cannot be made as it should be: %v\n", err)
+			_, stands, _ = iptables.Installed(ctx)
 		}
 	}
+	enforcing := wanted() // still
 	if !enforcing {
 		if removed, err = takeAway(ctx, stdout, givenUp || why == bySuccess); err != nil {
 			return err
@@ -113,7 +113,7 @@ func (d *daemon) afterwards(ctx context.Context, stdout io.Writer, givenUp bool)
 	}
 	// A daemon in mode off had nothing to take away, and is not missed.
 	missed := enforcing || removed || why != bySuccess && mode != policy.Off
-	if err := d.amend(absence{Since: since, Open: !enforcing, Why: why}, missed, givenUp); err != nil { // which is no reason for the unit to fail
+	if err := d.amend(absence{Since: since, Open: !enforcing || !stands, Why: why}, missed, givenUp); err != nil { // which is no reason for the unit to fail
 		fmt.Fprintf(stdout, "how long there is no daemon will not be known: %v\n", err)
 	}
 	return nil

@@ -2,7 +2,9 @@ package e2e
 
 import (
 	"net"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -126,5 +128,37 @@ func TestSavedRules(t *testing.T) {
 	}
 	if got := h.curl(client{}, instanceID); got != "200" {
 		t.Errorf("afterwards: %s", got)
+	}
+}
+
+// Where the rules of enforce mode cannot be written again, those that are there stay.
+func TestEndedUnwritten(t *testing.T) {
+	t.Parallel()
+	h := start(t, netlab.Options{}, "mode: enforce\n")
+	h.Kill()
+	// Rules can be taken away, and not be made.
+	broken := t.TempDir()
+	for _, name := range []string{"iptables", "ip6tables"} {
+		for _, verb := range []string{"", "-save", "-restore"} {
+			script := "#!/bin/sh\nexec " + name + "-nft" + verb + ` "$@"` + "\n"
+			if verb == "-restore" {
+				script = "#!/bin/sh\nin=$(cat); case $in in *'-A IMDSGATE'*) exit 3 ;; esac; echo \"$in\" | " + name + "-nft-restore \"$@\"\n"
+			}
+			if err := os.WriteFile(filepath.Join(broken, name+verb), []byte(script), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := h.Instance.Do(func() error { return exec.Command("iptables", "-t", "nat", "-F", "IMDSGATE-PREROUTING").Run() }); err != nil {
+		t.Fatal(err) // so that there is something to be written
+	}
+	for _, which := range []string{"-ended", "-failed"} {
+		out, code := h.run(client{args: []string{h.gate.Daemon, "-config", h.Config, which}, env: []string{"PATH=" + broken + ":/usr/sbin:/usr/bin:/sbin:/bin", "SERVICE_RESULT=signal"}})
+		if code != 0 || !strings.Contains(out, "exit status 3") {
+			t.Errorf("%s: %d, %s", which, code, out)
+		}
+		if got := h.curl(client{}, instanceID); got != "000" {
+			t.Errorf("%s: %s\n%s", which, got, out)
+		}
 	}
 }
