@@ -164,8 +164,8 @@ func TestDormantIPv6(t *testing.T) {
 	})
 }
 
-// TestEnforcingWithoutIPv6 asks a host on which ip6tables-save fails.
-func TestEnforcingWithoutIPv6(t *testing.T) {
+// TestInstalledWithoutIPv6 asks a host on which ip6tables-save fails.
+func TestInstalledWithoutIPv6(t *testing.T) {
 	s := newHost(t)
 	dir := t.TempDir()
 	for _, name := range []string{"iptables", "iptables-save", "iptables-restore", "ip6tables", "ip6tables-save", "ip6tables-restore"} {

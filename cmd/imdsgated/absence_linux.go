@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/imdsgate/imdsgate/cmd/config"
 	"github.com/imdsgate/imdsgate/event"
 	"github.com/imdsgate/imdsgate/iptables"
 	"golang.org/x/sys/unix"
@@ -120,16 +119,10 @@ func (d *daemon) absent(action, message string, a absence, lasted time.Duration)
 	d.record(ev)
 }
 
-// socket is the control socket of the daemon that has ended.
-func (d *daemon) socket() string {
-	c, _ := config.Load(d.path) // that it is wrong may be why it has ended
-	return c.Control.Socket
-}
-
 // amend remembers an absence that begins, or that it goes on. One that begins and that
 // nobody misses is none.
-func (d *daemon) amend(begins absence, missed, givenUp bool) error {
-	file := absenceFile(d.socket())
+func amend(socket string, begins absence, missed, givenUp bool) error {
+	file := absenceFile(socket)
 	var dir unix.Stat_t
 	if err := unix.Stat(filepath.Dir(file.path), &dir); err == nil {
 		file.owner = dir.Uid // the daemon's, who could replace what is in there

@@ -113,7 +113,7 @@ func (d *daemon) afterwards(ctx context.Context, stdout io.Writer, givenUp bool)
 	}
 	// A daemon in mode off had nothing to take away, and is not missed.
 	missed := enforcing || removed || why != bySuccess && mode != policy.Off
-	if err := d.amend(absence{Since: since, Open: !enforcing || !stands, Why: why}, missed, givenUp); err != nil { // which is no reason for the unit to fail
+	if err := amend(c.Control.Socket, absence{Since: since, Open: !enforcing || !stands, Why: why}, missed, givenUp); err != nil { // which is no reason for the unit to fail
 		fmt.Fprintf(stdout, "how long there is no daemon will not be known: %v\n", err)
 	}
 	return nil
