@@ -71,7 +71,7 @@ func (o *options) diagnose(ctx context.Context, d *diagnosis, preflight bool) er
 	case s.Mode == "off":
 		d.leave("ways past the daemon: its mode is off, and every request goes there")
 	default:
-		d.attack(ctx, client, rules, running)
+		d.attack(ctx, client, rules, running, all)
 	}
 	if running {
 		d.ofInstance(ctx, client)
@@ -294,7 +294,7 @@ const (
 )
 
 // attack tries to get past the daemon.
-func (d *diagnosis) attack(ctx context.Context, client *control.Client, rules iptables.Config, judging bool) {
+func (d *diagnosis) attack(ctx context.Context, client *control.Client, rules iptables.Config, judging bool, processes []process) {
 	n := newNonces()
 	var all []batch
 	here := place{as: "uid " + strconv.Itoa(os.Geteuid()), from: "this host", uid: -1}
@@ -341,7 +341,7 @@ func (d *diagnosis) attack(ctx context.Context, client *control.Client, rules ip
 	from(ordinary, false, slices.Concat(host, forwarded)...)
 	if root {
 		from(here, false, slices.Concat(host, forwarded)...)
-		others, err := otherNamespaces()
+		others, err := otherNamespaces(processes)
 		if err != nil || len(others) == maxNamespaces {
 			d.leave(fmt.Sprintf("some network namespaces: tried from the first %d (%v)", len(others), err))
 		}
@@ -454,33 +454,19 @@ func deviceTo(to netip.Addr) string {
 }
 
 // otherNamespaces are the network namespaces in which processes of this host are, and
-// doctor is not.
-func otherNamespaces() ([]place, error) {
+// doctor is not: so many of them.
+func otherNamespaces(all []process) (others []place, err error) {
 	own, err := os.Readlink("/proc/self/ns/net")
 	if err != nil {
 		return nil, err
 	}
-	entries, err := os.ReadDir("/proc")
-	if err != nil {
-		return nil, err
-	}
-	known := map[string]bool{own: true}
-	var all []place
-	for _, e := range entries {
-		path := "/proc/" + e.Name() + "/ns/net"
-		ns, err := os.Readlink(path)
-		if err != nil || known[ns] || e.Name() == "self" || e.Name() == "thread-self" {
+	known := map[string]bool{own: true, "": true} // what cannot be read
+	for _, p := range all {
+		if known[p.net] || len(others) == maxNamespaces {
 			continue
 		}
-		known[ns] = true
-		name, err := os.ReadFile("/proc/" + e.Name() + "/comm")
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		all = append(all, place{as: "root", from: fmt.Sprintf("the network namespace of %s (pid %s)", strings.TrimSpace(string(name)), e.Name()), uid: -1, netns: path})
-		if len(all) == maxNamespaces {
-			break
-		}
+		known[p.net] = true
+		others = append(others, place{as: "root", from: fmt.Sprintf("the network namespace of %s (pid %d)", p.comm, p.pid), uid: -1, netns: fmt.Sprintf("/proc/%d/ns/net", p.pid)})
 	}
-	return all, nil
+	return others, nil
 }
